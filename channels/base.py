@@ -1,0 +1,118 @@
+"""The one protocol between a router and an expert host.
+
+A `Channel` is an ordered pipe that one thread uses at a time: `submit` sends a request and returns
+at once with a `Ticket`; replies come in the order of the requests. A router opens one channel per
+(host, lane), a lane being a thread that runs a microbatch, so nothing needs demultiplexing.
+
+Payloads of a request, by phase (n rows leave for this host, nnz (row, expert) pairs, D hidden):
+
+    INFER, FORWARD   rows [n, D], row_ptr [n + 1] int32, expert [nnz] int32 (global ids), gate [nnz]
+                     -> partial [n, D]: the gate-weighted sum over this host's experts
+    BACKWARD         d_partial [n, D]
+                     -> d_rows [n, D], d_gate [nnz]
+
+FORWARD keeps what BACKWARD of the same key needs; INFER keeps nothing. RELEASE drops what a
+FORWARD kept without a backward pass (no payload, no reply tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+
+
+class Phase(IntEnum):
+    """What a request asks of an expert host."""
+
+    INFER = 0
+    FORWARD = 1
+    BACKWARD = 2
+    RELEASE = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestId:
+    """Names one call for ever: the same id is the same call, sent again.
+
+    Attributes:
+        run: the training run or serving deployment.
+        epoch: placement epoch that the router routed with.
+        step: optimizer step (training) or engine step (serving).
+        microbatch: index within the step, unique over the router's microbatches.
+        layer: model layer index, MTP layers counted on after the main ones.
+        phase: what is asked.
+        router: the caller.
+    """
+
+    run: str
+    epoch: int
+    step: int
+    microbatch: int
+    layer: int
+    phase: Phase
+    router: str
+
+    @property
+    def key(self) -> tuple[str, int, int, int, str]:
+        """What FORWARD, BACKWARD and RELEASE of one call share: (run, step, microbatch, layer, router)."""
+        return (self.run, self.step, self.microbatch, self.layer, self.router)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One call: its id and its payload (layout by phase, see the module's text)."""
+
+    id: RequestId
+    tensors: tuple[torch.Tensor, ...] = ()
+
+
+Handler = Callable[[Request], tuple[torch.Tensor, ...]]
+"""What a server calls for each request. A `RaymoeError` raised by it reaches the caller as a
+`RemoteError` (`StaleEpoch` stays itself), any other exception likewise with its type and text.
+Tensors of the request are valid only until the handler returns; the reply's are read at once."""
+
+
+class Ticket(Protocol):
+    """A reply that is on its way."""
+
+    def result(self, timeout: float | None = None) -> tuple[torch.Tensor, ...]:
+        """Wait for the reply (seconds; None waits for ever) and return its tensors, owned by the caller.
+
+        Raises:
+            ChannelTimeout: no reply in time; the channel is closed, open a new one to send again.
+            ChannelError: the peer hung up.
+            RemoteError: the peer answered with an error.
+        """
+        ...
+
+
+class Channel(Protocol):
+    """How a router reaches one expert host."""
+
+    def submit(self, request: Request) -> Ticket:
+        """Send a request without waiting for the reply."""
+        ...
+
+    def close(self) -> None:
+        """Hang up; tickets that are out raise `ChannelError`. Closing twice is fine."""
+        ...
+
+
+class Server(Protocol):
+    """The host's end of a kind of channel."""
+
+    @property
+    def address(self) -> str:
+        """What `connect` takes, e.g. `shm:…`, `grpc:127.0.0.1:41234`."""
+        ...
+
+    def close(self) -> None:
+        """Stop accepting, hang up on every caller, join every thread."""
+        ...
+
+
+__all__ = ["Channel", "Handler", "Phase", "Request", "RequestId", "Server", "Ticket"]
