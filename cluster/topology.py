@@ -1,0 +1,83 @@
+"""Who holds which experts: the values that a coordinator hands to its routers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostInfo:
+    """One expert host, as others see it.
+
+    Attributes:
+        id: number of the host; never given to another host within a run.
+        node: the machine it runs on (a Ray node id); hosts and routers of one node share memory.
+        pid: its process.
+        addresses: channel kind (`shm`, `grpc`) -> address that `channels.connect` takes.
+    """
+
+    id: int
+    node: str = ""
+    pid: int = 0
+    addresses: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingTable:
+    """One version of the placement: which host owns which expert of which layer.
+
+    Attributes:
+        epoch: version of the placement; a host refuses requests of another epoch.
+        layers: model layer index of each row of `owner`.
+        hosts: the hosts; `owner` points into this tuple.
+        owner: `[n_moe_layers][n_routed_experts]` -> index into `hosts`.
+    """
+
+    epoch: int
+    layers: tuple[int, ...]
+    hosts: tuple[HostInfo, ...]
+    owner: tuple[tuple[int, ...], ...]
+
+    def experts_of(self, host: int) -> dict[int, tuple[int, ...]]:
+        """Model layer index -> the experts that the host at index `host` owns, ascending."""
+        return experts_owned(self.layers, self.owner, host)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that JSON keeps without loss."""
+        return {
+            "epoch": self.epoch,
+            "layers": list(self.layers),
+            "hosts": [
+                {"id": h.id, "node": h.node, "pid": h.pid, "addresses": dict(h.addresses)} for h in self.hosts
+            ],
+            "owner": [list(row) for row in self.owner],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RoutingTable:
+        """The inverse of `to_json`."""
+        return cls(
+            epoch=int(value["epoch"]),
+            layers=tuple(value["layers"]),
+            hosts=tuple(HostInfo(**host) for host in value["hosts"]),
+            owner=tuple(tuple(row) for row in value["owner"]),
+        )
+
+    def with_hosts(self, hosts: tuple[HostInfo, ...]) -> RoutingTable:
+        """The same placement on hosts whose addresses are now known."""
+        return replace(self, hosts=hosts)
+
+
+def experts_owned(
+    layers: tuple[int, ...], owner: tuple[tuple[int, ...], ...], host: int
+) -> dict[int, tuple[int, ...]]:
+    """Model layer index -> experts with `owner[layer][expert] == host`, ascending (maybe none)."""
+    return {
+        layer: tuple(expert for expert, at in enumerate(row) if at == host)
+        for layer, row in zip(layers, owner, strict=True)
+    }
+
+
+__all__ = ["HostInfo", "RoutingTable", "experts_owned"]
