@@ -1,0 +1,86 @@
+"""Splits routed tokens by host: what leaves for which expert host, and where it came from.
+
+Shapes: N tokens, K experts per token, E experts, H hosts; per host n rows and nnz (row, expert) pairs.
+A token costs one row per host that it touches, not one per expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSlice:
+    """The part of a batch that one host works on, in compressed rows.
+
+    Attributes:
+        row: [n] int64, token indices, ascending, each once.
+        row_ptr: [n + 1] int32; the pairs of row i are row_ptr[i] … row_ptr[i + 1].
+        expert: [nnz] int32, global expert ids.
+        pair: [nnz] int64, flat indices into [N, K], ascending; `x.view(-1)[pair]` gathers any such x.
+        gate: [nnz], the gates of the pairs, without a gradient.
+    """
+
+    row: Tensor
+    row_ptr: Tensor
+    expert: Tensor
+    pair: Tensor
+    gate: Tensor
+
+
+@torch.no_grad()
+def plan_dispatch(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> tuple[HostSlice | None, ...]:
+    """Group (token, expert) pairs by the host that owns the expert; every pair lands on exactly one.
+
+    Args:
+        idx: [N, K] int64 chosen experts.
+        gates: [N, K].
+        host_of: [E] int64, the host of each expert.
+        n_hosts: H.
+
+    Returns:
+        One slice per host, None where no token goes.
+    """
+    n_tokens, top_k = idx.shape
+    if n_tokens == 0:
+        return (None,) * n_hosts
+    expert = idx.reshape(-1)
+    if n_hosts == 1:
+        everything = HostSlice(
+            row=torch.arange(n_tokens, device=idx.device),
+            row_ptr=torch.arange(0, expert.numel() + 1, top_k, device=idx.device, dtype=torch.int32),
+            expert=expert.int(),
+            pair=torch.arange(expert.numel(), device=idx.device),
+            gate=gates.detach().reshape(-1),
+        )
+        return (everything,)
+    host, pair = host_of[expert].sort(stable=True)
+    # (host, token) ascending: one key per row that leaves, so that rows of all hosts are found in one pass.
+    key, pairs_of_row = torch.unique_consecutive(
+        host * n_tokens + pair.div(top_k, rounding_mode="floor"), return_counts=True
+    )
+    n_rows = torch.bincount(key.div(n_tokens, rounding_mode="floor"), minlength=n_hosts).tolist()
+    n_pairs = torch.bincount(host, minlength=n_hosts).tolist()
+    row = torch.split_with_sizes(key.remainder(n_tokens), n_rows)
+    counts = torch.split_with_sizes(pairs_of_row, n_rows)
+    experts = torch.split_with_sizes(expert[pair].int(), n_pairs)
+    gate = torch.split_with_sizes(gates.detach().reshape(-1)[pair], n_pairs)
+    pairs = torch.split_with_sizes(pair, n_pairs)
+    return tuple(
+        HostSlice(row=row[h], row_ptr=_row_ptr(counts[h]), expert=experts[h], pair=pairs[h], gate=gate[h])
+        if n_rows[h]
+        else None
+        for h in range(n_hosts)
+    )
+
+
+def _row_ptr(counts: Tensor) -> Tensor:
+    out = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=out[1:])
+    return out
+
+
+__all__ = ["HostSlice", "plan_dispatch"]
