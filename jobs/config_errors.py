@@ -1,0 +1,108 @@
+"""Turns pydantic's findings into lines a user can act on: full path, what is wrong, the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from errors import ConfigError
+
+
+def explain(error: ValidationError, schema: type[BaseModel], values: Any) -> ConfigError:
+    """One `ConfigError` with one line for each distinct problem, in the order of the fields."""
+    lines: dict[str, None] = {}
+    for details in error.errors(include_url=False):
+        for line in _lines(details, schema):
+            lines[line] = None
+    return ConfigError("\n".join(_without_union_echo(list(lines))))
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model an annotation stands for, also within `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = section_of(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _lines(details: ErrorDetails, schema: type[BaseModel]) -> Iterator[str]:
+    location, within = _walk(details["loc"], schema)
+    path = ".".join(location)
+    kind, value = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        yield _unknown(location, within)
+    elif kind == "missing":
+        yield f"{path}: missing; set it (`raymoe config` prints a complete file)"
+    elif kind == "value_error":
+        reason = str(details.get("ctx", {}).get("error", details["msg"]))
+        for line in reason.splitlines():
+            yield _prefixed(path, line, within)
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        yield f"{path or 'the configuration'}: {value!r} is not a mapping; write `field: value` lines below it"
+    else:
+        message = details["msg"].removeprefix("Input ")
+        yield f"{path}: {value!r} {message}"
+
+
+def _walk(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
+    """The location as a user writes it, and the section that holds its last field.
+
+    pydantic appends the member of a union that it tried (`float`, `list[…]`); those are left out.
+    """
+    path: list[str] = []
+    within: type[BaseModel] | None = schema
+    for i, part in enumerate(loc):
+        if isinstance(part, int):
+            path[-1:] = [f"{path[-1]}[{part}]"] if path else [f"[{part}]"]
+            continue
+        last = i == len(loc) - 1
+        if within is not None and part in within.model_fields:
+            path.append(part)
+            inner = section_of(within.model_fields[part].annotation)
+            if not last or inner is not None:
+                within = inner
+        elif last and within is not None and part.isidentifier() and part not in ("float", "int", "list"):
+            path.append(part)
+    return path, within
+
+
+def _unknown(location: list[str], within: type[BaseModel] | None) -> str:
+    name = location[-1] if location else "?"
+    known = list(within.model_fields) if within is not None else []
+    parent = ".".join(location[:-1])
+    line = f"{'.'.join(location)}: unknown field"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"{line}; did you mean {parent + '.' if parent else ''}{close[0]}?"
+    return f"{line}; {parent or 'the configuration'} has {', '.join(known)}"
+
+
+def _prefixed(path: str, line: str, within: type[BaseModel] | None) -> str:
+    """Put the section's path before a validator's own words, which start with the field's name."""
+    first = line.replace(":", " ").split(maxsplit=1)[0] if line.strip() else ""
+    if path and within is not None and first.split(".")[0] in within.model_fields:
+        return f"{path}.{line}"
+    return f"{path}: {line}" if path else line
+
+
+def _without_union_echo(lines: list[str]) -> list[str]:
+    """A union reports one line for each member it tried; the first one for a path says enough."""
+    seen: set[str] = set()
+    kept = []
+    for line in lines:
+        path, separator, _ = line.partition(": ")
+        if separator and path in seen:
+            continue
+        seen.add(path if separator else line)
+        kept.append(line)
+    return kept
+
+
+__all__ = ["explain", "section_of"]

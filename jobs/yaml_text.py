@@ -1,0 +1,141 @@
+"""YAML in and out: a loader without YAML 1.1's surprises, and a writer that keeps the descriptions."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from errors import ConfigError
+
+_WIDTH = 100
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number, `on` and `no` as words, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, (list, dict)):
+                continue
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would not read back as the same string."""
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """How plain scalars are typed: YAML 1.2's core schema, by the scalar's first character."""
+    rules: list[tuple[str, str, str]] = [
+        ("null", r"^(?:~|null|Null|NULL|)$", "~nN"),
+        ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+        ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+        (
+            "float",
+            r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$",
+            "-+.0123456789",
+        ),
+        ("merge", r"^<<$", "<"),
+    ]
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {"": [("tag:yaml.org,2002:null", re.compile("^$"))]}
+    for tag, pattern, firsts in rules:
+        for first in firsts:
+            table.setdefault(first, []).append((f"tag:yaml.org,2002:{tag}", re.compile(pattern)))
+    return table
+
+
+_Loader.yaml_implicit_resolvers = _resolvers()
+_Dumper.yaml_implicit_resolvers = _resolvers()
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Values of a YAML text.
+
+    Raises:
+        ConfigError: not YAML; the message has `where` and the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{where}{at}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Values of a YAML file; `ConfigError` when it cannot be read or parsed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; give a YAML file (`raymoe config` prints one)") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    return parse_yaml(text, str(path))
+
+
+def commented_yaml(config: BaseModel) -> str:
+    """A configuration as YAML, each field under its description; `read_yaml` gives the same values."""
+    return "\n".join(_section(config, config.model_dump(mode="json"), 0)) + "\n"
+
+
+def _section(config: BaseModel, values: dict[str, Any], depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    documented = _documented_attributes(type(config))
+    for name, field in type(config).model_fields.items():
+        value, inner = values[name], getattr(config, name)
+        if depth == 0 and name != next(iter(values)):
+            yield ""
+        described = field.description or documented.get(name)
+        if described:
+            yield from textwrap.wrap(
+                described,
+                _WIDTH,
+                initial_indent=f"{indent}# ",
+                subsequent_indent=f"{indent}# ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        if isinstance(inner, BaseModel):
+            yield f"{indent}{name}:"
+            yield from _section(inner, value, depth + 1)
+        else:
+            yield f"{indent}{name}: {_scalar(value)}"
+
+
+def _documented_attributes(schema: type[BaseModel]) -> dict[str, str]:
+    """What the `Attributes:` part of a docstring says about each field."""
+    found: dict[str, str] = {}
+    _, _, attributes = inspect.cleandoc(schema.__doc__ or "").partition("\nAttributes:\n")
+    for entry in re.split(r"\n(?=    \w)", "\n" + attributes):
+        names, separator, words = entry.strip().partition(":")
+        if separator:
+            for name in names.split(","):
+                found[name.strip()] = " ".join(words.split())
+    return found
+
+
+def _scalar(value: Any) -> str:
+    """A value on one line, in flow style."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+__all__ = ["commented_yaml", "parse_yaml", "read_yaml"]
