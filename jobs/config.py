@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.config import ClusterConfig
 from jobs.config_errors import explain
-from model.config import BalanceConfig, ModelConfig
-from model.schedule import Schedule
+from model.config import BalanceConfig, ModelConfig, Schedule
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
@@ -30,7 +29,7 @@ class MtpConfig(_Section):
     """Multi-token prediction; the number of modules is `model.num_nextn_predict_layers`."""
 
     weight: Schedule = Field(
-        0.3,
+        default=0.3,
         description="λ, the weight of the mean loss of the MTP modules (DeepSeek-V3: 0.3, then 0.1). "
         "A number, or a list of {step, value}: the value from that step on.",
     )
@@ -39,76 +38,76 @@ class MtpConfig(_Section):
 class TrainingConfig(_Section):
     """What the optimizer does, and how the work is cut up."""
 
-    steps: Count = Field(200, description="Optimizer steps of the whole run.")
-    batch_size: Count = Field(8, description="Rows of a step, over all workers and microbatches together.")
+    steps: Count = Field(default=200, description="Optimizer steps of the whole run.")
+    batch_size: Count = Field(default=8, description="Rows of a step, over all workers and microbatches together.")
     microbatch_size: Count = Field(
-        4, description="Rows that go through the model at once; divides batch_size."
+        default=4, description="Rows that go through the model at once; divides batch_size."
     )
     microbatches_in_flight: Count = Field(
-        2,
-        description="Microbatches a worker runs at the same time: one computes while another's tokens travel.",
+        default=2,
+        description="Microbatches a worker runs at once: one computes while another's tokens travel.",
     )
-    sequence_length: Count = Field(256, description="Tokens of a row, at most model.max_position_embeddings.")
-    learning_rate: Positive = Field(1e-3, description="Peak of the learning rate.")
+    sequence_length: Count = Field(default=256, description="Tokens of a row, at most model.max_position_embeddings.")
+    learning_rate: Positive = Field(default=1e-3, description="Peak of the learning rate.")
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="Where the cosine ends at the last step, as a share of learning_rate."
+        default=0.1, description="Where the cosine ends at the last step, as a share of learning_rate."
     )
     warmup_steps: CountOrNone = Field(
-        20, description="Steps over which the learning rate rises from 0 to its peak."
+        default=20, description="Steps over which the learning rate rises from 0 to its peak."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay (AdamW).")
-    beta1: Fraction = Field(0.9, description="Decay of AdamW's first moment.")
-    beta2: Fraction = Field(0.95, description="Decay of AdamW's second moment.")
-    epsilon: Positive = Field(1e-8, description="AdamW's ε.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Decoupled weight decay (AdamW).")
+    beta1: Fraction = Field(default=0.9, description="Decay of AdamW's first moment.")
+    beta2: Fraction = Field(default=0.95, description="Decay of AdamW's second moment.")
+    epsilon: Positive = Field(default=1e-8, description="AdamW's ε.")
     clip_norm: Positive | None = Field(
-        1.0, description="Largest norm of the gradient of all parameters together; null does not clip."
+        default=1.0, description="Largest norm of the gradient of all parameters together; null does not clip."
     )
     recompute: bool = Field(
-        False,
+        default=False,
         description="Recompute activations in the backward pass: less memory, about a third more arithmetic.",
     )
     dtype: DTypeName = Field(
-        "auto",
-        description="auto | float32 | float64 | bfloat16. auto: float32 on CPUs, bfloat16 on GPUs that have it.",
+        default="auto",
+        description="auto, float32, float64 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs.",
     )
-    seed: CountOrNone = Field(0, description="Seeds the weights and the order of the rows.")
+    seed: CountOrNone = Field(default=0, description="Seeds the weights and the order of the rows.")
     workers: Count = Field(
-        1, description="Trunk workers (data parallel); every one gets at least a microbatch."
+        default=1, description="Trunk workers (data parallel); every one gets at least a microbatch."
     )
     threads: Count | None = Field(
-        None,
+        default=None,
         description="Compute threads of a worker; null shares out the machine's cores among its processes.",
     )
     cpus_per_worker: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="CPUs that Ray sets aside for a worker; for placement only, it limits nothing."
+        default=1.0, description="CPUs that Ray sets aside for a worker; for placement only, it limits nothing."
     )
     eval_interval: CountOrNone = Field(
-        50, description="Steps between evaluations on the held-out documents; 0: after the last step only."
+        default=50, description="Steps between evaluations on the held-out documents; 0: after the last step only."
     )
     eval_rows: Count | None = Field(
-        64, description="Held-out rows of an evaluation during training; null: all. The last one takes all."
+        default=64, description="Held-out rows of an evaluation during training; null: all. The last one takes all."
     )
-    tensorboard: bool = Field(True, description="Write TensorBoard event files into the run's directory.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard event files into the run's directory.")
 
 
 class DataConfig(_Section):
     """Where the documents come from."""
 
     path: str | None = Field(
-        None,
+        default=None,
         description="A file, folder or glob of text, JSONL (.jsonl, .jsonl.gz, .ndjson) or Parquet; "
         "null: the source of the Python standard library, which every machine has.",
     )
     text_field: str = Field(
-        "text", description="The field or column that holds a document's text (JSONL, Parquet)."
+        default="text", description="The field or column that holds a document's text (JSONL, Parquet)."
     )
     tokenizer: str | None = Field(
-        None,
-        description="A tokenizer.json, or a folder with one; null trains a byte-level BPE of model.vocab_size "
-        "tokens on the training documents.",
+        default=None,
+        description="A tokenizer.json, or a folder with one; null trains a byte-level BPE of "
+        "model.vocab_size tokens on the training documents.",
     )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.02,
+        default=0.02,
         description="Share of the documents that is held out, at least one; chosen by a hash of their names.",
     )
 
@@ -116,8 +115,8 @@ class DataConfig(_Section):
 class CheckpointConfig(_Section):
     """When a checkpoint is written."""
 
-    interval: CountOrNone = Field(100, description="Steps between checkpoints; 0: after the last step only.")
-    keep: Count = Field(2, description="Checkpoints that stay; older ones are deleted.")
+    interval: CountOrNone = Field(default=100, description="Steps between checkpoints; 0: after the last step only.")
+    keep: Count = Field(default=2, description="Checkpoints that stay; older ones are deleted.")
 
 
 class RunConfig(_Section):
@@ -125,21 +124,21 @@ class RunConfig(_Section):
 
     model: ModelConfig = Field(description="Shape of the model; names as in a DeepSeek-V3 config.json.")
     balance: BalanceConfig = Field(
-        default_factory=BalanceConfig, description="How experts are kept equally busy."
+       default= default_factory=BalanceConfig, description="How experts are kept equally busy."
     )
     mtp: MtpConfig = Field(
-        default_factory=MtpConfig,
+       default= default_factory=MtpConfig,
         description="Multi-token prediction; the number of modules is model.num_nextn_predict_layers.",
     )
     training: TrainingConfig = Field(
-        default_factory=TrainingConfig, description="What the optimizer does, and how the work is cut up."
+       default= default_factory=TrainingConfig, description="What the optimizer does, and how the work is cut up."
     )
     data: DataConfig = Field(default_factory=DataConfig, description="Where the documents come from.")
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="When a checkpoint is written."
+       default= default_factory=CheckpointConfig, description="When a checkpoint is written."
     )
     cluster: ClusterConfig = Field(
-        default_factory=ClusterConfig, description="Where the experts live, and how tokens reach them."
+       default= default_factory=ClusterConfig, description="Where the experts live, and how tokens reach them."
     )
 
     @model_validator(mode="after")
@@ -182,8 +181,8 @@ def _conflicts(config: RunConfig) -> list[str]:
         )
     elif config.microbatches < training.workers:
         problems.append(
-            f"training.workers ({training.workers}) is more than the {config.microbatches} microbatches of a step "
-            "(batch_size / microbatch_size); lower it, or lower training.microbatch_size"
+            f"training.workers ({training.workers}) is more than the {config.microbatches} microbatches of a "
+            "step (batch_size / microbatch_size); lower it, or lower training.microbatch_size"
         )
     if training.sequence_length > model.max_position_embeddings:
         problems.append(

@@ -16,6 +16,8 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any) -> Con
     """One `ConfigError` with one line for each distinct problem, in the order of the fields."""
     lines: dict[str, None] = {}
     for details in error.errors(include_url=False):
+        if details["type"] == "float_type" and isinstance(details["input"], list):
+            continue  # A schedule given as a list is no number; what is wrong with the list is said beside it.
         for line in _lines(details, schema):
             lines[line] = None
     return ConfigError("\n".join(_without_union_echo(list(lines))))
@@ -45,7 +47,7 @@ def _lines(details: ErrorDetails, schema: type[BaseModel]) -> Iterator[str]:
         for line in reason.splitlines():
             yield _prefixed(path, line, within)
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
-        yield f"{path or 'the configuration'}: {value!r} is not a mapping; write `field: value` lines below it"
+        yield f"{path or 'the configuration'}: {value!r} is not a mapping; write `field: value` lines"
     else:
         message = details["msg"].removeprefix("Input ")
         yield f"{path}: {value!r} {message}"
@@ -93,15 +95,13 @@ def _prefixed(path: str, line: str, within: type[BaseModel] | None) -> str:
 
 
 def _without_union_echo(lines: list[str]) -> list[str]:
-    """A union reports one line for each member it tried; the first one for a path says enough."""
-    seen: set[str] = set()
+    """A union reports a line for each member it tried; keep the deepest path, and its first line."""
+    paths = [line.partition(": ")[0] for line in lines]
     kept = []
-    for line in lines:
-        path, separator, _ = line.partition(": ")
-        if separator and path in seen:
-            continue
-        seen.add(path if separator else line)
-        kept.append(line)
+    for i, path in enumerate(paths):
+        deeper = any(other.startswith((f"{path}[", f"{path}.")) for other in paths)
+        if not deeper and path not in paths[:i]:
+            kept.append(lines[i])
     return kept
 
 

@@ -135,7 +135,7 @@ def bench_20m() -> RunConfig:
 
 
 def deepseek_v3() -> RunConfig:
-    """DeepSeek-V3 with its MTP module, trained as in arXiv 2412.19437, section 4.2; to count and to plan with.
+    """DeepSeek-V3 with its MTP module, trained as in arXiv 2412.19437, section 4.2; to plan with.
 
     The batch is the final one (15,360 rows of 4,096 tokens), so steps are tokens / 62.9M.
     """
