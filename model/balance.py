@@ -1,0 +1,174 @@
+"""Load balance: the bias that needs no loss, how to measure it, and the losses it is compared with.
+
+Shapes: B rows (sequences), T positions, N tokens, E routed experts, K per token, D devices (groups of
+E / D neighbouring experts), M devices that a token may use. Masks are true where a token counts; padding
+is false. Losses come without their weight α, and their gradient flows through the affinities only.
+
+Sources: arXiv 2412.19437 (eq. 16-20), arXiv 2408.15664 (MaxVio), arXiv 2405.04434 (eq. 23-31).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errors import ConfigError
+
+_TINY = 1e-20
+
+
+def expert_load(idx: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
+    """How many tokens chose each expert: [E] int64, of idx [..., K] with mask [...].
+
+    Counts are integers because a float counter stops growing (bfloat16 at 256, float32 at 2^24).
+    """
+    chosen = idx if mask is None else idx[mask.to(torch.bool)]
+    return torch.bincount(chosen.reshape(-1), minlength=n_experts)
+
+
+def update_bias(bias: Tensor, load: Tensor, rate: float, *, center: bool = False) -> Tensor:
+    """b + γ·sign(mean load - load), Algorithm 1 of arXiv 2408.15664; once per optimizer step.
+
+    Args:
+        bias: [..., E] float32 (1e-3 added to a bfloat16 bias is lost from 0.5 on).
+        load: [..., E] of the whole global batch, as of `expert_load`.
+        rate: γ.
+        center: subtract the step's mean, which keeps the bias's mean (torchtitan's form, not the paper's).
+
+    Raises:
+        ConfigError: the bias is not float32.
+    """
+    if bias.dtype != torch.float32:
+        raise ConfigError(f"e_score_correction_bias is {bias.dtype}: keep it in float32, small steps vanish")
+    # load.sum() - E·load instead of mean - load: exact for integers, so a perfectly loaded expert stays.
+    direction = torch.sign(load.sum(-1, keepdim=True) - load * load.shape[-1]).to(bias.dtype)
+    if center:
+        direction = direction - direction.mean(-1, keepdim=True)
+    return bias + rate * direction
+
+
+def max_violation(load: Tensor) -> Tensor:
+    """MaxVio = (max load - mean load) / mean load, [...] float64 of [..., E]; 0 where nothing was routed."""
+    wide = load.to(torch.float64)
+    mean = wide.mean(-1)
+    return torch.where(mean > 0, (wide.amax(-1) - mean) / mean.clamp_min(_TINY), 0.0)
+
+
+def sequence_balance_loss(scores: Tensor, mask: Tensor | None = None, *, top_k: int) -> Tensor:
+    """Complementary sequence-wise loss, eq. 17-20 of arXiv 2412.19437, without α.
+
+    f_i counts the top K of the unbiased affinities without regard to groups; P_i is the mean of the
+    affinities normalised over all experts.
+
+    Args:
+        scores: affinities [B, T, E].
+        mask: [B, T]; T in the equations is then the number of tokens that count.
+        top_k: K.
+
+    Returns:
+        The mean over all B rows of Σ f_i P_i, a scalar; a row without tokens adds 0.
+    """
+    share = scores / (scores.sum(-1, keepdim=True) + _TINY)
+    chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, dim=-1).indices, 1.0)
+    if mask is None:
+        length = scores.new_full((scores.shape[0], 1), scores.shape[1])
+        counts, total = chosen.sum(1), share.sum(1)
+    else:
+        weight = mask.to(scores.dtype).unsqueeze(-1)
+        length = weight.sum(1).clamp_min(1.0)
+        counts, total = (chosen * weight).sum(1), (share * weight).sum(1)
+    frequency = counts * (scores.shape[-1] / top_k) / length
+    return (frequency * total / length).sum(-1).mean()
+
+
+def auxiliary_loss(scores: Tensor, idx: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The classic balance loss E · Σ f_i P_i (GShard, Switch; eq. 23-25 of arXiv 2405.04434), without α.
+
+    Args:
+        scores: affinities [N, E]; they are normalised per token, so sigmoid and softmax gates both fit.
+        idx: [N, K] experts as routed.
+        mask: [N].
+
+    Returns:
+        A scalar; 1 when the load is even, whatever the affinities.
+    """
+    frequency, share = _frequency_and_share(scores, idx, mask)
+    return (frequency * share).sum()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLosses:
+    """DeepSeek-V2's three losses, each a scalar without its weight.
+
+    Attributes:
+        expert: eq. 23-25, experts of even load.
+        device: eq. 26-28, devices of even computation.
+        communication: eq. 29-31, devices that receive evenly many tokens.
+    """
+
+    expert: Tensor
+    device: Tensor
+    communication: Tensor
+
+
+def device_losses(
+    scores: Tensor, idx: Tensor, mask: Tensor | None = None, *, n_devices: int, max_devices: int
+) -> DeviceLosses:
+    """Expert-, device- and communication-level balance losses, eq. 23-31 of arXiv 2405.04434.
+
+    Args:
+        scores: affinities [N, E], normalised per token here.
+        idx: [N, K] experts as routed.
+        mask: [N].
+        n_devices: D; device i holds experts i·E/D … (i+1)·E/D.
+        max_devices: M, how many devices a token may reach.
+
+    Raises:
+        ConfigError: n_devices does not divide E.
+    """
+    n_experts = scores.shape[-1]
+    if n_devices < 1 or n_experts % n_devices:
+        raise ConfigError(f"n_devices ({n_devices}) does not divide n_routed_experts ({n_experts})")
+    per_device = n_experts // n_devices
+    frequency, share = _frequency_and_share(scores, idx, mask)
+    device_share = share.view(n_devices, per_device).sum(1)
+    device_frequency = frequency.view(n_devices, per_device).mean(1)
+    visited = torch.zeros(idx.shape[0], n_devices, dtype=scores.dtype, device=scores.device)
+    visited.scatter_(1, idx.div(per_device, rounding_mode="floor"), 1.0)
+    if mask is not None:
+        visited = visited * mask.to(scores.dtype).unsqueeze(-1)
+    received = visited.sum(0) * (n_devices / max_devices) / _n_tokens(scores, mask)
+    return DeviceLosses(
+        expert=(frequency * share).sum(),
+        device=(device_frequency * device_share).sum(),
+        communication=(received * device_share).sum(),
+    )
+
+
+def _frequency_and_share(scores: Tensor, idx: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """f_i and P_i, both [E], of eq. 24 and 25."""
+    n_experts, top_k = scores.shape[-1], idx.shape[-1]
+    n_tokens = _n_tokens(scores, mask)
+    load = expert_load(idx, n_experts, mask).to(scores.dtype)
+    share = scores / (scores.sum(-1, keepdim=True) + _TINY)
+    if mask is not None:
+        share = share * mask.to(scores.dtype).unsqueeze(-1)
+    return load * (n_experts / top_k) / n_tokens, share.sum(0) / n_tokens
+
+
+def _n_tokens(scores: Tensor, mask: Tensor | None) -> Tensor:
+    n = scores.new_tensor(scores.shape[0]) if mask is None else mask.sum().to(scores.dtype)
+    return n.clamp_min(1.0)
+
+
+__all__ = [
+    "DeviceLosses",
+    "auxiliary_loss",
+    "device_losses",
+    "expert_load",
+    "max_violation",
+    "sequence_balance_loss",
+    "update_bias",
+]

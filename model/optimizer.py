@@ -1,0 +1,189 @@
+"""AdamW over flat buffers: one pass over memory per step, however many tensors there are.
+
+Tensors of one dtype, device and decay group lie one after the other in one flat buffer; their gradients
+and both moments likewise. Each tensor becomes a view into it, so a step, a clearing and a norm are each
+one call over contiguous memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errors import CheckpointError, ProtocolError
+
+_ALIGNMENT = 64  # bytes; every tensor starts on a cache line, as one of its own would
+_NORM_CHUNK = 1 << 16  # elements; a chunk's float64 copy stays in the cache
+
+
+def decays_by_shape(name: str, tensor: Tensor) -> bool:
+    """Matrices decay; norms and other vectors do not."""
+    return tensor.ndim >= 2
+
+
+@dataclass(slots=True)
+class _Group:
+    """One flat buffer of everything, and where each tensor lies in it."""
+
+    decay: float
+    value: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+
+class AdamW:
+    """`torch.optim.AdamW(fused=True)` for named tensors that it moves into flat buffers.
+
+    On construction each tensor's `.data` becomes a view of the flat buffer, and the `.grad` of those that
+    require one a view of the flat gradient buffer (autograd then adds into it in place). Clear gradients
+    with `zero_grad()` here, never to None elsewhere.
+
+    Args:
+        tensors: (name, tensor) pairs, parameters or plain tensors; names unique.
+        beta1, beta2, epsilon: as in AdamW.
+        weight_decay: decoupled, for the tensors that `decays` picks.
+        decays: (name, tensor) -> whether it decays.
+
+    Attributes:
+        gradients: by name, views of the flat gradient buffer.
+        step_count: steps taken.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.1,
+        decays: Callable[[str, Tensor], bool] = decays_by_shape,
+    ) -> None:
+        self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
+        self._tensors = dict(tensors)
+        self._groups: list[_Group] = []
+        self.gradients: dict[str, Tensor] = {}
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.step_count = 0
+        members: dict[tuple[torch.dtype, torch.device, bool], list[str]] = {}
+        for name, tensor in self._tensors.items():
+            members.setdefault((tensor.dtype, tensor.device, decays(name, tensor)), []).append(name)
+        for (_, _, decayed), names in members.items():
+            self._groups.append(self._flatten(names, weight_decay if decayed else 0.0))
+
+    def _flatten(self, names: list[str], decay: float) -> _Group:
+        first = self._tensors[names[0]]
+        unit = _ALIGNMENT // first.element_size()
+        offsets, total = [], 0
+        for name in names:
+            offsets.append(total)
+            total += -(-self._tensors[name].numel() // unit) * unit
+        # Zero padding stays zero under AdamW: no gradient, no moment, nothing to decay.
+        flat = torch.zeros(4, total, dtype=first.dtype, device=first.device)
+        value, gradient, exp_avg, exp_avg_sq = flat.unbind(0)
+        step = torch.zeros((), dtype=torch.float32, device=first.device)
+        for name, offset in zip(names, offsets, strict=True):
+            tensor = self._tensors[name]
+            place = slice(offset, offset + tensor.numel())
+            view = value[place].view(tensor.shape)
+            view.copy_(tensor.detach())
+            tensor.data = view
+            self.gradients[name] = gradient[place].view(tensor.shape)
+            if tensor.requires_grad:
+                tensor.grad = self.gradients[name]
+            self._moments[name] = (exp_avg[place].view(tensor.shape), exp_avg_sq[place].view(tensor.shape))
+        return _Group(decay, value, gradient, exp_avg, exp_avg_sq, step)
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """One AdamW step with gradients times `scale` (the clip factor, > 0).
+
+        The gradients are left in an unspecified scale: call `zero_grad` before the next accumulation.
+
+        Raises:
+            ProtocolError: somebody replaced or dropped a tensor's `.grad`.
+        """
+        self._check_attached()
+        self.step_count += 1
+        for group in self._groups:
+            group.step.fill_(self.step_count)
+            divisor = None
+            if scale != 1.0:
+                if group.gradient.dtype == torch.float64:
+                    # The kernel's own scaling rounds to float32.
+                    group.gradient.mul_(scale)
+                else:
+                    divisor = torch.tensor(1.0 / scale, dtype=torch.float32, device=group.value.device)
+            torch._fused_adamw_(
+                [group.value],
+                [group.gradient],
+                [group.exp_avg],
+                [group.exp_avg_sq],
+                [],
+                [group.step],
+                lr=lr,
+                beta1=self._beta1,
+                beta2=self._beta2,
+                weight_decay=group.decay,
+                eps=self._epsilon,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+                found_inf=None,
+            )
+
+    def zero_grad(self) -> None:
+        """Clear all gradients, in place."""
+        for group in self._groups:
+            group.gradient.zero_()
+
+    def squared_norm(self) -> float:
+        """Sum of the squared gradients, accumulated in float64 so that it adds up over any partition."""
+        total = 0.0
+        for group in self._groups:
+            parts = [
+                torch.dot(wide, wide) for wide in map(Tensor.double, torch.split(group.gradient, _NORM_CHUNK))
+            ]
+            total += float(torch.stack(parts).sum()) if parts else 0.0
+        return total
+
+    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(exp_avg, exp_avg_sq) by name: live views, in the tensors' shapes."""
+        return dict(self._moments)
+
+    @torch.no_grad()
+    def load_moments(self, moments: Mapping[str, tuple[Tensor, Tensor]], *, step: int) -> None:
+        """Take over moments of a checkpoint, and the number of steps that made them.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or of another shape.
+        """
+        if moments.keys() != self._moments.keys():
+            odd = ", ".join(sorted(moments.keys() ^ self._moments.keys())[:3])
+            raise CheckpointError(f"optimizer state and model name different tensors ({odd}, …): not its own")
+        for name, loaded in moments.items():
+            for kind, mine, other in zip(("exp_avg", "exp_avg_sq"), self._moments[name], loaded, strict=True):
+                if mine.shape != other.shape:
+                    raise CheckpointError(
+                        f"{kind} of {name} has shape {list(other.shape)}, the model needs {list(mine.shape)}"
+                    )
+                mine.copy_(other)
+        self.step_count = step
+
+    def _check_attached(self) -> None:
+        for name, tensor in self._tensors.items():
+            if tensor.requires_grad and (
+                tensor.grad is None or tensor.grad.data_ptr() != self.gradients[name].data_ptr()
+            ):
+                raise ProtocolError(
+                    f"the gradient of {name} is no longer in the optimizer's buffer: "
+                    "clear gradients with AdamW.zero_grad, not with set_to_none"
+                )
+
+
+__all__ = ["AdamW", "decays_by_shape"]
