@@ -1,7 +1,7 @@
 """The configuration of a run: one YAML file, checked as a whole before anything starts.
 
-Each field's description is what `raymoe config` prints as its comment. Sections that belong to a
-layer below (`model`, `balance`, `cluster`) are defined there.
+What the docstrings say about a field is what `raymoe config` prints above it. The sections of the
+layers below (`model`, `balance`, `cluster`) are defined there.
 """
 
 from __future__ import annotations
@@ -15,131 +15,133 @@ from jobs.config_errors import explain
 from model.config import BalanceConfig, ModelConfig, Schedule
 
 Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 DTypeName = Literal["auto", "float32", "float64", "bfloat16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class MtpConfig(_Section):
-    """Multi-token prediction; the number of modules is `model.num_nextn_predict_layers`."""
+    """Multi-token prediction; the number of modules is model.num_nextn_predict_layers.
 
-    weight: Schedule = Field(
-        default=0.3,
-        description="λ, the weight of the mean loss of the MTP modules (DeepSeek-V3: 0.3, then 0.1). "
-        "A number, or a list of {step, value}: the value from that step on.",
-    )
+    Attributes:
+        weight: lambda, the weight of the mean loss of the MTP modules (DeepSeek-V3: 0.3, then 0.1);
+            a number, or a list of {step, value}, each value holding from its step on.
+    """
+
+    weight: Schedule = 0.3
 
 
 class TrainingConfig(_Section):
-    """What the optimizer does, and how the work is cut up."""
+    """What the optimizer does, and how the work is cut up.
 
-    steps: Count = Field(default=200, description="Optimizer steps of the whole run.")
-    batch_size: Count = Field(default=8, description="Rows of a step, over all workers and microbatches together.")
-    microbatch_size: Count = Field(
-        default=4, description="Rows that go through the model at once; divides batch_size."
-    )
-    microbatches_in_flight: Count = Field(
-        default=2,
-        description="Microbatches a worker runs at once: one computes while another's tokens travel.",
-    )
-    sequence_length: Count = Field(default=256, description="Tokens of a row, at most model.max_position_embeddings.")
-    learning_rate: Positive = Field(default=1e-3, description="Peak of the learning rate.")
-    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.1, description="Where the cosine ends at the last step, as a share of learning_rate."
-    )
-    warmup_steps: CountOrNone = Field(
-        default=20, description="Steps over which the learning rate rises from 0 to its peak."
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Decoupled weight decay (AdamW).")
-    beta1: Fraction = Field(default=0.9, description="Decay of AdamW's first moment.")
-    beta2: Fraction = Field(default=0.95, description="Decay of AdamW's second moment.")
-    epsilon: Positive = Field(default=1e-8, description="AdamW's ε.")
-    clip_norm: Positive | None = Field(
-        default=1.0, description="Largest norm of the gradient of all parameters together; null does not clip."
-    )
-    recompute: bool = Field(
-        default=False,
-        description="Recompute activations in the backward pass: less memory, about a third more arithmetic.",
-    )
-    dtype: DTypeName = Field(
-        default="auto",
-        description="auto, float32, float64 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs.",
-    )
-    seed: CountOrNone = Field(default=0, description="Seeds the weights and the order of the rows.")
-    workers: Count = Field(
-        default=1, description="Trunk workers (data parallel); every one gets at least a microbatch."
-    )
-    threads: Count | None = Field(
-        default=None,
-        description="Compute threads of a worker; null shares out the machine's cores among its processes.",
-    )
-    cpus_per_worker: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="CPUs that Ray sets aside for a worker; for placement only, it limits nothing."
-    )
-    eval_interval: CountOrNone = Field(
-        default=50, description="Steps between evaluations on the held-out documents; 0: after the last step only."
-    )
-    eval_rows: Count | None = Field(
-        default=64, description="Held-out rows of an evaluation during training; null: all. The last one takes all."
-    )
-    tensorboard: bool = Field(default=True, description="Write TensorBoard event files into the run's directory.")
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch_size: rows of a step, over all workers and microbatches together.
+        microbatch_size: rows that go through the model at once; divides batch_size.
+        microbatches_in_flight: microbatches a worker runs at once, so that one computes while
+            another's tokens travel.
+        sequence_length: tokens of a row, at most model.max_position_embeddings.
+        learning_rate: peak of the learning rate.
+        min_learning_rate_ratio: where the cosine ends at the last step, as a share of learning_rate.
+        warmup_steps: steps over which the learning rate rises to its peak.
+        weight_decay: decoupled weight decay (AdamW).
+        beta1: decay of AdamW's first moment.
+        beta2: decay of AdamW's second moment.
+        epsilon: AdamW's epsilon.
+        clip_norm: largest norm of the gradient of all parameters together; null does not clip.
+        recompute: recompute activations in the backward pass; less memory, more arithmetic.
+        dtype: `auto`, `float32`, `float64` or `bfloat16`; `auto` is float32 on CPUs and bfloat16 on GPUs.
+        seed: seeds the weights and the order of the rows.
+        workers: trunk workers (data parallel); every one gets at least one microbatch of a step.
+        threads: compute threads of a worker; null shares out the machine's cores.
+        cpus_per_worker: CPUs that Ray reserves for each worker.
+        eval_interval: steps between evaluations on the held-out documents; 0 evaluates only at the end.
+        eval_rows: held-out rows of an evaluation on the way; null takes all, as the last one does.
+        tensorboard: write TensorBoard event files into the run's directory.
+    """
+
+    steps: Count = 200
+    batch_size: Count = 8
+    microbatch_size: Count = 4
+    microbatches_in_flight: Count = 2
+    sequence_length: Count = 256
+    learning_rate: Positive = 1e-3
+    min_learning_rate_ratio: Share = 0.1
+    warmup_steps: CountOrZero = 20
+    weight_decay: NonNegative = 0.1
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    epsilon: Positive = 1e-8
+    clip_norm: Positive | None = 1.0
+    recompute: bool = False
+    dtype: DTypeName = "auto"
+    seed: CountOrZero = 0
+    workers: Count = 1
+    threads: Count | None = None
+    cpus_per_worker: NonNegative = 1.0
+    eval_interval: CountOrZero = 50
+    eval_rows: Count | None = 64
+    tensorboard: bool = True
 
 
 class DataConfig(_Section):
-    """Where the documents come from."""
+    """Where the documents come from.
 
-    path: str | None = Field(
-        default=None,
-        description="A file, folder or glob of text, JSONL (.jsonl, .jsonl.gz, .ndjson) or Parquet; "
-        "null: the source of the Python standard library, which every machine has.",
-    )
-    text_field: str = Field(
-        default="text", description="The field or column that holds a document's text (JSONL, Parquet)."
-    )
-    tokenizer: str | None = Field(
-        default=None,
-        description="A tokenizer.json, or a folder with one; null trains a byte-level BPE of "
-        "model.vocab_size tokens on the training documents.",
-    )
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.02,
-        description="Share of the documents that is held out, at least one; chosen by a hash of their names.",
-    )
+    Attributes:
+        path: a file, folder or glob of text, JSONL or Parquet; null is the source of the Python
+            standard library, which every machine has.
+        text_field: field or column that holds a document's text (JSONL, Parquet).
+        tokenizer: a tokenizer.json, or a folder with one; null trains a byte-level BPE of
+            model.vocab_size tokens on the training documents.
+        validation_fraction: share of the documents that is held out, at least one; which ones is
+            decided by a hash of their names.
+    """
+
+    path: str | None = None
+    text_field: str = "text"
+    tokenizer: str | None = None
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
 
 
 class CheckpointConfig(_Section):
-    """When a checkpoint is written."""
+    """When a checkpoint is written.
 
-    interval: CountOrNone = Field(default=100, description="Steps between checkpoints; 0: after the last step only.")
-    keep: Count = Field(default=2, description="Checkpoints that stay; older ones are deleted.")
+    Attributes:
+        interval: steps between checkpoints; 0 writes only one, after the last step.
+        keep: checkpoints that stay; older ones are deleted.
+    """
+
+    interval: CountOrZero = 100
+    keep: Count = 2
 
 
 class RunConfig(_Section):
-    """A complete run. Every section but `model` has defaults."""
+    """A complete run. Every section but `model` has defaults.
 
-    model: ModelConfig = Field(description="Shape of the model; names as in a DeepSeek-V3 config.json.")
-    balance: BalanceConfig = Field(
-       default= default_factory=BalanceConfig, description="How experts are kept equally busy."
-    )
-    mtp: MtpConfig = Field(
-       default= default_factory=MtpConfig,
-        description="Multi-token prediction; the number of modules is model.num_nextn_predict_layers.",
-    )
-    training: TrainingConfig = Field(
-       default= default_factory=TrainingConfig, description="What the optimizer does, and how the work is cut up."
-    )
-    data: DataConfig = Field(default_factory=DataConfig, description="Where the documents come from.")
-    checkpoint: CheckpointConfig = Field(
-       default= default_factory=CheckpointConfig, description="When a checkpoint is written."
-    )
-    cluster: ClusterConfig = Field(
-       default= default_factory=ClusterConfig, description="Where the experts live, and how tokens reach them."
-    )
+    Attributes:
+        model: shape of the model; the names are those of a DeepSeek-V3 config.json.
+        balance: how the load of the routed experts is kept even.
+        mtp: multi-token prediction; the number of modules is model.num_nextn_predict_layers.
+        training: what the optimizer does, and how the work is cut up.
+        data: where the documents come from.
+        checkpoint: when a checkpoint is written.
+        cluster: where the experts live, and how tokens reach them.
+    """
+
+    model: ModelConfig
+    balance: BalanceConfig = BalanceConfig()
+    mtp: MtpConfig = MtpConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -17,7 +17,7 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any) -> Con
     lines: dict[str, None] = {}
     for details in error.errors(include_url=False):
         if details["type"] == "float_type" and isinstance(details["input"], list):
-            continue  # A schedule given as a list is no number; what is wrong with the list is said beside it.
+            continue  # A schedule given as a list: what is wrong with the list is said beside it.
         for line in _lines(details, schema):
             lines[line] = None
     return ConfigError("\n".join(_without_union_echo(list(lines))))

@@ -97,14 +97,13 @@ def commented_yaml(config: BaseModel) -> str:
 def _section(config: BaseModel, values: dict[str, Any], depth: int) -> Iterator[str]:
     indent = "  " * depth
     documented = _documented_attributes(type(config))
-    for name, field in type(config).model_fields.items():
+    for name in type(config).model_fields:
         value, inner = values[name], getattr(config, name)
         if depth == 0 and name != next(iter(values)):
             yield ""
-        described = field.description or documented.get(name)
-        if described:
+        if name in documented:
             yield from textwrap.wrap(
-                described,
+                documented[name],
                 _WIDTH,
                 initial_indent=f"{indent}# ",
                 subsequent_indent=f"{indent}# ",
