@@ -6,12 +6,12 @@ The fields of `ModelConfig` carry the names of a Hugging Face DeepSeek-V3 `confi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from errors import ConfigError
+from model.schedule import Schedule
 
 Size = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -21,26 +21,6 @@ class _Frozen(BaseModel):
     """A value object: immutable, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SchedulePoint(_Frozen):
-    """From optimizer step `step` on, the value is `value`."""
-
-    step: Annotated[int, Field(ge=0)]
-    value: Weight
-
-
-def _ascending(points: tuple[SchedulePoint, ...]) -> tuple[SchedulePoint, ...]:
-    steps = [point.step for point in points]
-    if not steps or steps[0] != 0:
-        raise ValueError("the first point of a schedule must be at step 0")
-    if any(late <= early for early, late in pairwise(steps)):
-        raise ValueError(f"the steps of a schedule must ascend, not {steps}")
-    return points
-
-
-Schedule = Weight | Annotated[tuple[SchedulePoint, ...], AfterValidator(_ascending)]
-"""A number, or a piecewise constant one: points of ascending step, the first at step 0."""
 
 
 class YarnScaling(_Frozen):
@@ -282,7 +262,5 @@ __all__ = [
     "BalanceConfig",
     "DeviceWeights",
     "ModelConfig",
-    "Schedule",
-    "SchedulePoint",
     "YarnScaling",
 ]

@@ -1,0 +1,94 @@
+"""Head and cross-entropy in one: the logits of a batch are never in memory at once.
+
+Shapes: N positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The target of a position that is left out of the loss."""
+
+# Logits of a chunk take 4 MiB in float32: they stay in the last cache between the product that makes
+# them, the softmax, and the two products that take their gradient.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the negative log-likelihoods; both gradients are taken on the way forward, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        need_hidden, need_weight, _ = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight) if need_weight else None
+        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        for chunk in _chunks(len(hidden), weight.shape[0]):
+            kept = target[chunk] != IGNORE
+            goal = target[chunk].clamp_min(0).unsqueeze(1)
+            logits = (hidden[chunk] @ weight.t()).to(total.dtype)
+            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
+            loss = (log_sum - logits.gather(1, goal)).squeeze(1)
+            total += torch.where(kept, loss, 0).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = logits.sub_(log_sum).exp_()
+            d_logits.scatter_add_(1, goal, d_logits.new_full((), -1).expand_as(goal))
+            if not kept.all():
+                d_logits.mul_(kept.unsqueeze(1))
+            d_logits = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[chunk])
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.t(), hidden[chunk])
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * d_total.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * d_total.to(d_weight.dtype),
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Sum over the positions of -log softmax(W h)[target].
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        target: [N] int64; `IGNORE` leaves a position out.
+
+    Returns:
+        A scalar in float32, in float64 for float64 inputs.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, target)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def greedy(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The most likely token of every position: [..., D] to [...] int64."""
+    rows = hidden.flatten(0, -2)
+    best = [(rows[chunk] @ weight.t()).argmax(1) for chunk in _chunks(len(rows), weight.shape[0])]
+    return torch.cat(best).view(hidden.shape[:-1])
+
+
+def _chunks(n: int, vocabulary: int) -> list[slice]:
+    size = max(16, _CHUNK_ELEMENTS // vocabulary)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+__all__ = ["IGNORE", "greedy", "linear_cross_entropy"]

@@ -1,0 +1,106 @@
+"""The mixture-of-experts layer without its routed experts, which are given from outside.
+
+Shapes: B rows, T positions, N = B·T tokens, D hidden, E routed experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.balance import expert_load
+from model.balance_loss import BalanceWeights, layer_balance_loss
+from model.config import ModelConfig
+from model.experts import Experts
+from model.mlp import SwiGLU
+from model.routing import affinity, gate_values, select_experts
+from model.trace import Trace
+
+
+class Gate(nn.Module):
+    """Expert centroids `weight` [E, D] and the float32 buffer `e_score_correction_bias` [E]."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, n_experts: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(n_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves of the module move the bias, conversions leave it float32: it would stall in bfloat16."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.e_score_correction_bias
+        if moved.dtype != bias.dtype:
+            self.e_score_correction_bias = (
+                torch.empty_like(moved, dtype=bias.dtype) if bias.is_meta else bias.to(moved.device)
+            )
+        return self
+
+
+class MoE(nn.Module):
+    """Gate and shared experts; the routed ones are reached through `Experts`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.gate = Gate(config.n_routed_experts, config.hidden_size)
+        self.shared_experts = SwiGLU(
+            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        experts: Experts,
+        trace: Trace,
+        mask: Tensor | None,
+        balance: BalanceWeights | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Route, and add the routed and the shared experts' outputs.
+
+        Args:
+            x: [B, T, D].
+            trace: gives the route if it has this layer's, else takes route and load.
+            mask: [B, T], true where a token counts for load and balance; None counts all.
+            balance: weights of the balance losses; None computes none.
+
+        Returns:
+            [B, T, D], and the weighted balance loss, a mean over the rows (None where there is none).
+        """
+        config = self.config
+        rows = x.flatten(0, 1)
+        scores = affinity(rows, self.gate.weight)
+        idx = trace.routes.get(self.layer)
+        if idx is None:
+            idx = select_experts(
+                scores.detach(),
+                self.gate.e_score_correction_bias,
+                top_k=config.num_experts_per_tok,
+                n_group=config.n_group,
+                topk_group=config.topk_group,
+                group_score=config.group_score,
+            )
+            trace.routes[self.layer] = idx
+            counted = None if mask is None else mask.flatten()
+            trace.loads[self.layer] = expert_load(idx, config.n_routed_experts, counted)
+        gates = gate_values(scores, idx, normalize=config.norm_topk_prob, factor=config.routed_scaling_factor)
+        # Dispatch, shared, combine: the shared experts work while the tokens are away. The backward pass
+        # runs in the reverse order of creation, so there too they fill the time.
+        pending = experts.dispatch(self.layer, rows, idx, gates)
+        shared = self.shared_experts(rows)
+        out = (shared + pending.combine()).view_as(x)
+        loss = None
+        if balance is not None:
+            loss = layer_balance_loss(
+                scores.view(*x.shape[:2], -1), idx, mask, weights=balance, config=config
+            )
+        return out, loss
+
+
+__all__ = ["Gate", "MoE"]

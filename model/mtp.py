@@ -1,0 +1,78 @@
+"""Multi-token prediction: modules that predict further tokens from the trunk's hidden states.
+
+Module k (1-based) at position i predicts token i + k + 1. `chain` is DeepSeek-V3's (arXiv 2412.19437,
+eq. 21-25): module k takes module k - 1's hidden state and the embedding of token i + k. `parallel` is
+Gloeckle et al.'s (arXiv 2404.19737): each module is a block on the trunk's last hidden state. Embedding
+and head are the main model's.
+
+Shapes: B rows, T positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.block import Block, Pass
+from model.config import ModelConfig
+from model.norm import RMSNorm
+
+
+class SharedHead(nn.Module):
+    """The norm before the shared head (Hugging Face: `shared_head.norm`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MTPModule(Block):
+    """A block, with what joins the next token's embedding to the hidden state in `chain` mode."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        if config.mtp_mode == "chain":
+            self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = SharedHead(config)
+
+    def join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Eq. 21: a hidden state and a later token's embedding, both [B, T, D], to the block's input.
+
+        The released weights expect the embedding first; the paper writes the hidden state first.
+        """
+        joined: Tensor = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        return joined
+
+    def draft(self, x: Tensor, through: Pass) -> tuple[Tensor, Tensor | None]:
+        """The block and the norm before the head: [B, T, D] to [B, T, D], and the balance loss."""
+        out, loss = self(x, through)
+        return self.shared_head.norm(out), loss
+
+
+def draft_acceptance(
+    main: Tensor, draft: Tensor, *, depth: int, valid: Tensor | None = None
+) -> tuple[int, int]:
+    """How often a module's greedy token is the one that the main model would choose there.
+
+    Teacher-forced: both have read the true tokens up to their position.
+
+    Args:
+        main: [B, T] greedy tokens of the main model; at position i it names token i + 1.
+        draft: [B, T] greedy tokens of module `depth`; at position i it names token i + depth + 1.
+        depth: k, 1 for the first module.
+        valid: [B, T], false where the draft at a position is not to be judged (see `losses.targets_of`).
+
+    Returns:
+        Accepted drafts, and judged ones.
+    """
+    length = max(0, main.shape[1] - depth)
+    equal = draft[:, :length] == main[:, depth:]
+    if valid is None:
+        return int(equal.sum()), equal.numel()
+    judged = valid[:, :length]
+    return int((equal & judged).sum()), int(judged.sum())
+
+
+__all__ = ["MTPModule", "SharedHead", "draft_acceptance"]
