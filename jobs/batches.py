@@ -1,4 +1,7 @@
-"""Which rows a step trains on, and who takes which: functions of the step alone, so resuming needs no more."""
+"""Which rows a step trains on, and who takes which.
+
+Functions of the step alone, so that resuming needs nothing else.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ class Block:
         last = len(self.documents) - depth
         inputs, targets = self.documents[: last - 1], self.documents[1:last]
         valid = (inputs == targets) & (targets != PADDING)
-        return valid.reshape(-1, sequence_length).sum(axis=1, dtype=np.int32)
+        counts: Int32s = valid.reshape(-1, sequence_length).sum(axis=1, dtype=np.int32)
+        return counts
 
 
 class Stored(Protocol[_Value]):

@@ -13,11 +13,13 @@ from errors import ConfigError, DataError
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST = 256 + 1  # Every byte, and the end of text.
 # What other people's tokenizers call the end of a text.
-_KNOWN_ENDS = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>")
+_KNOWN_ENDS = (END_OF_TEXT, "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end_of_text|>", "</s>", "<eos>")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a tokenizer of at most `vocab_size` tokens; the same texts give the same one.
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, int]:
+    """Train a tokenizer of at most `vocab_size` tokens, with the id of its end-of-text token.
+
+    The same texts give the same tokenizer.
 
     Raises:
         ConfigError: `vocab_size` cannot hold the 256 bytes and the end of text.
@@ -37,11 +39,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return tokenizer, int(tokenizer.token_to_id(END_OF_TEXT))
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Read a tokenizer.json, or a folder's.
+def load_tokenizer(path: Path, vocab_size: int) -> tuple[Tokenizer, int]:
+    """Read a tokenizer.json, or a folder's, with the id of its end-of-text token.
 
     Raises:
         DataError: there is none, or it cannot be read.
@@ -60,30 +62,13 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
             f"model.vocab_size ({vocab_size}) is smaller than the {highest} tokens of {file}; "
             f"set model.vocab_size={highest}"
         )
-    end_of_text(tokenizer, file)
-    return tokenizer
+    return tokenizer, _end_of_text(tokenizer, file)
 
 
-def end_of_text(tokenizer: Tokenizer, file: Path | None = None) -> int:
-    """Id of the token that ends a document.
-
-    Raises:
-        ConfigError: the tokenizer knows none of the usual ones.
-    """
-    for name in _end_names(file):
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return int(found)
-    raise ConfigError(
-        f"data.tokenizer: {file or 'the tokenizer'} has no end-of-text token; it needs one of "
-        f"{', '.join(_KNOWN_ENDS)}, or an eos_token in a tokenizer_config.json beside it"
-    )
-
-
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, end_of_text: int, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into a folder."""
     directory.mkdir(parents=True, exist_ok=True)
-    end = tokenizer.id_to_token(end_of_text(tokenizer, directory / "tokenizer.json"))
+    end = tokenizer.id_to_token(end_of_text)
     tokenizer.save(str(directory / "tokenizer.json"))
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -98,10 +83,21 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     _write_json(directory / "special_tokens_map.json", {"eos_token": end, "pad_token": end})
 
 
-def _end_names(file: Path | None) -> tuple[str, ...]:
+def _end_of_text(tokenizer: Tokenizer, file: Path) -> int:
+    for name in _end_names(file):
+        found = tokenizer.token_to_id(name)
+        if found is not None:
+            return int(found)
+    raise ConfigError(
+        f"data.tokenizer: {file} has no end-of-text token; it needs one of {', '.join(_KNOWN_ENDS)}, "
+        "or an eos_token in a tokenizer_config.json beside it"
+    )
+
+
+def _end_names(file: Path) -> tuple[str, ...]:
     """Names to look for, that of a tokenizer_config.json beside the file first."""
-    beside = file.parent / "tokenizer_config.json" if file is not None else None
-    if beside is None or not beside.is_file():
+    beside = file.parent / "tokenizer_config.json"
+    if not beside.is_file():
         return _KNOWN_ENDS
     try:
         named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
@@ -116,4 +112,4 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["END_OF_TEXT", "end_of_text", "load_tokenizer", "save_tokenizer", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "load_tokenizer", "save_tokenizer", "train_tokenizer"]

@@ -1,0 +1,74 @@
+"""What a run writes down of each step: `metrics.jsonl`, and TensorBoard's event files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends one JSON object a step; on a resume, steps that are run again are cut off first.
+
+    Args:
+        directory: the run's directory.
+        first_step: the step the run begins or goes on with; lines from it on are removed.
+        tensorboard: write event files into `directory/tensorboard` too.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] < first_step]
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        rewritten.rename(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and often not wanted
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one step; `values["step"]` is its number."""
+        self._file.write(json.dumps(values) + "\n")
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, values["step"])
+            elif isinstance(value, dict):
+                self._board.add_scalars(name, value, values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+__all__ = ["METRICS_FILE", "MetricsWriter", "read_metrics"]
