@@ -4,15 +4,18 @@
 # source: protos/coordinator.proto
 # Protobuf Python Version: 6.30.0
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 30, 0, "", "protos/coordinator.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    30,
+    0,
+    '',
+    'protos/coordinator.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,81 +25,79 @@ _sym_db = _symbol_database.Default()
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x18protos/coordinator.proto\x12\traymoe.v1\x1a\x13protos/tensor.proto"\x9a\x01\n\x08HostInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x35\n\taddresses\x18\x03 \x03(\x0b\x32".raymoe.v1.HostInfo.AddressesEntry\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"u\n\x0cRoutingTable\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12"\n\x05hosts\x18\x02 \x03(\x0b\x32\x13.raymoe.v1.HostInfo\x12\x10\n\x08n_layers\x18\x03 \x01(\x05\x12\x11\n\tn_experts\x18\x04 \x01(\x05\x12\r\n\x05owner\x18\x05 \x03(\x05"8\n\x13RegisterHostRequest\x12!\n\x04host\x18\x01 \x01(\x0b\x32\x13.raymoe.v1.HostInfo";\n\x11RegisterHostReply\x12&\n\x05table\x18\x01 \x01(\x0b\x32\x17.raymoe.v1.RoutingTable"\xa8\x01\n\x10HeartbeatRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x39\n\x07metrics\x18\x04 \x03(\x0b\x32(.raymoe.v1.HeartbeatRequest.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"0\n\x0eHeartbeatReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0f\n\x07unknown\x18\x02 \x01(\x08"-\n\x16GetRoutingTableRequest\x12\x13\n\x0bknown_epoch\x18\x01 \x01(\x03"\x80\x04\n\nStepReport\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\x05\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12 \n\x05loads\x18\x04 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\x1a\n\x12trunk_squared_norm\x18\x05 \x01(\x01\x12\x15\n\rmain_loss_sum\x18\x06 \x01(\x01\x12\x15\n\rmtp_loss_sums\x18\x07 \x03(\x01\x12\x14\n\x0c\x62\x61lance_loss\x18\x08 \x01(\x01\x12\x0f\n\x07targets\x18\t \x01(\x03\x12\x13\n\x0bmtp_targets\x18\n \x03(\x03\x12\x0e\n\x06tokens\x18\x0b \x01(\x03\x12\x0f\n\x07padding\x18\x0c \x01(\x03\x12\x0f\n\x07seconds\x18\r \x01(\x01\x12\x11\n\trows_sent\x18\x0e \x01(\x03\x12\x12\n\nbytes_sent\x18\x0f \x01(\x03\x12\x16\n\x0e\x62ytes_received\x18\x10 \x01(\x03\x12\x15\n\rhosts_touched\x18\x11 \x01(\x03\x12\x12\n\ndispatched\x18\x12 \x01(\x03\x12\x33\n\x07metrics\x18\x13 \x03(\x0b\x32".raymoe.v1.StepReport.MetricsEntry\x12\r\n\x05\x65poch\x18\x14 \x01(\x03\x12\x0f\n\x07workers\x18\x15 \x01(\x05\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"\xb0\x02\n\x0cStepDecision\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\n\n\x02lr\x18\x02 \x01(\x01\x12\r\n\x05scale\x18\x03 \x01(\x01\x12\x11\n\tgrad_norm\x18\x04 \x01(\x01\x12\x1f\n\x04\x62ias\x18\x05 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\x14\n\x0c\x62ias_version\x18\x06 \x01(\x03\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x0c\n\x04stop\x18\x08 \x01(\x08\x12\x12\n\ncheckpoint\x18\t \x01(\x08\x12\x35\n\x07metrics\x18\n \x03(\x0b\x32$.raymoe.v1.StepDecision.MetricsEntry\x12\x15\n\rmax_violation\x18\x0b \x03(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01""\n\x11GetMetricsRequest\x12\r\n\x05since\x18\x01 \x01(\x03"\xb7\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x32\n\x06values\x18\x02 \x03(\x0b\x32".raymoe.v1.StepMetrics.ValuesEntry\x12\x15\n\rmax_violation\x18\x03 \x03(\x01\x12 \n\x05loads\x18\x04 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"8\n\x0fGetMetricsReply\x12%\n\x05steps\x18\x01 \x03(\x0b\x32\x16.raymoe.v1.StepMetrics"8\n\x12RequestStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\x08" \n\x10RequestStopReply\x12\x0c\n\x04step\x18\x01 \x01(\x03"X\n\x17ReportCheckpointRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\tdirectory\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01"\x17\n\x15ReportCheckpointReply"\x12\n\x10GetStatusRequest"\xda\x01\n\nHostStatus\x12!\n\x04host\x18\x01 \x01(\x0b\x32\x13.raymoe.v1.HostInfo\x12\r\n\x05\x61live\x18\x02 \x01(\x08\x12\x16\n\x0esilent_seconds\x18\x03 \x01(\x01\x12\x0f\n\x07\x65xperts\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x33\n\x07metrics\x18\x06 \x03(\x0b\x32".raymoe.v1.HostStatus.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"\xb9\x02\n\x0eGetStatusReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x14\n\x0c\x62ias_version\x18\x04 \x01(\x03\x12$\n\x05hosts\x18\x05 \x03(\x0b\x32\x15.raymoe.v1.HostStatus\x12\x0f\n\x07workers\x18\x06 \x01(\x05\x12\x10\n\x08stopping\x18\x07 \x01(\x08\x12\x17\n\x0flast_checkpoint\x18\x08 \x01(\t\x12\x1c\n\x14last_checkpoint_step\x18\t \x01(\x03\x12\x37\n\x07metrics\x18\n \x03(\x0b\x32&.raymoe.v1.GetStatusReply.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xdf\x04\n\x0b\x43oordinator\x12L\n\x0cRegisterHost\x12\x1e.raymoe.v1.RegisterHostRequest\x1a\x1c.raymoe.v1.RegisterHostReply\x12\x43\n\tHeartbeat\x12\x1b.raymoe.v1.HeartbeatRequest\x1a\x19.raymoe.v1.HeartbeatReply\x12M\n\x0fGetRoutingTable\x12!.raymoe.v1.GetRoutingTableRequest\x1a\x17.raymoe.v1.RoutingTable\x12<\n\nReportStep\x12\x15.raymoe.v1.StepReport\x1a\x17.raymoe.v1.StepDecision\x12\x46\n\nGetMetrics\x12\x1c.raymoe.v1.GetMetricsRequest\x1a\x1a.raymoe.v1.GetMetricsReply\x12I\n\x0bRequestStop\x12\x1d.raymoe.v1.RequestStopRequest\x1a\x1b.raymoe.v1.RequestStopReply\x12X\n\x10ReportCheckpoint\x12".raymoe.v1.ReportCheckpointRequest\x1a .raymoe.v1.ReportCheckpointReply\x12\x43\n\tGetStatus\x12\x1b.raymoe.v1.GetStatusRequest\x1a\x19.raymoe.v1.GetStatusReplyb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/coordinator.proto\x12\traymoe.v1\x1a\x13protos/tensor.proto\"\x9a\x01\n\x08HostInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x35\n\taddresses\x18\x03 \x03(\x0b\x32\".raymoe.v1.HostInfo.AddressesEntry\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"u\n\x0cRoutingTable\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\"\n\x05hosts\x18\x02 \x03(\x0b\x32\x13.raymoe.v1.HostInfo\x12\x10\n\x08n_layers\x18\x03 \x01(\x05\x12\x11\n\tn_experts\x18\x04 \x01(\x05\x12\r\n\x05owner\x18\x05 \x03(\x05\"8\n\x13RegisterHostRequest\x12!\n\x04host\x18\x01 \x01(\x0b\x32\x13.raymoe.v1.HostInfo\";\n\x11RegisterHostReply\x12&\n\x05table\x18\x01 \x01(\x0b\x32\x17.raymoe.v1.RoutingTable\"\xa8\x01\n\x10HeartbeatRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x39\n\x07metrics\x18\x04 \x03(\x0b\x32(.raymoe.v1.HeartbeatRequest.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"0\n\x0eHeartbeatReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0f\n\x07unknown\x18\x02 \x01(\x08\"-\n\x16GetRoutingTableRequest\x12\x13\n\x0bknown_epoch\x18\x01 \x01(\x03\"\x80\x04\n\nStepReport\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\x05\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12 \n\x05loads\x18\x04 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\x1a\n\x12trunk_squared_norm\x18\x05 \x01(\x01\x12\x15\n\rmain_loss_sum\x18\x06 \x01(\x01\x12\x15\n\rmtp_loss_sums\x18\x07 \x03(\x01\x12\x14\n\x0c\x62\x61lance_loss\x18\x08 \x01(\x01\x12\x0f\n\x07targets\x18\t \x01(\x03\x12\x13\n\x0bmtp_targets\x18\n \x03(\x03\x12\x0e\n\x06tokens\x18\x0b \x01(\x03\x12\x0f\n\x07padding\x18\x0c \x01(\x03\x12\x0f\n\x07seconds\x18\r \x01(\x01\x12\x11\n\trows_sent\x18\x0e \x01(\x03\x12\x12\n\nbytes_sent\x18\x0f \x01(\x03\x12\x16\n\x0e\x62ytes_received\x18\x10 \x01(\x03\x12\x15\n\rhosts_touched\x18\x11 \x01(\x03\x12\x12\n\ndispatched\x18\x12 \x01(\x03\x12\x33\n\x07metrics\x18\x13 \x03(\x0b\x32\".raymoe.v1.StepReport.MetricsEntry\x12\r\n\x05\x65poch\x18\x14 \x01(\x03\x12\x0f\n\x07workers\x18\x15 \x01(\x05\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb0\x02\n\x0cStepDecision\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\n\n\x02lr\x18\x02 \x01(\x01\x12\r\n\x05scale\x18\x03 \x01(\x01\x12\x11\n\tgrad_norm\x18\x04 \x01(\x01\x12\x1f\n\x04\x62ias\x18\x05 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\x14\n\x0c\x62ias_version\x18\x06 \x01(\x03\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x0c\n\x04stop\x18\x08 \x01(\x08\x12\x12\n\ncheckpoint\x18\t \x01(\x08\x12\x35\n\x07metrics\x18\n \x03(\x0b\x32$.raymoe.v1.StepDecision.MetricsEntry\x12\x15\n\rmax_violation\x18\x0b \x03(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\"\n\x11GetMetricsRequest\x12\r\n\x05since\x18\x01 \x01(\x03\"\xb7\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x32\n\x06values\x18\x02 \x03(\x0b\x32\".raymoe.v1.StepMetrics.ValuesEntry\x12\x15\n\rmax_violation\x18\x03 \x03(\x01\x12 \n\x05loads\x18\x04 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"8\n\x0fGetMetricsReply\x12%\n\x05steps\x18\x01 \x03(\x0b\x32\x16.raymoe.v1.StepMetrics\"8\n\x12RequestStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\x08\" \n\x10RequestStopReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\"X\n\x17ReportCheckpointRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\tdirectory\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\x17\n\x15ReportCheckpointReply\"\x12\n\x10GetStatusRequest\"\xda\x01\n\nHostStatus\x12!\n\x04host\x18\x01 \x01(\x0b\x32\x13.raymoe.v1.HostInfo\x12\r\n\x05\x61live\x18\x02 \x01(\x08\x12\x16\n\x0esilent_seconds\x18\x03 \x01(\x01\x12\x0f\n\x07\x65xperts\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x33\n\x07metrics\x18\x06 \x03(\x0b\x32\".raymoe.v1.HostStatus.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb9\x02\n\x0eGetStatusReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x14\n\x0c\x62ias_version\x18\x04 \x01(\x03\x12$\n\x05hosts\x18\x05 \x03(\x0b\x32\x15.raymoe.v1.HostStatus\x12\x0f\n\x07workers\x18\x06 \x01(\x05\x12\x10\n\x08stopping\x18\x07 \x01(\x08\x12\x17\n\x0flast_checkpoint\x18\x08 \x01(\t\x12\x1c\n\x14last_checkpoint_step\x18\t \x01(\x03\x12\x37\n\x07metrics\x18\n \x03(\x0b\x32&.raymoe.v1.GetStatusReply.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xdf\x04\n\x0b\x43oordinator\x12L\n\x0cRegisterHost\x12\x1e.raymoe.v1.RegisterHostRequest\x1a\x1c.raymoe.v1.RegisterHostReply\x12\x43\n\tHeartbeat\x12\x1b.raymoe.v1.HeartbeatRequest\x1a\x19.raymoe.v1.HeartbeatReply\x12M\n\x0fGetRoutingTable\x12!.raymoe.v1.GetRoutingTableRequest\x1a\x17.raymoe.v1.RoutingTable\x12<\n\nReportStep\x12\x15.raymoe.v1.StepReport\x1a\x17.raymoe.v1.StepDecision\x12\x46\n\nGetMetrics\x12\x1c.raymoe.v1.GetMetricsRequest\x1a\x1a.raymoe.v1.GetMetricsReply\x12I\n\x0bRequestStop\x12\x1d.raymoe.v1.RequestStopRequest\x1a\x1b.raymoe.v1.RequestStopReply\x12X\n\x10ReportCheckpoint\x12\".raymoe.v1.ReportCheckpointRequest\x1a .raymoe.v1.ReportCheckpointReply\x12\x43\n\tGetStatus\x12\x1b.raymoe.v1.GetStatusRequest\x1a\x19.raymoe.v1.GetStatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "protos.coordinator_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_HOSTINFO_ADDRESSESENTRY"]._loaded_options = None
-    _globals["_HOSTINFO_ADDRESSESENTRY"]._serialized_options = b"8\001"
-    _globals["_HEARTBEATREQUEST_METRICSENTRY"]._loaded_options = None
-    _globals["_HEARTBEATREQUEST_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_STEPREPORT_METRICSENTRY"]._loaded_options = None
-    _globals["_STEPREPORT_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_STEPDECISION_METRICSENTRY"]._loaded_options = None
-    _globals["_STEPDECISION_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_STEPMETRICS_VALUESENTRY"]._loaded_options = None
-    _globals["_STEPMETRICS_VALUESENTRY"]._serialized_options = b"8\001"
-    _globals["_HOSTSTATUS_METRICSENTRY"]._loaded_options = None
-    _globals["_HOSTSTATUS_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_GETSTATUSREPLY_METRICSENTRY"]._loaded_options = None
-    _globals["_GETSTATUSREPLY_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_HOSTINFO"]._serialized_start = 61
-    _globals["_HOSTINFO"]._serialized_end = 215
-    _globals["_HOSTINFO_ADDRESSESENTRY"]._serialized_start = 167
-    _globals["_HOSTINFO_ADDRESSESENTRY"]._serialized_end = 215
-    _globals["_ROUTINGTABLE"]._serialized_start = 217
-    _globals["_ROUTINGTABLE"]._serialized_end = 334
-    _globals["_REGISTERHOSTREQUEST"]._serialized_start = 336
-    _globals["_REGISTERHOSTREQUEST"]._serialized_end = 392
-    _globals["_REGISTERHOSTREPLY"]._serialized_start = 394
-    _globals["_REGISTERHOSTREPLY"]._serialized_end = 453
-    _globals["_HEARTBEATREQUEST"]._serialized_start = 456
-    _globals["_HEARTBEATREQUEST"]._serialized_end = 624
-    _globals["_HEARTBEATREQUEST_METRICSENTRY"]._serialized_start = 578
-    _globals["_HEARTBEATREQUEST_METRICSENTRY"]._serialized_end = 624
-    _globals["_HEARTBEATREPLY"]._serialized_start = 626
-    _globals["_HEARTBEATREPLY"]._serialized_end = 674
-    _globals["_GETROUTINGTABLEREQUEST"]._serialized_start = 676
-    _globals["_GETROUTINGTABLEREQUEST"]._serialized_end = 721
-    _globals["_STEPREPORT"]._serialized_start = 724
-    _globals["_STEPREPORT"]._serialized_end = 1236
-    _globals["_STEPREPORT_METRICSENTRY"]._serialized_start = 578
-    _globals["_STEPREPORT_METRICSENTRY"]._serialized_end = 624
-    _globals["_STEPDECISION"]._serialized_start = 1239
-    _globals["_STEPDECISION"]._serialized_end = 1543
-    _globals["_STEPDECISION_METRICSENTRY"]._serialized_start = 578
-    _globals["_STEPDECISION_METRICSENTRY"]._serialized_end = 624
-    _globals["_GETMETRICSREQUEST"]._serialized_start = 1545
-    _globals["_GETMETRICSREQUEST"]._serialized_end = 1579
-    _globals["_STEPMETRICS"]._serialized_start = 1582
-    _globals["_STEPMETRICS"]._serialized_end = 1765
-    _globals["_STEPMETRICS_VALUESENTRY"]._serialized_start = 1720
-    _globals["_STEPMETRICS_VALUESENTRY"]._serialized_end = 1765
-    _globals["_GETMETRICSREPLY"]._serialized_start = 1767
-    _globals["_GETMETRICSREPLY"]._serialized_end = 1823
-    _globals["_REQUESTSTOPREQUEST"]._serialized_start = 1825
-    _globals["_REQUESTSTOPREQUEST"]._serialized_end = 1881
-    _globals["_REQUESTSTOPREPLY"]._serialized_start = 1883
-    _globals["_REQUESTSTOPREPLY"]._serialized_end = 1915
-    _globals["_REPORTCHECKPOINTREQUEST"]._serialized_start = 1917
-    _globals["_REPORTCHECKPOINTREQUEST"]._serialized_end = 2005
-    _globals["_REPORTCHECKPOINTREPLY"]._serialized_start = 2007
-    _globals["_REPORTCHECKPOINTREPLY"]._serialized_end = 2030
-    _globals["_GETSTATUSREQUEST"]._serialized_start = 2032
-    _globals["_GETSTATUSREQUEST"]._serialized_end = 2050
-    _globals["_HOSTSTATUS"]._serialized_start = 2053
-    _globals["_HOSTSTATUS"]._serialized_end = 2271
-    _globals["_HOSTSTATUS_METRICSENTRY"]._serialized_start = 578
-    _globals["_HOSTSTATUS_METRICSENTRY"]._serialized_end = 624
-    _globals["_GETSTATUSREPLY"]._serialized_start = 2274
-    _globals["_GETSTATUSREPLY"]._serialized_end = 2587
-    _globals["_GETSTATUSREPLY_METRICSENTRY"]._serialized_start = 578
-    _globals["_GETSTATUSREPLY_METRICSENTRY"]._serialized_end = 624
-    _globals["_COORDINATOR"]._serialized_start = 2590
-    _globals["_COORDINATOR"]._serialized_end = 3197
+  DESCRIPTOR._loaded_options = None
+  _globals['_HOSTINFO_ADDRESSESENTRY']._loaded_options = None
+  _globals['_HOSTINFO_ADDRESSESENTRY']._serialized_options = b'8\001'
+  _globals['_HEARTBEATREQUEST_METRICSENTRY']._loaded_options = None
+  _globals['_HEARTBEATREQUEST_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_STEPREPORT_METRICSENTRY']._loaded_options = None
+  _globals['_STEPREPORT_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_STEPDECISION_METRICSENTRY']._loaded_options = None
+  _globals['_STEPDECISION_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_STEPMETRICS_VALUESENTRY']._loaded_options = None
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_options = b'8\001'
+  _globals['_HOSTSTATUS_METRICSENTRY']._loaded_options = None
+  _globals['_HOSTSTATUS_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_GETSTATUSREPLY_METRICSENTRY']._loaded_options = None
+  _globals['_GETSTATUSREPLY_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_HOSTINFO']._serialized_start=61
+  _globals['_HOSTINFO']._serialized_end=215
+  _globals['_HOSTINFO_ADDRESSESENTRY']._serialized_start=167
+  _globals['_HOSTINFO_ADDRESSESENTRY']._serialized_end=215
+  _globals['_ROUTINGTABLE']._serialized_start=217
+  _globals['_ROUTINGTABLE']._serialized_end=334
+  _globals['_REGISTERHOSTREQUEST']._serialized_start=336
+  _globals['_REGISTERHOSTREQUEST']._serialized_end=392
+  _globals['_REGISTERHOSTREPLY']._serialized_start=394
+  _globals['_REGISTERHOSTREPLY']._serialized_end=453
+  _globals['_HEARTBEATREQUEST']._serialized_start=456
+  _globals['_HEARTBEATREQUEST']._serialized_end=624
+  _globals['_HEARTBEATREQUEST_METRICSENTRY']._serialized_start=578
+  _globals['_HEARTBEATREQUEST_METRICSENTRY']._serialized_end=624
+  _globals['_HEARTBEATREPLY']._serialized_start=626
+  _globals['_HEARTBEATREPLY']._serialized_end=674
+  _globals['_GETROUTINGTABLEREQUEST']._serialized_start=676
+  _globals['_GETROUTINGTABLEREQUEST']._serialized_end=721
+  _globals['_STEPREPORT']._serialized_start=724
+  _globals['_STEPREPORT']._serialized_end=1236
+  _globals['_STEPREPORT_METRICSENTRY']._serialized_start=578
+  _globals['_STEPREPORT_METRICSENTRY']._serialized_end=624
+  _globals['_STEPDECISION']._serialized_start=1239
+  _globals['_STEPDECISION']._serialized_end=1543
+  _globals['_STEPDECISION_METRICSENTRY']._serialized_start=578
+  _globals['_STEPDECISION_METRICSENTRY']._serialized_end=624
+  _globals['_GETMETRICSREQUEST']._serialized_start=1545
+  _globals['_GETMETRICSREQUEST']._serialized_end=1579
+  _globals['_STEPMETRICS']._serialized_start=1582
+  _globals['_STEPMETRICS']._serialized_end=1765
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_start=1720
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_end=1765
+  _globals['_GETMETRICSREPLY']._serialized_start=1767
+  _globals['_GETMETRICSREPLY']._serialized_end=1823
+  _globals['_REQUESTSTOPREQUEST']._serialized_start=1825
+  _globals['_REQUESTSTOPREQUEST']._serialized_end=1881
+  _globals['_REQUESTSTOPREPLY']._serialized_start=1883
+  _globals['_REQUESTSTOPREPLY']._serialized_end=1915
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_start=1917
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_end=2005
+  _globals['_REPORTCHECKPOINTREPLY']._serialized_start=2007
+  _globals['_REPORTCHECKPOINTREPLY']._serialized_end=2030
+  _globals['_GETSTATUSREQUEST']._serialized_start=2032
+  _globals['_GETSTATUSREQUEST']._serialized_end=2050
+  _globals['_HOSTSTATUS']._serialized_start=2053
+  _globals['_HOSTSTATUS']._serialized_end=2271
+  _globals['_HOSTSTATUS_METRICSENTRY']._serialized_start=578
+  _globals['_HOSTSTATUS_METRICSENTRY']._serialized_end=624
+  _globals['_GETSTATUSREPLY']._serialized_start=2274
+  _globals['_GETSTATUSREPLY']._serialized_end=2587
+  _globals['_GETSTATUSREPLY_METRICSENTRY']._serialized_start=578
+  _globals['_GETSTATUSREPLY_METRICSENTRY']._serialized_end=624
+  _globals['_COORDINATOR']._serialized_start=2590
+  _globals['_COORDINATOR']._serialized_end=3197
 # @@protoc_insertion_point(module_scope)
