@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -12,13 +12,13 @@ class HostInfo:
     """One expert host, as others see it.
 
     Attributes:
-        id: number of the host; never given to another host within a run.
+        id: name of the host; never given to another host within a run.
         node: the machine it runs on (a Ray node id); hosts and routers of one node share memory.
         pid: its process.
         addresses: channel kind (`shm`, `grpc`) -> address that `channels.connect` takes.
     """
 
-    id: int
+    id: str
     node: str = ""
     pid: int = 0
     addresses: Mapping[str, str] = field(default_factory=dict)
@@ -30,25 +30,19 @@ class RoutingTable:
 
     Attributes:
         epoch: version of the placement; a host refuses requests of another epoch.
-        layers: model layer index of each row of `owner`.
         hosts: the hosts; `owner` points into this tuple.
-        owner: `[n_moe_layers][n_routed_experts]` -> index into `hosts`.
+        owner: `[n_moe_layers][n_routed_experts]` -> index into `hosts`; rows are the MoE layers in the
+            order of `ModelConfig.moe_layers`.
     """
 
     epoch: int
-    layers: tuple[int, ...]
     hosts: tuple[HostInfo, ...]
     owner: tuple[tuple[int, ...], ...]
-
-    def experts_of(self, host: int) -> dict[int, tuple[int, ...]]:
-        """Model layer index -> the experts that the host at index `host` owns, ascending."""
-        return experts_owned(self.layers, self.owner, host)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON keeps without loss."""
         return {
             "epoch": self.epoch,
-            "layers": list(self.layers),
             "hosts": [
                 {"id": h.id, "node": h.node, "pid": h.pid, "addresses": dict(h.addresses)} for h in self.hosts
             ],
@@ -60,20 +54,21 @@ class RoutingTable:
         """The inverse of `to_json`."""
         return cls(
             epoch=int(value["epoch"]),
-            layers=tuple(value["layers"]),
             hosts=tuple(HostInfo(**host) for host in value["hosts"]),
             owner=tuple(tuple(row) for row in value["owner"]),
         )
 
-    def with_hosts(self, hosts: tuple[HostInfo, ...]) -> RoutingTable:
-        """The same placement on hosts whose addresses are now known."""
-        return replace(self, hosts=hosts)
-
 
 def experts_owned(
-    layers: tuple[int, ...], owner: tuple[tuple[int, ...], ...], host: int
+    owner: tuple[tuple[int, ...], ...], layers: Sequence[int], host: int
 ) -> dict[int, tuple[int, ...]]:
-    """Model layer index -> experts with `owner[layer][expert] == host`, ascending (maybe none)."""
+    """The experts of the host at index `host`: model layer index -> expert ids, ascending (maybe none).
+
+    Args:
+        owner: see `RoutingTable.owner`.
+        layers: model layer index of each row of `owner`.
+        host: index of the host.
+    """
     return {
         layer: tuple(expert for expert, at in enumerate(row) if at == host)
         for layer, row in zip(layers, owner, strict=True)

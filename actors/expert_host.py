@@ -1,0 +1,321 @@
+"""An expert host: a shard of the routed experts of all MoE layers, with gradients and moments in training.
+
+Steps are 0-based. A host that has committed steps 0 … s-1 is at step s: it holds the weights that step
+s computes with. A request of step s+1 that comes while s is being committed waits until its layer has
+been; every other step is refused. Without an optimizer (serving) the host looks at no step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from actors.ledger import Ledger
+from actors.steps import HostStats, OptimizerSettings
+from channels.base import Phase, Request, RequestId
+from errors import ProtocolError, RaymoeError, StaleEpoch
+
+from model.config import ModelConfig
+from model.experts import ExpertShard, experts_backward, experts_forward
+from model.optimizer import AdamW
+
+if TYPE_CHECKING:
+    from model.checkpoint import WeightSource
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer's experts on this host.
+
+    Attributes:
+        experts: global ids; position in the tuple = index in the shard.
+        local_of: [E] int32, global id -> index in the shard, -1 for experts of other hosts.
+        step: steps committed.
+    """
+
+    experts: tuple[int, ...]
+    local_of: Tensor
+    shard: ExpertShard
+    optimizer: AdamW | None
+    step: int
+
+
+class ExpertHost:
+    """Answers routers' requests, and the coordinator's prepare, commit and save.
+
+    All methods may be called from several threads at once.
+
+    Args:
+        host_id: name of the host.
+        config: the model.
+        experts: model layer index -> ids of the experts that this host owns.
+        source: where the weights come from.
+        optimizer: settings of AdamW; None for a host that only infers.
+        dtype: of weights, rows and replies.
+        threads: sets torch's threads, of the whole process; None leaves them alone.
+        epoch: placement epoch.
+        step: steps that the weights have behind them.
+        device: where weights live.
+        commit_timeout: seconds that a request of the next step waits for the commit.
+
+    Raises:
+        CheckpointError: from the source.
+    """
+
+    def __init__(
+        self,
+        host_id: str,
+        config: ModelConfig,
+        experts: Mapping[int, Sequence[int]],
+        source: WeightSource,
+        *,
+        optimizer: OptimizerSettings | None = None,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        epoch: int = 0,
+        step: int = 0,
+        device: torch.device | str = "cpu",
+        commit_timeout: float = 120.0,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.id = host_id
+        self.config = config
+        self.dtype = dtype
+        self.epoch = epoch
+        self._device = torch.device(device)
+        self._commit_timeout = commit_timeout
+        self._ledger = Ledger()
+        self._committing = threading.Lock()
+        self._changed = threading.Condition()
+        self._failure: str | None = None
+        self._step = step
+        self._sealed = False
+        self._counts: Counter[str] = Counter()
+        self._layers = {
+            layer: self._load(layer, tuple(experts[layer]), source, optimizer)
+            for layer in sorted(experts)
+            if experts[layer]
+        }
+
+    @property
+    def step(self) -> int:
+        """Steps committed: the step that the weights are for."""
+        return self._step
+
+    def handle(self, request: Request) -> tuple[Tensor, ...]:
+        """Answer one request of a router; see `channels.base` for the payloads.
+
+        Raises:
+            StaleEpoch: the request was routed with another placement epoch.
+            ProtocolError: an expert of another host, a step that is not current, a malformed payload, or
+                a BACKWARD without its FORWARD.
+        """
+        id = request.id
+        if id.phase is Phase.RELEASE:
+            self._ledger.release(id)
+            return ()
+        if id.epoch != self.epoch:
+            raise StaleEpoch(
+                f"expert host {self.id} is at placement epoch {self.epoch}, the request of router "
+                f"{id.router!r} at {id.epoch}: fetch the routing table and send again",
+                epoch=self.epoch,
+            )
+        layer = self._layers.get(id.layer)
+        if layer is None:
+            raise ProtocolError(
+                f"expert host {self.id} has no experts of layer {id.layer}, only of {sorted(self._layers)}"
+            )
+        self._await_step(layer, id)
+        if id.phase is Phase.BACKWARD:
+            return self._backward(layer, request)
+        return self._forward(layer, request)
+
+    def prepare(self, step: int) -> float:
+        """First half of a commit: seal the step's gradients and return the sum of their squares (float64).
+
+        Raises:
+            ProtocolError: the host is at another step.
+        """
+        with self._committing:
+            self._check(step)
+            self._sealed = True
+            return sum(
+                layer.optimizer.squared_norm()
+                for layer in self._layers.values()
+                if layer.optimizer is not None
+            )
+
+    def commit(self, step: int, learning_rate: float, scale: float) -> None:
+        """Second half: AdamW with gradients times `scale`; layer by layer, each usable at once.
+
+        A repeat of the last commit does nothing. Activations that were never used are dropped.
+
+        Raises:
+            ProtocolError: the step is neither the prepared one nor the last committed one.
+        """
+        with self._committing:
+            if step == self._step - 1:
+                return
+            self._check(step)
+            if not self._sealed:
+                raise ProtocolError(f"commit of step {step} on expert host {self.id} without a prepare")
+            try:
+                self._ledger.clear()
+                for layer in self._layers.values():
+                    if layer.optimizer is not None:
+                        layer.optimizer.step(learning_rate, scale)
+                        layer.optimizer.zero_grad()
+                    with self._changed:
+                        layer.step = step + 1
+                        self._changed.notify_all()
+            except Exception as error:
+                # A part of the layers may have moved: nothing that this host holds is of one version now.
+                with self._changed:
+                    self._failure = f"expert host {self.id} failed in the commit of step {step}: {error}"
+                    self._changed.notify_all()
+                raise
+            self._sealed = False
+            self._step = step + 1
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient buffers, flat, for workers that hold the experts themselves and all-reduce them."""
+        return [
+            gradient.view(-1)
+            for layer in self._layers.values()
+            if layer.optimizer is not None
+            for gradient in layer.optimizer.gradients.values()
+        ]
+
+    def stats(self) -> HostStats:
+        """Counters; cheap, at any time."""
+        kept, kept_bytes = self._ledger.kept()
+        shards = [layer.shard for layer in self._layers.values()]
+        with self._changed:
+            counts = dict(self._counts)
+        return HostStats(
+            id=self.id,
+            step=self._step,
+            epoch=self.epoch,
+            kept=kept,
+            kept_bytes=kept_bytes,
+            parameters=sum(shard.w13.numel() + shard.w2.numel() for shard in shards),
+            rows=counts.pop("rows", 0),
+            requests=counts,
+        )
+
+    def _forward(self, layer: _Layer, request: Request) -> tuple[Tensor, ...]:
+        rows, row_ptr, expert, gate = self._payload(request, 4)
+        if rows.dtype != self.dtype or rows.ndim != 2 or rows.shape[1] != self.config.hidden_size:
+            raise ProtocolError(
+                f"expert host {self.id} takes rows [n, {self.config.hidden_size}] of {self.dtype}, "
+                f"not {list(rows.shape)} of {rows.dtype}"
+            )
+        keep = request.id.phase is Phase.FORWARD
+        if keep and layer.optimizer is None:
+            raise ProtocolError(f"expert host {self.id} holds no optimizer: it answers INFER, not FORWARD")
+        local = self._local(layer, expert, request.id.layer)
+        partial, saved = experts_forward(layer.shard, rows, row_ptr, local, gate, keep=keep)
+        if saved is not None:
+            self._ledger.keep(request.id, saved)
+        self._count(request.id.phase, rows.shape[0])
+        return (partial,)
+
+    def _backward(self, layer: _Layer, request: Request) -> tuple[Tensor, ...]:
+        (d_partial,) = self._payload(request, 1)
+        call, saved = self._ledger.begin_backward(request.id)
+        if saved is not None:
+            try:
+                if self._sealed:
+                    raise ProtocolError(f"step {request.id.step} is sealed: its gradients have been counted")
+                call.reply = experts_backward(layer.shard, saved, d_partial)
+                self._count(request.id.phase, d_partial.shape[0])
+            except BaseException as error:
+                call.error = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                call.finish()
+        return call.wait(self._commit_timeout)
+
+    def _await_step(self, layer: _Layer, id: RequestId) -> None:
+        if layer.optimizer is None or (id.step == layer.step and self._failure is None):
+            return
+        with self._changed:
+            if id.step == layer.step + 1:
+                self._changed.wait_for(
+                    lambda: layer.step >= id.step or self._failure is not None, self._commit_timeout
+                )
+            if self._failure is not None:
+                raise RaymoeError(self._failure)
+            if id.step != layer.step:
+                raise ProtocolError(
+                    f"router {id.router!r} asks for step {id.step} of layer {id.layer}, but expert host "
+                    f"{self.id} is at step {layer.step}"
+                )
+
+    def _check(self, step: int) -> None:
+        if self._failure is not None:
+            raise RaymoeError(self._failure)
+        if step != self._step:
+            raise ProtocolError(f"expert host {self.id} is at step {self._step}, not at step {step}")
+
+    def _local(self, layer: _Layer, expert: Tensor, index: int) -> Tensor:
+        try:
+            local = layer.local_of.index_select(0, expert)
+        except IndexError:
+            local = None
+        if local is None or (local.numel() and int(local.min()) < 0):
+            here = set(layer.experts)
+            foreign = sorted(set(expert.tolist()) - here)[:8]
+            raise ProtocolError(
+                f"expert host {self.id} does not hold experts {foreign} of layer {index}; it holds "
+                f"{len(here)}: {sorted(here)[:8]}…"
+            )
+        return local
+
+    def _payload(self, request: Request, n: int) -> tuple[Tensor, ...]:
+        if len(request.tensors) != n:
+            raise ProtocolError(
+                f"{request.id.phase.name} carries {len(request.tensors)} tensors instead of {n}"
+            )
+        return tuple(tensor.to(self._device) for tensor in request.tensors)
+
+    def _count(self, phase: Phase, rows: int) -> None:
+        with self._changed:
+            self._counts[phase.name] += 1
+            self._counts["rows"] += rows
+
+    def _load(
+        self, layer: int, experts: tuple[int, ...], source: WeightSource, settings: OptimizerSettings | None
+    ) -> _Layer:
+        wide, hidden = self.config.moe_intermediate_size, self.config.hidden_size
+        w13 = torch.empty(len(experts), 2 * wide, hidden, dtype=self.dtype, device=self._device)
+        w2 = torch.empty(len(experts), hidden, wide, dtype=self.dtype, device=self._device)
+        local_of = torch.full((self.config.n_routed_experts,), -1, dtype=torch.int32)
+        for at, expert in enumerate(experts):
+            one, two = source.expert(layer, expert)
+            w13[at].copy_(one)
+            w2[at].copy_(two)
+            local_of[expert] = at
+        shard = ExpertShard(w13, w2)
+        optimizer = None
+        if settings is not None:
+            optimizer = AdamW(
+                [("w13", shard.w13), ("w2", shard.w2)],
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                epsilon=settings.epsilon,
+                weight_decay=settings.weight_decay,
+            )
+            optimizer.step_count = self._step
+            shard.d_w13, shard.d_w2 = optimizer.gradients["w13"], optimizer.gradients["w2"]
+        return _Layer(experts, local_of.to(self._device), shard, optimizer, self._step)
+
+
+__all__ = ["ExpertHost"]
