@@ -240,6 +240,8 @@ class StepReport(google.protobuf.message.Message):
     METRICS_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    EXPERT_SQUARED_NORM_FIELD_NUMBER: builtins.int
     run: builtins.str
     worker: builtins.int
     step: builtins.int
@@ -262,6 +264,10 @@ class StepReport(google.protobuf.message.Message):
     """Token dispatches: what hosts_touched is to be divided by."""
     epoch: builtins.int
     workers: builtins.int
+    rows: builtins.int
+    """Rows (sequences) behind balance_loss."""
+    expert_squared_norm: builtins.float
+    """Of expert gradients that the workers hold themselves, reduced like the trunk's."""
     @property
     def loads(self) -> protos.tensor_pb2.Tensor:
         """int64 [n_layers, n_experts]: (token, expert) pairs per MoE layer, padding left out."""
@@ -296,9 +302,11 @@ class StepReport(google.protobuf.message.Message):
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         epoch: builtins.int = ...,
         workers: builtins.int = ...,
+        rows: builtins.int = ...,
+        expert_squared_norm: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["loads", b"loads"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["balance_loss", b"balance_loss", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "dispatched", b"dispatched", "epoch", b"epoch", "hosts_touched", b"hosts_touched", "loads", b"loads", "main_loss_sum", b"main_loss_sum", "metrics", b"metrics", "mtp_loss_sums", b"mtp_loss_sums", "mtp_targets", b"mtp_targets", "padding", b"padding", "rows_sent", b"rows_sent", "run", b"run", "seconds", b"seconds", "step", b"step", "targets", b"targets", "tokens", b"tokens", "trunk_squared_norm", b"trunk_squared_norm", "worker", b"worker", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["balance_loss", b"balance_loss", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "dispatched", b"dispatched", "epoch", b"epoch", "expert_squared_norm", b"expert_squared_norm", "hosts_touched", b"hosts_touched", "loads", b"loads", "main_loss_sum", b"main_loss_sum", "metrics", b"metrics", "mtp_loss_sums", b"mtp_loss_sums", "mtp_targets", b"mtp_targets", "padding", b"padding", "rows", b"rows", "rows_sent", b"rows_sent", "run", b"run", "seconds", b"seconds", "step", b"step", "targets", b"targets", "tokens", b"tokens", "trunk_squared_norm", b"trunk_squared_norm", "worker", b"worker", "workers", b"workers"]) -> None: ...
 
 global___StepReport = StepReport
 
@@ -612,6 +620,7 @@ class GetStatusReply(google.protobuf.message.Message):
     LAST_CHECKPOINT_FIELD_NUMBER: builtins.int
     LAST_CHECKPOINT_STEP_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
     run: builtins.str
     step: builtins.int
     epoch: builtins.int
@@ -620,6 +629,8 @@ class GetStatusReply(google.protobuf.message.Message):
     stopping: builtins.bool
     last_checkpoint: builtins.str
     last_checkpoint_step: builtins.int
+    failure: builtins.str
+    """What ended the run; empty while it goes on."""
     @property
     def hosts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___HostStatus]: ...
     @property
@@ -637,7 +648,106 @@ class GetStatusReply(google.protobuf.message.Message):
         last_checkpoint: builtins.str = ...,
         last_checkpoint_step: builtins.int = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        failure: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bias_version", b"bias_version", "epoch", b"epoch", "hosts", b"hosts", "last_checkpoint", b"last_checkpoint", "last_checkpoint_step", b"last_checkpoint_step", "metrics", b"metrics", "run", b"run", "step", b"step", "stopping", b"stopping", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bias_version", b"bias_version", "epoch", b"epoch", "failure", b"failure", "hosts", b"hosts", "last_checkpoint", b"last_checkpoint", "last_checkpoint_step", b"last_checkpoint_step", "metrics", b"metrics", "run", b"run", "step", b"step", "stopping", b"stopping", "workers", b"workers"]) -> None: ...
 
 global___GetStatusReply = GetStatusReply
+
+@typing.final
+class FailRequest(google.protobuf.message.Message):
+    """Ends the run: every waiting and every later call raises an error with this text."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["text", b"text"]) -> None: ...
+
+global___FailRequest = FailRequest
+
+@typing.final
+class FailReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___FailReply = FailReply
+
+@typing.final
+class SaveHostsRequest(google.protobuf.message.Message):
+    """Lets all hosts write their part of the checkpoint after this many steps."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    directory: builtins.str
+    step: builtins.int
+    def __init__(
+        self,
+        *,
+        directory: builtins.str = ...,
+        step: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["directory", b"directory", "step", b"step"]) -> None: ...
+
+global___SaveHostsRequest = SaveHostsRequest
+
+@typing.final
+class SaveHostsReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: builtins.int
+    @property
+    def files(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        files: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["files", b"files"]) -> None: ...
+
+global___SaveHostsReply = SaveHostsReply
+
+@typing.final
+class GetStateRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___GetStateRequest = GetStateRequest
+
+@typing.final
+class GetStateReply(google.protobuf.message.Message):
+    """What a checkpoint keeps of the coordinator."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    BIAS_FIELD_NUMBER: builtins.int
+    state: builtins.str
+    """A JSON object."""
+    @property
+    def bias(self) -> protos.tensor_pb2.Tensor:
+        """fp32 [n_layers, n_experts]"""
+
+    def __init__(
+        self,
+        *,
+        state: builtins.str = ...,
+        bias: protos.tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["bias", b"bias"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bias", b"bias", "state", b"state"]) -> None: ...
+
+global___GetStateReply = GetStateReply

@@ -74,6 +74,21 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.GetStatusReply.FromString,
                 _registered_method=True)
+        self.Fail = channel.unary_unary(
+                '/raymoe.v1.Coordinator/Fail',
+                request_serializer=protos_dot_coordinator__pb2.FailRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.FailReply.FromString,
+                _registered_method=True)
+        self.SaveHosts = channel.unary_unary(
+                '/raymoe.v1.Coordinator/SaveHosts',
+                request_serializer=protos_dot_coordinator__pb2.SaveHostsRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.SaveHostsReply.FromString,
+                _registered_method=True)
+        self.GetState = channel.unary_unary(
+                '/raymoe.v1.Coordinator/GetState',
+                request_serializer=protos_dot_coordinator__pb2.GetStateRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.GetStateReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -128,6 +143,24 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fail(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SaveHosts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetState(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -170,6 +203,21 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_coordinator__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.GetStatusReply.SerializeToString,
+            ),
+            'Fail': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fail,
+                    request_deserializer=protos_dot_coordinator__pb2.FailRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.FailReply.SerializeToString,
+            ),
+            'SaveHosts': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveHosts,
+                    request_deserializer=protos_dot_coordinator__pb2.SaveHostsRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.SaveHostsReply.SerializeToString,
+            ),
+            'GetState': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetState,
+                    request_deserializer=protos_dot_coordinator__pb2.GetStateRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.GetStateReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -388,6 +436,87 @@ class Coordinator(object):
             '/raymoe.v1.Coordinator/GetStatus',
             protos_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
             protos_dot_coordinator__pb2.GetStatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/Fail',
+            protos_dot_coordinator__pb2.FailRequest.SerializeToString,
+            protos_dot_coordinator__pb2.FailReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveHosts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/SaveHosts',
+            protos_dot_coordinator__pb2.SaveHostsRequest.SerializeToString,
+            protos_dot_coordinator__pb2.SaveHostsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/GetState',
+            protos_dot_coordinator__pb2.GetStateRequest.SerializeToString,
+            protos_dot_coordinator__pb2.GetStateReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,21 @@ class CoordinatorStub:
         protos.coordinator_pb2.GetStatusReply,
     ]
 
+    Fail: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.FailRequest,
+        protos.coordinator_pb2.FailReply,
+    ]
+
+    SaveHosts: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.SaveHostsRequest,
+        protos.coordinator_pb2.SaveHostsReply,
+    ]
+
+    GetState: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.GetStateRequest,
+        protos.coordinator_pb2.GetStateReply,
+    ]
+
 class CoordinatorAsyncStub:
     RegisterHost: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.RegisterHostRequest,
@@ -100,6 +115,21 @@ class CoordinatorAsyncStub:
     GetStatus: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.GetStatusRequest,
         protos.coordinator_pb2.GetStatusReply,
+    ]
+
+    Fail: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.FailRequest,
+        protos.coordinator_pb2.FailReply,
+    ]
+
+    SaveHosts: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.SaveHostsRequest,
+        protos.coordinator_pb2.SaveHostsReply,
+    ]
+
+    GetState: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.GetStateRequest,
+        protos.coordinator_pb2.GetStateReply,
     ]
 
 class CoordinatorServicer(metaclass=abc.ABCMeta):
@@ -159,5 +189,26 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         request: protos.coordinator_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.coordinator_pb2.GetStatusReply, collections.abc.Awaitable[protos.coordinator_pb2.GetStatusReply]]: ...
+
+    @abc.abstractmethod
+    def Fail(
+        self,
+        request: protos.coordinator_pb2.FailRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.FailReply, collections.abc.Awaitable[protos.coordinator_pb2.FailReply]]: ...
+
+    @abc.abstractmethod
+    def SaveHosts(
+        self,
+        request: protos.coordinator_pb2.SaveHostsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.SaveHostsReply, collections.abc.Awaitable[protos.coordinator_pb2.SaveHostsReply]]: ...
+
+    @abc.abstractmethod
+    def GetState(
+        self,
+        request: protos.coordinator_pb2.GetStateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.GetStateReply, collections.abc.Awaitable[protos.coordinator_pb2.GetStateReply]]: ...
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
