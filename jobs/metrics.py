@@ -15,14 +15,14 @@ class MetricsWriter:
 
     Args:
         directory: the run's directory.
-        first_step: the step the run begins or goes on with; lines from it on are removed.
+        first_step: steps done before this run; lines of later steps are removed.
         tensorboard: write event files into `directory/tensorboard` too.
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
-        kept = [line for line in read_metrics(path) if line["step"] < first_step]
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step]
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         rewritten.rename(path)
@@ -31,7 +31,7 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and often not wanted
 
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one step; `values["step"]` is its number."""

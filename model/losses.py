@@ -133,12 +133,18 @@ def training_loss(
 
 @torch.no_grad()
 def evaluation_loss(
-    model: Transformer, tokens: Tensor, segments: Tensor | None, *, experts: Experts
+    model: Transformer,
+    tokens: Tensor,
+    segments: Tensor | None,
+    *,
+    experts: Experts,
+    trace: Trace | None = None,
 ) -> Evaluation:
-    """Judge rows [B, T + 1 + depth] (segments likewise or None); counts no load and moves nothing."""
+    """Judge rows [B, T + 1 + depth] (segments likewise or None); moves nothing, and counts no load but
+    in the `trace` that a caller gives who wants to see it."""
     depth = model.config.num_nextn_predict_layers
     length = _length(tokens, depth)
-    hidden, through = _run(model, tokens, segments, experts=experts, trace=Trace())
+    hidden, through = _run(model, tokens, segments, experts=experts, trace=trace or Trace())
     target = targets_of(tokens, segments, length=length, ahead=1)
     nll = _nll(model, hidden.normed, target)
     accepted: list[int] = []

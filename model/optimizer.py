@@ -152,6 +152,10 @@ class AdamW:
             total += float(torch.stack(parts).sum()) if parts else 0.0
         return total
 
+    def gradient_buffers(self) -> list[Tensor]:
+        """The flat gradient buffers, for data-parallel workers to sum up in place."""
+        return [group.gradient for group in self._groups]
+
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(exp_avg, exp_avg_sq) by name: live views, in the tensors' shapes."""
         return dict(self._moments)

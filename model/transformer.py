@@ -16,6 +16,7 @@ from model.balance_loss import BalanceWeights
 from model.block import Block, Pass
 from model.config import ModelConfig
 from model.experts import Experts
+from model.moe import Gate
 from model.mtp import MTPModule
 from model.norm import RMSNorm
 from model.rope import rotation
@@ -77,6 +78,20 @@ class Transformer(nn.Module):
                 parameter.normal_(0.0, self.config.initializer_range)
         for buffer in self.buffers():
             buffer.zero_()
+
+    @torch.no_grad()
+    def set_bias(self, bias: Tensor) -> None:
+        """Set the gates' biases [L, E] float32, rows in the order of `ModelConfig.moe_layers`."""
+        for row, gate in zip(bias, self._gates(), strict=True):
+            gate.e_score_correction_bias.copy_(row)
+
+    @torch.no_grad()
+    def bias(self) -> Tensor:
+        """The gates' biases [L, E] float32, rows in the order of `ModelConfig.moe_layers`."""
+        return torch.stack([gate.e_score_correction_bias for gate in self._gates()])
+
+    def _gates(self) -> list[Gate]:
+        return [module for module in self.modules() if isinstance(module, Gate)]
 
     def forward(
         self,

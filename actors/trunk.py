@@ -1,0 +1,296 @@
+"""The trunk of one data-parallel worker: microbatches in flight, gradients, its share of a step.
+
+A worker runs several microbatches at once, each on a thread (a lane) of its own: while the tokens of
+one are away at the expert hosts, another computes. Gradients of all lanes add up in one flat buffer,
+are summed over the workers once a step, and wait for the coordinator's decision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from actors.lane import LaneCounters
+from actors.steps import StepDecision, StepReport
+from model.balance_loss import BalanceWeights
+from model.experts import Experts
+from model.losses import Evaluation, Losses, evaluation_loss, training_loss
+from model.optimizer import AdamW
+from model.trace import Trace
+from model.transformer import Transformer
+
+T = TypeVar("T")
+
+
+class Reducer(Protocol):
+    """Sums tensors over the data-parallel workers."""
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the workers, in place, the same bits on all of them."""
+        ...
+
+
+class SingleWorker:
+    """The reducer of a run with one worker."""
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing to add."""
+
+
+class ExpertsInProcess(Protocol):
+    """Experts that live in the worker itself, replicated in each worker (`cluster.expert_hosts: 0`)."""
+
+    def gradients(self) -> Sequence[Tensor]: ...
+
+    def prepare(self, step: int) -> float: ...
+
+    def commit(self, step: int, learning_rate: float, scale: float) -> None: ...
+
+
+class StepLane(Experts, Protocol):
+    """The routed experts as one lane reaches them; see `actors.router.Lane`."""
+
+    @property
+    def counters(self) -> LaneCounters: ...
+
+    def begin(self, step: int, microbatch: int) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Microbatch:
+    """Rows that go through the model at once.
+
+    Attributes:
+        index: among all microbatches of the step, over all workers.
+        tokens: `[B, T + 1 + depth]` int64.
+        segments: `[B, T + 1 + depth]` int32, document of each token, -1 padding; None when every row
+            is one document.
+    """
+
+    index: int
+    tokens: Tensor
+    segments: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """What one worker needs for one step.
+
+    Attributes:
+        n_targets, n_rows: of the global batch, so that gradients of all workers simply add up.
+        balance: weights of the balance losses at this step.
+        mtp_weight: λ at this step.
+    """
+
+    step: int
+    microbatches: tuple[Microbatch, ...]
+    n_targets: int
+    n_rows: int
+    balance: BalanceWeights
+    mtp_weight: float
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What a worker's microbatches of one step add up to."""
+
+    loads: Tensor
+    main: float = 0.0
+    mtp: float = 0.0
+    balance: float = 0.0
+
+    def add(self, losses: Losses, loads: Mapping[int, Tensor], layers: Sequence[int]) -> None:
+        self.main += float(losses.main_sum)
+        self.mtp += float(sum(losses.mtp_sums)) / max(1, len(losses.mtp_sums))
+        self.balance += float(losses.balance)
+        for at, layer in enumerate(layers):
+            self.loads[at] += loads[layer]
+
+
+class TrunkWorker:
+    """Runs the forward and backward passes of a worker's microbatches and applies the decided update.
+
+    Args:
+        rank: of this worker, from 0.
+        model: the trunk; its parameters belong to `optimizer`.
+        lanes: one for each microbatch in flight.
+        reducer: sums gradients over the workers.
+        experts: the experts in this process, if that is where they are.
+        recompute: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        model: Transformer,
+        optimizer: AdamW,
+        lanes: Sequence[StepLane],
+        reducer: Reducer | None = None,
+        experts: ExpertsInProcess | None = None,
+        recompute: bool = False,
+    ) -> None:
+        self._rank = rank
+        self._model = model
+        self._optimizer = optimizer
+        self._lanes = tuple(lanes)
+        self._reducer = reducer or SingleWorker()
+        self._experts = experts
+        self._recompute = recompute
+        self._layers = model.config.moe_layers
+        # A thread of its own for each lane, for ever: channels and thread pools stay warm.
+        self._threads = [
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))
+        ]
+
+    def run(self, inputs: StepInputs) -> StepReport:
+        """Forward and backward of this worker's microbatches, summed over the workers.
+
+        Returns:
+            The report for the coordinator; the gradients wait for `apply`.
+        """
+        start = time.perf_counter()
+        shape = (len(self._layers), self._model.config.n_routed_experts)
+        sums = _Sums(loads=torch.zeros(shape, dtype=torch.int64))
+        before = self._counted()
+        for losses, loads in self._over_lanes(inputs.step, inputs.microbatches, partial(self._train, inputs)):
+            sums.add(losses, loads, self._layers)
+        after = self._counted()
+        gradients = list(self._optimizer.gradient_buffers())
+        if self._experts is not None:
+            gradients += self._experts.gradients()
+        self._reducer.all_reduce(gradients)
+        positions = -1 - self._model.config.num_nextn_predict_layers
+        return StepReport(
+            worker=self._rank,
+            step=inputs.step,
+            loads=sums.loads,
+            trunk_squared_norm=self._optimizer.squared_norm(),
+            local_expert_squared_norm=self._experts.prepare(inputs.step) if self._experts else 0.0,
+            main_sum=sums.main,
+            mtp_sum=sums.mtp,
+            balance_sum=sums.balance,
+            # Counts of the global batch, so one worker's say is enough.
+            n_targets=inputs.n_targets if self._rank == 0 else 0,
+            n_rows=inputs.n_rows if self._rank == 0 else 0,
+            tokens=sum(m.tokens[:, :positions].numel() for m in inputs.microbatches),
+            seconds=time.perf_counter() - start,
+            tokens_routed=after.tokens - before.tokens,
+            rows_sent=after.rows - before.rows,
+            bytes=after.bytes - before.bytes,
+        )
+
+    def evaluate(self, step: int, microbatches: Sequence[Microbatch]) -> tuple[list[Evaluation], Tensor]:
+        """Judge this worker's share of the held-out rows.
+
+        Returns:
+            One evaluation per microbatch, and the loads `[L, E]` that they would have made.
+        """
+        results = self._over_lanes(step, microbatches, self._judge)
+        loads = torch.zeros(len(self._layers), self._model.config.n_routed_experts, dtype=torch.int64)
+        for _, traced in results:
+            for at, layer in enumerate(self._layers):
+                loads[at] += traced[layer]
+        return [evaluation for evaluation, _ in results], loads
+
+    def apply(self, decision: StepDecision) -> None:
+        """Apply the step that all parts of the model take together, then move the gates' bias."""
+        if self._experts is not None:
+            self._experts.commit(decision.step, decision.learning_rate, decision.scale)
+        self._optimizer.step(decision.learning_rate, decision.scale)
+        self._optimizer.zero_grad()
+        self._model.set_bias(decision.bias)
+
+    def close(self) -> None:
+        """End the lanes' threads."""
+        for thread in self._threads:
+            thread.shutdown(wait=True, cancel_futures=True)
+
+    def _counted(self) -> LaneCounters:
+        total = LaneCounters()
+        for lane in self._lanes:
+            total.tokens += lane.counters.tokens
+            total.rows += lane.counters.rows
+            total.bytes += lane.counters.bytes
+        return total
+
+    def _over_lanes(
+        self, step: int, microbatches: Sequence[Microbatch], work: Callable[[StepLane, Microbatch], T]
+    ) -> list[T]:
+        """Do the work of all microbatches, as many at once as there are lanes; results in their order.
+
+        Raises:
+            The first error of a lane; by then no lane is at work any more.
+        """
+        # What is waiting goes to whichever lane is free; after an error nobody takes more.
+        waiting = deque(enumerate(microbatches))
+        results: list[T | None] = [None] * len(microbatches)
+
+        def serve(lane: StepLane) -> None:
+            while waiting:
+                try:
+                    at, microbatch = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    lane.begin(step, microbatch.index)
+                    results[at] = work(lane, microbatch)
+                except BaseException:
+                    waiting.clear()
+                    lane.abandon()
+                    raise
+
+        futures = [
+            thread.submit(serve, lane) for thread, lane in zip(self._threads, self._lanes, strict=True)
+        ]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return cast("list[T]", results)
+
+    def _train(
+        self, inputs: StepInputs, lane: StepLane, microbatch: Microbatch
+    ) -> tuple[Losses, dict[int, Tensor]]:
+        trace = Trace()
+        losses = training_loss(
+            self._model,
+            microbatch.tokens,
+            microbatch.segments,
+            experts=lane,
+            trace=trace,
+            n_targets=inputs.n_targets,
+            n_rows=inputs.n_rows,
+            balance=inputs.balance,
+            mtp_weight=inputs.mtp_weight,
+            recompute=self._recompute,
+        )
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        return losses, trace.loads
+
+    def _judge(self, lane: StepLane, microbatch: Microbatch) -> tuple[Evaluation, dict[int, Tensor]]:
+        trace = Trace()
+        judged = evaluation_loss(
+            self._model, microbatch.tokens, microbatch.segments, experts=lane, trace=trace
+        )
+        return judged, trace.loads
+
+
+__all__ = [
+    "ExpertsInProcess",
+    "Microbatch",
+    "Reducer",
+    "SingleWorker",
+    "StepInputs",
+    "StepLane",
+    "TrunkWorker",
+]
