@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.config import ClusterConfig
 from jobs.config_errors import explain
-from model.config import BalanceConfig, ModelConfig, Schedule
+from model.config import BalanceConfig, ModelConfig
+from model.schedule import Schedule
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -107,7 +108,7 @@ class DataConfig(_Section):
     path: str | None = None
     text_field: str = "text"
     tokenizer: str | None = None
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
 
 class CheckpointConfig(_Section):

@@ -39,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, i
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer, int(tokenizer.token_to_id(END_OF_TEXT))
+    return tokenizer, tokenizer.get_vocab()[END_OF_TEXT]
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> tuple[Tokenizer, int]:
