@@ -1,0 +1,21 @@
+"""How a router reaches an expert host: in process, over shared memory, or over gRPC.
+
+`base` holds the protocol; `connect` opens a channel to an address, its scheme says which kind.
+"""
+
+from __future__ import annotations
+
+from channels.base import Channel, Handler, Phase, Request, RequestId, Server, Ticket
+from channels.choose import connect, pick
+
+__all__ = [
+    "Channel",
+    "Handler",
+    "Phase",
+    "Request",
+    "RequestId",
+    "Server",
+    "Ticket",
+    "connect",
+    "pick",
+]

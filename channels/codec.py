@@ -1,0 +1,192 @@
+"""The frame of a byte stream: at once a protobuf message and a buffer that is read in place.
+
+A frame is `raymoe.v1.Frame { header = 1; padding = 14; payload = 15 }`. Protobuf's own code would copy
+the payload into the message and again into the frame, and once more to read it; so tag and length are
+written by hand (one join is the only copy) and read by hand (tensors are views of the frame). A foreign
+client does it with its generated code, in any order of the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from channels import header as headers
+from channels.base import Request
+from channels.header import ALIGNMENT, Placement
+from errors import ProtocolError
+from protos import expert_pb2
+
+_HEADER_TAG: Final = b"\x0a"  # field 1, length-delimited
+_PADDING_TAG: Final = b"\x72"  # field 14
+_PAYLOAD_TAG: Final = b"\x7a"  # field 15
+_FIXED_SIZE: Final = {1: 8, 5: 4}
+_ZEROS: Final = bytes(2 * ALIGNMENT)
+
+
+def encode_request(request: Request) -> bytes:
+    """The frame of a request.
+
+    Raises:
+        ProtocolError: an id or a dtype that the wire cannot carry.
+    """
+    return _encode(headers.request_header(request), request.tensors)
+
+
+def encode_reply(tensors: Sequence[torch.Tensor]) -> bytes:
+    """The frame of a reply that went well."""
+    return _encode(headers.reply_header(), tensors)
+
+
+def encode_error(error: Exception) -> bytes:
+    """The frame of a reply that says how the call failed."""
+    return _encode(headers.error_header(error), ())
+
+
+def decode_request(frame: bytes) -> Request:
+    """Read a request; its tensors are views of `frame`, which must not be used otherwise.
+
+    Raises:
+        ProtocolError: the frame is malformed.
+    """
+    header, payload, start = _split(frame)
+    return Request(id=headers.request_id(header), tensors=_views(frame, header, payload, start))
+
+
+def decode_reply(frame: bytes) -> tuple[torch.Tensor, ...]:
+    """Read a reply; its tensors are views of `frame`, which must not be used otherwise.
+
+    Raises:
+        RemoteError: the reply tells of an error (StaleEpoch stays itself).
+        ProtocolError: the frame is malformed.
+    """
+    header, payload, start = _split(frame)
+    error = headers.remote_error(header)
+    if error is not None:
+        raise error
+    return _views(frame, header, payload, start)
+
+
+def _encode(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> bytes:
+    placed, size = headers.place(header, tensors)
+    text = header.SerializeToString()
+    head = _HEADER_TAG + _varint(len(text)) + text
+    if not placed:
+        return head
+    tail = _PAYLOAD_TAG + _varint(size)
+    # The padding field itself takes two bytes at least; its length fits one (< 128).
+    padding = -(len(head) + 2 + len(tail)) % ALIGNMENT
+    parts: list[Any] = [head, _PADDING_TAG, bytes((padding,)), _ZEROS[:padding], tail]
+    end = 0
+    for tensor, where in zip(tensors, placed, strict=True):
+        if where.offset != end:
+            parts.append(_ZEROS[: where.offset - end])
+        if where.count:
+            parts.append(_buffer(tensor))
+        end = where.end
+    return b"".join(parts)
+
+
+def _buffer(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor as an object with the buffer protocol, without a copy where it is contiguous."""
+    flat = tensor.detach().to("cpu").contiguous()
+    if flat.dtype is torch.bfloat16:  # numpy has none
+        flat = flat.view(torch.int16)
+    return flat.numpy()
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
+    """The varint at byte `at` and the place after it."""
+    value = shift = 0
+    while shift < 64 and at < len(frame):
+        byte = frame[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ProtocolError(f"a frame of {len(frame)} bytes ends or runs wild within a number, at byte {at}")
+
+
+def _split(frame: bytes) -> tuple[expert_pb2.Header, int, int]:
+    """Header, size of the payload, and its first byte within the frame."""
+    texts = []
+    size = start = at = 0
+    while at < len(frame):
+        tag, at = _read_varint(frame, at)
+        field, wire = tag >> 3, tag & 7
+        if wire == 2:
+            length, at = _read_varint(frame, at)
+        elif wire == 0:
+            _, at = _read_varint(frame, at)
+            length = 0
+        elif wire in _FIXED_SIZE:
+            length = _FIXED_SIZE[wire]
+        else:
+            raise ProtocolError(f"a frame has a field of unknown wire type {wire} before byte {at}")
+        if at + length > len(frame):
+            raise ProtocolError(
+                f"field {field} of a frame ends at byte {at + length}, but the frame has {len(frame)} bytes"
+            )
+        if (field in (1, 14, 15) and wire != 2) or not field:
+            raise ProtocolError(f"field {field} of a frame has wire type {wire}; it is not one of ours")
+        if field == 1:
+            texts.append(frame[at : at + length])  # as protobuf has it: occurrences of a message merge
+        elif field == 15:
+            size, start = length, at
+        at += length
+    return headers.parse(b"".join(texts)), size, start
+
+
+class _Memory:
+    """Lends the memory of a bytes object to numpy as writable, and keeps the object alive.
+
+    The frame belongs to its decoder alone, so that its tensors may be changed by who gets them; torch
+    would warn of a read-only buffer instead.
+    """
+
+    __slots__ = ("__array_interface__", "_owner")
+
+    def __init__(self, owner: bytes) -> None:
+        self._owner = owner
+        address = np.frombuffer(owner, np.uint8).__array_interface__["data"][0]
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": (len(owner),),
+            "typestr": "|u1",
+        }
+
+
+def _views(frame: bytes, header: expert_pb2.Header, size: int, start: int) -> tuple[torch.Tensor, ...]:
+    placed = headers.placements(header, size)
+    if not placed:
+        return ()
+    memory = np.asarray(_Memory(frame)) if size else None
+    return tuple(tensor_at(memory, start, where) for where in placed)
+
+
+def tensor_at(memory: np.ndarray[Any, Any] | None, start: int, where: Placement) -> torch.Tensor:
+    """The tensor at byte `start + where.offset` of `memory` (uint8, writable): a view where it is aligned."""
+    if not where.count or memory is None:
+        return torch.empty(where.shape, dtype=where.dtype)
+    first = start + where.offset
+    if (int(memory.__array_interface__["data"][0]) + first) % where.dtype.itemsize:
+        memory, first = memory[first : start + where.end].copy(), 0
+    flat = torch.frombuffer(memory, dtype=where.dtype, count=where.count, offset=first)
+    return flat.view(where.shape)
+
+
+__all__ = ["decode_reply", "decode_request", "encode_error", "encode_reply", "encode_request", "tensor_at"]

@@ -1,0 +1,185 @@
+"""The doorbell of the shared memory channel: one packet on a Unix socket for each request and reply.
+
+A packet is a fixed head, the numbers of the segments that its sender has done with, and a protobuf
+`Header`; a new segment's descriptor travels beside it.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from channels import header as headers
+from channels.codec import tensor_at
+from channels.header import Placement
+from channels.segments import Segment, SegmentMirror, SegmentPool
+from errors import ChannelError, ChannelTimeout, ProtocolError
+from protos import expert_pb2
+
+_HEAD: Final = struct.Struct("<4sIQQI")  # magic, segment, capacity if it is new, size, segments released
+_MAGIC: Final = b"rmo1"
+_NO_SEGMENT: Final = 0xFFFFFFFF
+_MAX_PACKET: Final = 1 << 16
+_MAX_RELEASED: Final = 64
+_CREDENTIALS: Final = struct.Struct("3i")
+_INT: Final = array.array("i").itemsize
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * _INT)
+
+
+class Doorbell:
+    """One end of a connection: both directions' segments and the socket. Used by one thread at a time.
+
+    Raises:
+        ChannelError: the process at the other end belongs to another user.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._pool = SegmentPool()
+        self._mirror = SegmentMirror()
+        self._read: deque[int] = deque()
+        self._buffer = bytearray(_MAX_PACKET)
+        self._patience = 0.0
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.peer, user, _ = _CREDENTIALS.unpack(credentials)
+        if user != os.geteuid():
+            raise ChannelError(
+                f"the process at the other end (pid {self.peer}) runs as user {user}, this one as"
+                f" {os.geteuid()}; shared memory is for one user, use grpc"
+            )
+
+    def send(self, header: expert_pb2.Header, tensors: Sequence[torch.Tensor] = ()) -> int | None:
+        """Write the tensors to a segment and ring; returns the segment's number, if one was needed.
+
+        Raises:
+            ProtocolError: the header is too long, or a tensor of a dtype that the wire does not know.
+            ChannelError: the peer is gone.
+        """
+        placed, size = headers.place(header, tensors)
+        text = header.SerializeToString()
+        if len(text) > _MAX_PACKET - _HEAD.size - 4 * _MAX_RELEASED:
+            raise ProtocolError(f"a header of {len(text)} bytes does not fit a packet; shorten its names")
+        segment: Segment | None = None
+        descriptor: int | None = None
+        try:
+            if size:
+                segment, descriptor = self._pool.acquire(size)
+                for tensor, where in zip(tensors, placed, strict=True):
+                    if where.count:
+                        tensor_at(segment.memory, 0, where).copy_(tensor.detach())
+            capacity = segment.capacity if segment is not None and descriptor is not None else 0
+            self._ring(text, segment, capacity, size, descriptor)
+        except OSError as error:
+            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        return None if segment is None else segment.index
+
+    def _ring(
+        self, text: bytes, segment: Segment | None, capacity: int, size: int, descriptor: int | None
+    ) -> None:
+        read = [self._read.popleft() for _ in range(min(len(self._read), _MAX_RELEASED))]
+        index = _NO_SEGMENT if segment is None else segment.index
+        head = _HEAD.pack(_MAGIC, index, capacity, size, len(read))
+        packet = b"".join((head, struct.pack(f"<{len(read)}I", *read), text))
+        if descriptor is None:
+            self._socket.send(packet, socket.MSG_NOSIGNAL)
+        else:
+            socket.send_fds(self._socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
+
+    def receive(
+        self, deadline: float | None = None
+    ) -> tuple[expert_pb2.Header, Segment | None, list[Placement]]:
+        """Wait for a packet: its header, and the segment that holds what the header places.
+
+        Raises:
+            ChannelTimeout: the deadline (of `time.monotonic`) passed.
+            ChannelError: the peer is gone.
+            ProtocolError: the packet is malformed.
+        """
+        self._set_patience(deadline)
+        try:
+            length, ancillary, flags, _ = self._socket.recvmsg_into(
+                [self._buffer], _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            raise ChannelTimeout(f"pid {self.peer} does not answer") from None
+        except OSError as error:
+            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+        descriptors = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(data[: len(data) - len(data) % _INT])
+        try:
+            if not length:
+                raise ChannelError(f"pid {self.peer} hung up")
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ProtocolError("a packet is longer than any may be")
+            return self._read_packet(memoryview(self._buffer)[:length], list(descriptors))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _read_packet(
+        self, packet: memoryview, descriptors: list[int]
+    ) -> tuple[expert_pb2.Header, Segment | None, list[Placement]]:
+        if len(packet) < _HEAD.size:
+            raise ProtocolError(f"a packet of {len(packet)} bytes is shorter than its head")
+        magic, index, capacity, size, n_released = _HEAD.unpack_from(packet)
+        text = _HEAD.size + 4 * n_released
+        if magic != _MAGIC or text > len(packet):
+            raise ProtocolError(f"a packet of {len(packet)} bytes does not begin as ours do")
+        if len(descriptors) != (1 if capacity else 0):
+            raise ProtocolError(f"a packet brings {len(descriptors)} descriptors, which it does not announce")
+        for released in struct.unpack_from(f"<{n_released}I", packet, _HEAD.size):
+            self._pool.release(released)
+        if capacity:
+            self._mirror.attach(index, descriptors[0], capacity)
+        segment = self._mirror.get(index, size) if size else None
+        header = headers.parse(packet[text:])
+        return header, segment, headers.placements(header, size)
+
+    def done_with(self, segment: Segment | None) -> None:
+        """Nothing reads `segment` any more; the peer hears of it with the next packet. Any thread."""
+        if segment is not None:
+            self._read.append(segment.index)
+
+    def reusable(self, index: int | None) -> None:
+        """The peer has answered, so that the segment it read may be written again."""
+        if index is not None:
+            self._pool.release(index)
+
+    def _set_patience(self, deadline: float | None) -> None:
+        # The kernel's own timeout: a poll before each receive would be one more system call.
+        patience = 0.0 if deadline is None else max(deadline - time.monotonic(), 1e-6)
+        if patience != self._patience:
+            seconds = int(patience)
+            value = struct.pack("ll", seconds, max(int((patience - seconds) * 1e6), 0 if seconds else 1))
+            with contextlib.suppress(OSError):  # closed by another thread: the receive will tell
+                self._socket.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVTIMEO, value if patience else struct.pack("ll", 0, 0)
+                )
+            self._patience = patience
+
+    def shut(self) -> None:
+        """Wake whoever waits at either end, with an error. Any thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.shut()
+        self._socket.close()
+
+
+__all__ = ["Doorbell"]

@@ -1,0 +1,139 @@
+"""What channels over a wire share: requests in flight, whose replies come in order."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Final
+
+import torch
+
+from channels.base import Handler, Request
+from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError
+
+Reply = tuple[torch.Tensor, ...]
+MAX_IN_FLIGHT: Final = 32
+"""Requests that a channel leaves unread; the next `submit` first reads the oldest reply, so that the
+two ends never wait for one another with both directions full."""
+
+
+class PipeTicket:
+    """A reply that is on its way through a pipe."""
+
+    __slots__ = ("_outcome", "_pipe")
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._outcome: Reply | RaymoeError | None = None
+
+    def settle(self, outcome: Reply | RaymoeError) -> None:
+        """The reply, or why there will be none; the first one counts."""
+        if self._outcome is None:
+            self._outcome = outcome
+
+    def result(self, timeout: float | None = None) -> Reply:
+        """See `channels.base.Ticket`."""
+        if self._outcome is None:
+            self._pipe.wait_for(self, timeout)
+        outcome = self._outcome
+        if outcome is None:
+            raise ChannelError(f"{self._pipe.name}: the reply was not waited for to its end")
+        if isinstance(outcome, RaymoeError):
+            raise outcome
+        return outcome
+
+    @property
+    def settled(self) -> bool:
+        """Whether `result` returns at once."""
+        return self._outcome is not None
+
+
+class Pipe:
+    """The client's end. A subclass sends, receives and hangs up; this keeps order and failures.
+
+    Attributes:
+        name: the peer's address, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._flying: deque[PipeTicket] = deque()
+        self._broken: RaymoeError | None = None
+
+    def submit(self, request: Request) -> PipeTicket:
+        """See `channels.base.Channel`."""
+        if len(self._flying) >= MAX_IN_FLIGHT:
+            self.wait_for(self._flying[0], None)
+        if self._broken is not None:
+            raise ChannelError(f"{self._broken}; connect again")
+        ticket = PipeTicket(self)
+        self._flying.append(ticket)
+        try:
+            self._send(request)
+        except ChannelError as error:
+            self._fail(error)
+            raise
+        except BaseException:  # nothing has left: the request itself was wrong
+            self._flying.pop()
+            raise
+        return ticket
+
+    def wait_for(self, ticket: PipeTicket, timeout: float | None) -> None:
+        """Settle every ticket up to `ticket`; a failure settles all, and closes the pipe."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not ticket.settled and self._broken is None:
+            try:
+                outcome: Reply | RaymoeError = self._receive(deadline)
+            except RemoteError as error:
+                outcome = error
+            except ChannelTimeout:
+                late = ChannelTimeout(f"{self.name}: no reply within {timeout} s; connect and send again")
+                ticket.settle(late)
+                self._fail(ChannelError(f"{self.name}: closed after a reply was late"))
+                return
+            except (ChannelError, ProtocolError) as error:
+                self._fail(error)
+                return
+            # A close from another thread may have emptied the queue in the meantime.
+            if self._flying:
+                self._flying.popleft().settle(outcome)
+        if self._broken is not None:
+            ticket.settle(self._broken)
+
+    def close(self) -> None:
+        """See `channels.base.Channel`."""
+        self._fail(ChannelError(f"{self.name}: the channel was closed"))
+
+    def _fail(self, error: RaymoeError) -> None:
+        if self._broken is not None:
+            return
+        self._broken = error
+        self._hang_up()
+        while self._flying:
+            self._flying.popleft().settle(error)
+
+    def _send(self, request: Request) -> None:
+        raise NotImplementedError
+
+    def _receive(self, deadline: float | None) -> Reply:
+        """Wait for one reply until `deadline` (of `time.monotonic`).
+
+        Raises:
+            RemoteError: the reply is an error; the pipe goes on.
+            ChannelTimeout, ChannelError, ProtocolError: the pipe is of no use any more.
+        """
+        raise NotImplementedError
+
+    def _hang_up(self) -> None:
+        raise NotImplementedError
+
+
+def call(handler: Handler, request: Request) -> Reply | Exception:
+    """Call a handler for a peer, who is to hear of any failure."""
+    try:
+        return handler(request)
+    except Exception as error:
+        return error
+
+
+__all__ = ["MAX_IN_FLIGHT", "Pipe", "PipeTicket", "Reply", "call"]

@@ -1,0 +1,225 @@
+"""The channel within a machine: payloads in shared memory, a doorbell over a Unix socket.
+
+A request is written once, into a segment, and read there by the handler; a reply likewise. Small
+replies are copied out, large ones are lent to the caller: their segment is used again when the caller
+has dropped the tensors. Sockets are abstract and memory is nameless: nothing is left behind by a
+process that dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+
+from channels import header as headers
+from channels.base import Channel, Handler, Request
+from channels.codec import tensor_at
+from channels.doorbell import Doorbell
+from channels.header import Placement
+from channels.locality import machine_id
+from channels.pipe import Pipe, Reply, call
+from channels.segments import Segment
+from errors import ChannelError, ChannelTimeout, ProtocolError
+
+_log = logging.getLogger(__name__)
+_LEND_FROM: Final = 1 << 18
+"""Bytes from which a reply is lent and not copied: below, the copy is the cheaper one."""
+_MAX_LENT: Final = 8
+"""Replies lent at a time by one channel; a caller who keeps more gets copies, so that segments end."""
+
+
+class _Loan:
+    """A reply's memory, given back when the last tensor of it dies."""
+
+    __slots__ = ("__array_interface__", "_channel", "_segment")
+
+    def __init__(self, channel: ShmChannel, segment: Segment, size: int) -> None:
+        self._channel = channel
+        self._segment = segment
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (segment.address, False),
+            "shape": (size,),
+            "typestr": "|u1",
+        }
+
+    def __del__(self) -> None:
+        self._channel.give_back(self._segment)
+
+
+class ShmChannel(Pipe):
+    """The router's end."""
+
+    def __init__(self, name: str, connection: socket.socket) -> None:
+        super().__init__(name)
+        self._bell = Doorbell(connection)
+        self._written: deque[int | None] = deque()
+        self._lent = 0
+        self._counting = threading.Lock()
+
+    def _send(self, request: Request) -> None:
+        self._written.append(self._bell.send(headers.request_header(request), request.tensors))
+
+    def _receive(self, deadline: float | None) -> Reply:
+        header, segment, placed = self._bell.receive(deadline)
+        if not self._written:
+            raise ProtocolError(f"{self.name} replies to a request that nobody made")
+        self._bell.reusable(self._written.popleft())
+        error = headers.remote_error(header)
+        if error is not None or segment is None:
+            self._bell.done_with(segment)
+            if error is not None:
+                raise error
+            return tuple(tensor_at(None, 0, where) for where in placed)
+        size = max(where.end for where in placed) if placed else 0
+        if size >= _LEND_FROM and self._lent < _MAX_LENT:
+            return self._lend(segment, placed, size)
+        reply = tuple(tensor_at(segment.memory, 0, where).clone() for where in placed)
+        self._bell.done_with(segment)
+        return reply
+
+    def _lend(self, segment: Segment, placed: list[Placement], size: int) -> Reply:
+        with self._counting:
+            self._lent += 1
+        memory: np.ndarray[Any, Any] = np.asarray(_Loan(self, segment, size))
+        return tuple(tensor_at(memory, 0, where) for where in placed)
+
+    def give_back(self, segment: Segment) -> None:
+        """A lent segment is free again. Any thread."""
+        with self._counting:
+            self._lent -= 1
+        self._bell.done_with(segment)
+
+    def _hang_up(self) -> None:
+        self._bell.close()
+
+
+class ShmServer:
+    """The host's end: a thread that accepts, and one for each connection."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
+        self._address = f"shm:{machine_id()}/{name}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind("\0" + name)
+        self._listener.listen(128)
+        self._open: dict[Doorbell, threading.Thread] = {}
+        self._guard = threading.Lock()
+        self._closed = False
+        self._accepting = threading.Thread(target=self._accept, name="shm-accept", daemon=True)
+        self._accepting.start()
+
+    @property
+    def address(self) -> str:
+        """`shm:<machine>/<name of an abstract socket>`."""
+        return self._address
+
+    def close(self) -> None:
+        """Hang up on every caller and join every thread; a handler at work is waited for."""
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+            connections = dict(self._open)
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for bell in connections:
+            bell.shut()
+        self._accepting.join()
+        self._listener.close()
+        for thread in connections.values():
+            thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                _log.warning("%s: cannot accept: %s", self._address, error)
+                continue
+            try:
+                bell = Doorbell(connection)
+            except (ChannelError, OSError) as error:
+                _log.warning("%s: refused a connection: %s", self._address, error)
+                connection.close()
+                continue
+            thread = threading.Thread(target=self._serve, args=(bell,), name="shm-serve", daemon=True)
+            with self._guard:
+                if self._closed:
+                    bell.close()
+                    return
+                self._open[bell] = thread
+                thread.start()
+
+    def _serve(self, bell: Doorbell) -> None:
+        try:
+            while True:
+                self._answer(bell)
+        except ProtocolError as error:
+            _log.warning("%s: hung up on pid %d: %s", self._address, bell.peer, error)
+        except ChannelError:
+            pass  # the caller hung up
+        finally:
+            bell.close()
+            with self._guard:
+                self._open.pop(bell, None)
+
+    def _answer(self, bell: Doorbell) -> None:
+        header, segment, placed = bell.receive()
+        memory = None if segment is None else segment.memory
+        tensors = tuple(tensor_at(memory, 0, where) for where in placed)
+        outcome = call(self._handler, Request(id=headers.request_id(header), tensors=tensors))
+        if isinstance(outcome, Exception):
+            bell.send(headers.error_header(outcome))
+            return
+        try:
+            bell.send(headers.reply_header(), outcome)
+        except ProtocolError as error:  # what the handler returned cannot travel: its fault, not the wire's
+            bell.send(headers.error_header(error))
+
+
+def serve(handler: Handler) -> ShmServer:
+    """Let processes of this machine and user reach `handler`, which runs in one thread a connection."""
+    return ShmServer(handler)
+
+
+def connect(address: str, *, timeout: float = 30.0) -> Channel:
+    """Open a channel to a server of this machine.
+
+    Raises:
+        ChannelTimeout: the server does not accept in time.
+        ChannelError: it is on another machine, gone, or of another user.
+    """
+    place, _, name = address.removeprefix("shm:").partition("/")
+    if place != machine_id():
+        raise ChannelError(
+            f"{address} is on another machine or in another network namespace than this process"
+            f" ({machine_id()}); use grpc"
+        )
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(timeout)
+        connection.connect("\0" + name)
+        connection.settimeout(None)
+        return ShmChannel(address, connection)
+    except TimeoutError as error:
+        connection.close()
+        raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
+    except OSError as error:
+        connection.close()
+        raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
+    except BaseException:
+        connection.close()
+        raise
+
+
+__all__ = ["ShmChannel", "ShmServer", "connect", "serve"]
