@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,25 @@ def load_config(
     return RunConfig.from_dict(values)
 
 
+def resumed_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of the latest checkpoint of a run, with what `overrides` change.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ConfigError: an override is wrong, or changes the model's shape, which its weights have.
+    """
+    from jobs.checkpoint_store import find_checkpoint, read_state
+
+    before = read_state(find_checkpoint(run)).config
+    values = copy.deepcopy(before)
+    for override in overrides:
+        _apply(values, override)
+    config = RunConfig.from_dict(values)
+    if config.model != RunConfig.from_dict(before).model:
+        raise ConfigError("--set model.…: a resumed run keeps the shape of its model; leave it out")
+    return config
+
+
 def write_config(config: RunConfig, path: Path) -> None:
     """Write a configuration with its comments; `load_config(path=…)` gives the same one."""
     path.write_text(commented_yaml(config), encoding="utf-8")
@@ -68,4 +88,4 @@ def _apply(values: dict[str, Any], override: str) -> None:
     here[name] = value
 
 
-__all__ = ["load_config", "write_config"]
+__all__ = ["load_config", "resumed_config", "write_config"]

@@ -21,8 +21,9 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
-from errors import DataError, RaymoeError
+from errors import DataError
 from jobs.config import RunConfig
+from jobs.console import own_error
 from jobs.documents import Document, SourceFile, find_files, held_out, name_hash, read_documents
 from jobs.held_out import HeldOut, zlib_bits_per_byte
 from jobs.packing import Block, PackedCorpus, Packer
@@ -231,12 +232,10 @@ def _own_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        inner: BaseException | None = error
-        while inner is not None:
-            if isinstance(inner, RaymoeError):
-                raise type(inner)(*inner.args) from None
-            inner = getattr(inner, "cause", None) or inner.__cause__
-        raise
+        own = own_error(error)
+        if own is None or own is error:
+            raise
+        raise own from None
 
 
 __all__ = ["InObjectStore", "PreparedData", "prepare"]

@@ -1,0 +1,213 @@
+"""What a command shows: progress and notes on stderr, results on stdout, errors in one line each."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
+
+from errors import RaymoeError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
+_PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
+
+
+class Progress:
+    """A run's progress: a bar on a terminal, a line every few seconds elsewhere.
+
+    Args:
+        total: steps of the whole run.
+        done: steps that are behind it when it starts (a resumed run).
+        console: where to; stderr by default.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._total, self._first, self._done = total, done, done
+        self._start = clock()
+        self._shown = -math.inf
+        self._bars: Bars | None = None
+        if self._console.is_terminal:
+            self._bars = Bars(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                console=self._console,
+                transient=False,
+            )
+            self._task = self._bars.add_task("", total=total, completed=done)
+            self._bars.start()
+
+    def update(
+        self, step: int, *, loss: float, tokens_per_second: float, max_violation: float, note: str = ""
+    ) -> None:
+        """Show where the run is.
+
+        Args:
+            step: steps done.
+            loss: of the last step, nats per token.
+            tokens_per_second: trained on, over all workers.
+            max_violation: MaxVio, averaged over the layers; 0 is perfect balance.
+            note: anything else worth a few words, such as a validation loss.
+        """
+        self._done = step
+        words = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  MaxVio {max_violation:.2f}"
+        words += f"  {note}" if note else ""
+        left = self.seconds_left()
+        if left is not None:
+            words += f"  {_duration(left)} left"
+        if self._bars is not None:
+            self._bars.update(self._task, completed=step, description=words)
+            return
+        now = self._clock()
+        if now - self._shown >= _PLAIN_SECONDS or step >= self._total:
+            self._shown = now
+            self._line(f"step {step}/{self._total}  {words}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress."""
+        self._line(text)
+
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None before the first step."""
+        steps = self._done - self._first
+        if steps <= 0:
+            return None
+        return (self._clock() - self._start) / steps * (self._total - self._done)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def own_error(error: BaseException) -> RaymoeError | None:
+    """The error of ours in what Ray wrapped around it on its way out of a task or an actor."""
+    inner: BaseException | None = error
+    for _ in range(16):
+        if inner is None:
+            break
+        # Ray's stand-in for an error of a task is one of ours too, with a traceback for its text.
+        if isinstance(inner, RaymoeError) and not hasattr(inner, "as_instanceof_cause"):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return None
+
+
+def surfaced(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run a command so that errors of ours end it with one line each and their exit code.
+
+    With the command's `debug` they pass, traceback and all. Ctrl-C ends with 130.
+    """
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(_INTERRUPTED) from None
+        except Exception as error:
+            own = own_error(error)
+            if own is None or kwargs.get("debug"):
+                raise
+            for line in str(own).splitlines() or [type(own).__name__]:
+                print(f"error: {line}", file=sys.stderr)
+            raise typer.Exit(own.exit_code) from None
+
+    return run
+
+
+def finish(compute: Callable[[], Mapping[str, Any]], *, as_json: bool) -> None:
+    """Run a command's body and print its result: aligned lines, or one JSON object alone on stdout."""
+    if not as_json:
+        result = compute()
+        width = max((len(name) for name in result), default=0)
+        for name, value in result.items():
+            print(f"{name.replace('_', ' '):<{width}}  {_words(value)}")
+        return
+    with _stdout_to_stderr():
+        result = compute()
+    print(json.dumps(_finite(result), allow_nan=False), flush=True)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Whatever libraries and their subprocesses write to stdout goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        if sys.__stdout__ is None or sys.__stdout__.closed:
+            yield
+            return
+        sys.__stdout__.flush()
+        kept = os.dup(1)
+        try:
+            os.dup2(2, 1)
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_words(inner) for inner in value)
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+__all__ = ["Progress", "finish", "own_error", "surfaced"]
