@@ -5,8 +5,8 @@ For a pair of row x and expert e with gate g:
 
     a, u = W13_e x          h = silu(a) * u          partial[row] += g * (W2_e h)
 
-Pairs are worked on expert by expert, so that each weight is read once and what a pair needs stays in the
-cache. Sums over the pairs of a row run in a fixed order (`embedding_bag`), so results repeat to the bit.
+Pairs are sorted by expert, so that each expert is one matrix product. Sums over the pairs of a row run in
+the order of the request (`embedding_bag`), so that results repeat to the bit.
 """
 
 from __future__ import annotations
@@ -69,36 +69,49 @@ class ExpertShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """What a backward pass needs of its forward pass; owns all its memory.
+    """What a backward pass needs of its forward pass; owns all its memory, and may be used again.
 
     Attributes:
         rows: [n, D] copy of the inputs.
         hidden: [nnz, 2I], W13 x of the pairs, sorted by expert.
         gate: [nnz] sorted by expert.
-        token: [nnz] the row of each sorted pair.
-        place: [nnz] where each pair of the request lies in the sorted order.
-        row_ptr: [n + 1].
-        counts: pairs per expert.
+        pairs: how the pairs were sorted.
     """
 
     rows: Tensor
     hidden: Tensor
     gate: Tensor
+    pairs: _Pairs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pairs:
+    """The pairs of a request in the order of their experts.
+
+    Attributes:
+        token: [nnz] int64, the row of each sorted pair.
+        order: [nnz] int64, the request's index of each sorted pair.
+        place: [nnz] int64, the inverse of `order`.
+        row_ptr: [n + 1] int64, a copy.
+        counts: pairs per expert, of every expert of the shard.
+    """
+
     token: Tensor
+    order: Tensor
     place: Tensor
     row_ptr: Tensor
-    counts: tuple[int, ...]
+    counts: list[int]
 
 
 @torch.no_grad()
 def experts_forward(
     shard: ExpertShard, rows: Tensor, row_ptr: Tensor, local_expert: Tensor, gate: Tensor, *, keep: bool
 ) -> tuple[Tensor, Saved | None]:
-    """Gate-weighted sum over this shard's experts of every row.
+    """Gate-weighted sum over this shard's experts of every row; threads may call it at the same time.
 
     Args:
         rows: [n, D].
-        row_ptr: [n + 1] int32, pairs of row i are row_ptr[i] … row_ptr[i + 1].
+        row_ptr: [n + 1] int32, the pairs of row i are row_ptr[i] … row_ptr[i + 1].
         local_expert: [nnz] int32, indices into the shard.
         gate: [nnz].
         keep: whether a backward pass will follow.
@@ -106,39 +119,29 @@ def experts_forward(
     Returns:
         partial [n, D], and what `experts_backward` takes (None without `keep`).
     """
-    token, place, order, counts = _sort_pairs(row_ptr, local_expert, shard.n_experts)
-    width = shard.w2.shape[2]
-    hidden = rows.new_empty(token.numel(), 2 * width)
-    out = rows.new_empty(token.numel(), rows.shape[1])
-    largest = max(counts)
-    x = rows.new_empty(largest, rows.shape[1])
-    act = rows.new_empty(largest, width)
-    for e, span in _spans(counts):
-        m = span.stop - span.start
-        torch.index_select(rows, 0, token[span], out=x[:m])
-        h = torch.mm(x[:m], shard.w13[e].t(), out=hidden[span])
-        a = F.silu(h[:, :width]).mul_(h[:, width:])
-        torch.mm(a, shard.w2[e].t(), out=out[span])
-    del act
     gate = gate.to(rows.dtype)
-    partial = _sum_rows(out, place, row_ptr, gate)
+    if rows.shape[0] == 1 and not keep:
+        return _one_row(shard, rows[0], local_expert.tolist(), gate), None
+    pairs = _sort_pairs(row_ptr, local_expert, shard.n_experts)
+    width = shard.w2.shape[2]
+    x = rows.index_select(0, pairs.token)
+    hidden = rows.new_empty(x.shape[0], 2 * width)
+    _grouped_mm(x, shard.w13.transpose(1, 2), pairs.counts, out=hidden)
+    act = F.silu(hidden[:, :width]).mul_(hidden[:, width:])
+    # The gathered inputs are done with: the outputs take their place, still in the cache.
+    _grouped_mm(act, shard.w2.transpose(1, 2), pairs.counts, out=x)
+    partial = _sum_rows(x, pairs, gate)
     if not keep:
         return partial, None
-    saved = Saved(
-        rows=rows.clone(),
-        hidden=hidden,
-        gate=gate[order],
-        token=token,
-        place=place,
-        row_ptr=row_ptr.clone(),
-        counts=counts,
-    )
-    return partial, saved
+    # A copy of the rows is a K-th of the gathered ones; gathering again is cheaper than keeping them.
+    return partial, Saved(rows=rows.clone(), hidden=hidden, gate=gate[pairs.order], pairs=pairs)
 
 
 @torch.no_grad()
 def experts_backward(shard: ExpertShard, saved: Saved, d_partial: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the inputs and gates; the weights' gradients are added into the shard's buffers.
+    """Gradients of the inputs and gates; those of the weights are added into the shard's buffers.
+
+    Threads may call it at the same time.
 
     Args:
         saved: from `experts_forward(…, keep=True)`.
@@ -148,59 +151,83 @@ def experts_backward(shard: ExpertShard, saved: Saved, d_partial: Tensor) -> tup
         d_rows [n, D] and d_gate [nnz], in the order of the request's pairs.
     """
     d_w13, d_w2 = shard.allocate_gradients()
+    pairs, width = saved.pairs, shard.w2.shape[2]
+    a, up = saved.hidden[:, :width], saved.hidden[:, width:]
+    gate = saved.gate.unsqueeze(1)
+    d_y = d_partial.index_select(0, pairs.token)
+    d_act = d_y.new_empty(d_y.shape[0], width)
+    _grouped_mm(d_y, shard.w2, pairs.counts, out=d_act)
+    silu = F.silu(a)
+    act = silu * up
+    # <d_partial, W2 h> = <W2' d_partial, h>: the gate's gradient needs no expert's output.
+    d_gate = torch.mul(act, d_act).sum(1)[pairs.place]
+    d_act.mul_(gate)
+    d_hidden = torch.empty_like(saved.hidden)
+    torch.mul(d_act, silu, out=d_hidden[:, width:])
+    torch.ops.aten.silu_backward.grad_input(d_act.mul_(up), a, grad_input=d_hidden[:, :width])
+    _add_outer(d_w2, d_y, act.mul_(gate), pairs.counts, shard.lock)
+    # d_y is done with: the inputs' gradients take its place.
+    _grouped_mm(d_hidden, shard.w13, pairs.counts, out=d_y)
+    d_rows = _sum_rows(d_y, pairs, None)
+    x = torch.index_select(saved.rows, 0, pairs.token, out=d_y)
+    _add_outer(d_w13, d_hidden, x, pairs.counts, shard.lock)
+    return d_rows, d_gate
+
+
+def _one_row(shard: ExpertShard, x: Tensor, experts: list[int], gate: Tensor) -> Tensor:
+    """The forward pass of a single row [D], free of sorting and gathering: decoding lives on it."""
     width = shard.w2.shape[2]
-    d_gate = torch.empty_like(saved.gate)
-    d_x = saved.rows.new_empty(saved.token.numel(), saved.rows.shape[1])
-    for e, span in _spans(saved.counts):
-        token = saved.token[span]
-        gate = saved.gate[span].unsqueeze(1)
-        x = saved.rows.index_select(0, token)
-        d_y = d_partial.index_select(0, token)
-        a, up = saved.hidden[span, :width], saved.hidden[span, width:]
-        d_act = d_y @ shard.w2[e]
-        silu = F.silu(a)
-        act = silu * up
-        # <d_partial, W2 h> = <W2' d_partial, h>: the gate's gradient without the experts' outputs.
-        torch.sum(act * d_act, dim=1, out=d_gate[span])
-        d_act.mul_(gate)
-        d_hidden = torch.empty_like(saved.hidden[span])
-        torch.mul(d_act, silu, out=d_hidden[:, width:])
-        d_hidden[:, :width] = torch.ops.aten.silu_backward(d_act.mul_(up), a)
-        act.mul_(gate)
-        with shard.lock:
-            d_w2[e].addmm_(d_y.t(), act)
-            d_w13[e].addmm_(d_hidden.t(), x)
-        torch.mm(d_hidden, shard.w13[e], out=d_x[span])
-    return _sum_rows(d_x, saved.place, saved.row_ptr, None), d_gate[saved.place]
+    partial = x.new_zeros(1, x.shape[0])
+    if experts:
+        hidden = x.new_empty(len(experts), 2 * width)
+        for e, out in zip(experts, hidden.unbind(0), strict=True):
+            torch.mv(shard.w13[e], x, out=out)
+        act = F.silu(hidden[:, :width]).mul_(hidden[:, width:]).mul_(gate.unsqueeze(1))
+        total = partial[0]
+        for e, h in zip(experts, act.unbind(0), strict=True):
+            total.addmv_(shard.w2[e], h)
+    return partial
 
 
-def _sort_pairs(
-    row_ptr: Tensor, local_expert: Tensor, n_experts: int
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """token, place, order (all [nnz] int64) and the pairs per expert, for pairs sorted by expert."""
-    _, order = local_expert.sort(stable=True)
+def _sort_pairs(row_ptr: Tensor, local_expert: Tensor, n_experts: int) -> _Pairs:
+    order = local_expert.sort(stable=True).indices
+    row_ptr = row_ptr.to(torch.int64, copy=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    counts = tuple(torch.bincount(local_expert, minlength=n_experts).tolist())
-    n = row_ptr.numel() - 1
-    token = torch.repeat_interleave(torch.arange(n, device=order.device), row_ptr.diff().long())[order]
-    return token, place, order, counts
+    return _Pairs(
+        token=torch.repeat_interleave(row_ptr.diff(), output_size=order.numel())[order],
+        order=order,
+        place=place,
+        row_ptr=row_ptr,
+        counts=torch.bincount(local_expert, minlength=n_experts).tolist(),
+    )
 
 
-def _spans(counts: Sequence[int]) -> list[tuple[int, slice]]:
-    """(expert, its slice of the sorted pairs) for every expert that has any."""
-    spans, start = [], 0
+def _grouped_mm(x: Tensor, weights: Tensor, counts: list[int], *, out: Tensor) -> None:
+    """out[s:t] = x[s:t] @ weights[e] for each expert e with its pairs s … t."""
+    start = 0
     for e, m in enumerate(counts):
         if m:
-            spans.append((e, slice(start, start + m)))
-        start += m
-    return spans
+            torch.mm(x[start : start + m], weights[e], out=out[start : start + m])
+            start += m
 
 
-def _sum_rows(values: Tensor, place: Tensor, row_ptr: Tensor, gate: Tensor | None) -> Tensor:
+def _add_outer(total: Tensor, left: Tensor, right: Tensor, counts: list[int], lock: Lock) -> None:
+    """total[e] += left[s:t]' @ right[s:t] for each expert e; another backward pass may add in between."""
+    start = 0
+    for e, m in enumerate(counts):
+        if m:
+            with lock:
+                total[e].addmm_(left[start : start + m].t(), right[start : start + m])
+            start += m
+
+
+def _sum_rows(values: Tensor, pairs: _Pairs, gate: Tensor | None) -> Tensor:
     """[n, D]: for each row the (gate-weighted) sum of its pairs' values [nnz, D], in the request's order."""
+    if values.shape[0] == 0:
+        return values.new_zeros(pairs.row_ptr.numel() - 1, values.shape[1])
     return F.embedding_bag(
-        place, values, row_ptr.long(), mode="sum", per_sample_weights=gate, include_last_offset=True
+        pairs.place, values, pairs.row_ptr, mode="sum", per_sample_weights=gate, include_last_offset=True
     )
 
 
@@ -285,6 +312,12 @@ class LocalExperts(nn.Module):
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
         """See `Experts.dispatch`."""
         w13, w2 = self.weights(layer)
+        if not torch.is_grad_enabled():
+            row_ptr = torch.arange(0, idx.numel() + 1, idx.shape[1], device=idx.device)
+            partial, _ = experts_forward(
+                ExpertShard(w13, w2), rows, row_ptr, idx.reshape(-1), gates.reshape(-1), keep=False
+            )
+            return Done(partial)
         return Done(_GroupedExperts.apply(rows, gates, idx, w13, w2))  # type: ignore[no-untyped-call]
 
 
