@@ -79,7 +79,7 @@ class Coordinator:
         self._reports: dict[int, StepReport] = {}
         self._decision: StepDecision | None = None
         self._commits: list[tuple[HostInfo, Future[None]]] = []
-        self._pool = ThreadPoolExecutor(max(1, n_hosts), thread_name_prefix="coordinator")
+        self._pool = ThreadPoolExecutor(max(1, 2 * n_hosts), thread_name_prefix="coordinator")
         self._metrics: deque[StepMetrics] = deque(maxlen=_HISTORY)
 
     @property
@@ -91,6 +91,11 @@ class Coordinator:
     def epoch(self) -> int:
         """Version of the placement."""
         return self._epoch
+
+    @property
+    def failure(self) -> str | None:
+        """What ended the run; None while it goes on."""
+        return self._failure
 
     def register_host(self, info: HostInfo) -> None:
         """Take in a host; the order of the hosts' ids is the order of the placement. A repeat is fine.
@@ -120,8 +125,8 @@ class Coordinator:
             self._raise_failure()
             if len(self._hosts) != self._n_hosts:
                 raise ProtocolError(
-                    f"{len(self._hosts)} of {self._n_hosts} expert hosts have registered ({sorted(self._hosts)}): "
-                    "wait for the others to start, or look for their errors"
+                    f"{len(self._hosts)} of {self._n_hosts} expert hosts have registered "
+                    f"({sorted(self._hosts)}): wait for the others to start, or look for their errors"
                 )
             hosts = tuple(self._hosts[id][0] for id in self._order())
             return RoutingTable(epoch=self._epoch, hosts=hosts, owner=self._owner)
@@ -149,9 +154,12 @@ class Coordinator:
             mine = report.worker not in self._reports
             self._reports[report.worker] = report
             if not mine or len(self._reports) < self._plan.workers:
-                self._changed.wait_for(lambda: self._decided(report.step) or self._failure is not None)
+                self._changed.wait_for(lambda: self._step > report.step or self._failure is not None)
                 self._raise_failure()
-                assert self._decision is not None
+                if self._decision is None or self._decision.step != report.step:
+                    raise ProtocolError(
+                        f"worker {report.worker} waits for step {report.step}, but the run is at {self._step}"
+                    )
                 return self._decision
             reports = [self._reports[worker] for worker in sorted(self._reports)]
         try:
@@ -205,13 +213,8 @@ class Coordinator:
             return self._bias.clone()
 
     def metrics(self, since_step: int = -1) -> list[StepMetrics]:
-        """Committed steps after `since_step`, oldest first, as far back as they are kept.
-
-        Raises:
-            RaymoeError: the run failed.
-        """
+        """Committed steps after `since_step`, oldest first, as far back as they are kept."""
         with self._changed:
-            self._raise_failure()
             return [one for one in self._metrics if one.step > since_step]
 
     def host_stats(self) -> list[HostStats]:
@@ -259,21 +262,22 @@ class Coordinator:
                 stop=last,
             )
             self._commits = [
-                (info, self._pool.submit(host.commit, step, decision.learning_rate, decision.scale))
+                (info, self._pool.submit(self._commit, info, host, decision))
                 for info, host in self._members()
             ]
             self._decision, self._bias, self._step = decision, bias, step + 1
             self._reports.clear()
             self._metrics.append(_merge(reports, load, decision))
             self._changed.notify_all()
-        for info, commit in self._commits:
-            commit.add_done_callback(lambda done, info=info: self._committed(info, step, done))
         return decision
 
-    def _committed(self, info: HostInfo, step: int, commit: Future[None]) -> None:
-        """A host that does not commit ends the run at once: its peers have moved on without it."""
-        if not commit.cancelled() and (error := commit.exception()) is not None:
-            self.fail(f"expert host {info.id} did not commit step {step}: {error}")
+    def _commit(self, info: HostInfo, host: HostControl, decision: StepDecision) -> None:
+        """Commit on one host. One that does not ends the run at once: its peers have moved on without it."""
+        try:
+            host.commit(decision.step, decision.learning_rate, decision.scale)
+        except Exception as error:
+            self.fail(f"expert host {info.id} did not commit step {decision.step}: {error}")
+            raise
 
     def _finish(self, commits: Sequence[tuple[HostInfo, Future[None]]]) -> None:
         """Wait until every host has committed the step before."""
@@ -317,9 +321,6 @@ class Coordinator:
                 f"worker {report.worker} reports loads {list(report.loads.shape)} of {report.loads.dtype}, "
                 f"not {list(self._shape)} of int64"
             )
-
-    def _decided(self, step: int) -> bool:
-        return self._decision is not None and self._decision.step == step
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,6 @@ from actors.ledger import Ledger
 from actors.steps import HostStats, OptimizerSettings
 from channels.base import Phase, Request, RequestId
 from errors import ProtocolError, RaymoeError, StaleEpoch
-
 from model.config import ModelConfig
 from model.experts import ExpertShard, experts_backward, experts_forward
 from model.optimizer import AdamW
@@ -187,11 +186,17 @@ class ExpertHost:
     def gradients(self) -> list[Tensor]:
         """The gradient buffers, flat, for workers that hold the experts themselves and all-reduce them."""
         return [
-            gradient.view(-1)
+            buffer
             for layer in self._layers.values()
             if layer.optimizer is not None
-            for gradient in layer.optimizer.gradients.values()
+            for buffer in layer.optimizer.gradient_buffers()
         ]
+
+    def weights(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Every expert of this host: layer, id, w13 [2I, D] and w2 [D, I] as live views."""
+        for index, layer in self._layers.items():
+            for at, expert in enumerate(layer.experts):
+                yield index, expert, layer.shard.w13[at], layer.shard.w2[at]
 
     def stats(self) -> HostStats:
         """Counters; cheap, at any time."""
@@ -217,6 +222,11 @@ class ExpertHost:
                 f"expert host {self.id} takes rows [n, {self.config.hidden_size}] of {self.dtype}, "
                 f"not {list(rows.shape)} of {rows.dtype}"
             )
+        if row_ptr.numel() != rows.shape[0] + 1 or not expert.numel() == gate.numel() == int(row_ptr[-1]):
+            raise ProtocolError(
+                f"{rows.shape[0]} rows came with row_ptr [{row_ptr.numel()}] up to {int(row_ptr[-1])}, "
+                f"{expert.numel()} experts and {gate.numel()} gates"
+            )
         keep = request.id.phase is Phase.FORWARD
         if keep and layer.optimizer is None:
             raise ProtocolError(f"expert host {self.id} holds no optimizer: it answers INFER, not FORWARD")
@@ -234,6 +244,10 @@ class ExpertHost:
             try:
                 if self._sealed:
                     raise ProtocolError(f"step {request.id.step} is sealed: its gradients have been counted")
+                if d_partial.shape != saved.rows.shape:
+                    raise ProtocolError(
+                        f"d_partial is {list(d_partial.shape)}, the rows were {list(saved.rows.shape)}"
+                    )
                 call.reply = experts_backward(layer.shard, saved, d_partial)
                 self._count(request.id.phase, d_partial.shape[0])
             except BaseException as error:

@@ -103,9 +103,9 @@ class Ledger:
     def kept(self) -> tuple[int, int]:
         """Activations kept and their bytes."""
         with self._lock:
-            saved = tuple(self._saved.values())
-        return len(saved), sum(
-            t.numel() * t.element_size() for s in saved for t in (s.rows, s.hidden, s.gate, s.token, s.place)
+            kept = tuple(self._saved.values())
+        return len(kept), sum(
+            tensor.nbytes for saved in kept for tensor in (saved.rows, saved.hidden, saved.gate)
         )
 
     def _acknowledge(self, id: RequestId) -> None:

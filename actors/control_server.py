@@ -1,0 +1,82 @@
+"""A gRPC server for control calls, and how errors of ours cross it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+import errors
+from channels.grpc import OPTIONS
+from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
+
+_ERROR_TYPE = "raymoe-error"
+
+
+class ControlServer:
+    """A running gRPC server on a port that the system chose.
+
+    Args:
+        register: adds the services to the server.
+        host: the interface to listen on.
+        threads: calls that may be blocked at once.
+
+    Raises:
+        ResourceError: the interface cannot be listened on.
+    """
+
+    def __init__(
+        self, register: Callable[[grpc.Server], None], *, host: str = "127.0.0.1", threads: int = 8
+    ) -> None:
+        self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="control"), options=OPTIONS)
+        register(self._server)
+        try:
+            port = self._server.add_insecure_port(f"{host}:0")
+        except RuntimeError as error:
+            raise ResourceError(f"cannot listen on {host}: {error}") from error
+        self._server.start()
+        self.address = f"grpc:{host}:{port}"
+
+    def close(self) -> None:
+        """Stop; calls that are under way are cut off."""
+        self._server.stop(grace=None).wait()
+
+
+def control_channel(address: str) -> grpc.Channel:
+    """A gRPC channel to a `ControlServer`'s address."""
+    return grpc.insecure_channel(address.removeprefix("grpc:"), options=OPTIONS)
+
+
+@contextmanager
+def refusing(context: grpc.ServicerContext) -> Iterator[None]:
+    """Within a servicer's method: errors reach the caller with their class and text."""
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, RaymoeError)
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        context.set_trailing_metadata(((_ERROR_TYPE, type(error).__name__ if ours else "RemoteError"),))
+        context.abort(grpc.StatusCode.INTERNAL, text)
+
+
+@contextmanager
+def raising(peer: str) -> Iterator[None]:
+    """Around a stub's call: a refusal becomes the error that it was, anything else a `ChannelError`."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        metadata = {item[0]: item[1] for item in error.trailing_metadata() or ()}
+        text = f"{peer}: {error.details()}"
+        kind: Any = metadata.get(_ERROR_TYPE)
+        if kind is not None:
+            known = getattr(errors, kind, RemoteError)
+            raise (RemoteError if known is StaleEpoch else known)(text) from None
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise ChannelTimeout(f"{peer} did not answer in time") from None
+        raise ChannelError(f"{peer} cannot be reached ({error.code().name}): {error.details()}") from None
+
+
+__all__ = ["ControlServer", "control_channel", "raising", "refusing"]
