@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
@@ -62,13 +62,19 @@ def refusing(context: grpc.ServicerContext) -> Iterator[None]:
         context.abort(grpc.StatusCode.INTERNAL, text)
 
 
+def not_served(context: grpc.ServicerContext) -> NoReturn:
+    """For a method of a .proto file that this process does not offer."""
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "this process does not serve this call")
+    raise AssertionError  # abort has raised
+
+
 @contextmanager
 def raising(peer: str) -> Iterator[None]:
     """Around a stub's call: a refusal becomes the error that it was, anything else a `ChannelError`."""
     try:
         yield
     except grpc.RpcError as error:
-        metadata = {item[0]: item[1] for item in error.trailing_metadata() or ()}
+        metadata = {item.key: item.value for item in error.trailing_metadata() or ()}
         text = f"{peer}: {error.details()}"
         kind: Any = metadata.get(_ERROR_TYPE)
         if kind is not None:
@@ -79,4 +85,4 @@ def raising(peer: str) -> Iterator[None]:
         raise ChannelError(f"{peer} cannot be reached ({error.code().name}): {error.details()}") from None
 
 
-__all__ = ["ControlServer", "control_channel", "raising", "refusing"]
+__all__ = ["ControlServer", "control_channel", "not_served", "raising", "refusing"]

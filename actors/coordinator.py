@@ -88,6 +88,11 @@ class Coordinator:
         return self._step
 
     @property
+    def workers(self) -> int:
+        """Workers that report each step."""
+        return self._plan.workers
+
+    @property
     def epoch(self) -> int:
         """Version of the placement."""
         return self._epoch

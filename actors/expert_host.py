@@ -11,11 +11,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from actors.expert_state import MomentSource, Pair, save_experts
 from actors.ledger import Ledger
 from actors.steps import HostStats, OptimizerSettings
 from channels.base import Phase, Request, RequestId
@@ -56,6 +58,7 @@ class ExpertHost:
         experts: model layer index -> ids of the experts that this host owns.
         source: where the weights come from.
         optimizer: settings of AdamW; None for a host that only infers.
+        moments: where the optimizer's moments come from; None starts with zeros.
         dtype: of weights, rows and replies.
         threads: sets torch's threads, of the whole process; None leaves them alone.
         epoch: placement epoch.
@@ -75,6 +78,7 @@ class ExpertHost:
         source: WeightSource,
         *,
         optimizer: OptimizerSettings | None = None,
+        moments: MomentSource | None = None,
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
         epoch: int = 0,
@@ -98,7 +102,7 @@ class ExpertHost:
         self._sealed = False
         self._counts: Counter[str] = Counter()
         self._layers = {
-            layer: self._load(layer, tuple(experts[layer]), source, optimizer)
+            layer: self._load(layer, tuple(experts[layer]), source, optimizer, moments)
             for layer in sorted(experts)
             if experts[layer]
         }
@@ -197,6 +201,23 @@ class ExpertHost:
         for index, layer in self._layers.items():
             for at, expert in enumerate(layer.experts):
                 yield index, expert, layer.shard.w13[at], layer.shard.w2[at]
+
+    def moments(self) -> Iterator[tuple[int, int, Pair, Pair]]:
+        """Every expert's layer, id and (exp_avg, exp_avg_sq) of w13 and w2, live views; none in serving."""
+        for index, layer in self._layers.items():
+            if layer.optimizer is not None:
+                one, two = (layer.optimizer.moments()[name] for name in ("w13", "w2"))
+                for at, expert in enumerate(layer.experts):
+                    yield index, expert, (one[0][at], one[1][at]), (two[0][at], two[1][at])
+
+    def save(self, directory: str) -> list[str]:
+        """Write own weights and moments into a checkpoint; the names of the files (see `expert_state`).
+
+        Raises:
+            CheckpointError: the directory cannot be written to.
+        """
+        with self._committing:
+            return save_experts(Path(directory), self.id, self.weights(), self.moments())
 
     def stats(self) -> HostStats:
         """Counters; cheap, at any time."""
@@ -306,7 +327,12 @@ class ExpertHost:
             self._counts["rows"] += rows
 
     def _load(
-        self, layer: int, experts: tuple[int, ...], source: WeightSource, settings: OptimizerSettings | None
+        self,
+        layer: int,
+        experts: tuple[int, ...],
+        source: WeightSource,
+        settings: OptimizerSettings | None,
+        moments: MomentSource | None,
     ) -> _Layer:
         wide, hidden = self.config.moe_intermediate_size, self.config.hidden_size
         w13 = torch.empty(len(experts), 2 * wide, hidden, dtype=self.dtype, device=self._device)
@@ -328,8 +354,25 @@ class ExpertHost:
                 weight_decay=settings.weight_decay,
             )
             optimizer.step_count = self._step
+            if moments is not None:
+                _load_moments(optimizer, [moments.moments(layer, expert) for expert in experts])
             shard.d_w13, shard.d_w2 = optimizer.gradients["w13"], optimizer.gradients["w2"]
         return _Layer(experts, local_of.to(self._device), shard, optimizer, self._step)
+
+
+def _load_moments(optimizer: AdamW, loaded: Sequence[tuple[Pair, Pair]]) -> None:
+    """Fill a layer's moments, expert by expert."""
+    mine = optimizer.moments()
+    optimizer.load_moments(
+        {
+            name: (
+                torch.stack([pairs[at][0] for pairs in loaded]),
+                torch.stack([pairs[at][1] for pairs in loaded]),
+            )
+            for at, name in enumerate(mine)
+        },
+        step=optimizer.step_count,
+    )
 
 
 __all__ = ["ExpertHost"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import grpc
 
-from actors.control_server import refusing
+from actors.control_server import not_served, refusing
 from actors.coordinator import Coordinator
 from actors.expert_host import ExpertHost
+from actors.gate_router import GateRouter
 from actors.wire import (
     decision_to,
     host_from,
@@ -16,9 +18,18 @@ from actors.wire import (
     report_from,
     stats_to,
     table_to,
+    tensor_from,
     tensor_to,
 )
-from protos import coordinator_pb2, coordinator_pb2_grpc, expert_pb2, expert_pb2_grpc
+from errors import RaymoeError
+from protos import (
+    coordinator_pb2,
+    coordinator_pb2_grpc,
+    expert_pb2,
+    expert_pb2_grpc,
+    router_pb2,
+    router_pb2_grpc,
+)
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServicer):
@@ -49,6 +60,19 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
     ) -> expert_pb2.StatusReply:
         with refusing(context):
             return stats_to(self._host.stats())
+
+    def Abort(self, request: expert_pb2.AbortRequest, context: grpc.ServicerContext) -> expert_pb2.AbortReply:
+        not_served(context)
+
+    def Release(
+        self, request: expert_pb2.ReleaseRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.ReleaseReply:
+        not_served(context)
+
+    def Exchange(
+        self, request_iterator: Iterator[expert_pb2.Frame], context: grpc.ServicerContext
+    ) -> Iterator[expert_pb2.Frame]:
+        not_served(context)  # channels.grpc serves it, on the same server
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
@@ -121,5 +145,38 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 failure=self._coordinator.failure or "",
             )
 
+    def Heartbeat(
+        self, request: coordinator_pb2.HeartbeatRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.HeartbeatReply:
+        not_served(context)
 
-__all__ = ["CoordinatorServicer", "ExpertServicer"]
+    def ReportCheckpoint(
+        self, request: coordinator_pb2.ReportCheckpointRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.ReportCheckpointReply:
+        not_served(context)
+
+
+class RouterServicer(router_pb2_grpc.RouterServicer):
+    """MoE layers for callers outside; an error ends only its own request, not the stream."""
+
+    def __init__(self, router: GateRouter) -> None:
+        self._router = router
+
+    def Route(
+        self, request_iterator: Iterator[router_pb2.RouteRequest], context: grpc.ServicerContext
+    ) -> Iterator[router_pb2.RouteReply]:
+        for request in request_iterator:
+            reply = router_pb2.RouteReply(id=request.id, epoch=self._router.epoch)
+            try:
+                out, chosen = self._router.route(request.layer, tensor_from(request.hidden))
+                reply.output.CopyFrom(tensor_to(out))
+                reply.experts.CopyFrom(tensor_to(chosen))
+            except Exception as error:
+                reply.status.code = (
+                    expert_pb2.CODE_REFUSED if isinstance(error, RaymoeError) else expert_pb2.CODE_FAILED
+                )
+                reply.status.type, reply.status.message = type(error).__name__, str(error)
+            yield reply
+
+
+__all__ = ["CoordinatorServicer", "ExpertServicer", "RouterServicer"]

@@ -1,0 +1,159 @@
+"""The only Ray actors: processes around the plain classes, and how to start and to ask them.
+
+Each actor is given a function that builds its plain class, so that weights and files are opened where
+they are used. A build that fails is kept and raised by the first call, with its class and text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from actors.control_server import ControlServer
+from actors.coordinator import Coordinator
+from actors.expert_host import ExpertHost
+from actors.gate_router import GateRouter
+from actors.servicers import CoordinatorServicer, RouterServicer
+from actors.serving import ExpertHostServer
+from cluster.topology import HostInfo
+from errors import RaymoeError, ResourceError
+from protos import coordinator_pb2_grpc, router_pb2_grpc
+
+_T = TypeVar("_T")
+
+
+class _Process(Generic[_T]):
+    """Builds once; remembers the error if that fails."""
+
+    def __init__(self, build: Callable[[], _T]) -> None:
+        self._error: Exception | None = None
+        self._built: Any = None
+        try:
+            self._built = self._open(build())
+        except Exception as error:
+            self._error = error
+
+    def _open(self, plain: _T) -> Any:
+        raise NotImplementedError
+
+    def _running(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._built
+
+    def close(self) -> None:
+        """Hang up on every caller."""
+        if self._built is not None:
+            self._built.close()
+
+
+class _ExpertHostProcess(_Process[ExpertHost]):
+    def _open(self, plain: ExpertHost) -> ExpertHostServer:
+        return ExpertHostServer(plain, bind=_node_ip(), node=_node_id())
+
+    def info(self) -> HostInfo:
+        """Where the host is reached."""
+        info: HostInfo = self._running().info
+        return info
+
+
+class _CoordinatorProcess(_Process[Coordinator]):
+    def _open(self, plain: Coordinator) -> ControlServer:
+        servicer = CoordinatorServicer(plain)
+        self._coordinator = plain
+        return ControlServer(
+            lambda server: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server),
+            host=_node_ip(),
+            # Every worker may wait in a report, with room for the driver and the hosts.
+            threads=plain.workers + 16,
+        )
+
+    def address(self) -> str:
+        """What `CoordinatorClient` takes."""
+        address: str = self._running().address
+        return address
+
+    def close(self) -> None:
+        if self._built is not None:
+            self._coordinator.close()
+        super().close()
+
+
+class _RouterProcess(_Process[GateRouter]):
+    def _open(self, plain: GateRouter) -> ControlServer:
+        servicer = RouterServicer(plain)
+        return ControlServer(
+            lambda server: router_pb2_grpc.add_RouterServicer_to_server(servicer, server),
+            host=_node_ip(),
+            threads=32,
+        )
+
+    def address(self) -> str:
+        """Where the service of router.proto listens."""
+        address: str = self._running().address
+        return address
+
+
+ExpertHostActor = ray.remote(max_restarts=0)(_ExpertHostProcess)
+CoordinatorActor = ray.remote(max_restarts=0)(_CoordinatorProcess)
+RouterActor = ray.remote(max_restarts=0)(_RouterProcess)
+
+
+def start(actor: Any, build: Callable[[], Any], *, cpus: float = 0, gpus: float = 0, **options: Any) -> Any:
+    """Start one of the actors, spread over the cluster's nodes; returns its handle at once.
+
+    Args:
+        build: makes the plain class; called in the actor's process.
+        cpus, gpus: what Ray reserves.
+        options: further options of Ray, as `runtime_env`.
+    """
+    return actor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD", **options).remote(build)
+
+
+def ask(reference: Any, *, what: str, timeout: float | None = None) -> Any:
+    """The result of an actor's method; errors are ours, with their text.
+
+    Args:
+        what: names the actor in an error.
+        timeout: seconds.
+
+    Raises:
+        ResourceError: no answer in time.
+        RaymoeError: what the actor raised, or the actor is dead.
+    """
+    try:
+        return ray.get(reference, timeout=timeout)
+    except GetTimeoutError:
+        raise ResourceError(
+            f"{what} did not answer within {timeout:g} s: the cluster may lack the CPUs or GPUs that "
+            "cluster.cpus_per_host and cluster.gpus_per_host ask for, or loading takes longer than "
+            "cluster.start_timeout"
+        ) from None
+    except RayTaskError as error:
+        if isinstance(error.cause, RaymoeError):
+            raise error.cause from None
+        raise RaymoeError(f"{what} failed: {type(error.cause).__name__}: {error.cause}") from None
+    except RayActorError as error:
+        raise RaymoeError(f"{what} died: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """What a dead actor's error says, without Ray's page of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if "creation task" in str(error) else lines[0] if lines else type(error).__name__
+
+
+def _node_ip() -> str:
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
+def _node_id() -> str:
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
+
+
+__all__ = ["CoordinatorActor", "ExpertHostActor", "RouterActor", "ask", "start"]

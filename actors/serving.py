@@ -1,0 +1,44 @@
+"""An expert host with everything that others reach it by: shared memory, gRPC, control calls."""
+
+from __future__ import annotations
+
+import os
+
+from actors.expert_host import ExpertHost
+from actors.servicers import ExpertServicer
+from channels import grpc, shm
+from cluster.topology import HostInfo
+from protos import expert_pb2_grpc
+
+
+class ExpertHostServer:
+    """Serves a host on free ports until `close`.
+
+    Args:
+        host: the host.
+        bind: the interface of the gRPC server.
+        node: the machine, as others name it.
+    """
+
+    def __init__(self, host: ExpertHost, *, bind: str = "127.0.0.1", node: str = "") -> None:
+        servicer = ExpertServicer(host)
+        self._shm = shm.serve(host.handle)
+        self._grpc = grpc.serve(
+            host.handle,
+            bind=f"{bind}:0",
+            services=(lambda server: expert_pb2_grpc.add_ExpertServicer_to_server(servicer, server),),
+        )
+        self.info = HostInfo(
+            id=host.id,
+            node=node,
+            pid=os.getpid(),
+            addresses={"shm": self._shm.address, "grpc": self._grpc.address},
+        )
+
+    def close(self) -> None:
+        """Hang up on every caller."""
+        self._shm.close()
+        self._grpc.close()
+
+
+__all__ = ["ExpertHostServer"]
