@@ -153,6 +153,16 @@ class TrunkWorker:
             ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))
         ]
 
+    @property
+    def model(self) -> Transformer:
+        """The trunk."""
+        return self._model
+
+    @property
+    def experts(self) -> ExpertsInProcess | None:
+        """The experts of this process, if they are here."""
+        return self._experts
+
     def run(self, inputs: StepInputs) -> StepReport:
         """Forward and backward of this worker's microbatches, summed over the workers.
 
