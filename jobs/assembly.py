@@ -1,4 +1,4 @@
-"""Puts a training worker together from a configuration: weights, trunk, optimizer, and its way to the experts."""
+"""Puts a training worker together: weights, trunk, optimizer, and its way to the experts."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ def ray_session(config: RunConfig, *, address: str | None, debug: bool = False) 
             cpus = max(os.cpu_count() or 1, -(-int(100 * needed_cpus(config)) // 100) + 1)
             ray.init(
                 num_cpus=cpus,
+                _node_ip_address="127.0.0.1",  # nothing of an embedded cluster listens elsewhere
                 include_dashboard=False,
                 log_to_driver=debug,
                 logging_level=level,

@@ -42,6 +42,10 @@ class WeightSource(Protocol):
         """Everything but the routed experts, by the names of `Transformer.state_dict`."""
         ...
 
+    def bias(self) -> list[Tensor]:
+        """The gates' biases [E] float32, in the order of `ModelConfig.moe_layers`."""
+        ...
+
 
 class RandomSource:
     """Fresh weights, each tensor seeded by its place: any placement of the experts gives the same model."""
@@ -70,6 +74,10 @@ class RandomSource:
         if self._config.tie_word_embeddings:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         return weights
+
+    def bias(self) -> list[Tensor]:
+        """See `WeightSource.bias`."""
+        return [torch.zeros(self._config.n_routed_experts) for _ in self._config.moe_layers]
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed((self._seed << 32) ^ zlib.crc32(name.encode()))
@@ -178,6 +186,12 @@ class PretrainedSource:
             tensor = self._reader.tensor(stored, shape)
             weights[name] = tensor.float() if name.endswith("e_score_correction_bias") else tensor
         return weights
+
+    def bias(self) -> list[Tensor]:
+        """See `WeightSource.bias`."""
+        shape = (self.config.n_routed_experts,)
+        names = (f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in self.config.moe_layers)
+        return [self._reader.tensor(name, shape).float() for name in names]
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:

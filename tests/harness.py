@@ -177,8 +177,7 @@ def train(
         infos = [stack.enter_context(serving(host, channel)) for host in hosts]
         by_id = {host.id: host for host in hosts}
         if start.weights is not None:
-            trunk = weight_source(config, start).trunk()
-            bias = torch.stack([trunk[_bias_name(layer)] for layer in layers])
+            bias = torch.stack(weight_source(config, start).bias())
         coordinator = Coordinator(
             training_plan(config),
             owner=owner,
@@ -286,10 +285,6 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 def _weights(host: ExpertHost) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
     return {(layer, expert): (w13.clone(), w2.clone()) for layer, expert, w13, w2 in host.weights()}
-
-
-def _bias_name(layer: int) -> str:
-    return f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
 
 
 __all__ = ["Corpus", "Outcome", "ThreadReducer", "difference", "text_corpus", "tiny", "train"]

@@ -1,0 +1,97 @@
+"""What Ray Train runs in each of its workers: connects it to coordinator and hosts, and lets it work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed
+from torch import Tensor
+
+from actors.clients import CoordinatorClient
+from actors.trunk import Reducer, SingleWorker
+from channels.base import Channel
+from channels.choose import connect, pick
+from cluster.topology import HostInfo
+from errors import RaymoeError
+from jobs.assembly import Start, assemble_worker, compute_threads
+from jobs.config import RunConfig
+from jobs.data import PreparedData
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What the driver tells every worker.
+
+    Attributes:
+        config: as `RunConfig.to_dict` gives it.
+        output: the run's directory, on storage that all nodes share.
+        coordinator: its address.
+    """
+
+    config: dict[str, Any]
+    data: PreparedData
+    start: Start
+    output: str
+    coordinator: str
+
+
+class ProcessGroupReducer:
+    """Sums over the workers with torch.distributed, whose group Ray Train has set up."""
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """See `Reducer.all_reduce`."""
+        pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for work in pending:
+            work.wait()
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """The training function of Ray Train; `settings["worker"]` is a `WorkerSettings`."""
+    given: WorkerSettings = settings["worker"]
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    config = RunConfig.from_dict(given.config)
+    torch.set_num_threads(compute_threads(config))
+    coordinator = CoordinatorClient(given.coordinator, timeout=config.cluster.call_timeout)
+    try:
+        reducer: Reducer = ProcessGroupReducer() if workers > 1 else SingleWorker()
+        made = assemble_worker(
+            config,
+            given.data,
+            rank=rank,
+            start=given.start,
+            output=Path(given.output),
+            coordinator=coordinator,
+            table=coordinator.table() if config.cluster.expert_hosts else None,
+            connect=_connector(config),
+            reducer=reducer,
+        )
+        try:
+            made.worker.run()
+        finally:
+            made.close()
+    except Exception as error:
+        # The others wait in the coordinator for this worker's report: tell them that none will come.
+        text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
+        coordinator.fail(f"worker {rank} (process {os.getpid()}): {text}")
+        raise
+    finally:
+        coordinator.close()
+
+
+def _connector(config: RunConfig) -> Any:
+    cluster = config.cluster
+
+    def open_channel(host: HostInfo) -> Channel:
+        return connect(pick(cluster.channel, host.addresses), timeout=cluster.start_timeout)
+
+    return open_channel
+
+
+__all__ = ["ProcessGroupReducer", "WorkerSettings", "train_worker"]

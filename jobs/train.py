@@ -1,0 +1,346 @@
+"""`raymoe train`: brings up coordinator, expert hosts and Ray Train's workers, watches them, and sums up."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchTrainer
+
+from actors.clients import CoordinatorClient, HostClient
+from actors.coordinator import Coordinator
+from actors.expert_host import ExpertHost
+from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
+from cluster.topology import HostInfo
+from errors import CheckpointError, ConfigError, RaymoeError
+from jobs.assembly import (
+    Start,
+    moment_source,
+    optimizer_settings,
+    placement,
+    resolve_dtype,
+    training_plan,
+    weight_source,
+)
+from jobs.checkpoint_store import find_checkpoint, read_state
+from jobs.config import RunConfig
+from jobs.config_file import write_config
+from jobs.console import Progress
+from jobs.data import PreparedData, prepare
+from jobs.metrics import METRICS_FILE, read_metrics
+from jobs.precision import check_dtype
+from jobs.ray_session import ray_session
+from jobs.ray_worker import WorkerSettings, train_worker
+from jobs.worker import VALIDATION_FILE
+from model.checkpoint import read_model_config
+
+_POLL_SECONDS = 0.5
+
+
+def train(
+    config: RunConfig,
+    *,
+    output: Path,
+    resume: bool = False,
+    init: Path | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Train to the end, or until Ctrl-C, which ends with a checkpoint.
+
+    Args:
+        output: the run's directory; on a cluster of several machines, on storage that all of them share.
+        resume: go on from the latest checkpoint in `output`.
+        init: begin with the weights of this checkpoint or Hugging Face directory.
+        address: of a running Ray cluster; None embeds one.
+        progress: shows the steps.
+        debug: show what the actors write.
+
+    Returns:
+        A summary: losses, bits per byte, speed, balance, draft acceptance, where things are.
+
+    Raises:
+        RaymoeError: with the text of whatever failed, wherever in the cluster it did.
+    """
+    output = output.expanduser().resolve()
+    check_dtype(config.training.dtype)
+    begin, tokenizer = _start(config, output, resume=resume, init=init)
+    if begin.step >= config.training.steps:
+        raise ConfigError(
+            f"training.steps is {config.training.steps}, and {begin.weights} has {begin.step} steps behind "
+            "it: raise training.steps to go on"
+        )
+    with ray_session(config, address=address, debug=debug):
+        data = prepare(config, tokenizer=tokenizer)
+        output.mkdir(parents=True, exist_ok=True)
+        write_config(config, output / "config.yaml")
+        began = time.perf_counter()
+        interrupted = _run(config, data, begin, output, progress)
+        return {
+            **summary(output),
+            "zlib_bits_per_byte": data.held_out.zlib_bits_per_byte,
+            "seconds": time.perf_counter() - began,
+            "interrupted": interrupted,
+            "checkpoint": str(find_checkpoint(output)),
+            "output": str(output),
+        }
+
+
+def summary(output: Path) -> dict[str, Any]:
+    """What a run's files say about how it went."""
+    steps = read_metrics(output / METRICS_FILE)
+    values: dict[str, Any] = {}
+    if steps:
+        last, half = steps[-1], steps[len(steps) // 2 :]
+        speeds = sorted(step["tokens_per_second"] for step in half)
+        values = {
+            "step": last["step"],
+            "loss": last["main_loss"],
+            "tokens_per_second": speeds[len(speeds) // 2],
+            "max_violation": sum(step["max_violation_mean"] for step in half) / len(half),
+            "hosts_per_token": last["hosts_per_token"],
+        }
+    file = output / VALIDATION_FILE
+    if file.exists():
+        judged = json.loads(file.read_text(encoding="utf-8"))
+        values["validation_loss"] = judged["loss"]
+        values["bits_per_byte"] = judged["bits_per_byte"]
+        values["mtp_acceptance"] = judged["acceptance"]
+    return values
+
+
+def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) -> tuple[Start, Path | None]:
+    """Where the run begins, and the tokenizer that goes with its weights."""
+    name = uuid.uuid4().hex[:12]
+    if resume:
+        checkpoint = find_checkpoint(output)
+        begin = Start(run=name, step=read_state(checkpoint).step, weights=checkpoint, moments=True)
+    elif init is not None:
+        weights = init if (init / "config.json").is_file() else find_checkpoint(init)
+        _check_shape(config, weights)
+        begin = Start(run=name, weights=weights)
+    else:
+        if (output / METRICS_FILE).exists():
+            raise ConfigError(f"{output} holds a run already; use --resume {output}, or another --output")
+        return Start(run=name), None
+    tokenizer = begin.weights / "tokenizer.json" if begin.weights is not None else None
+    return begin, tokenizer if tokenizer is not None and tokenizer.is_file() else None
+
+
+def _check_shape(config: RunConfig, weights: Path) -> None:
+    theirs, ours = read_model_config(weights).model_dump(), config.model.model_dump()
+    other = [
+        f"model.{name} ({ours[name]}, there {theirs[name]})" for name in ours if ours[name] != theirs[name]
+    ]
+    if other:
+        raise CheckpointError(f"--init {weights} is a model of another shape: {', '.join(other[:4])}")
+
+
+def _run(
+    config: RunConfig, data: PreparedData, begin: Start, output: Path, progress: Progress | None
+) -> bool:
+    """Bring everything up, train, and take everything down; whether Ctrl-C ended it."""
+    with ExitStack() as stack:
+        address = stack.enter_context(_coordinator(config, begin))
+        coordinator = CoordinatorClient(address, timeout=config.cluster.call_timeout)
+        stack.callback(coordinator.close)
+        for info in stack.enter_context(_expert_hosts(config, begin)):
+            coordinator.register_host(info)
+        settings = WorkerSettings(
+            config=config.to_dict(), data=data, start=begin, output=str(output), coordinator=address
+        )
+        training = config.training
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"worker": settings},
+            scaling_config=ScalingConfig(
+                num_workers=training.workers,
+                resources_per_worker={"CPU": training.cpus_per_worker},
+                placement_strategy="SPREAD",
+            ),
+            run_config=TrainRunConfig(
+                name=output.name,
+                storage_path=str(output / "ray_train"),
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        return _Watch(trainer, coordinator, begin.step, progress).until_done()
+
+
+class _Watch:
+    """Waits for Ray Train in the main thread, shows progress, and turns Ctrl-C into a last checkpoint."""
+
+    def __init__(
+        self, trainer: TorchTrainer, coordinator: CoordinatorClient, step: int, progress: Progress | None
+    ) -> None:
+        self._coordinator = coordinator
+        self._shown = step - 1
+        self._progress = progress
+        self._error: BaseException | None = None
+        self._interrupts = 0
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
+
+    def until_done(self) -> bool:
+        """Whether Ctrl-C ended it.
+
+        Raises:
+            RaymoeError: what ended the run otherwise.
+        """
+        with self._on_interrupt():
+            self._thread.start()
+            stopping = False
+            while self._thread.is_alive():
+                self._thread.join(_POLL_SECONDS)
+                if self._interrupts and not stopping:
+                    stopping = True
+                    self._note(
+                        "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
+                    )
+                    self._coordinator.request_stop()
+                if self._interrupts > 1:
+                    raise KeyboardInterrupt
+                self._show()
+        self._show()
+        if self._error is not None:
+            raise self._reason() from self._error
+        return stopping
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._error = error
+
+    def _show(self) -> None:
+        if self._progress is None:
+            return
+        try:
+            steps = self._coordinator.metrics(self._shown)
+        except RaymoeError:  # the run has failed: what Ray Train raises says why
+            return
+        for step in steps:
+            self._shown = step.step
+        if steps:
+            self._progress.update(
+                steps[-1].step + 1,
+                loss=steps[-1].loss,
+                tokens_per_second=sum(s.tokens for s in steps) / max(1e-9, sum(s.seconds for s in steps)),
+                max_violation=sum(steps[-1].max_violation) / max(1, len(steps[-1].max_violation)),
+            )
+
+    def _reason(self) -> RaymoeError:
+        try:
+            failure = self._coordinator.failure
+        except RaymoeError as error:
+            return error
+        if failure is not None:
+            return RaymoeError(failure)
+        text = str(self._error).strip().splitlines()
+        return RaymoeError(f"training failed: {text[-1] if text else type(self._error).__name__}")
+
+    def _note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
+
+    @contextmanager
+    def _on_interrupt(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def count(number: int, frame: FrameType | None) -> None:
+            self._interrupts += 1
+
+        before = signal.signal(signal.SIGINT, count)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _coordinator(config: RunConfig, begin: Start) -> Iterator[str]:
+    """A coordinator actor; its address."""
+    layers = config.model.moe_layers
+
+    def build() -> Coordinator:
+        bias = None
+        if begin.weights is not None:
+            bias = torch.stack(weight_source(config, begin).bias())
+        return Coordinator(
+            training_plan(config),
+            owner=placement(config),
+            n_layers=len(layers),
+            n_experts=config.model.n_routed_experts,
+            n_hosts=config.cluster.expert_hosts,
+            control=lambda info: HostClient(info, timeout=config.cluster.call_timeout),
+            state={"step": begin.step},
+            bias=bias,
+        )
+
+    actor = start(CoordinatorActor, build)
+    try:
+        yield ask(actor.address.remote(), what="the coordinator", timeout=config.cluster.start_timeout)
+    finally:
+        ray.kill(actor)
+
+
+@contextmanager
+def _expert_hosts(config: RunConfig, begin: Start) -> Iterator[list[HostInfo]]:
+    """The expert host actors of a run, with their weights loaded."""
+    cluster = config.cluster
+    actors = [
+        start(
+            ExpertHostActor,
+            _host_builder(config, begin, index),
+            cpus=cluster.cpus_per_host,
+            gpus=cluster.gpus_per_host,
+        )
+        for index in range(cluster.expert_hosts)
+    ]
+    try:
+        yield [
+            ask(actor.info.remote(), what=f"expert host {index}", timeout=cluster.start_timeout)
+            for index, actor in enumerate(actors)
+        ]
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _host_builder(config: RunConfig, begin: Start, index: int) -> Any:
+    owner, layers = placement(config), config.model.moe_layers
+
+    def build() -> ExpertHost:
+        return ExpertHost(
+            f"host-{index}",
+            config.model,
+            {
+                layer: [expert for expert, host in enumerate(row) if host == index]
+                for layer, row in zip(layers, owner, strict=True)
+            },
+            weight_source(config, begin),
+            optimizer=optimizer_settings(config),
+            moments=moment_source(begin),
+            dtype=resolve_dtype(config),
+            threads=config.cluster.threads_per_host or 1,
+            step=begin.step,
+        )
+
+    return build
+
+
+__all__ = ["summary", "train"]
