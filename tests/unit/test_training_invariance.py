@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from harness import Outcome, difference, text_corpus, tiny, train
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")

@@ -1,0 +1,83 @@
+"""A run that stopped goes on as if it had not: the same losses, at another number of hosts and workers too."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Outcome, difference, text_corpus, tiny, train
+
+from jobs.assembly import Start
+from jobs.checkpoint_store import find_checkpoint, read_state
+from jobs.config import RunConfig
+
+TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
+STEPS, STOP = 24, 12
+
+
+def config(hosts: int, workers: int, balance: str = "bias") -> RunConfig:
+    return tiny(
+        training={
+            "dtype": "float64",
+            "steps": STEPS,
+            "workers": workers,
+            "eval_interval": 0,
+            "tensorboard": False,
+            "batch_size": 8,
+        },
+        balance={"strategy": balance},
+        checkpoint={"interval": STOP},
+        cluster={"expert_hosts": hosts},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run that nothing interrupts."""
+    torch.set_num_threads(1)
+    run = config(2, 1)
+    return train(run, text_corpus(run, TEXT), tmp_path_factory.mktemp("whole"), channel="shm")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was asked to stop half-way."""
+    run, output = config(2, 1), tmp_path_factory.mktemp("stopped")
+    train(run, text_corpus(run, TEXT), output, channel="shm", stop_after=STOP)
+    return output
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("hosts", "workers"), [(2, 1), (4, 2), (1, 2), (0, 1), (0, 2)])
+def test_goes_on_with_the_same_trajectory(
+    whole: Outcome, stopped: Path, tmp_path: Path, hosts: int, workers: int
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(stopped, output)
+    checkpoint = find_checkpoint(output)
+    assert read_state(checkpoint).step == STOP
+    run = config(hosts, workers)
+    start = Start(run="resumed", step=STOP, weights=checkpoint, moments=True)
+    outcome = train(run, text_corpus(run, TEXT), output, start=start, channel="shm")
+    assert [line["step"] for line in outcome.metrics] == list(range(1, STEPS + 1))
+    losses, weights, bias = difference(outcome, whole)
+    assert losses <= 1e-9
+    assert weights <= 1e-8
+    assert bias == 0.0
+
+
+def test_recompute_changes_nothing_but_memory(whole: Outcome, tmp_path: Path) -> None:
+    values = config(2, 1).to_dict()
+    values["training"]["recompute"] = True
+    run = RunConfig.from_dict(values)
+    outcome = train(run, text_corpus(run, TEXT), tmp_path, channel="shm")
+    losses, weights, bias = difference(outcome, whole)
+    assert losses <= 1e-9
+    assert weights <= 1e-8
+    assert bias == 0.0
+    assert [line["max_violation"] for line in outcome.metrics] == [
+        line["max_violation"] for line in whole.metrics
+    ]
