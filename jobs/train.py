@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,6 @@ from actors.clients import CoordinatorClient, HostClient
 from actors.coordinator import Coordinator
 from actors.expert_host import ExpertHost
 from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
-from cluster.topology import HostInfo
 from errors import CheckpointError, ConfigError, RaymoeError
 from jobs.assembly import (
     Start,
@@ -154,10 +153,17 @@ def _run(
 ) -> bool:
     """Bring everything up, train, and take everything down; whether Ctrl-C ended it."""
     with ExitStack() as stack:
-        address = stack.enter_context(_coordinator(config, begin))
+        # All actors start at once, then each is waited for.
+        coordinator_actor = stack.enter_context(
+            _killed(start(CoordinatorActor, _coordinator_builder(config, begin)))
+        )
+        host_actors = stack.enter_context(_killed(*_start_hosts(config, begin)))
+        patience = config.cluster.start_timeout
+        address = ask(coordinator_actor[0].address.remote(), what="the coordinator", timeout=patience)
         coordinator = CoordinatorClient(address, timeout=config.cluster.call_timeout)
         stack.callback(coordinator.close)
-        for info in stack.enter_context(_expert_hosts(config, begin)):
+        for index, actor in enumerate(host_actors):
+            info = ask(actor.info.remote(), what=f"expert host {index}", timeout=patience)
             coordinator.register_host(info)
         settings = WorkerSettings(
             config=config.to_dict(), data=data, start=begin, output=str(output), coordinator=address
@@ -272,37 +278,35 @@ class _Watch:
 
 
 @contextmanager
-def _coordinator(config: RunConfig, begin: Start) -> Iterator[str]:
-    """A coordinator actor; its address."""
-    layers = config.model.moe_layers
+def _killed(*actors: Any) -> Iterator[tuple[Any, ...]]:
+    """Actors that do not outlive the block."""
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
+
+def _coordinator_builder(config: RunConfig, begin: Start) -> Callable[[], Coordinator]:
     def build() -> Coordinator:
-        bias = None
-        if begin.weights is not None:
-            bias = torch.stack(weight_source(config, begin).bias())
         return Coordinator(
             training_plan(config),
             owner=placement(config),
-            n_layers=len(layers),
+            n_layers=len(config.model.moe_layers),
             n_experts=config.model.n_routed_experts,
             n_hosts=config.cluster.expert_hosts,
             control=lambda info: HostClient(info, timeout=config.cluster.call_timeout),
             state={"step": begin.step},
-            bias=bias,
+            bias=torch.stack(weight_source(config, begin).bias()),
         )
 
-    actor = start(CoordinatorActor, build)
-    try:
-        yield ask(actor.address.remote(), what="the coordinator", timeout=config.cluster.start_timeout)
-    finally:
-        ray.kill(actor)
+    return build
 
 
-@contextmanager
-def _expert_hosts(config: RunConfig, begin: Start) -> Iterator[list[HostInfo]]:
-    """The expert host actors of a run, with their weights loaded."""
+def _start_hosts(config: RunConfig, begin: Start) -> list[Any]:
+    """The expert host actors of a run, on their way up."""
     cluster = config.cluster
-    actors = [
+    return [
         start(
             ExpertHostActor,
             _host_builder(config, begin, index),
@@ -311,17 +315,9 @@ def _expert_hosts(config: RunConfig, begin: Start) -> Iterator[list[HostInfo]]:
         )
         for index in range(cluster.expert_hosts)
     ]
-    try:
-        yield [
-            ask(actor.info.remote(), what=f"expert host {index}", timeout=cluster.start_timeout)
-            for index, actor in enumerate(actors)
-        ]
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
-def _host_builder(config: RunConfig, begin: Start, index: int) -> Any:
+def _host_builder(config: RunConfig, begin: Start, index: int) -> Callable[[], ExpertHost]:
     owner, layers = placement(config), config.model.moe_layers
 
     def build() -> ExpertHost:

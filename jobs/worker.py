@@ -28,6 +28,7 @@ from model.checkpoint import write_index, write_model_config
 from model.schedule import value_at
 
 VALIDATION_FILE = "validation.json"
+_EVALUATED_AT_ONCE = 2048  # tokens
 
 
 class Steps(Protocol):
@@ -142,7 +143,8 @@ class TrainingWorker:
     def _evaluate(self, *, everything: bool) -> None:
         training, corpus = self._config.training, self._data.held_out.rows
         n_rows = corpus.n_rows if everything else min(corpus.n_rows, training.eval_rows or corpus.n_rows)
-        size = training.microbatch_size
+        # Nothing is kept for a backward pass, so short rows can go through many at once.
+        size = max(training.microbatch_size, _EVALUATED_AT_ONCE // corpus.sequence_length)
         starts = range(self._rank * size, n_rows, self._workers * size)
         judged, loads = self._trunk.evaluate(
             self._step,
