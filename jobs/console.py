@@ -30,7 +30,6 @@ class Progress:
 
     Args:
         total: steps of the whole run.
-        done: steps that are behind it when it starts (a resumed run).
         console: where to; stderr by default.
         clock: seconds, monotonic.
     """
@@ -39,14 +38,14 @@ class Progress:
         self,
         total: int,
         *,
-        done: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console(stderr=True)
         self._clock = clock
-        self._total, self._first, self._done = total, done, done
-        self._start = clock()
+        self._total = total
+        self._first: tuple[int, float] | None = None  # step and time of the first update
+        self._done = 0
         self._shown = -math.inf
         self._bars: Bars | None = None
         if self._console.is_terminal:
@@ -58,7 +57,7 @@ class Progress:
                 console=self._console,
                 transient=False,
             )
-            self._task = self._bars.add_task("", total=total, completed=done)
+            self._task = self._bars.add_task("", total=total)
             self._bars.start()
 
     def update(
@@ -74,6 +73,7 @@ class Progress:
             note: anything else worth a few words, such as a validation loss.
         """
         self._done = step
+        self._first = self._first or (step, self._clock())
         words = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  MaxVio {max_violation:.2f}"
         words += f"  {note}" if note else ""
         left = self.seconds_left()
@@ -92,11 +92,11 @@ class Progress:
         self._line(text)
 
     def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first step."""
-        steps = self._done - self._first
-        if steps <= 0:
+        """At the pace since the first update; None until the second."""
+        if self._first is None or self._done <= self._first[0]:
             return None
-        return (self._clock() - self._start) / steps * (self._total - self._done)
+        step, start = self._first
+        return (self._clock() - start) / (self._done - step) * (self._total - self._done)
 
     def close(self) -> None:
         """Leave the last state on the screen."""

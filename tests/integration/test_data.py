@@ -1,0 +1,195 @@
+"""Corpora through Ray Data: every kind of file, the same rows every time, mistakes named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import ray
+from tokenizers import Tokenizer
+
+from errors import ConfigError, DataError
+from jobs.config import RunConfig
+from jobs.config_file import load_config
+from jobs.data import PreparedData, prepare
+from jobs.documents import find_files, held_out, read_documents
+
+TEXTS = [f"Document number {i} says " + " ".join(f"word{j % (i + 3)}" for j in range(60)) for i in range(30)]
+# Ray's own code warns of its own settings.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def _config(path: Path | str, *more: str) -> RunConfig:
+    return load_config(preset_name="tiny", overrides=[f"data.path={json.dumps(str(path))}", *more])
+
+
+def _folder(directory: Path) -> Path:
+    for i, text in enumerate(TEXTS):
+        file = directory / f"part{i % 3}" / f"{i:02}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return directory
+
+
+def _rows(data: PreparedData) -> list[list[int]]:
+    return [data.train.row(i)[0].tolist() for i in range(data.train.n_rows)]
+
+
+def _text(data: PreparedData) -> str:
+    """All training tokens, decoded."""
+    tokens = [token for row in _rows(data) for token in row[: data.train.sequence_length]]
+    text: str = Tokenizer.from_str(data.tokenizer).decode(tokens, skip_special_tokens=False)
+    return text
+
+
+def test_a_folder_becomes_rows_of_its_documents_in_order(tmp_path: Path) -> None:
+    data = prepare(_config(_folder(tmp_path), "data.validation_fraction=0.1"))
+    assert data.train_documents + data.held_out.documents == len(TEXTS)
+    names = [file.name for file in find_files(str(tmp_path))]
+    assert names == sorted(names)
+    held = held_out(names, 0.1)
+    kept = [(tmp_path / name).read_text() for name in names if name not in held]
+    stream = "".join(text + "<|endoftext|>" for text in kept)
+    text = _text(data)
+    assert len(text) > 0.95 * len(stream)  # the last tokens fill no row
+    assert stream.startswith(text)
+    assert data.held_out.size == sum((tmp_path / name).stat().st_size for name in held)
+    assert data.train.sequence_length == 32
+    assert data.train.row(0)[0].shape == (34,)
+
+
+def test_the_same_corpus_gives_the_same_rows_and_tokenizer_wherever_it_lies(tmp_path: Path) -> None:
+    first = prepare(_config(_folder(tmp_path / "here")))
+    second = prepare(_config(_folder(tmp_path / "there" / "deeper")))
+    assert first.tokenizer == second.tokenizer
+    assert _rows(first) == _rows(second)
+    assert first.held_out.zlib_bits_per_byte == second.held_out.zlib_bits_per_byte
+
+
+@pytest.mark.parametrize("kind", ["glob", "jsonl", "jsonl.gz", "parquet"])
+def test_every_kind_of_file_holds_the_same_documents(tmp_path: Path, kind: str) -> None:
+    lines = "".join(json.dumps({"body": text, "n": 1}) + "\n" for text in TEXTS)
+    path = tmp_path / f"corpus.{kind}"
+    if kind == "glob":
+        path = _folder(tmp_path) / "**" / "*.txt"
+    elif kind == "jsonl":
+        path.write_text(lines)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "n": [1] * len(TEXTS)}), path)
+    data = prepare(_config(path, "data.text_field=body"))
+    assert data.train_documents + data.held_out.documents == len(TEXTS)
+    parts = _text(data).split("<|endoftext|>")
+    assert set(parts[:-1]) < set(TEXTS)
+    assert len(parts) - 1 >= data.train_documents - 1
+
+
+def test_one_text_file_is_cut_into_documents_at_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"{text}\n" for text in TEXTS))
+    pieces = [document.text for document in read_documents(find_files(str(file))[0], "text")]
+    assert "".join(pieces) == file.read_text()
+    assert all(piece.endswith("\n") for piece in pieces)
+    data = prepare(_config(file))
+    assert data.held_out.documents >= 1
+    assert data.train_documents + data.held_out.documents == len(pieces) > 10
+
+
+def test_rows_travel_to_a_worker_as_references(tmp_path: Path) -> None:
+    data = prepare(_config(_folder(tmp_path)))
+    assert len(pickle.dumps(data.train.n_rows)) < 100
+
+    @ray.remote
+    def read(corpus: Any) -> tuple[Any, bool, int]:
+        tokens, _ = corpus.row(1)
+        return tokens, tokens.flags.writeable, corpus.count_targets(range(corpus.n_rows))
+
+    tokens, writeable, targets = ray.get(read.remote(data.train))
+    assert np.array_equal(tokens, data.train.row(1)[0])
+    assert not writeable  # a view of the object store, no copy
+    assert targets == sum(data.train.targets_in(i) for i in range(data.train.n_rows))
+
+
+def test_a_given_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:
+    first = prepare(_config(_folder(tmp_path / "corpus")))
+    first.save_tokenizer(tmp_path / "tokenizer")
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(9):
+        (other / f"{i}.txt").write_text(f"quite another text, number {i}, " * 9)
+    config = _config(other, f"data.tokenizer={json.dumps(str(tmp_path / 'tokenizer'))}")
+    assert prepare(config).tokenizer == first.tokenizer
+    assert prepare(_config(other), tokenizer=tmp_path / "tokenizer").tokenizer == first.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "error", "said"),
+    [
+        ({}, "none.txt", DataError, r"data\.path: .*none\.txt does not exist"),
+        ({}, "", DataError, r"data\.path: .* holds no files"),
+        ({}, "*.txt", DataError, "does not exist"),
+        ({"a.txt": b""}, "", DataError, r"data\.path: holds 0 document"),
+        ({"a.txt": b"x" * 900}, "", DataError, "at least two are needed"),
+        ({"a.txt": b"few", "b.txt": b"words"}, "", DataError, r"fill no row of training\.sequence_length"),
+        ({"a.txt": b"text", "b.bin": b"\xff\xfe\xff"}, "", DataError, r"b\.bin is not UTF-8"),
+        ({"a.jsonl": b'{"text": "x"}\nnot json\n'}, "a.jsonl", DataError, r"a\.jsonl, line 2: not JSON"),
+        ({"a.jsonl": b'{"body": "x"}\n'}, "a.jsonl", DataError, r"line 1: .*'text'; set data\.text_field"),
+        ({"a.parquet": b"PAR"}, "a.parquet", DataError, r"a\.parquet is not a Parquet file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, files: dict[str, bytes], path: str, error: type[Exception], said: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=said) as caught:
+        prepare(_config(tmp_path / path))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
+    prepare(_config(_folder(tmp_path / "corpus"))).save_tokenizer(tmp_path)
+    config = _config(
+        tmp_path / "corpus", f"data.tokenizer={json.dumps(str(tmp_path))}", "model.vocab_size=300"
+    )
+    with pytest.raises(ConfigError, match=r"model\.vocab_size \(300\) is smaller than"):
+        prepare(config)
+
+
+def test_held_out_documents_depend_on_their_names_alone() -> None:
+    names = [f"{i}.py" for i in range(500)]
+    held = held_out(names, 0.1)
+    assert 25 < len(held) < 75
+    assert held_out(names[::-1], 0.1) == held
+    assert held_out(names[:250], 0.1) == held & set(names[:250])
+    assert len(held_out(["a", "b"], 1e-9)) == 1
+    assert len(held_out(["a", "b"], 1 - 1e-9)) == 1
+
+
+def test_the_standard_library_is_a_corpus_without_its_tests() -> None:
+    names = [file.name for file in find_files(None)]
+    assert names == sorted(names)
+    assert {"ast.py", "asyncio/base_events.py", "json/decoder.py"} <= set(names)
+    assert not {"test", "tests", "idlelib", "site-packages"} & {
+        part for name in names for part in name.split("/")
+    }
+    assert len(names) > 300
