@@ -23,15 +23,15 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
     kind = address.partition(":")[0]
     # Imported on use: a process that never leaves its machine need not load gRPC.
     if kind == "local":
-        from channels import local
+        import channels.local as local
 
         return local.connect(address, timeout=timeout)
     if kind == "shm":
-        from channels import shm
+        import channels.shm as shm
 
         return shm.connect(address, timeout=timeout)
     if kind == "grpc":
-        from channels import grpc
+        import channels.grpc as grpc
 
         return grpc.connect(address, timeout=timeout)
     raise ConfigError(

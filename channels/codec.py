@@ -84,7 +84,7 @@ def _encode(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> bytes
     for tensor, where in zip(tensors, placed, strict=True):
         if where.offset != end:
             parts.append(_ZEROS[: where.offset - end])
-        if where.count:
+        if where.elements:
             parts.append(_buffer(tensor))
         end = where.end
     return b"".join(parts)
@@ -150,43 +150,57 @@ def _split(frame: bytes) -> tuple[expert_pb2.Header, int, int]:
     return headers.parse(b"".join(texts)), size, start
 
 
-class _Memory:
-    """Lends the memory of a bytes object to numpy as writable, and keeps the object alive.
+class Memory:
+    """Memory that tensors are views of, as numpy wants to be told of it; keeps its owner alive.
 
-    The frame belongs to its decoder alone, so that its tensors may be changed by who gets them; torch
-    would warn of a read-only buffer instead.
+    Writable even when a bytes object owns it: a frame belongs to its decoder alone, so that its tensors
+    may be changed by who gets them (torch would warn of a read-only buffer instead).
     """
 
     __slots__ = ("__array_interface__", "_owner")
 
-    def __init__(self, owner: bytes) -> None:
+    def __init__(self, owner: object, address: int, size: int) -> None:
         self._owner = owner
-        address = np.frombuffer(owner, np.uint8).__array_interface__["data"][0]
         self.__array_interface__ = {
             "version": 3,
             "data": (address, False),
-            "shape": (len(owner),),
+            "shape": (size,),
             "typestr": "|u1",
         }
 
 
+def address_of(memory: np.ndarray[Any, Any]) -> int:
+    """Where an array begins."""
+    return int(memory.__array_interface__["data"][0])
+
+
+def tensor_at(memory: np.ndarray[Any, Any], address: int, where: Placement) -> torch.Tensor:
+    """The tensor that lies in `memory` (uint8, writable, beginning at `address`): a view if it is aligned."""
+    dtype, shape, count, offset, end = where
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    if (address + offset) % dtype.itemsize:
+        memory, offset = memory[offset:end].copy(), 0
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
+    return flat if len(shape) == 1 else flat.view(shape)
+
+
 def _views(frame: bytes, header: expert_pb2.Header, size: int, start: int) -> tuple[torch.Tensor, ...]:
     placed = headers.placements(header, size)
-    if not placed:
-        return ()
-    memory = np.asarray(_Memory(frame)) if size else None
-    return tuple(tensor_at(memory, start, where) for where in placed)
+    if not size:
+        return tuple(torch.empty(where.shape, dtype=where.dtype) for where in placed)
+    address = address_of(np.frombuffer(frame, np.uint8)) + start
+    memory: np.ndarray[Any, Any] = np.asarray(Memory(frame, address, size))
+    return tuple([tensor_at(memory, address, where) for where in placed])
 
 
-def tensor_at(memory: np.ndarray[Any, Any] | None, start: int, where: Placement) -> torch.Tensor:
-    """The tensor at byte `start + where.offset` of `memory` (uint8, writable): a view where it is aligned."""
-    if not where.count or memory is None:
-        return torch.empty(where.shape, dtype=where.dtype)
-    first = start + where.offset
-    if (int(memory.__array_interface__["data"][0]) + first) % where.dtype.itemsize:
-        memory, first = memory[first : start + where.end].copy(), 0
-    flat = torch.frombuffer(memory, dtype=where.dtype, count=where.count, offset=first)
-    return flat.view(where.shape)
-
-
-__all__ = ["decode_reply", "decode_request", "encode_error", "encode_reply", "encode_request", "tensor_at"]
+__all__ = [
+    "Memory",
+    "address_of",
+    "decode_reply",
+    "decode_request",
+    "encode_error",
+    "encode_reply",
+    "encode_request",
+    "tensor_at",
+]

@@ -14,7 +14,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -33,6 +33,21 @@ _MAX_RELEASED: Final = 64
 _CREDENTIALS: Final = struct.Struct("3i")
 _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * _INT)
+
+
+class Packet(NamedTuple):
+    """What came: a header, and the segment that holds what the header places."""
+
+    header: expert_pb2.Header
+    segment: Segment | None
+    placed: list[Placement]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Views of the segment."""
+        if self.segment is None:
+            return tuple(torch.empty(where.shape, dtype=where.dtype) for where in self.placed)
+        memory, address = self.segment.memory, self.segment.address
+        return tuple([tensor_at(memory, address, where) for where in self.placed])
 
 
 class Doorbell:
@@ -73,9 +88,10 @@ class Doorbell:
         try:
             if size:
                 segment, descriptor = self._pool.acquire(size)
+                memory, address = segment.memory, segment.address
                 for tensor, where in zip(tensors, placed, strict=True):
-                    if where.count:
-                        tensor_at(segment.memory, 0, where).copy_(tensor.detach())
+                    if where.elements:
+                        tensor_at(memory, address, where).copy_(tensor.detach())
             capacity = segment.capacity if segment is not None and descriptor is not None else 0
             self._ring(text, segment, capacity, size, descriptor)
         except OSError as error:
@@ -97,10 +113,8 @@ class Doorbell:
         else:
             socket.send_fds(self._socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
 
-    def receive(
-        self, deadline: float | None = None
-    ) -> tuple[expert_pb2.Header, Segment | None, list[Placement]]:
-        """Wait for a packet: its header, and the segment that holds what the header places.
+    def receive(self, deadline: float | None = None) -> Packet:
+        """Wait for a packet.
 
         Raises:
             ChannelTimeout: the deadline (of `time.monotonic`) passed.
@@ -130,9 +144,7 @@ class Doorbell:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _read_packet(
-        self, packet: memoryview, descriptors: list[int]
-    ) -> tuple[expert_pb2.Header, Segment | None, list[Placement]]:
+    def _read_packet(self, packet: memoryview, descriptors: list[int]) -> Packet:
         if len(packet) < _HEAD.size:
             raise ProtocolError(f"a packet of {len(packet)} bytes is shorter than its head")
         magic, index, capacity, size, n_released = _HEAD.unpack_from(packet)
@@ -147,7 +159,7 @@ class Doorbell:
             self._mirror.attach(index, descriptors[0], capacity)
         segment = self._mirror.get(index, size) if size else None
         header = headers.parse(packet[text:])
-        return header, segment, headers.placements(header, size)
+        return Packet(header, segment, headers.placements(header, size))
 
     def done_with(self, segment: Segment | None) -> None:
         """Nothing reads `segment` any more; the peer hears of it with the next packet. Any thread."""
@@ -182,4 +194,4 @@ class Doorbell:
         self._socket.close()
 
 
-__all__ = ["Doorbell"]
+__all__ = ["Doorbell", "Packet"]

@@ -55,7 +55,7 @@ class GrpcChannel(Pipe):
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._late = False
         self._watchdog = Watchdog(self._expire)
-        exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}")
+        exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)
         self._replies: Any = exchange(iter(self._requests.get, None))
 
     def _send(self, request: Request) -> None:
@@ -113,7 +113,8 @@ class GrpcServer:
             register(self._server)
         # After the services: a servicer made from expert.proto brings an Exchange of its own, which
         # reads frames by protobuf's code; the last one registered is the one that is called.
-        self._server.add_registered_method_handlers(
+        registered: Any = self._server  # the stubs of grpc do not know this method of its interface
+        registered.add_registered_method_handlers(
             SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(self._exchange)}
         )
         try:

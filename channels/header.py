@@ -6,9 +6,9 @@ lie is the wire's own business. Everything read from a peer is checked here agai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from google.protobuf.message import DecodeError
@@ -34,13 +34,12 @@ _TORCH_DTYPE: Final = {int(wire): dtype for dtype, wire in _WIRE_DTYPE.items()}
 _PHASES: Final = {int(phase): phase for phase in Phase}
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a tensor lies within a payload; `shape` as torch has it, the rest in bytes."""
+class Placement(NamedTuple):
+    """Where a tensor lies within a payload; `shape` as torch has it, `offset` and `end` in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    count: int
+    elements: int
     offset: int
     end: int
 
@@ -74,8 +73,9 @@ def place(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> tuple[l
     Raises:
         ProtocolError: a dtype that the wire does not know.
     """
-    placements = []
-    offset = end = 0
+    placed = []
+    add = header.tensors.add
+    end = 0
     for index, tensor in enumerate(tensors):
         wire = _WIRE_DTYPE.get(tensor.dtype)
         if wire is None:
@@ -85,9 +85,9 @@ def place(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> tuple[l
         count = tensor.numel()
         end = offset + count * tensor.element_size()
         shape = tuple(tensor.shape)
-        placements.append(Placement(tensor.dtype, shape, count, offset, end))
-        header.tensors.add(dtype=wire, shape=shape, offset=offset)
-    return placements, end
+        placed.append(Placement(tensor.dtype, shape, count, offset, end))
+        add(dtype=wire, shape=shape, offset=offset)
+    return placed, end
 
 
 def parse(data: bytes | memoryview) -> expert_pb2.Header:
@@ -114,20 +114,20 @@ def placements(header: expert_pb2.Header, size: int) -> list[Placement]:
         shape = tuple(item.shape)
         if dtype is None:
             raise ProtocolError(f"tensor {index} of the payload has unknown dtype {item.dtype}")
-        count = bound = 1
-        for extent in shape:
-            count *= extent
-            bound *= extent or 1
+        count = math.prod(shape)
+        # A tensor without elements has strides nevertheless, which must not overflow.
+        bound = count or math.prod(extent or 1 for extent in shape)
         if len(shape) > _MAX_DIMENSIONS or bound > _MAX_ELEMENTS:
             raise ProtocolError(
                 f"tensor {index} of the payload has shape {shape[:_MAX_DIMENSIONS]}: too large"
             )
-        end = item.offset + count * dtype.itemsize
+        offset = item.offset
+        end = offset + count * dtype.itemsize
         if end > size:
             raise ProtocolError(
                 f"tensor {index} of the payload ends at byte {end}, but the payload has {size} bytes"
             )
-        found.append(Placement(dtype, shape, count, item.offset, end))
+        found.append(Placement(dtype, shape, count, offset, end))
     return found
 
 

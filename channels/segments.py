@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from channels.codec import address_of
 from errors import ProtocolError
 
 MAX_SEGMENTS: Final = 256
@@ -33,7 +34,7 @@ class Segment:
         # Page faults are paid for here, once, and not within a call.
         mapped = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.memory: np.ndarray[Any, Any] = np.frombuffer(mapped, np.uint8)
-        self.address = int(self.memory.__array_interface__["data"][0])
+        self.address = address_of(self.memory)
 
 
 class SegmentPool:

@@ -20,7 +20,7 @@ import numpy as np
 
 from channels import header as headers
 from channels.base import Channel, Handler, Request
-from channels.codec import tensor_at
+from channels.codec import Memory, tensor_at
 from channels.doorbell import Doorbell
 from channels.header import Placement
 from channels.locality import machine_id
@@ -35,20 +35,15 @@ _MAX_LENT: Final = 8
 """Replies lent at a time by one channel; a caller who keeps more gets copies, so that segments end."""
 
 
-class _Loan:
+class _Loan(Memory):
     """A reply's memory, given back when the last tensor of it dies."""
 
-    __slots__ = ("__array_interface__", "_channel", "_segment")
+    __slots__ = ("_channel", "_segment")
 
     def __init__(self, channel: ShmChannel, segment: Segment, size: int) -> None:
+        super().__init__(segment, segment.address, size)
         self._channel = channel
         self._segment = segment
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (segment.address, False),
-            "shape": (size,),
-            "typestr": "|u1",
-        }
 
     def __del__(self) -> None:
         self._channel.give_back(self._segment)
@@ -68,20 +63,21 @@ class ShmChannel(Pipe):
         self._written.append(self._bell.send(headers.request_header(request), request.tensors))
 
     def _receive(self, deadline: float | None) -> Reply:
-        header, segment, placed = self._bell.receive(deadline)
+        packet = self._bell.receive(deadline)
+        segment = packet.segment
         if not self._written:
             raise ProtocolError(f"{self.name} replies to a request that nobody made")
         self._bell.reusable(self._written.popleft())
-        error = headers.remote_error(header)
-        if error is not None or segment is None:
+        error = headers.remote_error(packet.header)
+        if error is not None:
             self._bell.done_with(segment)
-            if error is not None:
-                raise error
-            return tuple(tensor_at(None, 0, where) for where in placed)
-        size = max(where.end for where in placed) if placed else 0
+            raise error
+        if segment is None:
+            return packet.tensors()
+        size = max((where.end for where in packet.placed), default=0)
         if size >= _LEND_FROM and self._lent < _MAX_LENT:
-            return self._lend(segment, placed, size)
-        reply = tuple(tensor_at(segment.memory, 0, where).clone() for where in placed)
+            return self._lend(segment, packet.placed, size)
+        reply = tuple([tensor.clone() for tensor in packet.tensors()])
         self._bell.done_with(segment)
         return reply
 
@@ -89,7 +85,7 @@ class ShmChannel(Pipe):
         with self._counting:
             self._lent += 1
         memory: np.ndarray[Any, Any] = np.asarray(_Loan(self, segment, size))
-        return tuple(tensor_at(memory, 0, where) for where in placed)
+        return tuple([tensor_at(memory, segment.address, where) for where in placed])
 
     def give_back(self, segment: Segment) -> None:
         """A lent segment is free again. Any thread."""
@@ -174,10 +170,9 @@ class ShmServer:
                 self._open.pop(bell, None)
 
     def _answer(self, bell: Doorbell) -> None:
-        header, segment, placed = bell.receive()
-        memory = None if segment is None else segment.memory
-        tensors = tuple(tensor_at(memory, 0, where) for where in placed)
-        outcome = call(self._handler, Request(id=headers.request_id(header), tensors=tensors))
+        packet = bell.receive()
+        request = Request(id=headers.request_id(packet.header), tensors=packet.tensors())
+        outcome = call(self._handler, request)
         if isinstance(outcome, Exception):
             bell.send(headers.error_header(outcome))
             return

@@ -1,0 +1,203 @@
+"""What a dispatch and its combine cost on the wire: `python -m benchmarks.channel --json`.
+
+The server is a process of its own with a host that does nothing but return the rows as the partial.
+Shared memory is measured by itself; gRPC beside a bare stream of the same bytes, with the same options
+and the same way of sending. Rounds alternate, so that whatever else the machine does hits both; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import queue
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+import torch
+
+from channels.base import Channel, Phase, Request, RequestId
+from channels.choose import connect
+
+WIDTH: Final = 256
+SMALL, MEBIBYTE, LARGE = 1, 1024, 8192
+"""Rows of 256 floats: one, 1 MiB, 8 MiB."""
+_PATIENCE: Final = 60.0
+
+
+def _rows_back(request: Request) -> tuple[torch.Tensor, ...]:
+    return (request.tensors[0],)
+
+
+def _serve(addresses: Connection) -> None:
+    """The server's process: all kinds at once; ends when the parent closes its end of the pipe."""
+    import grpc
+
+    from channels import grpc as grpc_channel
+    from channels import shm
+
+    torch.set_num_threads(1)
+
+    def echo(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        return frames
+
+    bare = grpc.server(ThreadPoolExecutor(4), options=grpc_channel.OPTIONS)
+    handlers: Any = {"Exchange": grpc.stream_stream_rpc_method_handler(echo)}
+    bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Stream", handlers),))
+    port = bare.add_insecure_port("127.0.0.1:0")
+    bare.start()
+    servers = [shm.serve(_rows_back), grpc_channel.serve(_rows_back)]
+    addresses.send((*(server.address for server in servers), f"127.0.0.1:{port}"))
+    try:
+        addresses.recv()
+    except EOFError:
+        pass
+    finally:
+        bare.stop(grace=None).wait()
+        for server in servers:
+            server.close()
+
+
+class _BareStream:
+    """The least there is: bytes into a queue, bytes out of the stream."""
+
+    def __init__(self, target: str) -> None:
+        import grpc
+
+        from channels.grpc import OPTIONS
+
+        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        exchange = self._channel.stream_stream("/bare.Stream/Exchange", None, None)
+        self._replies: Any = exchange(iter(self._requests.get, None))
+
+    def call(self, frame: bytes) -> bytes:
+        self._requests.put(frame)
+        reply: bytes = next(self._replies)
+        return reply
+
+    def close(self) -> None:
+        self._requests.put(None)
+        self._replies.cancel()
+        self._channel.close()
+
+
+def _request(n_rows: int) -> Request:
+    """What leaves for a host: rows, and for each row one expert and its gate."""
+    name = RequestId(
+        run="bench", epoch=1, step=1, microbatch=0, layer=1, phase=Phase.INFER, router="router-0"
+    )
+    tensors = (
+        torch.randn(n_rows, WIDTH),
+        torch.arange(n_rows + 1, dtype=torch.int32),
+        torch.zeros(n_rows, dtype=torch.int32),
+        torch.ones(n_rows),
+    )
+    return Request(id=name, tensors=tensors)
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> list[float]:
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def _alternate(calls: dict[str, Callable[[], object]], *, rounds: int, repeats: int) -> dict[str, float]:
+    """Median seconds of each call, over rounds in which each has its turn."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        _seconds(call, 3)  # memory is mapped, streams are open
+    for _ in range(rounds):
+        for name, call in calls.items():
+            taken[name] += _seconds(call, repeats)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _through(channel: Channel, n_rows: int) -> Callable[[], object]:
+    request = _request(n_rows)
+    return lambda: channel.submit(request).result(_PATIENCE)
+
+
+def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float]]:
+    """Measure; `rounds` turns of `repeats` small calls (a tenth as many large ones).
+
+    Returns:
+        `shm.rtt_us` (1 row there and back, µs), `shm.gb_per_s` (8 MiB, both ways counted),
+        `grpc.over_bare` (time over a bare stream's, the worse of 1 row and 1 MiB), and raw figures.
+    """
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    opened: list[Channel | _BareStream] = []
+    try:
+        shm_address, grpc_address, bare_target = ours.recv()
+        shm, grpc, bare = connect(shm_address), connect(grpc_address), _BareStream(bare_target)
+        opened += [shm, grpc, bare]
+        row, block = bytes(WIDTH * 4), bytes(MEBIBYTE * WIDTH * 4)
+        few = max(repeats // 10, 1)
+        small = _alternate(
+            {"shm": _through(shm, SMALL), "grpc": _through(grpc, SMALL), "bare": lambda: bare.call(row)},
+            rounds=rounds,
+            repeats=repeats,
+        )
+        mebibyte = _alternate(
+            {
+                "shm": _through(shm, MEBIBYTE),
+                "grpc": _through(grpc, MEBIBYTE),
+                "bare": lambda: bare.call(block),
+            },
+            rounds=rounds,
+            repeats=few,
+        )
+        large = _alternate({"shm": _through(shm, LARGE)}, rounds=rounds, repeats=few)
+    finally:
+        for end in opened:
+            end.close()
+        ours.close()
+        process.join()
+    ratios = {"1 row": small["grpc"] / small["bare"], "1 MiB": mebibyte["grpc"] / mebibyte["bare"]}
+    both_ways = 2 * LARGE * WIDTH * 4
+    return {
+        "shm": {
+            "rtt_us": small["shm"] * 1e6,
+            "gb_per_s": both_ways / large["shm"] / 1e9,
+            "mebibyte_us": mebibyte["shm"] * 1e6,
+        },
+        "grpc": {
+            "over_bare": max(ratios.values()),
+            "over_bare_1_row": ratios["1 row"],
+            "over_bare_1_mebibyte": ratios["1 MiB"],
+            "rtt_us": small["grpc"] * 1e6,
+            "mebibyte_us": mebibyte["grpc"] * 1e6,
+        },
+        "bare_grpc": {"rtt_us": small["bare"] * 1e6, "mebibyte_us": mebibyte["bare"] * 1e6},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.channel", description=measure.__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--rounds", type=int, default=10)
+    arguments = parser.parse_args()
+    figures = measure(rounds=arguments.rounds)
+    if arguments.json:
+        print(json.dumps(figures))
+        return
+    for kind, values in figures.items():
+        for name, value in values.items():
+            print(f"{kind}.{name:<24}{value:12.3f}")
+
+
+if __name__ == "__main__":
+    main()
