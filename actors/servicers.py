@@ -61,14 +61,6 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         with refusing(context):
             return stats_to(self._host.stats())
 
-    def Abort(self, request: expert_pb2.AbortRequest, context: grpc.ServicerContext) -> expert_pb2.AbortReply:
-        not_served(context)
-
-    def Release(
-        self, request: expert_pb2.ReleaseRequest, context: grpc.ServicerContext
-    ) -> expert_pb2.ReleaseReply:
-        not_served(context)
-
     def Exchange(
         self, request_iterator: Iterator[expert_pb2.Frame], context: grpc.ServicerContext
     ) -> Iterator[expert_pb2.Frame]:
@@ -144,16 +136,6 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 epoch=self._coordinator.epoch,
                 failure=self._coordinator.failure or "",
             )
-
-    def Heartbeat(
-        self, request: coordinator_pb2.HeartbeatRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.HeartbeatReply:
-        not_served(context)
-
-    def ReportCheckpoint(
-        self, request: coordinator_pb2.ReportCheckpointRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.ReportCheckpointReply:
-        not_served(context)
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):

@@ -10,7 +10,7 @@ from errors import ConfigError
 def computes_bfloat16() -> bool:
     """Whether this machine multiplies bfloat16 matrices in hardware: a GPU, or a CPU with units for it."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

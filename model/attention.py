@@ -107,11 +107,11 @@ class LatentAttention(nn.Module):
         """
         if self.q_rank is None:
             query, w_query = x, self.q_proj.weight
-            latent, k_rope = torch.split(self.kv_a_proj_with_mqa(x), (self.rank, self.rope), dim=-1)
+            latent, k_rope = torch.split(self.kv_a_proj_with_mqa(x), [self.rank, self.rope], dim=-1)
         else:
             # One product for both compressions: x is read once.
             down = torch.cat((self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight))
-            sizes = (self.q_rank, self.rank, self.rope)
+            sizes = [self.q_rank, self.rank, self.rope]
             query, latent, k_rope = torch.split(F.linear(x, down), sizes, dim=-1)
             query, w_query = self.q_a_layernorm(query), self.q_b_proj.weight
         q, k, v = _Heads.apply(  # type: ignore[no-untyped-call]

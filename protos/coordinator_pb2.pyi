@@ -122,66 +122,6 @@ class RegisterHostReply(google.protobuf.message.Message):
 global___RegisterHostReply = RegisterHostReply
 
 @typing.final
-class HeartbeatRequest(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    @typing.final
-    class MetricsEntry(google.protobuf.message.Message):
-        DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: builtins.int
-        VALUE_FIELD_NUMBER: builtins.int
-        key: builtins.str
-        value: builtins.float
-        def __init__(
-            self,
-            *,
-            key: builtins.str = ...,
-            value: builtins.float = ...,
-        ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
-
-    HOST_FIELD_NUMBER: builtins.int
-    EPOCH_FIELD_NUMBER: builtins.int
-    STEP_FIELD_NUMBER: builtins.int
-    METRICS_FIELD_NUMBER: builtins.int
-    host: builtins.str
-    epoch: builtins.int
-    step: builtins.int
-    @property
-    def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
-    def __init__(
-        self,
-        *,
-        host: builtins.str = ...,
-        epoch: builtins.int = ...,
-        step: builtins.int = ...,
-        metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "host", b"host", "metrics", b"metrics", "step", b"step"]) -> None: ...
-
-global___HeartbeatRequest = HeartbeatRequest
-
-@typing.final
-class HeartbeatReply(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    EPOCH_FIELD_NUMBER: builtins.int
-    UNKNOWN_FIELD_NUMBER: builtins.int
-    epoch: builtins.int
-    unknown: builtins.bool
-    """The coordinator does not know this host: it has to register again."""
-    def __init__(
-        self,
-        *,
-        epoch: builtins.int = ...,
-        unknown: builtins.bool = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "unknown", b"unknown"]) -> None: ...
-
-global___HeartbeatReply = HeartbeatReply
-
-@typing.final
 class GetRoutingTableRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -495,40 +435,6 @@ class RequestStopReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["step", b"step"]) -> None: ...
 
 global___RequestStopReply = RequestStopReply
-
-@typing.final
-class ReportCheckpointRequest(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    RUN_FIELD_NUMBER: builtins.int
-    STEP_FIELD_NUMBER: builtins.int
-    DIRECTORY_FIELD_NUMBER: builtins.int
-    SECONDS_FIELD_NUMBER: builtins.int
-    run: builtins.str
-    step: builtins.int
-    directory: builtins.str
-    seconds: builtins.float
-    def __init__(
-        self,
-        *,
-        run: builtins.str = ...,
-        step: builtins.int = ...,
-        directory: builtins.str = ...,
-        seconds: builtins.float = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["directory", b"directory", "run", b"run", "seconds", b"seconds", "step", b"step"]) -> None: ...
-
-global___ReportCheckpointRequest = ReportCheckpointRequest
-
-@typing.final
-class ReportCheckpointReply(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-
-global___ReportCheckpointReply = ReportCheckpointReply
 
 @typing.final
 class GetStatusRequest(google.protobuf.message.Message):

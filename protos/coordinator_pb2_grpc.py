@@ -39,11 +39,6 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_coordinator__pb2.RegisterHostRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.RegisterHostReply.FromString,
                 _registered_method=True)
-        self.Heartbeat = channel.unary_unary(
-                '/raymoe.v1.Coordinator/Heartbeat',
-                request_serializer=protos_dot_coordinator__pb2.HeartbeatRequest.SerializeToString,
-                response_deserializer=protos_dot_coordinator__pb2.HeartbeatReply.FromString,
-                _registered_method=True)
         self.GetRoutingTable = channel.unary_unary(
                 '/raymoe.v1.Coordinator/GetRoutingTable',
                 request_serializer=protos_dot_coordinator__pb2.GetRoutingTableRequest.SerializeToString,
@@ -63,11 +58,6 @@ class CoordinatorStub(object):
                 '/raymoe.v1.Coordinator/RequestStop',
                 request_serializer=protos_dot_coordinator__pb2.RequestStopRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.RequestStopReply.FromString,
-                _registered_method=True)
-        self.ReportCheckpoint = channel.unary_unary(
-                '/raymoe.v1.Coordinator/ReportCheckpoint',
-                request_serializer=protos_dot_coordinator__pb2.ReportCheckpointRequest.SerializeToString,
-                response_deserializer=protos_dot_coordinator__pb2.ReportCheckpointReply.FromString,
                 _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/raymoe.v1.Coordinator/GetStatus',
@@ -100,12 +90,6 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Heartbeat(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def GetRoutingTable(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -126,12 +110,6 @@ class CoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RequestStop(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ReportCheckpoint(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,11 +147,6 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_coordinator__pb2.RegisterHostRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.RegisterHostReply.SerializeToString,
             ),
-            'Heartbeat': grpc.unary_unary_rpc_method_handler(
-                    servicer.Heartbeat,
-                    request_deserializer=protos_dot_coordinator__pb2.HeartbeatRequest.FromString,
-                    response_serializer=protos_dot_coordinator__pb2.HeartbeatReply.SerializeToString,
-            ),
             'GetRoutingTable': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRoutingTable,
                     request_deserializer=protos_dot_coordinator__pb2.GetRoutingTableRequest.FromString,
@@ -193,11 +166,6 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.RequestStop,
                     request_deserializer=protos_dot_coordinator__pb2.RequestStopRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.RequestStopReply.SerializeToString,
-            ),
-            'ReportCheckpoint': grpc.unary_unary_rpc_method_handler(
-                    servicer.ReportCheckpoint,
-                    request_deserializer=protos_dot_coordinator__pb2.ReportCheckpointRequest.FromString,
-                    response_serializer=protos_dot_coordinator__pb2.ReportCheckpointReply.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -247,33 +215,6 @@ class Coordinator(object):
             '/raymoe.v1.Coordinator/RegisterHost',
             protos_dot_coordinator__pb2.RegisterHostRequest.SerializeToString,
             protos_dot_coordinator__pb2.RegisterHostReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Heartbeat(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/raymoe.v1.Coordinator/Heartbeat',
-            protos_dot_coordinator__pb2.HeartbeatRequest.SerializeToString,
-            protos_dot_coordinator__pb2.HeartbeatReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -382,33 +323,6 @@ class Coordinator(object):
             '/raymoe.v1.Coordinator/RequestStop',
             protos_dot_coordinator__pb2.RequestStopRequest.SerializeToString,
             protos_dot_coordinator__pb2.RequestStopReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReportCheckpoint(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/raymoe.v1.Coordinator/ReportCheckpoint',
-            protos_dot_coordinator__pb2.ReportCheckpointRequest.SerializeToString,
-            protos_dot_coordinator__pb2.ReportCheckpointReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,11 +24,6 @@ class CoordinatorStub:
         protos.coordinator_pb2.RegisterHostReply,
     ]
 
-    Heartbeat: grpc.UnaryUnaryMultiCallable[
-        protos.coordinator_pb2.HeartbeatRequest,
-        protos.coordinator_pb2.HeartbeatReply,
-    ]
-
     GetRoutingTable: grpc.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.GetRoutingTableRequest,
         protos.coordinator_pb2.RoutingTable,
@@ -48,11 +43,6 @@ class CoordinatorStub:
     RequestStop: grpc.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.RequestStopRequest,
         protos.coordinator_pb2.RequestStopReply,
-    ]
-
-    ReportCheckpoint: grpc.UnaryUnaryMultiCallable[
-        protos.coordinator_pb2.ReportCheckpointRequest,
-        protos.coordinator_pb2.ReportCheckpointReply,
     ]
 
     GetStatus: grpc.UnaryUnaryMultiCallable[
@@ -81,11 +71,6 @@ class CoordinatorAsyncStub:
         protos.coordinator_pb2.RegisterHostReply,
     ]
 
-    Heartbeat: grpc.aio.UnaryUnaryMultiCallable[
-        protos.coordinator_pb2.HeartbeatRequest,
-        protos.coordinator_pb2.HeartbeatReply,
-    ]
-
     GetRoutingTable: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.GetRoutingTableRequest,
         protos.coordinator_pb2.RoutingTable,
@@ -105,11 +90,6 @@ class CoordinatorAsyncStub:
     RequestStop: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.RequestStopRequest,
         protos.coordinator_pb2.RequestStopReply,
-    ]
-
-    ReportCheckpoint: grpc.aio.UnaryUnaryMultiCallable[
-        protos.coordinator_pb2.ReportCheckpointRequest,
-        protos.coordinator_pb2.ReportCheckpointReply,
     ]
 
     GetStatus: grpc.aio.UnaryUnaryMultiCallable[
@@ -141,13 +121,6 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[protos.coordinator_pb2.RegisterHostReply, collections.abc.Awaitable[protos.coordinator_pb2.RegisterHostReply]]: ...
 
     @abc.abstractmethod
-    def Heartbeat(
-        self,
-        request: protos.coordinator_pb2.HeartbeatRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[protos.coordinator_pb2.HeartbeatReply, collections.abc.Awaitable[protos.coordinator_pb2.HeartbeatReply]]: ...
-
-    @abc.abstractmethod
     def GetRoutingTable(
         self,
         request: protos.coordinator_pb2.GetRoutingTableRequest,
@@ -175,13 +148,6 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         request: protos.coordinator_pb2.RequestStopRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.coordinator_pb2.RequestStopReply, collections.abc.Awaitable[protos.coordinator_pb2.RequestStopReply]]: ...
-
-    @abc.abstractmethod
-    def ReportCheckpoint(
-        self,
-        request: protos.coordinator_pb2.ReportCheckpointRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[protos.coordinator_pb2.ReportCheckpointReply, collections.abc.Awaitable[protos.coordinator_pb2.ReportCheckpointReply]]: ...
 
     @abc.abstractmethod
     def GetStatus(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\traymoe.v1\x1a\x13protos/tensor.proto\"\x89\x01\n\tRequestId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nmicrobatch\x18\x04 \x01(\x03\x12\r\n\x05layer\x18\x05 \x01(\x03\x12\x1f\n\x05phase\x18\x06 \x01(\x0e\x32\x10.raymoe.v1.Phase\x12\x0e\n\x06router\x18\x07 \x01(\t\"U\n\x06Status\x12\x1d\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x0f.raymoe.v1.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04type\x18\x04 \x01(\t\"w\n\x06Header\x12 \n\x02id\x18\x01 \x01(\x0b\x32\x14.raymoe.v1.RequestId\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12(\n\x07tensors\x18\x03 \x03(\x0b\x32\x17.raymoe.v1.TensorHeader\"L\n\x05\x46rame\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Header\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"+\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"2\n\x0cPrepareReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x14\n\x0csquared_norm\x18\x02 \x01(\x01\"E\n\rCommitRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\n\n\x02lr\x18\x03 \x01(\x01\x12\r\n\x05scale\x18\x04 \x01(\x01\"\x1b\n\x0b\x43ommitReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\")\n\x0c\x41\x62ortRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\x1a\n\nAbortReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\"?\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07moments\x18\x03 \x01(\x08\"\x87\x01\n\tSaveReply\x12\r\n\x05\x66iles\x18\x01 \x03(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12.\n\x05index\x18\x03 \x03(\x0b\x32\x1f.raymoe.v1.SaveReply.IndexEntry\x1a,\n\nIndexEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0f\n\rStatusRequest\"\x98\x02\n\x0bStatusReply\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04kept\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04rows\x18\t \x01(\x03\x12\x14\n\x0c\x62usy_seconds\x18\n \x01(\x01\x12\x34\n\x07metrics\x18\x0b \x03(\x0b\x32#.raymoe.v1.StatusReply.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x0eReleaseRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06router\x18\x02 \x01(\t\x12\x12\n\nup_to_step\x18\x03 \x01(\x03\" \n\x0cReleaseReply\x12\x10\n\x08released\x18\x01 \x01(\x03*R\n\x05Phase\x12\x0f\n\x0bPHASE_INFER\x10\x00\x12\x11\n\rPHASE_FORWARD\x10\x01\x12\x12\n\x0ePHASE_BACKWARD\x10\x02\x12\x11\n\rPHASE_RELEASE\x10\x03*L\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x14\n\x10\x43ODE_STALE_EPOCH\x10\x01\x12\x10\n\x0c\x43ODE_REFUSED\x10\x02\x12\x0f\n\x0b\x43ODE_FAILED\x10\x03\x32\xa1\x03\n\x06\x45xpert\x12\x32\n\x08\x45xchange\x12\x10.raymoe.v1.Frame\x1a\x10.raymoe.v1.Frame(\x01\x30\x01\x12=\n\x07Prepare\x12\x19.raymoe.v1.PrepareRequest\x1a\x17.raymoe.v1.PrepareReply\x12:\n\x06\x43ommit\x12\x18.raymoe.v1.CommitRequest\x1a\x16.raymoe.v1.CommitReply\x12\x37\n\x05\x41\x62ort\x12\x17.raymoe.v1.AbortRequest\x1a\x15.raymoe.v1.AbortReply\x12\x34\n\x04Save\x12\x16.raymoe.v1.SaveRequest\x1a\x14.raymoe.v1.SaveReply\x12:\n\x06Status\x12\x18.raymoe.v1.StatusRequest\x1a\x16.raymoe.v1.StatusReply\x12=\n\x07Release\x12\x19.raymoe.v1.ReleaseRequest\x1a\x17.raymoe.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\traymoe.v1\x1a\x13protos/tensor.proto\"\x89\x01\n\tRequestId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nmicrobatch\x18\x04 \x01(\x03\x12\r\n\x05layer\x18\x05 \x01(\x03\x12\x1f\n\x05phase\x18\x06 \x01(\x0e\x32\x10.raymoe.v1.Phase\x12\x0e\n\x06router\x18\x07 \x01(\t\"U\n\x06Status\x12\x1d\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x0f.raymoe.v1.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04type\x18\x04 \x01(\t\"w\n\x06Header\x12 \n\x02id\x18\x01 \x01(\x0b\x32\x14.raymoe.v1.RequestId\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12(\n\x07tensors\x18\x03 \x03(\x0b\x32\x17.raymoe.v1.TensorHeader\"L\n\x05\x46rame\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Header\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"+\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"2\n\x0cPrepareReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x14\n\x0csquared_norm\x18\x02 \x01(\x01\"E\n\rCommitRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\n\n\x02lr\x18\x03 \x01(\x01\x12\r\n\x05scale\x18\x04 \x01(\x01\"\x1b\n\x0b\x43ommitReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\"?\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07moments\x18\x03 \x01(\x08\"\x87\x01\n\tSaveReply\x12\r\n\x05\x66iles\x18\x01 \x03(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12.\n\x05index\x18\x03 \x03(\x0b\x32\x1f.raymoe.v1.SaveReply.IndexEntry\x1a,\n\nIndexEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0f\n\rStatusRequest\"\x98\x02\n\x0bStatusReply\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04kept\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04rows\x18\t \x01(\x03\x12\x14\n\x0c\x62usy_seconds\x18\n \x01(\x01\x12\x34\n\x07metrics\x18\x0b \x03(\x0b\x32#.raymoe.v1.StatusReply.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*R\n\x05Phase\x12\x0f\n\x0bPHASE_INFER\x10\x00\x12\x11\n\rPHASE_FORWARD\x10\x01\x12\x12\n\x0ePHASE_BACKWARD\x10\x02\x12\x11\n\rPHASE_RELEASE\x10\x03*L\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x14\n\x10\x43ODE_STALE_EPOCH\x10\x01\x12\x10\n\x0c\x43ODE_REFUSED\x10\x02\x12\x0f\n\x0b\x43ODE_FAILED\x10\x03\x32\xa9\x02\n\x06\x45xpert\x12\x32\n\x08\x45xchange\x12\x10.raymoe.v1.Frame\x1a\x10.raymoe.v1.Frame(\x01\x30\x01\x12=\n\x07Prepare\x12\x19.raymoe.v1.PrepareRequest\x1a\x17.raymoe.v1.PrepareReply\x12:\n\x06\x43ommit\x12\x18.raymoe.v1.CommitRequest\x1a\x16.raymoe.v1.CommitReply\x12\x34\n\x04Save\x12\x16.raymoe.v1.SaveRequest\x1a\x14.raymoe.v1.SaveReply\x12:\n\x06Status\x12\x18.raymoe.v1.StatusRequest\x1a\x16.raymoe.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAVEREPLY_INDEXENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREPLY_METRICSENTRY']._loaded_options = None
   _globals['_STATUSREPLY_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=1353
-  _globals['_PHASE']._serialized_end=1435
-  _globals['_CODE']._serialized_start=1437
-  _globals['_CODE']._serialized_end=1513
+  _globals['_PHASE']._serialized_start=1181
+  _globals['_PHASE']._serialized_end=1263
+  _globals['_CODE']._serialized_start=1265
+  _globals['_CODE']._serialized_end=1341
   _globals['_REQUESTID']._serialized_start=56
   _globals['_REQUESTID']._serialized_end=193
   _globals['_STATUS']._serialized_start=195
@@ -56,26 +56,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITREQUEST']._serialized_end=647
   _globals['_COMMITREPLY']._serialized_start=649
   _globals['_COMMITREPLY']._serialized_end=676
-  _globals['_ABORTREQUEST']._serialized_start=678
-  _globals['_ABORTREQUEST']._serialized_end=719
-  _globals['_ABORTREPLY']._serialized_start=721
-  _globals['_ABORTREPLY']._serialized_end=747
-  _globals['_SAVEREQUEST']._serialized_start=749
-  _globals['_SAVEREQUEST']._serialized_end=812
-  _globals['_SAVEREPLY']._serialized_start=815
-  _globals['_SAVEREPLY']._serialized_end=950
-  _globals['_SAVEREPLY_INDEXENTRY']._serialized_start=906
-  _globals['_SAVEREPLY_INDEXENTRY']._serialized_end=950
-  _globals['_STATUSREQUEST']._serialized_start=952
-  _globals['_STATUSREQUEST']._serialized_end=967
-  _globals['_STATUSREPLY']._serialized_start=970
-  _globals['_STATUSREPLY']._serialized_end=1250
-  _globals['_STATUSREPLY_METRICSENTRY']._serialized_start=1204
-  _globals['_STATUSREPLY_METRICSENTRY']._serialized_end=1250
-  _globals['_RELEASEREQUEST']._serialized_start=1252
-  _globals['_RELEASEREQUEST']._serialized_end=1317
-  _globals['_RELEASEREPLY']._serialized_start=1319
-  _globals['_RELEASEREPLY']._serialized_end=1351
-  _globals['_EXPERT']._serialized_start=1516
-  _globals['_EXPERT']._serialized_end=1933
+  _globals['_SAVEREQUEST']._serialized_start=678
+  _globals['_SAVEREQUEST']._serialized_end=741
+  _globals['_SAVEREPLY']._serialized_start=744
+  _globals['_SAVEREPLY']._serialized_end=879
+  _globals['_SAVEREPLY_INDEXENTRY']._serialized_start=835
+  _globals['_SAVEREPLY_INDEXENTRY']._serialized_end=879
+  _globals['_STATUSREQUEST']._serialized_start=881
+  _globals['_STATUSREQUEST']._serialized_end=896
+  _globals['_STATUSREPLY']._serialized_start=899
+  _globals['_STATUSREPLY']._serialized_end=1179
+  _globals['_STATUSREPLY_METRICSENTRY']._serialized_start=1133
+  _globals['_STATUSREPLY_METRICSENTRY']._serialized_end=1179
+  _globals['_EXPERT']._serialized_start=1344
+  _globals['_EXPERT']._serialized_end=1641
 # @@protoc_insertion_point(module_scope)

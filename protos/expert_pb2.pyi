@@ -270,41 +270,6 @@ class CommitReply(google.protobuf.message.Message):
 global___CommitReply = CommitReply
 
 @typing.final
-class AbortRequest(google.protobuf.message.Message):
-    """Drops the gradients and activations of a step that will be run again."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    RUN_FIELD_NUMBER: builtins.int
-    STEP_FIELD_NUMBER: builtins.int
-    run: builtins.str
-    step: builtins.int
-    def __init__(
-        self,
-        *,
-        run: builtins.str = ...,
-        step: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["run", b"run", "step", b"step"]) -> None: ...
-
-global___AbortRequest = AbortRequest
-
-@typing.final
-class AbortReply(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    STEP_FIELD_NUMBER: builtins.int
-    step: builtins.int
-    def __init__(
-        self,
-        *,
-        step: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["step", b"step"]) -> None: ...
-
-global___AbortReply = AbortReply
-
-@typing.final
 class SaveRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -440,42 +405,3 @@ class StatusReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["busy_seconds", b"busy_seconds", "epoch", b"epoch", "host", b"host", "kept", b"kept", "metrics", b"metrics", "parameters", b"parameters", "pid", b"pid", "requests", b"requests", "rows", b"rows", "state_bytes", b"state_bytes", "step", b"step"]) -> None: ...
 
 global___StatusReply = StatusReply
-
-@typing.final
-class ReleaseRequest(google.protobuf.message.Message):
-    """Drops kept activations: those of one router, or of all when it is empty."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    RUN_FIELD_NUMBER: builtins.int
-    ROUTER_FIELD_NUMBER: builtins.int
-    UP_TO_STEP_FIELD_NUMBER: builtins.int
-    run: builtins.str
-    router: builtins.str
-    up_to_step: builtins.int
-    """Steps up to and with this one; -1 for all."""
-    def __init__(
-        self,
-        *,
-        run: builtins.str = ...,
-        router: builtins.str = ...,
-        up_to_step: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["router", b"router", "run", b"run", "up_to_step", b"up_to_step"]) -> None: ...
-
-global___ReleaseRequest = ReleaseRequest
-
-@typing.final
-class ReleaseReply(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    RELEASED_FIELD_NUMBER: builtins.int
-    released: builtins.int
-    def __init__(
-        self,
-        *,
-        released: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["released", b"released"]) -> None: ...
-
-global___ReleaseReply = ReleaseReply

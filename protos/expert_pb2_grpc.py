@@ -49,11 +49,6 @@ class ExpertStub(object):
                 request_serializer=protos_dot_expert__pb2.CommitRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.CommitReply.FromString,
                 _registered_method=True)
-        self.Abort = channel.unary_unary(
-                '/raymoe.v1.Expert/Abort',
-                request_serializer=protos_dot_expert__pb2.AbortRequest.SerializeToString,
-                response_deserializer=protos_dot_expert__pb2.AbortReply.FromString,
-                _registered_method=True)
         self.Save = channel.unary_unary(
                 '/raymoe.v1.Expert/Save',
                 request_serializer=protos_dot_expert__pb2.SaveRequest.SerializeToString,
@@ -63,11 +58,6 @@ class ExpertStub(object):
                 '/raymoe.v1.Expert/Status',
                 request_serializer=protos_dot_expert__pb2.StatusRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.StatusReply.FromString,
-                _registered_method=True)
-        self.Release = channel.unary_unary(
-                '/raymoe.v1.Expert/Release',
-                request_serializer=protos_dot_expert__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=protos_dot_expert__pb2.ReleaseReply.FromString,
                 _registered_method=True)
 
 
@@ -92,12 +82,6 @@ class ExpertServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Abort(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Save(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -105,12 +89,6 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Release(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,11 +112,6 @@ def add_ExpertServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_expert__pb2.CommitRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.CommitReply.SerializeToString,
             ),
-            'Abort': grpc.unary_unary_rpc_method_handler(
-                    servicer.Abort,
-                    request_deserializer=protos_dot_expert__pb2.AbortRequest.FromString,
-                    response_serializer=protos_dot_expert__pb2.AbortReply.SerializeToString,
-            ),
             'Save': grpc.unary_unary_rpc_method_handler(
                     servicer.Save,
                     request_deserializer=protos_dot_expert__pb2.SaveRequest.FromString,
@@ -148,11 +121,6 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=protos_dot_expert__pb2.StatusRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.StatusReply.SerializeToString,
-            ),
-            'Release': grpc.unary_unary_rpc_method_handler(
-                    servicer.Release,
-                    request_deserializer=protos_dot_expert__pb2.ReleaseRequest.FromString,
-                    response_serializer=protos_dot_expert__pb2.ReleaseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -247,33 +215,6 @@ class Expert(object):
             _registered_method=True)
 
     @staticmethod
-    def Abort(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/raymoe.v1.Expert/Abort',
-            protos_dot_expert__pb2.AbortRequest.SerializeToString,
-            protos_dot_expert__pb2.AbortReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def Save(request,
             target,
             options=(),
@@ -317,33 +258,6 @@ class Expert(object):
             '/raymoe.v1.Expert/Status',
             protos_dot_expert__pb2.StatusRequest.SerializeToString,
             protos_dot_expert__pb2.StatusReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Release(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/raymoe.v1.Expert/Release',
-            protos_dot_expert__pb2.ReleaseRequest.SerializeToString,
-            protos_dot_expert__pb2.ReleaseReply.FromString,
             options,
             channel_credentials,
             insecure,

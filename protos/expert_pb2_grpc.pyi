@@ -34,11 +34,6 @@ class ExpertStub:
         protos.expert_pb2.CommitReply,
     ]
 
-    Abort: grpc.UnaryUnaryMultiCallable[
-        protos.expert_pb2.AbortRequest,
-        protos.expert_pb2.AbortReply,
-    ]
-
     Save: grpc.UnaryUnaryMultiCallable[
         protos.expert_pb2.SaveRequest,
         protos.expert_pb2.SaveReply,
@@ -47,11 +42,6 @@ class ExpertStub:
     Status: grpc.UnaryUnaryMultiCallable[
         protos.expert_pb2.StatusRequest,
         protos.expert_pb2.StatusReply,
-    ]
-
-    Release: grpc.UnaryUnaryMultiCallable[
-        protos.expert_pb2.ReleaseRequest,
-        protos.expert_pb2.ReleaseReply,
     ]
 
 class ExpertAsyncStub:
@@ -70,11 +60,6 @@ class ExpertAsyncStub:
         protos.expert_pb2.CommitReply,
     ]
 
-    Abort: grpc.aio.UnaryUnaryMultiCallable[
-        protos.expert_pb2.AbortRequest,
-        protos.expert_pb2.AbortReply,
-    ]
-
     Save: grpc.aio.UnaryUnaryMultiCallable[
         protos.expert_pb2.SaveRequest,
         protos.expert_pb2.SaveReply,
@@ -83,11 +68,6 @@ class ExpertAsyncStub:
     Status: grpc.aio.UnaryUnaryMultiCallable[
         protos.expert_pb2.StatusRequest,
         protos.expert_pb2.StatusReply,
-    ]
-
-    Release: grpc.aio.UnaryUnaryMultiCallable[
-        protos.expert_pb2.ReleaseRequest,
-        protos.expert_pb2.ReleaseReply,
     ]
 
 class ExpertServicer(metaclass=abc.ABCMeta):
@@ -113,13 +93,6 @@ class ExpertServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[protos.expert_pb2.CommitReply, collections.abc.Awaitable[protos.expert_pb2.CommitReply]]: ...
 
     @abc.abstractmethod
-    def Abort(
-        self,
-        request: protos.expert_pb2.AbortRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[protos.expert_pb2.AbortReply, collections.abc.Awaitable[protos.expert_pb2.AbortReply]]: ...
-
-    @abc.abstractmethod
     def Save(
         self,
         request: protos.expert_pb2.SaveRequest,
@@ -132,12 +105,5 @@ class ExpertServicer(metaclass=abc.ABCMeta):
         request: protos.expert_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.expert_pb2.StatusReply, collections.abc.Awaitable[protos.expert_pb2.StatusReply]]: ...
-
-    @abc.abstractmethod
-    def Release(
-        self,
-        request: protos.expert_pb2.ReleaseRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[protos.expert_pb2.ReleaseReply, collections.abc.Awaitable[protos.expert_pb2.ReleaseReply]]: ...
 
 def add_ExpertServicer_to_server(servicer: ExpertServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

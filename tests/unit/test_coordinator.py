@@ -72,7 +72,8 @@ class Run:
         return self.pool.submit(self.coordinator.report, report(worker, step, **fields))
 
     def end_step(self, step: int, **fields: Any) -> Any:
-        return [self.report(worker, step, **fields) for worker in range(PLAN.workers)][0].result(20)
+        pending = [self.report(worker, step, **fields) for worker in range(PLAN.workers)]
+        return pending[0].result(20)
 
 
 def report(worker: int, step: int = 0, **fields: Any) -> StepReport:

@@ -1,4 +1,4 @@
-"""A run that stopped goes on as if it had not: the same losses, at another number of hosts and workers too."""
+"""A stopped run goes on as if it had not, at another number of hosts and workers too."""
 
 from __future__ import annotations
 

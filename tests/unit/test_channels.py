@@ -1,0 +1,193 @@
+"""Local, shared memory and gRPC channels behave alike: order, errors, deadlines, death, no leak."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from channels import choose, grpc, local, shm
+from channels.base import Channel, Phase, Request, RequestId, Server
+from errors import ChannelError, ChannelTimeout, ConfigError, ProtocolError, RemoteError, StaleEpoch
+
+SERVE: dict[str, Callable[[Any], Server]] = {"local": local.serve, "shm": shm.serve, "grpc": grpc.serve}
+WIRES = ["shm", "grpc"]
+
+
+def request(*tensors: torch.Tensor, step: int = 0, run: str = "echo") -> Request:
+    id = RequestId(run=run, epoch=0, step=step, microbatch=0, layer=0, phase=Phase.INFER, router="test")
+    return Request(id=id, tensors=tensors)
+
+
+def handle(given: Request) -> tuple[torch.Tensor, ...]:
+    """Does what the request's run says."""
+    if given.id.run == "stale":
+        raise StaleEpoch("the table is of epoch 5", epoch=5)
+    if given.id.run == "refuse":
+        raise ProtocolError("no such expert")
+    if given.id.run == "fail":
+        raise ValueError("by mistake")
+    if given.id.run == "hang":
+        threading.Event().wait(60)
+    return (torch.tensor([given.id.step]), *(tensor * 2 for tensor in given.tensors))
+
+
+@pytest.fixture(params=list(SERVE))
+def channel(request: pytest.FixtureRequest) -> Iterator[Channel]:
+    server = SERVE[request.param](handle)
+    opened = choose.connect(server.address)
+    yield opened
+    opened.close()
+    server.close()
+
+
+def test_replies_come_in_the_order_of_the_requests(channel: Channel) -> None:
+    tickets = [channel.submit(request(torch.full((4, 3), float(i)), step=i)) for i in range(100)]
+    for i, ticket in enumerate(tickets):
+        step, doubled = ticket.result(30)
+        assert int(step) == i
+        assert torch.equal(doubled, torch.full((4, 3), 2.0 * i))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17, 4096])
+def test_payloads_of_any_size(channel: Channel, rows: int) -> None:
+    given = torch.randn(rows, 256)
+    for _ in range(3):
+        _, doubled = channel.submit(request(given)).result(30)
+        assert torch.equal(doubled, given * 2)
+
+
+def test_results_stay_the_callers(channel: Channel) -> None:
+    """Memory of a reply is not written again while somebody holds a tensor of it."""
+    kept = [channel.submit(request(torch.full((512, 256), float(i)))).result(30)[1] for i in range(20)]
+    for i, tensor in enumerate(kept):
+        assert bool((tensor == 2.0 * i).all())
+        tensor.add_(1.0)
+
+
+def test_errors_reach_the_caller_and_the_channel_goes_on(channel: Channel) -> None:
+    with pytest.raises(StaleEpoch) as stale:
+        channel.submit(request(run="stale")).result(30)
+    assert stale.value.epoch == 5
+    with pytest.raises(RemoteError, match="no such expert"):
+        channel.submit(request(run="refuse")).result(30)
+    with pytest.raises(RemoteError, match="ValueError: by mistake"):
+        channel.submit(request(run="fail")).result(30)
+    assert int(channel.submit(request(step=4)).result(30)[0]) == 4
+
+
+def test_a_closed_channel_refuses(channel: Channel) -> None:
+    channel.close()
+    channel.close()
+    with pytest.raises(ChannelError):
+        channel.submit(request()).result(30)
+
+
+def _serve_in_child(kind: str, pipe: Any) -> None:
+    server = SERVE[kind](handle)
+    pipe.send(server.address)
+    pipe.recv()
+
+
+@pytest.fixture(params=WIRES)
+def remote(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Channel]]:
+    """A server in a process of its own, and a channel to it."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve_in_child, args=(request.param, there), daemon=True)
+    process.start()
+    assert here.poll(60)
+    opened = choose.connect(here.recv())
+    yield process, opened
+    opened.close()
+    process.kill()
+    process.join()
+
+
+def test_a_killed_server_is_an_error_at_once(remote: tuple[Any, Channel]) -> None:
+    process, opened = remote
+    assert int(opened.submit(request(step=1)).result(30)[0]) == 1
+    waiting = opened.submit(request(run="hang"))
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(ChannelError):
+        waiting.result(30)
+    with pytest.raises(ChannelError):
+        opened.submit(request()).result(30)
+
+
+def test_a_late_reply_closes_the_channel(remote: tuple[Any, Channel]) -> None:
+    _, opened = remote
+    with pytest.raises(ChannelTimeout):
+        opened.submit(request(run="hang")).result(0.2)
+    with pytest.raises(ChannelError):
+        opened.submit(request()).result(30)
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("kind", WIRES)
+def test_close_leaves_no_thread_and_no_descriptor(kind: str) -> None:
+    def once() -> None:
+        server = SERVE[kind](handle)
+        channels = [choose.connect(server.address) for _ in range(3)]
+        for opened in channels:
+            opened.submit(request(torch.ones(300, 300))).result(30)
+        for opened in channels[:2]:  # the third is hung up on by the server
+            opened.close()
+        server.close()
+        channels[2].close()
+
+    once()  # what a first use opens for good, as gRPC's own pollers
+    threads, files = threading.active_count(), _open_files()
+    for _ in range(5):
+        once()
+    assert threading.active_count() <= threads
+    assert _open_files() <= files + 2  # gRPC closes its sockets in its own time
+    assert not [name for name in os.listdir("/dev/shm") if "raymoe" in name]
+
+
+def test_garbage_on_the_doorbell_ends_that_connection_alone() -> None:
+    server = shm.serve(handle)
+    good = choose.connect(server.address)
+    name = server.address.rpartition("/")[2]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as bad:
+        bad.settimeout(30)
+        bad.connect("\0" + name)
+        bad.send(os.urandom(200))
+        assert bad.recv(1) == b""
+    assert int(good.submit(request(step=2)).result(30)[0]) == 2
+    good.close()
+    server.close()
+
+
+def test_nobody_listening_is_said() -> None:
+    server = shm.serve(handle)
+    server.close()
+    with pytest.raises(ChannelError, match="nobody listens"):
+        choose.connect(server.address)
+    with pytest.raises(ChannelTimeout, match=r"within 0\.3 s"):
+        choose.connect("grpc:127.0.0.1:1", timeout=0.3)
+    with pytest.raises(ConfigError, match="unknown kind"):
+        choose.connect("pigeon:roof")
+
+
+def test_auto_takes_the_nearest_that_both_ends_share() -> None:
+    addresses = {"local": "local:x", "shm": "shm:x", "grpc": "grpc:x"}
+    pick = choose.pick
+    assert pick("auto", addresses, same_process=True, same_machine=True) == "local:x"
+    assert pick("auto", addresses, same_process=False, same_machine=True) == "shm:x"
+    assert pick("auto", addresses, same_process=False, same_machine=False) == "grpc:x"
+    assert pick("grpc", addresses, same_process=True, same_machine=True) == "grpc:x"
+    with pytest.raises(ChannelError, match=r"cluster\.channel is shm"):
+        pick("shm", addresses, same_process=False, same_machine=False)
+    with pytest.raises(ConfigError, match=r"cluster\.channel"):
+        pick("pigeon", addresses, same_process=False, same_machine=False)
