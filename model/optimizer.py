@@ -50,7 +50,7 @@ class AdamW:
         decays: (name, tensor) -> whether it decays.
 
     Attributes:
-        gradients: by name, views of the flat gradient buffer.
+        gradients: by name, in the order given, views of the flat gradient buffer.
         step_count: steps taken.
     """
 
@@ -75,6 +75,8 @@ class AdamW:
             members.setdefault((tensor.dtype, tensor.device, decays(name, tensor)), []).append(name)
         for (_, _, decayed), names in members.items():
             self._groups.append(self._flatten(names, weight_decay if decayed else 0.0))
+        self.gradients = {name: self.gradients[name] for name in self._tensors}
+        self._moments = {name: self._moments[name] for name in self._tensors}
 
     def _flatten(self, names: list[str], decay: float) -> _Group:
         first = self._tensors[names[0]]

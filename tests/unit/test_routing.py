@@ -115,4 +115,4 @@ def test_affinity_is_at_least_float32(dtype: torch.dtype, expected: torch.dtype)
 )
 def test_impossible_groups_are_refused(args: dict[str, int], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
-        select_experts(torch.rand(1, 8), torch.zeros(8), **args)
+        select_experts(torch.rand(1, 8), torch.zeros(8), group_score="biased", **args)
