@@ -1,0 +1,107 @@
+"""Balance strategies held against each other: `python -m benchmarks.balance --json`.
+
+Every strategy starts from the same weights, whose gates are skewed (the centroids of a quarter of the
+experts are several times as long as the others', so that these experts win most tokens), sees the same
+text in the same order, and is judged on the same held-out documents. arXiv 2408.15664 compares the
+same things: MaxVio, and what the balance costs in loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jobs.config import RunConfig
+from jobs.console import Progress
+from jobs.metrics import METRICS_FILE, read_metrics
+from jobs.presets import preset
+from jobs.train import train
+from model.checkpoint import RandomSource, write_index, write_model_config, write_shard
+
+STRATEGIES = ("none", "auxiliary", "bias")
+_SKEW = 6.0
+_LAST = 50  # steps that MaxVio is averaged over
+
+
+def write_skewed(config: RunConfig, directory: Path) -> None:
+    """Random weights in Hugging Face's format, a quarter of the experts favoured by their gates."""
+    model = config.model
+    source = RandomSource(model, config.training.seed)
+    tensors = source.trunk()
+    favoured = model.n_routed_experts // 4
+    for layer in model.moe_layers:
+        tensors[f"model.layers.{layer}.mlp.gate.weight"][:favoured] *= _SKEW
+        for expert in range(model.n_routed_experts):
+            w13, w2 = source.expert(layer, expert)
+            name = f"model.layers.{layer}.mlp.experts.{expert}"
+            tensors[f"{name}.gate_proj.weight"], tensors[f"{name}.up_proj.weight"] = w13.chunk(2)
+            tensors[f"{name}.down_proj.weight"] = w2
+    write_shard(directory / "model.safetensors", tensors)
+    write_model_config(directory, model)
+    write_index(directory)
+
+
+def run(strategy: str, *, steps: int, weights: Path, output: Path, hosts: int) -> dict[str, Any]:
+    """Train with one strategy; MaxVio over the last steps and the loss on all held-out documents."""
+    values = preset("demo").to_dict()
+    values["training"] |= {"steps": steps, "eval_interval": 0, "tensorboard": False}
+    values["balance"]["strategy"] = strategy
+    values["checkpoint"]["interval"] = 0
+    values["cluster"]["expert_hosts"] = hosts
+    config = RunConfig.from_dict(values)
+    if not (weights / "config.json").exists():
+        write_skewed(config, weights)
+    with Progress(steps) as progress:
+        progress.note(f"balance.strategy: {strategy}")
+        result = train(config, output=output, init=weights, progress=progress)
+    lines = read_metrics(output / METRICS_FILE)
+    last = lines[-_LAST:]
+    return {
+        "max_violation_first": lines[0]["max_violation_mean"],
+        "max_violation": sum(line["max_violation_mean"] for line in last) / len(last),
+        "validation_loss": result["validation_loss"],
+        "bits_per_byte": result["bits_per_byte"],
+    }
+
+
+def main() -> None:
+    """Print a table, or with --json one object on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--hosts", type=int, default=0, help="expert hosts; 0 keeps experts in process")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="raymoe-balance-") as directory:
+        base = Path(directory)
+        (base / "weights").mkdir()
+        results = {
+            strategy: run(
+                strategy,
+                steps=arguments.steps,
+                weights=base / "weights",
+                output=base / strategy,
+                hosts=arguments.hosts,
+            )
+            for strategy in STRATEGIES
+        }
+    summary = {
+        "steps": arguments.steps,
+        "strategies": results,
+        "bias_over_none": results["bias"]["max_violation"] / results["none"]["max_violation"],
+        "bias_minus_auxiliary_loss": results["bias"]["validation_loss"]
+        - results["auxiliary"]["validation_loss"],
+    }
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    for strategy, result in results.items():
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
+        print(f"{strategy:<10} {figures}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
