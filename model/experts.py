@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_FEW_ROWS = 8  # up to here, without much sharing, a product per pair beats sorting
+
 
 class Pending(Protocol):
     """The routed experts' answer to one dispatch, possibly still on its way."""
@@ -120,8 +122,10 @@ def experts_forward(
         partial [n, D], and what `experts_backward` takes (None without `keep`).
     """
     gate = gate.to(rows.dtype)
-    if rows.shape[0] == 1 and not keep:
-        return _one_row(shard, rows[0], local_expert.tolist(), gate), None
+    if rows.shape[0] <= _FEW_ROWS and not keep:
+        experts = local_expert.tolist()
+        if len(experts) < 2 * len(set(experts)):
+            return _few_rows(shard, rows, row_ptr.tolist(), experts, gate), None
     pairs = _sort_pairs(row_ptr, local_expert, shard.n_experts)
     width = shard.w2.shape[2]
     x = rows.index_select(0, pairs.token)
@@ -174,18 +178,23 @@ def experts_backward(shard: ExpertShard, saved: Saved, d_partial: Tensor) -> tup
     return d_rows, d_gate
 
 
-def _one_row(shard: ExpertShard, x: Tensor, experts: list[int], gate: Tensor) -> Tensor:
-    """The forward pass of a single row [D], free of sorting and gathering: decoding lives on it."""
+def _few_rows(
+    shard: ExpertShard, rows: Tensor, row_ptr: list[int], experts: list[int], gate: Tensor
+) -> Tensor:
+    """The forward pass of a few rows that share few experts: matrix times vector, nothing sorted or gathered.
+
+    Decoding lives on it: its time is that of reading the weights, and of starting each operation.
+    """
     width = shard.w2.shape[2]
-    partial = x.new_zeros(1, x.shape[0])
-    if experts:
-        hidden = x.new_empty(len(experts), 2 * width)
-        for e, out in zip(experts, hidden.unbind(0), strict=True):
-            torch.mv(shard.w13[e], x, out=out)
-        act = F.silu(hidden[:, :width]).mul_(hidden[:, width:]).mul_(gate.unsqueeze(1))
-        total = partial[0]
-        for e, h in zip(experts, act.unbind(0), strict=True):
-            total.addmv_(shard.w2[e], h)
+    partial = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    hidden = rows.new_empty(len(experts), 2 * width)
+    row_of = [i for i in range(len(row_ptr) - 1) for _ in range(row_ptr[i + 1] - row_ptr[i])]
+    inputs, outputs = rows.unbind(0), partial.unbind(0)
+    for e, i, h in zip(experts, row_of, hidden.unbind(0), strict=True):
+        torch.mv(shard.w13[e], inputs[i], out=h)
+    act = F.silu(hidden[:, :width]).mul_(hidden[:, width:]).mul_(gate.unsqueeze(1))
+    for e, i, h in zip(experts, row_of, act.unbind(0), strict=True):
+        outputs[i].addmv_(shard.w2[e], h)
     return partial
 
 
