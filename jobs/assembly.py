@@ -123,6 +123,12 @@ def compute_threads(config: RunConfig) -> int:
     return max(1, cores // training.microbatches_in_flight)
 
 
+def host_threads(config: RunConfig) -> int:
+    """Threads of an expert host's arithmetic, were all hosts on this machine."""
+    cluster = config.cluster
+    return cluster.threads_per_host or max(1, (os.cpu_count() or 1) // max(1, cluster.expert_hosts))
+
+
 def assemble_worker(
     config: RunConfig,
     data: PreparedData,
@@ -217,6 +223,7 @@ __all__ = [
     "Start",
     "assemble_worker",
     "compute_threads",
+    "host_threads",
     "moment_source",
     "optimizer_settings",
     "placement",

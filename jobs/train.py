@@ -26,6 +26,7 @@ from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
 from errors import CheckpointError, ConfigError, RaymoeError
 from jobs.assembly import (
     Start,
+    host_threads,
     moment_source,
     optimizer_settings,
     placement,
@@ -332,7 +333,7 @@ def _host_builder(config: RunConfig, begin: Start, index: int) -> Callable[[], E
             optimizer=optimizer_settings(config),
             moments=moment_source(begin),
             dtype=resolve_dtype(config),
-            threads=config.cluster.threads_per_host or 1,
+            threads=host_threads(config),
             step=begin.step,
         )
 
