@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 
-from channels.base import Channel, Phase, Request, RequestId
+from channels.base import Channel, Phase, Request, RequestId, Server
 from channels.choose import connect
 
 WIDTH: Final = 256
@@ -50,7 +50,7 @@ def _serve(addresses: Connection) -> None:
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Stream", handlers),))
     port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()
-    servers = [shm.serve(_rows_back), grpc_channel.serve(_rows_back)]
+    servers: list[Server] = [shm.serve(_rows_back), grpc_channel.serve(_rows_back)]
     addresses.send((*(server.address for server in servers), f"127.0.0.1:{port}"))
     try:
         addresses.recv()

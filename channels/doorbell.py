@@ -189,9 +189,11 @@ class Doorbell:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, and unmap all memory but what tensors are views of."""
         self.shut()
         self._socket.close()
+        self._pool.clear()
+        self._mirror.clear()
 
 
 __all__ = ["Doorbell", "Packet"]

@@ -1,8 +1,8 @@
 """Shared memory without names: sealed memfds, mapped once at each end and used again and again.
 
 Each direction of a connection has a pool at its writer and a mirror of it at its reader. A segment's
-file descriptor travels with the first message that uses it and is closed at once at both ends; the
-mappings die with the processes, so that nothing is left behind whoever dies.
+file descriptor travels with the first message that uses it and lives as long as its mapping (Python's
+mmap keeps a duplicate); both die with the processes, so that nothing is left behind whoever dies.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class SegmentPool:
             raise ProtocolError(f"the peer gave back segment {index}, which it did not have")
         self._free.add(index)
 
+    def clear(self) -> None:
+        """Unmap what nobody reads."""
+        self._free.clear()
+        self._segments.clear()
+
 
 class SegmentMirror:
     """The segments that the peer writes and this end reads."""
@@ -116,6 +121,10 @@ class SegmentMirror:
         if segment is None or segment.capacity < size:
             raise ProtocolError(f"the peer writes {size} bytes to segment {index}, which has not that many")
         return segment
+
+    def clear(self) -> None:
+        """Unmap what nobody reads."""
+        self._segments.clear()
 
 
 __all__ = ["MAX_CAPACITY", "MAX_SEGMENTS", "Segment", "SegmentMirror", "SegmentPool"]

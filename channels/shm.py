@@ -161,7 +161,7 @@ class ShmServer:
             while True:
                 self._answer(bell)
         except ProtocolError as error:
-            _log.warning("%s: hung up on pid %d: %s", self._address, bell.peer, error)
+            _log.warning("%s: hung up on pid %d: %s", self._address, bell.peer, str(error))
         except ChannelError:
             pass  # the caller hung up
         finally:

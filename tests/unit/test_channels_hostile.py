@@ -1,0 +1,215 @@
+"""Peers that lie: each loses its own connection, and nobody else's."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc as grpc_library
+import pytest
+import torch
+
+from channels import choose, grpc, shm
+from channels.base import Phase, Request, RequestId, Server
+from channels.pipe import MAX_IN_FLIGHT
+from channels.segments import SegmentMirror, SegmentPool
+from errors import ChannelError, ProtocolError
+from protos import expert_pb2, expert_pb2_grpc
+
+NAME = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
+HEAD = struct.Struct("<4sIQQI")
+CAPACITY = 1 << 16
+
+
+def echo(request: Request) -> tuple[torch.Tensor, ...]:
+    return request.tensors
+
+
+def header(**placed: Any) -> bytes:
+    message = expert_pb2.Header(id=expert_pb2.RequestId(run="r"))
+    if placed:
+        message.tensors.add(dtype=1, **placed)
+    return message.SerializeToString()
+
+
+def memory(size: int, *, sealed: bool) -> int:
+    if sealed:
+        _, descriptor = SegmentPool().acquire(size - size // 4)
+        assert descriptor is not None
+        return descriptor
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    opened = shm.serve(echo)
+    yield opened
+    opened.close()
+
+
+def refused(server: Server, packet: bytes, descriptors: list[int]) -> bool:
+    """Send one packet by hand: whether the server hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.settimeout(30)
+        peer.connect("\0" + server.address.rpartition("/")[2])
+        rights = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
+        peer.sendmsg([packet], rights)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return peer.recv(1 << 16) == b""
+
+
+def honest_size() -> int:
+    _, descriptor = SegmentPool().acquire(1024)
+    assert descriptor is not None
+    size = os.fstat(descriptor).st_size
+    os.close(descriptor)
+    return size
+
+
+def test_an_honest_packet_by_hand_is_answered(server: Server) -> None:
+    """Else the refusals below would prove nothing."""
+    size = honest_size()
+    packet = HEAD.pack(b"rmo1", 0, size, 1024, 0) + header(shape=[256])
+    _, descriptor = SegmentPool().acquire(1024)
+    assert descriptor is not None
+    assert not refused(server, packet, [descriptor])
+
+
+@pytest.mark.parametrize(
+    ("packet", "files"),
+    [
+        (b"x", []),
+        (b"rmo0" + bytes(24), []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 0) + b"\xff\xff", []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 0), []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 2**31) + header(), []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 1) + bytes(4) + header(), []),
+        (HEAD.pack(b"rmo1", 3, 0, 1024, 0) + header(shape=[256]), []),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256]), []),
+        (HEAD.pack(b"rmo1", 0, 0, 0, 0) + header(), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256]), [False]),
+        (HEAD.pack(b"rmo1", 0, 2**30, 1024, 0) + header(shape=[256]), [True]),
+        (HEAD.pack(b"rmo1", 999, CAPACITY, 1024, 0) + header(shape=[256]), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, CAPACITY + 1, 0) + header(shape=[256]), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[257]), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256], offset=4), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256]), [True, True, True]),
+        (bytes(70_000), []),
+    ],
+)
+def test_a_packet_that_lies_closes_its_connection_alone(
+    packet: bytes, files: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    server = shm.serve(echo)
+    good = choose.connect(server.address)
+    assert refused(server, packet, [memory(CAPACITY, sealed=sealed) for sealed in files])
+    assert "hung up on pid" in caplog.text
+    (back,) = good.submit(Request(id=NAME, tensors=(torch.ones(3),))).result(30)
+    assert torch.equal(back, torch.ones(3))
+    good.close()
+    server.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_segment_given_back_twice_is_refused() -> None:
+    pool = SegmentPool()
+    segment, descriptor = pool.acquire(10)
+    assert descriptor is not None
+    os.close(descriptor)
+    pool.release(segment.index)
+    with pytest.raises(ProtocolError, match="which it did not have"):
+        pool.release(segment.index)
+
+
+def test_segments_are_used_again_and_follow_the_largest_payload() -> None:
+    pool, mirror = SegmentPool(), SegmentMirror()
+    for size in (10, 70_000, 5000, 1 << 20, 1 << 20):
+        segment, descriptor = pool.acquire(size)
+        if descriptor is not None:
+            mirror.attach(segment.index, descriptor, segment.capacity)
+            os.close(descriptor)
+        segment.memory[:size] = 7
+        assert int(mirror.get(segment.index, size).memory[:size].sum()) == 7 * size
+        assert segment.index == 0
+        pool.release(0)
+    assert pool.acquire(1 << 20)[1] is None
+
+
+def test_a_stream_of_garbage_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    server = grpc.serve(echo)
+    good = choose.connect(server.address)
+    with grpc_library.insecure_channel(server.address.removeprefix("grpc:")) as channel:
+        exchange = channel.stream_stream(f"/{grpc.SERVICE}/{grpc.METHOD}", None, None)
+        with pytest.raises(grpc_library.RpcError) as refusal:
+            list(exchange(iter([b"garbage"])))
+        code: Any = refusal.value
+        assert code.code() is grpc_library.StatusCode.INVALID_ARGUMENT
+    assert "hung up on" in caplog.text
+    (back,) = good.submit(Request(id=NAME, tensors=(torch.ones(3),))).result(30)
+    assert torch.equal(back, torch.ones(3))
+    good.close()
+    server.close()
+
+
+def test_generated_stubs_exchange_frames_and_control_calls_beside_them() -> None:
+    class Servicer(expert_pb2_grpc.ExpertServicer):
+        def Prepare(self, request: Any, context: Any) -> expert_pb2.PrepareReply:
+            return expert_pb2.PrepareReply(step=request.step, squared_norm=2.0)
+
+    def register(server: Any) -> None:
+        expert_pb2_grpc.add_ExpertServicer_to_server(Servicer(), server)
+
+    server = grpc.serve(echo, services=(register,))
+    rows = torch.arange(4, dtype=torch.float32)
+    frame = expert_pb2.Frame(payload=rows.numpy().tobytes())
+    frame.header.id.run = "foreign"
+    frame.header.tensors.add(dtype=1, shape=[4])
+    with grpc_library.insecure_channel(server.address.removeprefix("grpc:")) as channel:
+        stub: Any = expert_pb2_grpc.ExpertStub(channel)
+        assert stub.Prepare(expert_pb2.PrepareRequest(step=3)).squared_norm == 2.0
+        (reply,) = stub.Exchange(iter([frame]))
+    assert reply.header.status.code == expert_pb2.CODE_OK
+    assert reply.payload == frame.payload
+    server.close()
+
+
+@pytest.mark.parametrize("serve", [shm.serve, grpc.serve])
+def test_more_in_flight_than_the_pipe_holds(serve: Callable[..., Server]) -> None:
+    server = serve(echo)
+    channel = choose.connect(server.address)
+    tickets = [
+        channel.submit(Request(id=NAME, tensors=(torch.full((40_000,), float(i)),)))
+        for i in range(2 * MAX_IN_FLIGHT)
+    ]
+    for i, ticket in reversed(list(enumerate(tickets))):
+        assert float(ticket.result(30)[0][0]) == i
+    channel.close()
+    server.close()
+
+
+def test_a_request_that_cannot_travel_leaves_the_channel_whole() -> None:
+    server = shm.serve(echo)
+    channel = choose.connect(server.address)
+    with pytest.raises(ProtocolError, match=r"torch\.bool"):
+        channel.submit(Request(id=NAME, tensors=(torch.zeros(2, dtype=torch.bool),)))
+    assert float(channel.submit(Request(id=NAME, tensors=(torch.ones(1),))).result(30)[0]) == 1
+    channel.close()
+    server.close()
+
+
+def test_a_server_that_closes_wakes_its_callers() -> None:
+    server = shm.serve(echo)
+    channel = choose.connect(server.address)
+    server.close()
+    with pytest.raises(ChannelError):
+        channel.submit(Request(id=NAME)).result(30)
