@@ -147,10 +147,12 @@ def test_close_leaves_no_thread_and_no_descriptor(kind: str) -> None:
         channels[2].close()
 
     once()  # what a first use opens for good, as gRPC's own pollers
-    threads, files = threading.active_count(), _open_files()
+    threads, files = set(threading.enumerate()), _open_files()
     for _ in range(5):
         once()
-    assert threading.active_count() <= threads
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(30)  # gRPC's own end in their own time, ours have been joined by close
+        assert not thread.is_alive(), thread.name
     assert _open_files() <= files + 2  # gRPC closes its sockets in its own time
     assert not [name for name in os.listdir("/dev/shm") if "raymoe" in name]
 
