@@ -1,0 +1,56 @@
+"""A whole model in one module: the trunk with its experts beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.experts import LocalExperts
+from model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from model.sources import WeightSource
+
+
+class CausalLM(nn.Module):
+    """Trunk and all routed experts in this process.
+
+    Attributes:
+        trunk: the `Transformer`.
+        experts: its `LocalExperts`.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Transformer(config, dtype=dtype)
+        self.experts = LocalExperts(
+            config.moe_layers,
+            n_experts=config.n_routed_experts,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            dtype=dtype,
+            std=config.initializer_range,
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Tokens [B, T] to logits [B, T, V]; float32, or float64 of a float64 model."""
+        logits: Tensor = self.trunk(input_ids, experts=self.experts)
+        return logits
+
+    @torch.no_grad()
+    def load(self, source: WeightSource) -> None:
+        """Take over all weights of a source."""
+        self.trunk.load_state_dict(source.trunk())
+        for layer in self.config.moe_layers:
+            w13, w2 = self.experts.weights(layer)
+            for expert in range(self.config.n_routed_experts):
+                first, second = source.expert(layer, expert)
+                w13[expert].copy_(first)
+                w2[expert].copy_(second)
+
+
+__all__ = ["CausalLM"]

@@ -1,0 +1,57 @@
+"""Weights in 8-bit floats with one scale per block, as DeepSeek-V3 is released."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import CheckpointError
+
+SCALE_SUFFIX = "_scale_inv"
+"""What follows a weight's name in the name of its scales."""
+
+_BLOCK = (128, 128)
+
+
+def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a block, from `quantization_config` of a config.json.
+
+    Raises:
+        CheckpointError: it is quantised in another way.
+    """
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return _BLOCK
+    method = quantization.get("quant_method")
+    size = quantization.get("weight_block_size", _BLOCK)
+    if method != "fp8" or not isinstance(size, list | tuple) or len(size) != 2:
+        raise CheckpointError(
+            f"config.json: quantization_config has quant_method {method!r} and weight_block_size {size!r}; "
+            "only fp8 with blocks of two sizes can be read: give another export of the model"
+        )
+    return int(size[0]), int(size[1])
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """Each block of weight [R, C] times its scale [⌈R / block⌉, ⌈C / block⌉]: [R, C] float32."""
+    rows, columns = weight.shape
+    spread = scale.float().repeat_interleave(block[0], 0)[:rows]
+    return weight.float().mul_(spread.repeat_interleave(block[1], 1)[:, :columns])
+
+
+def quantize(weight: Tensor, block: tuple[int, int] = _BLOCK) -> tuple[Tensor, Tensor]:
+    """The inverse: float8_e4m3fn [R, C] and float32 scales, a block's largest value becoming fp8's."""
+    rows, columns = weight.shape
+    down, across = -(-rows // block[0]), -(-columns // block[1])
+    padded = weight.new_zeros(down * block[0], across * block[1], dtype=torch.float32)
+    padded[:rows, :columns] = weight
+    largest = padded.view(down, block[0], across, block[1]).abs().amax((1, 3))
+    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp_min_(torch.finfo(torch.float32).tiny)
+    spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return (padded / spread)[:rows, :columns].to(torch.float8_e4m3fn), scale
+
+
+__all__ = ["SCALE_SUFFIX", "block_size", "dequantize", "quantize"]

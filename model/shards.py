@@ -1,0 +1,189 @@
+"""Safetensors files: one alone, or many with an index. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class ShardReader:
+    """Reads single tensors by name; nothing else of the files is loaded.
+
+    Args:
+        path: a safetensors file, or a directory with `model.safetensors.index.json` or `model.safetensors`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._open: dict[Path, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        if self.path.is_dir():
+            self._read_index()
+        elif self.path.exists():
+            self._list(self.path)
+        else:
+            raise CheckpointError(f"{self.path} does not exist; give a checkpoint's directory or file")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return tuple(sorted(self._file_of))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Read a tensor, and hold it against `shape` if given.
+
+        Raises:
+            CheckpointError: missing, damaged or misshapen.
+        """
+        if shape is not None and self.shape(name) != shape:
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {list(self.shape(name))} where config.json makes it "
+                f"{list(shape)}; the weights belong to another configuration"
+            )
+        try:
+            loaded: Tensor = self._file(name).get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(self._file_of[name], error) from None
+        return loaded
+
+    def _slice(self, name: str) -> Any:
+        try:
+            return self._file(name).get_slice(name)
+        except (OSError, SafetensorError) as error:
+            if name in self._file_of:
+                raise _damaged(self._file_of[name], error) from None
+            raise
+
+    def _file(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(
+                f"{self.path} has no tensor {name}; the checkpoint is incomplete, or its config.json is "
+                "that of another model"
+            )
+        return self._opened(self._file_of[name])
+
+    def _opened(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{path} is missing, though {INDEX} names it; copy the checkpoint again"
+                ) from None
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from None
+        return self._open[path]
+
+    def _list(self, path: Path) -> None:
+        self._file_of.update((name, path) for name in self._opened(path).keys())  # noqa: SIM118
+
+    def _read_index(self) -> None:
+        index = self.path / INDEX
+        if index.exists():
+            try:
+                entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise _damaged(index, error) from None
+            self._file_of.update((name, self.path / Path(file).name) for name, file in entries)
+        elif (self.path / _SINGLE).exists():
+            self._list(self.path / _SINGLE)
+        else:
+            raise CheckpointError(
+                f"{self.path} has neither {INDEX} nor {_SINGLE}; give a checkpoint in safetensors format"
+            )
+
+
+def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into one file: to a temporary name, then renamed, so that no half file is ever seen.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(path)
+    # The format wants each tensor in memory of its own; an expert's two halves share theirs.
+    owned = {name: t.detach().contiguous() for name, t in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in owned.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            owned[name] = tensor.clone()
+        seen.add(storage.data_ptr())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(owned, temporary, metadata={"format": "pt"})
+        _publish(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}; check the disk and its permissions") from None
+
+
+def write_index(directory: Path | str, files: Iterable[str] | None = None) -> None:
+    """Write `model.safetensors.index.json` over a directory's shards, `model-*.safetensors` if not named.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged, or the index cannot be written.
+    """
+    directory = Path(directory)
+    if files is None:
+        files = sorted(path.name for path in directory.glob("model-*.safetensors"))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in files:
+        reader = ShardReader(directory / file)
+        total += (directory / file).stat().st_size
+        weight_map.update(dict.fromkeys(reader.names, file))
+    write_json(
+        directory / INDEX,
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write JSON, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        _publish(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}; check the disk and its permissions") from None
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged or cut short ({error}); copy it again")
+
+
+__all__ = ["INDEX", "ShardReader", "write_index", "write_json", "write_shard"]
