@@ -19,16 +19,12 @@ from torch import Tensor
 from errors import CheckpointError, ConfigError
 from jobs.tokenizer import load_tokenizer
 from jobs.weights import find_weights
-from model.checkpoint import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    ShardReader,
-    read_model_config,
-    write_json,
-    write_shard,
-)
+from model.checkpoint import PretrainedSource
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.fp8 import SCALE_SUFFIX, block_size, dequantize
+from model.hf_names import HEAD, duplicate_names, expert_names
+from model.shards import INDEX, ShardReader, write_json, write_shard
+from model.sources import read_hf_config, trunk_shapes
 
 _SHARD_BYTES = 2 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,94 +35,103 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _BIAS = "e_score_correction_bias"
+_THEIR_GROUP_SCORE = 2  # experts by which everybody else's code judges a group
+Shape = tuple[int, ...]
 
 
 def export_checkpoint(checkpoint: Path, target: Path, *, dtype: str | None = None) -> dict[str, Any]:
     """Write weights, configuration and tokenizer as transformers and vLLM read them.
 
-    Each MTP module gets its own copies of the shared embedding and head, as in DeepSeek's files.
-
     Args:
         checkpoint: one of ours, or a run's directory, whose latest is taken.
         target: a directory that does not exist, or is empty.
-        dtype: cast to; None keeps each tensor's.
+        dtype: cast to; None keeps each tensor's (float32 for fp8).
+
+    Returns:
+        What was written; `note` says so where other implementations would route the model differently.
 
     Raises:
         CheckpointError: missing, incomplete, or `target` is taken.
         ConfigError: `dtype` is unknown.
     """
-    source = find_weights(checkpoint)
-    config = read_model_config(source)
-    reader = ShardReader(source)
-    shapes = _shapes(config)
-    _check_complete(reader, shapes, source)
-    stored = {name: name for name in shapes} | _mtp_copies(config)
-    return _write(reader, stored, shapes, config, source, target, _dtype(dtype))
+    source = _Source(find_weights(checkpoint), _dtype(dtype))
+    return {**_write(source, target), **_deviation(source.config)}
 
 
 def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -> dict[str, Any]:
     """Check a Hugging Face model of the DeepSeek-V3 architecture and write it as a checkpoint of weights.
 
-    Copies of the embedding and the head in MTP modules are compared with the shared ones and left out.
+    Every tensor is read: what is missing, damaged, misshapen or not shared as it should be comes to
+    light here, and fp8 is dequantised once.
 
     Args:
         source: the directory with config.json and safetensors.
         target: a directory that does not exist, or is empty.
-        dtype: cast to; None keeps each tensor's.
+        dtype: cast to; None keeps each tensor's (float32 for fp8).
 
     Raises:
         CheckpointError: missing, incomplete, of another architecture, or `target` is taken.
-        ConfigError: `dtype` is unknown, or config.json asks for what this model does not do.
+        ConfigError: `dtype` is unknown.
     """
-    config = read_model_config(source)
-    reader = ShardReader(source)
-    shapes = _shapes(config)
-    _check_complete(reader, shapes, source)
-    for copy, original in _mtp_copies(config).items():
-        if copy in reader and not torch.equal(reader.tensor(copy), reader.tensor(original)):
+    return _write(_Source(source, _dtype(dtype)), target)
+
+
+class _Source:
+    """A directory's tensors one by one, as they are to be written."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
+        self.directory = directory
+        self.config = PretrainedSource(directory).config
+        self._reader = ShardReader(directory)
+        self._block = block_size(read_hf_config(directory))
+        self._originals = duplicate_names(self.config)
+        self.shapes = self._shapes()
+        missing = [name for name in self.shapes if name not in self._reader and name not in self._originals]
+        if missing:
             raise CheckpointError(
-                f"{source}: {copy} differs from {original}; MTP modules with an embedding or head of "
-                "their own are not supported"
+                f"{directory} lacks {len(missing)} tensors, the first {missing[0]}; it is incomplete, or its "
+                "config.json is that of another model"
             )
-    return _write(reader, {name: name for name in shapes}, shapes, config, source, target, _dtype(dtype))
+        self.cast = dtype
+        self.dtype = dtype or self.tensor("model.norm.weight").dtype
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, dequantised, cast, and held against the one that it has to repeat."""
+        stored = name if name in self._reader else self._originals[name]
+        tensor = self._plain(stored)
+        original = self._originals.get(name)
+        if original is not None and stored != original and not torch.equal(tensor, self._plain(original)):
+            raise CheckpointError(
+                f"{self.directory}: {name} differs from {original}; MTP modules with an embedding or head "
+                "of their own are not supported"
+            )
+        if name.endswith(_BIAS):
+            return tensor.float()
+        return tensor if self.cast is None else tensor.to(self.cast)
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model, without copies of shared ones."""
-    with torch.device("meta"):
-        trunk = Transformer(config).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in trunk.items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    hidden, wide = config.hidden_size, config.moe_intermediate_size
-    for layer in config.moe_layers:
-        for expert in range(config.n_routed_experts):
-            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-            shapes[f"{prefix}.gate_proj.weight"] = shapes[f"{prefix}.up_proj.weight"] = (wide, hidden)
-            shapes[f"{prefix}.down_proj.weight"] = (hidden, wide)
-    return shapes
+    def _plain(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        tensor = self._reader.tensor(name, shape=shape)
+        if name + SCALE_SUFFIX not in self._reader:
+            if tensor.dtype.itemsize == 1:
+                raise CheckpointError(f"{self.directory}: {name} is {tensor.dtype} and has no {SCALE_SUFFIX}")
+            return tensor
+        blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
+        return dequantize(tensor, self._reader.tensor(name + SCALE_SUFFIX, shape=blocks), self._block)
 
-
-def _mtp_copies(config: ModelConfig) -> dict[str, str]:
-    """Tensors that DeepSeek's files repeat for each MTP module, and what they repeat."""
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return {
-        f"model.layers.{layer}.{name}": original
-        for layer in config.mtp_layers
-        for name, original in (
-            ("embed_tokens.weight", "model.embed_tokens.weight"),
-            ("shared_head.head.weight", head),
-        )
-    }
-
-
-def _check_complete(reader: ShardReader, shapes: dict[str, tuple[int, ...]], source: Path) -> None:
-    missing = [name for name in shapes if name not in reader]
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} of {len(shapes)} tensors, the first {missing[0]}; if it was "
-            f"saved without its MTP modules, set num_nextn_predict_layers to 0 in its {CONFIG_FILE}"
-        )
+    def _shapes(self) -> dict[str, Shape]:
+        """Name and shape of every tensor that is to be written."""
+        config = self.config
+        shapes = trunk_shapes(config)
+        shapes |= {name: shapes[original] for name, original in self._originals.items()}
+        if config.tie_word_embeddings:
+            del shapes[HEAD]
+        hidden, wide = config.hidden_size, config.moe_intermediate_size
+        for layer in config.moe_layers:
+            for expert in range(config.n_routed_experts):
+                gate, up, down = expert_names(layer, expert)
+                shapes |= {gate: (wide, hidden), up: (wide, hidden), down: (hidden, wide)}
+        return shapes
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -135,74 +140,44 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return _DTYPES[name] if name is not None else None
 
 
-def _write(
-    reader: ShardReader,
-    stored: dict[str, str],
-    shapes: dict[str, tuple[int, ...]],
-    config: ModelConfig,
-    source: Path,
-    target: Path,
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Write tensors under the keys of `stored`, each read under its value; returns a summary."""
-    main_dtype = dtype or reader.tensor("model.norm.weight").dtype
-    shards = list(_shards(stored, shapes, main_dtype.itemsize))
+def _write(source: _Source, target: Path) -> dict[str, Any]:
+    shards = list(_shards(source.shapes, source.dtype.itemsize))
     weight_map: dict[str, str] = {}
     size = 0
     with _appearing(target) as making:
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            tensors = {name: _read(reader, name, stored[name], shapes, dtype) for name in names}
+            tensors = {name: source.tensor(name) for name in names}
             write_shard(making / file, tensors)
             weight_map |= dict.fromkeys(names, file)
             size += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(making / INDEX_FILE, index)
+        write_json(making / INDEX, index)
         for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, making / name)
-        write_json(making / CONFIG_FILE, _hf_config(config, making, main_dtype))
+            if (source.directory / name).is_file():
+                shutil.copyfile(source.directory / name, making / name)
+        write_json(making / "config.json", _hf_config(source.config, making, source.dtype))
     return {
         "directory": str(target),
-        "source": str(source),
-        "tensors": len(stored),
+        "source": str(source.directory),
+        "tensors": len(source.shapes),
         "bytes": size,
-        "dtype": str(main_dtype).removeprefix("torch."),
-        "parameters": config.total_parameters(),
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "parameters": source.config.total_parameters(),
     }
 
 
-def _shards(stored: dict[str, str], shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+def _shards(shapes: dict[str, Shape], itemsize: int) -> Iterator[list[str]]:
     held: list[str] = []
     size = 0
-    for name, original in stored.items():
-        width = math.prod(shapes[original]) * itemsize
+    for name, shape in shapes.items():
+        width = math.prod(shape) * itemsize
         if held and size + width > _SHARD_BYTES:
             yield held
             held, size = [], 0
         held.append(name)
         size += width
     yield held
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if tensor.dtype.itemsize == 1:
-        raise CheckpointError(f"{name} is {tensor.dtype}: 8-bit weights have to be dequantised first")
-    if name.endswith(_BIAS):
-        return tensor.float()
-    return tensor if dtype is None else tensor.to(dtype)
-
-
-def _read(
-    reader: ShardReader,
-    name: str,
-    original: str,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype | None,
-) -> Tensor:
-    tensor = _cast(name, reader.tensor(original, shapes[original]), dtype)
-    # A copy must not share memory with its original, with which it may lie in one shard.
-    return tensor if name == original else tensor.clone()
 
 
 def _hf_config(config: ModelConfig, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -212,6 +187,19 @@ def _hf_config(config: ModelConfig, directory: Path, dtype: torch.dtype) -> dict
     if (directory / "tokenizer.json").is_file():
         values["eos_token_id"] = load_tokenizer(directory, config.vocab_size)[1]
     return values
+
+
+def _deviation(config: ModelConfig) -> dict[str, str]:
+    """What other implementations of this architecture would do differently with the weights."""
+    ours = max(1, config.num_experts_per_tok // config.topk_group)
+    if config.topk_group == config.n_group:
+        return {}
+    if config.group_score == "biased" and ours == _THEIR_GROUP_SCORE:
+        return {}
+    return {
+        "note": f"this model judges a group by its best {ours} {config.group_score} scores; transformers "
+        f"and vLLM always take the best {_THEIR_GROUP_SCORE} biased ones and route some tokens differently"
+    }
 
 
 @contextmanager

@@ -136,6 +136,7 @@ def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that bars are off
     items = ray.data.from_items(list(range(len(files))), override_num_blocks=min(len(files), 8))
     with _own_errors():
         return items.map_batches(read, batch_size=None).materialize()

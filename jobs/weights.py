@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from jobs.checkpoint_store import find_checkpoint
 from jobs.precision import computes_bfloat16
 from jobs.tokenizer import load_tokenizer
-from model.checkpoint import CONFIG_FILE, PretrainedSource
+from model.checkpoint import ShardReader, load_pretrained
 from model.experts import LocalExperts
 from model.transformer import Transformer
 
@@ -41,10 +41,9 @@ def find_weights(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    return path if (path / CONFIG_FILE).is_file() else find_checkpoint(path)
+    return path if (path / "config.json").is_file() else find_checkpoint(path)
 
 
-@torch.no_grad()
 def load_model(path: Path) -> LoadedModel:
     """Load a checkpoint, a run's latest, or a Hugging Face directory, for evaluation.
 
@@ -55,38 +54,21 @@ def load_model(path: Path) -> LoadedModel:
         DataError: no tokenizer.json beside the weights.
     """
     directory = find_weights(path)
-    source = PretrainedSource(directory)
-    config = source.config
-    tokenizer, end_of_text = load_tokenizer(directory, config.vocab_size)
-    trunk = source.trunk()
-    dtype = trunk["model.embed_tokens.weight"].dtype
-    if dtype not in (torch.float32, torch.float64) and not (dtype == torch.bfloat16 and computes_bfloat16()):
-        dtype = torch.float32
-    with torch.device("meta"):
-        transformer = Transformer(config)
-        experts = LocalExperts(
-            config.moe_layers,
-            n_experts=config.n_routed_experts,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.moe_intermediate_size,
-        )
-    biases = {name: weight.float() for name, weight in trunk.items() if name.endswith("correction_bias")}
-    weights = {name: weight.to(dtype) for name, weight in trunk.items()}
-    transformer.load_state_dict({**weights, **biases}, assign=True)
-    experts = experts.to(dtype).to_empty(device="cpu")
-    for layer in config.moe_layers:
-        w13, w2 = experts.weights(layer)
-        for expert in range(config.n_routed_experts):
-            gate_up, down = source.expert(layer, expert)
-            w13[expert].copy_(gate_up)
-            w2[expert].copy_(down)
+    model = load_pretrained(directory, dtype=_compute_dtype(directory)).eval()
+    tokenizer, end_of_text = load_tokenizer(directory, model.config.vocab_size)
     return LoadedModel(
         directory=directory,
-        transformer=transformer.eval(),
-        experts=experts.eval(),
+        transformer=model.trunk,
+        experts=model.experts,
         tokenizer=tokenizer,
         end_of_text=end_of_text,
     )
+
+
+def _compute_dtype(directory: Path) -> torch.dtype:
+    stored = ShardReader(directory).tensor("model.norm.weight").dtype
+    keeps = stored == torch.float64 or (stored == torch.bfloat16 and computes_bfloat16())
+    return stored if keeps else torch.float32
 
 
 __all__ = ["LoadedModel", "find_weights", "load_model"]

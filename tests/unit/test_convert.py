@@ -15,13 +15,15 @@ from typer.testing import CliRunner
 from errors import CheckpointError, ConfigError, DataError
 from jobs.checkpoint_store import TrainingState
 from jobs.cli import app
-from jobs.convert import export_checkpoint, import_checkpoint
+from jobs.config_file import load_config
+from jobs.convert import _deviation, export_checkpoint, import_checkpoint
 from jobs.evaluate import evaluate, judge
 from jobs.generate import continue_tokens, generate
 from jobs.presets import preset
 from jobs.tokenizer import save_tokenizer, train_tokenizer
 from jobs.weights import LoadedModel, load_model
 from model.checkpoint import RandomSource, ShardReader, write_index, write_model_config, write_shard
+from model.fp8 import SCALE_SUFFIX, quantize
 
 CONFIG = preset("tiny")
 TEXTS = [f"def name_{i}(argument):\n    return argument + {i}\n" for i in range(40)]
@@ -78,9 +80,7 @@ def test_export_leaves_the_training_state_behind_and_the_function_alone(run: Pat
     assert result["parameters"] == CONFIG.model.total_parameters()
 
 
-def test_export_repeats_embedding_and_head_for_each_mtp_module_and_import_drops_them(
-    run: Path, tmp_path: Path
-) -> None:
+def test_embedding_and_head_are_repeated_for_each_mtp_module(run: Path, tmp_path: Path) -> None:
     export_checkpoint(run, tmp_path / "hf")
     exported = ShardReader(tmp_path / "hf")
     assert torch.equal(
@@ -91,14 +91,15 @@ def test_export_repeats_embedding_and_head_for_each_mtp_module_and_import_drops_
     )
     import_checkpoint(tmp_path / "hf", tmp_path / "back")
     back, first = ShardReader(tmp_path / "back"), ShardReader(run / "checkpoints" / "step-00000005")
-    assert back.names() == first.names()
-    assert all(torch.equal(back.tensor(name), first.tensor(name)) for name in back.names())
+    assert back.names == exported.names
+    assert set(first.names) < set(back.names)
+    assert all(torch.equal(back.tensor(name), exported.tensor(name)) for name in back.names)
 
 
 def test_a_cast_leaves_the_bias_in_float32(run: Path, tmp_path: Path) -> None:
     export_checkpoint(run, tmp_path / "hf", dtype="bfloat16")
     reader = ShardReader(tmp_path / "hf")
-    for name in reader.names():
+    for name in reader.names:
         expected = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
         assert reader.tensor(name).dtype == expected, name
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -129,7 +130,7 @@ def test_an_unknown_dtype_is_refused_before_anything_is_written(run: Path, tmp_p
 def _spoil(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
     """Rewrite the only shard of an exported model with tensors replaced or removed."""
     reader = ShardReader(directory)
-    tensors: dict[str, Any] = {name: reader.tensor(name) for name in reader.names()} | change
+    tensors: dict[str, Any] = {name: reader.tensor(name) for name in reader.names} | change
     (shard,) = directory.glob("*.safetensors")
     write_shard(shard, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     write_index(directory)
@@ -138,8 +139,8 @@ def _spoil(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model.layers.1.mlp.experts.3.up_proj.weight": None}, r"lacks 1 of .*experts\.3\.up_proj"),
-        ({"model.norm.weight": torch.zeros(3)}, r"model\.norm\.weight is \[3\].*\[32\]"),
+        ({"model.layers.1.mlp.experts.3.up_proj.weight": None}, r"lacks 1 tensors, .*experts\.3\.up_proj"),
+        ({"model.norm.weight": torch.zeros(3)}, r"model\.norm\.weight has shape \[3\].*\[32\]"),
         ({"model.layers.2.embed_tokens.weight": torch.zeros(512, 32)}, r"differs from model\.embed_tokens"),
     ],
 )
@@ -152,6 +153,34 @@ def test_import_refuses_a_model_that_does_not_fit(
         import_checkpoint(tmp_path / "hf", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_import_dequantises_fp8(run: Path, tmp_path: Path) -> None:
+    export_checkpoint(run, tmp_path / "hf")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    weight = ShardReader(tmp_path / "hf").tensor(name)
+    packed, scale = quantize(weight)
+    _spoil(tmp_path / "hf", {name: packed, name + SCALE_SUFFIX: scale})
+    import_checkpoint(tmp_path / "hf", tmp_path / "back")
+    back = ShardReader(tmp_path / "back")
+    assert name + SCALE_SUFFIX not in back
+    assert back.tensor(name).dtype == torch.float32
+    assert not torch.equal(back.tensor(name), weight)
+    assert torch.allclose(back.tensor(name), weight, atol=float(weight.abs().max()) / 16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "differs"),
+    [
+        (["model.num_experts_per_tok=4"], False),
+        (["model.num_experts_per_tok=2"], True),
+        (["model.num_experts_per_tok=4", "model.group_score=affinity"], True),
+        (["model.topk_group=4"], False),
+    ],
+)
+def test_export_notes_where_others_route_differently(overrides: list[str], differs: bool) -> None:
+    model = load_config(preset_name="tiny", overrides=overrides).model
+    assert bool(_deviation(model)) == differs
 
 
 def test_greedy_generation_takes_the_likeliest_token_of_a_full_forward(run: Path) -> None:
