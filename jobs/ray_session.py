@@ -36,6 +36,7 @@ def ray_session(config: RunConfig, *, address: str | None, debug: bool = False) 
         if address is None:
             cpus = max(os.cpu_count() or 1, -(-int(100 * needed_cpus(config)) // 100) + 1)
             ray.init(
+                address="local",  # without it, Ray would join whatever cluster runs on this machine
                 num_cpus=cpus,
                 _node_ip_address="127.0.0.1",  # nothing of an embedded cluster listens elsewhere
                 include_dashboard=False,
