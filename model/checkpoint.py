@@ -38,6 +38,7 @@ def load_pretrained(directory: Path | str, *, dtype: torch.dtype = torch.float32
     with torch.device("meta"):
         model = CausalLM(source.config, dtype=dtype)
     model = model.to_empty(device="cpu")
+    model.trunk.tie()
     model.load(source)
     return model
 

@@ -114,7 +114,7 @@ def training_loss(
     total = main_sum / n_targets
     per_row = hidden.balance
     mtp_sums: list[Tensor] = []
-    for ahead, (draft, loss) in enumerate(_drafts(model, tokens, segments, hidden, through), start=2):
+    for ahead, (draft, loss) in enumerate(drafts(model, tokens, segments, hidden, through), start=2):
         mtp_sums.append(_nll(model, draft, targets_of(tokens, segments, length=length, ahead=ahead)))
         total = total + mtp_sums[-1] * (mtp_weight / depth / n_targets)
         if loss is not None:
@@ -151,7 +151,7 @@ def evaluation_loss(
     drafted: list[int] = []
     if depth:
         chosen = greedy(hidden.normed, model.lm_head.weight)
-        for k, (draft, _) in enumerate(_drafts(model, tokens, segments, hidden, through), start=1):
+        for k, (draft, _) in enumerate(drafts(model, tokens, segments, hidden, through), start=1):
             valid = targets_of(tokens, segments, length=length, ahead=k + 1) != IGNORE
             hits, judged = draft_acceptance(chosen, greedy(draft, model.lm_head.weight), depth=k, valid=valid)
             accepted.append(hits)
@@ -197,7 +197,7 @@ def _run(
     return model.run(rows, through), through
 
 
-def _drafts(
+def drafts(
     model: Transformer, tokens: Tensor, segments: Tensor | None, hidden: Hidden, through: Pass
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Normed hidden state [B, T, D] and balance loss of each MTP module in turn."""
@@ -227,6 +227,7 @@ __all__ = [
     "Evaluation",
     "Losses",
     "count_targets",
+    "drafts",
     "evaluation_loss",
     "targets_of",
     "training_loss",

@@ -62,11 +62,15 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
         if dtype is not None:
             self.to(dtype)
         self.reset_parameters()
+
+    def tie(self) -> None:
+        """Share embedding and head if the configuration says so; again after `to_empty`, which parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
