@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 import ray
-import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
@@ -44,7 +43,8 @@ from jobs.precision import check_dtype
 from jobs.ray_session import ray_session
 from jobs.ray_worker import WorkerSettings, train_worker
 from jobs.worker import VALIDATION_FILE
-from model.checkpoint import read_model_config
+from model.config import ModelConfig
+from model.sources import gate_biases, read_hf_config
 
 _POLL_SECONDS = 0.5
 
@@ -141,7 +141,7 @@ def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) 
 
 
 def _check_shape(config: RunConfig, weights: Path) -> None:
-    theirs, ours = read_model_config(weights).model_dump(), config.model.model_dump()
+    theirs, ours = ModelConfig.from_hf(read_hf_config(weights)).model_dump(), config.model.model_dump()
     other = [
         f"model.{name} ({ours[name]}, there {theirs[name]})" for name in ours if ours[name] != theirs[name]
     ]
@@ -298,7 +298,7 @@ def _coordinator_builder(config: RunConfig, begin: Start) -> Callable[[], Coordi
             n_hosts=config.cluster.expert_hosts,
             control=lambda info: HostClient(info, timeout=config.cluster.call_timeout),
             state={"step": begin.step},
-            bias=torch.stack(weight_source(config, begin).bias()),
+            bias=gate_biases(weight_source(config, begin), config.model),
         )
 
     return build

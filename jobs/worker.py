@@ -157,7 +157,8 @@ class TrainingWorker:
         self._reducer.all_reduce([sums, loads])
         nll, n_targets = float(sums[0]), int(sums[1])
         accepted, drafted = sums[2 : 2 + depth].tolist(), sums[2 + depth :].tolist()
-        bits = nll / math.log(2) / self._data.held_out.size if everything else math.nan
+        vocab_size = self._config.model.vocab_size
+        bits = self._data.held_out.bits_per_byte(nll, vocab_size) if everything else math.nan
         self._validation = Validation(
             loss=nll / max(1, n_targets),
             bits_per_byte=bits,

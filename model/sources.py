@@ -30,6 +30,13 @@ class WeightSource(Protocol):
         ...
 
 
+def gate_biases(source: WeightSource, config: ModelConfig) -> Tensor:
+    """The gates' biases [L, E] float32, rows in the order of `ModelConfig.moe_layers`."""
+    trunk = source.trunk()
+    names = (f"{layer_prefix(layer)}mlp.gate.e_score_correction_bias" for layer in config.moe_layers)
+    return torch.stack([trunk[name] for name in names])
+
+
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the trunk's parameters and buffers."""
     with torch.device("meta"):
@@ -174,4 +181,11 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-__all__ = ["PretrainedSource", "RandomSource", "WeightSource", "read_hf_config", "trunk_shapes"]
+__all__ = [
+    "PretrainedSource",
+    "RandomSource",
+    "WeightSource",
+    "gate_biases",
+    "read_hf_config",
+    "trunk_shapes",
+]

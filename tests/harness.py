@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from actors.coordinator import Coordinator
@@ -37,6 +36,7 @@ from jobs.held_out import HeldOut
 from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.packing import PackedCorpus, pack
 from jobs.presets import preset
+from model.sources import gate_biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def train(
         infos = [stack.enter_context(serving(host, channel)) for host in hosts]
         by_id = {host.id: host for host in hosts}
         if start.weights is not None:
-            bias = torch.stack(weight_source(config, start).bias())
+            bias = gate_biases(weight_source(config, start), config.model)
         coordinator = Coordinator(
             training_plan(config),
             owner=owner,
