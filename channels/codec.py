@@ -8,6 +8,7 @@ client does it with its generated code, in any order of the fields.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -25,6 +26,9 @@ _PADDING_TAG: Final = b"\x72"  # field 14
 _PAYLOAD_TAG: Final = b"\x7a"  # field 15
 _FIXED_SIZE: Final = {1: 8, 5: 4}
 _ZEROS: Final = bytes(2 * ALIGNMENT)
+
+COPIED_BELOW: Final = 1 << 14
+"""Bytes below which a tensor is copied rather than viewed: a view costs more than so short a copy."""
 
 
 def encode_request(request: Request) -> bytes:
@@ -47,7 +51,7 @@ def encode_error(error: Exception) -> bytes:
 
 
 def decode_request(frame: bytes) -> Request:
-    """Read a request; its tensors are views of `frame`, which must not be used otherwise.
+    """Read a request; large tensors are views of `frame`, which must not be used otherwise.
 
     Raises:
         ProtocolError: the frame is malformed.
@@ -57,7 +61,7 @@ def decode_request(frame: bytes) -> Request:
 
 
 def decode_reply(frame: bytes) -> tuple[torch.Tensor, ...]:
-    """Read a reply; its tensors are views of `frame`, which must not be used otherwise.
+    """Read a reply; large tensors are views of `frame`, which must not be used otherwise.
 
     Raises:
         RemoteError: the reply tells of an error (StaleEpoch stays itself).
@@ -92,10 +96,19 @@ def _encode(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> bytes
 
 def _buffer(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The bytes of a tensor as an object with the buffer protocol, without a copy where it is contiguous."""
-    flat = tensor.detach().to("cpu").contiguous()
+    flat = plain(tensor)
     if flat.dtype is torch.bfloat16:  # numpy has none
         flat = flat.view(torch.int16)
     return flat.numpy()
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, contiguous and without history; itself where it is so already."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_cpu:
+        tensor = tensor.cpu()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _varint(value: int) -> bytes:
@@ -109,6 +122,8 @@ def _varint(value: int) -> bytes:
 
 def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
     """The varint at byte `at` and the place after it."""
+    if at < len(frame) and frame[at] < 0x80:
+        return frame[at], at + 1
     value = shift = 0
     while shift < 64 and at < len(frame):
         byte = frame[at]
@@ -185,16 +200,26 @@ def tensor_at(memory: np.ndarray[Any, Any], address: int, where: Placement) -> t
     return flat if len(shape) == 1 else flat.view(shape)
 
 
+def _copied(frame: bytes, start: int, where: Placement) -> torch.Tensor:
+    tensor = torch.empty(where.shape, dtype=where.dtype)
+    part = frame[start + where.offset : start + where.end]
+    ctypes.memmove(tensor.data_ptr(), part, len(part))
+    return tensor
+
+
 def _views(frame: bytes, header: expert_pb2.Header, size: int, start: int) -> tuple[torch.Tensor, ...]:
     placed = headers.placements(header, size)
     if not size:
         return tuple(torch.empty(where.shape, dtype=where.dtype) for where in placed)
+    if size < COPIED_BELOW:
+        return tuple([_copied(frame, start, where) for where in placed])
     address = address_of(np.frombuffer(frame, np.uint8)) + start
     memory: np.ndarray[Any, Any] = np.asarray(Memory(frame, address, size))
     return tuple([tensor_at(memory, address, where) for where in placed])
 
 
 __all__ = [
+    "COPIED_BELOW",
     "Memory",
     "address_of",
     "decode_reply",
@@ -202,5 +227,6 @@ __all__ = [
     "encode_error",
     "encode_reply",
     "encode_request",
+    "plain",
     "tensor_at",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import os
 import socket
 import struct
@@ -19,7 +20,7 @@ from typing import Final, NamedTuple
 import torch
 
 from channels import header as headers
-from channels.codec import tensor_at
+from channels.codec import COPIED_BELOW, plain, tensor_at
 from channels.header import Placement
 from channels.segments import Segment, SegmentMirror, SegmentPool
 from errors import ChannelError, ChannelTimeout, ProtocolError
@@ -30,9 +31,25 @@ _MAGIC: Final = b"rmo1"
 _NO_SEGMENT: Final = 0xFFFFFFFF
 _MAX_PACKET: Final = 1 << 16
 _MAX_RELEASED: Final = 64
+_CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # plain numbers: an enum's operators are slow
 _CREDENTIALS: Final = struct.Struct("3i")
 _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * _INT)
+
+
+def _write(segment: Segment, where: Placement, tensor: torch.Tensor) -> None:
+    size = where.end - where.offset
+    if size < COPIED_BELOW:
+        flat = plain(tensor)
+        ctypes.memmove(segment.address + where.offset, flat.data_ptr(), size)
+    else:  # one pass whatever the strides, by several threads, and without the interpreter's lock
+        tensor_at(segment.memory, segment.address, where).copy_(tensor.detach())
+
+
+def _copy(address: int, where: Placement) -> torch.Tensor:
+    tensor = torch.empty(where.shape, dtype=where.dtype)
+    ctypes.memmove(tensor.data_ptr(), address + where.offset, where.end - where.offset)
+    return tensor
 
 
 class Packet(NamedTuple):
@@ -48,6 +65,11 @@ class Packet(NamedTuple):
             return tuple(torch.empty(where.shape, dtype=where.dtype) for where in self.placed)
         memory, address = self.segment.memory, self.segment.address
         return tuple([tensor_at(memory, address, where) for where in self.placed])
+
+    def copies(self) -> tuple[torch.Tensor, ...]:
+        """The tensors, owned by the caller."""
+        address = 0 if self.segment is None else self.segment.address
+        return tuple([_copy(address, where) for where in self.placed])
 
 
 class Doorbell:
@@ -88,10 +110,8 @@ class Doorbell:
         try:
             if size:
                 segment, descriptor = self._pool.acquire(size)
-                memory, address = segment.memory, segment.address
                 for tensor, where in zip(tensors, placed, strict=True):
-                    if where.elements:
-                        tensor_at(memory, address, where).copy_(tensor.detach())
+                    _write(segment, where, tensor)
             capacity = segment.capacity if segment is not None and descriptor is not None else 0
             self._ring(text, segment, capacity, size, descriptor)
         except OSError as error:
@@ -106,8 +126,10 @@ class Doorbell:
     ) -> None:
         read = [self._read.popleft() for _ in range(min(len(self._read), _MAX_RELEASED))]
         index = _NO_SEGMENT if segment is None else segment.index
-        head = _HEAD.pack(_MAGIC, index, capacity, size, len(read))
-        packet = b"".join((head, struct.pack(f"<{len(read)}I", *read), text))
+        packet = _HEAD.pack(_MAGIC, index, capacity, size, len(read))
+        if read:
+            packet += struct.pack(f"<{len(read)}I", *read)
+        packet += text
         if descriptor is None:
             self._socket.send(packet, socket.MSG_NOSIGNAL)
         else:
@@ -137,14 +159,14 @@ class Doorbell:
         try:
             if not length:
                 raise ChannelError(f"pid {self.peer} hung up")
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & _CUT:
                 raise ProtocolError("a packet is longer than any may be")
-            return self._read_packet(memoryview(self._buffer)[:length], list(descriptors))
+            return self._read_packet(memoryview(self._buffer)[:length], descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _read_packet(self, packet: memoryview, descriptors: list[int]) -> Packet:
+    def _read_packet(self, packet: memoryview, descriptors: array.array[int]) -> Packet:
         if len(packet) < _HEAD.size:
             raise ProtocolError(f"a packet of {len(packet)} bytes is shorter than its head")
         magic, index, capacity, size, n_released = _HEAD.unpack_from(packet)
@@ -153,8 +175,9 @@ class Doorbell:
             raise ProtocolError(f"a packet of {len(packet)} bytes does not begin as ours do")
         if len(descriptors) != (1 if capacity else 0):
             raise ProtocolError(f"a packet brings {len(descriptors)} descriptors, which it does not announce")
-        for released in struct.unpack_from(f"<{n_released}I", packet, _HEAD.size):
-            self._pool.release(released)
+        if n_released:
+            for released in struct.unpack_from(f"<{n_released}I", packet, _HEAD.size):
+                self._pool.release(released)
         if capacity:
             self._mirror.attach(index, descriptors[0], capacity)
         segment = self._mirror.get(index, size) if size else None
@@ -173,8 +196,10 @@ class Doorbell:
 
     def _set_patience(self, deadline: float | None) -> None:
         # The kernel's own timeout: a poll before each receive would be one more system call.
+        # A twentieth more is as good: calls with the same timeout then leave it as it is.
         patience = 0.0 if deadline is None else max(deadline - time.monotonic(), 1e-6)
-        if patience != self._patience:
+        if not patience <= self._patience <= 1.05 * patience:
+            patience *= 1.04
             seconds = int(patience)
             value = struct.pack("ll", seconds, max(int((patience - seconds) * 1e6), 0 if seconds else 1))
             with contextlib.suppress(OSError):  # closed by another thread: the receive will tell

@@ -77,7 +77,7 @@ class ShmChannel(Pipe):
         size = max((where.end for where in packet.placed), default=0)
         if size >= _LEND_FROM and self._lent < _MAX_LENT:
             return self._lend(segment, packet.placed, size)
-        reply = tuple([tensor.clone() for tensor in packet.tensors()])
+        reply = packet.copies()
         self._bell.done_with(segment)
         return reply
 
