@@ -65,7 +65,7 @@ def test_generated_code_reads_and_writes_frames(items: list[torch.Tensor]) -> No
 
 
 def test_tensors_are_views_of_the_frame_and_aligned() -> None:
-    rows, index = torch.randn(64, 32), torch.arange(7, dtype=torch.int32)
+    rows, index = torch.randn(64, 256), torch.arange(7, dtype=torch.int32)
     frame = codec.encode_reply((index, rows))
     _, got = codec.decode_reply(frame)
     _, again = codec.decode_reply(frame)
