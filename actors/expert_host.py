@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,9 +24,7 @@ from errors import ProtocolError, RaymoeError, StaleEpoch
 from model.config import ModelConfig
 from model.experts import ExpertShard, experts_backward, experts_forward
 from model.optimizer import AdamW
-
-if TYPE_CHECKING:
-    from model.checkpoint import WeightSource
+from model.sources import WeightSource
 
 
 @dataclass(slots=True)

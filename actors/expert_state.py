@@ -6,19 +6,19 @@ expert's, so that hosts of another placement can each read just their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import CheckpointError
+from model.hf_names import expert_names, expert_tensors
+from model.shards import ShardReader, write_shard
 
 Pair = tuple[Tensor, Tensor]
 _KINDS = ("exp_avg", "exp_avg_sq")
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class MomentSource(Protocol):
@@ -27,13 +27,6 @@ class MomentSource(Protocol):
     def moments(self, layer: int, expert: int) -> tuple[Pair, Pair]:
         """(exp_avg, exp_avg_sq) of w13 [2I, D], and those of w2 [D, I]."""
         ...
-
-
-def expert_tensors(layer: int, expert: int, w13: Tensor, w2: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """An expert's tensors by their names in a checkpoint."""
-    gate, up = w13.chunk(2)
-    for projection, tensor in zip(_PROJECTIONS, (gate, up, w2), strict=True):
-        yield _name(layer, expert, projection), tensor
 
 
 def save_experts(
@@ -49,8 +42,6 @@ def save_experts(
         weights: layer, expert, w13, w2.
         moments: layer, expert, and (exp_avg, exp_avg_sq) of each; none when the host does not train.
     """
-    from model.checkpoint import write_shard
-
     files = []
     named = {
         name: tensor for layer, e, w13, w2 in weights for name, tensor in expert_tensors(layer, e, w13, w2)
@@ -77,15 +68,10 @@ class SavedMoments:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._files: dict[str, Any] = {}
+        self._readers: dict[str, ShardReader] = {}
         for path in sorted(directory.glob("optimizer-*.safetensors")):
-            try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); use an earlier checkpoint") from None
-            names: list[str] = file.keys()  # type: ignore[no-untyped-call]
-            for name in names:
-                self._files[name] = file
+            reader = ShardReader(path)
+            self._readers.update(dict.fromkeys(reader.names, reader))
 
     def moments(self, layer: int, expert: int) -> tuple[Pair, Pair]:
         """See `MomentSource`.
@@ -97,23 +83,16 @@ class SavedMoments:
         return (first[0], second[0]), (first[1], second[1])
 
     def _of(self, layer: int, expert: int, kind: str) -> Pair:
-        gate, up, down = (
-            self._tensor(f"{_name(layer, expert, projection)}.{kind}") for projection in _PROJECTIONS
-        )
+        gate, up, down = (self._tensor(f"{name}.{kind}") for name in expert_names(layer, expert))
         return torch.cat((gate, up)), down
 
     def _tensor(self, name: str) -> Tensor:
-        file = self._files.get(name)
-        if file is None:
+        reader = self._readers.get(name)
+        if reader is None:
             raise CheckpointError(
                 f"{self._directory} has no {name}: its optimizer state is incomplete; use another checkpoint"
             )
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return reader.tensor(name)
 
 
-def _name(layer: int, expert: int, projection: str) -> str:
-    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
-
-
-__all__ = ["MomentSource", "Pair", "SavedMoments", "expert_tensors", "save_experts"]
+__all__ = ["MomentSource", "Pair", "SavedMoments", "save_experts"]

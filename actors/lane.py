@@ -109,6 +109,10 @@ class Lane:
         self.counters.bytes += _bytes(reply)
         return reply
 
+    def reaches(self, host: HostInfo) -> bool:
+        """Whether there is a channel to a host."""
+        return host.id in self._channels
+
     def hang_up(self, host: HostInfo) -> None:
         """Close the channel to a host; the next request opens a new one."""
         channel = self._channels.pop(host.id, None)
@@ -226,7 +230,9 @@ class Call:
         """Let the hosts drop what they keep for this call; a host that is gone has dropped it."""
         id = self._lane.request_id(self, Phase.RELEASE, self.placement.epoch)
         for host, part in enumerate(self._slices):
-            if part is not None:
+            # Not over a new channel: reaching for a host that is gone would take its time, and one that
+            # is there drops everything at the end of the step.
+            if part is not None and self._lane.reaches(self.placement.hosts[host]):
                 with suppress(RaymoeError):
                     self._submit(host, Request(id=id))
         with suppress(RaymoeError):

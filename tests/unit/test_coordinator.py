@@ -73,7 +73,9 @@ class Run:
 
     def end_step(self, step: int, **fields: Any) -> Any:
         pending = [self.report(worker, step, **fields) for worker in range(PLAN.workers)]
-        return pending[0].result(20)
+        decisions = [one.result(20) for one in pending]
+        assert decisions[0] is decisions[1]
+        return decisions[0]
 
 
 def report(worker: int, step: int = 0, **fields: Any) -> StepReport:

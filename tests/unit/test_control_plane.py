@@ -1,0 +1,192 @@
+"""The control plane over real gRPC, within this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import grpc
+import pytest
+import torch
+from tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
+
+from actors import wire
+from actors.clients import CoordinatorClient, HostClient
+from actors.control_server import ControlServer
+from actors.coordinator import Coordinator
+from actors.gate_router import GateRouter
+from actors.servicers import CoordinatorServicer, RouterServicer
+from actors.serving import ExpertHostServer
+from actors.steps import StepReport, TrainingPlan
+from errors import ChannelError, CheckpointError, ProtocolError, RaymoeError
+from model.routing import affinity, gate_values, select_experts
+from protos import coordinator_pb2_grpc, expert_pb2, router_pb2, router_pb2_grpc
+
+PLAN = TrainingPlan(steps=5, workers=2, learning_rate=1e-2)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def serve_coordinator(stack: ExitStack, cluster: TinyCluster) -> CoordinatorClient:
+    coordinator = Coordinator(
+        PLAN,
+        owner=cluster.owner,
+        n_layers=len(LAYERS),
+        n_experts=CONFIG.n_routed_experts,
+        n_hosts=len(cluster.hosts),
+        control=lambda info: HostClient(info, timeout=20),
+    )
+    stack.callback(coordinator.close)
+    server = ControlServer(
+        lambda s: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorServicer(coordinator), s)
+    )
+    stack.callback(server.close)
+    client = CoordinatorClient(server.address)
+    stack.callback(client.close)
+    return client
+
+
+def serve_hosts(stack: ExitStack, cluster: TinyCluster) -> list[ExpertHostServer]:
+    servers = [ExpertHostServer(host, node="here") for host in cluster.hosts]
+    for server in servers:
+        stack.callback(server.close)
+    return servers
+
+
+def report(worker: int, step: int = 0) -> StepReport:
+    loads = torch.arange(len(LAYERS) * 8).reshape(len(LAYERS), 8)
+    return StepReport(worker=worker, step=step, loads=loads, main_sum=6.0, n_targets=2, tokens=3)
+
+
+def test_a_step_over_grpc(stack: ExitStack) -> None:
+    cluster = TinyCluster(2)
+    client = serve_coordinator(stack, cluster)
+    with pytest.raises(ProtocolError, match=r"the coordinator \(grpc:.*0 of 2 expert hosts have registered"):
+        client.table()
+    servers = serve_hosts(stack, cluster)
+    for server in servers:
+        client.register_host(server.info)
+    table = client.table()
+    assert table.hosts == tuple(server.info for server in servers)
+    assert table.owner == cluster.owner
+    rows, idx, gates = tokens(6, grad=True)
+    cluster.lane().dispatch(LAYERS[0], rows, idx, gates).combine().sum().backward()
+    squared = sum(float(g.square().sum()) for host in cluster.hosts for g in host.gradients())
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(client.report, (report(0), report(1)))
+    assert first.grad_norm == second.grad_norm == pytest.approx(squared**0.5, rel=1e-12)
+    assert torch.equal(first.bias, second.bias)
+    assert first.bias.any()
+    assert torch.equal(client.bias(), first.bias)
+    assert client.state()["step"] == 1
+    assert client.metrics()[0].loss == 3.0
+    assert client.failure is None
+    with pytest.raises(ProtocolError, match="reports step 7, but the run is at step 1"):
+        client.report(report(0, 7))
+    assert client.request_stop() == 1
+    stats = [HostClient(server.info, timeout=20).stats() for server in servers]
+    assert [one.id for one in stats] == ["host-0", "host-1"]
+    client.fail("worker 1 died")
+    with pytest.raises(RaymoeError, match="worker 1 died"):
+        client.report(report(0, 1))
+    assert [host.step for host in cluster.hosts] == [1, 1]
+
+
+def test_a_waiting_report_hears_of_a_failure(stack: ExitStack) -> None:
+    client = serve_coordinator(stack, TinyCluster(1))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.report, report(0))
+        client.fail("worker 1 died")
+        with pytest.raises(RaymoeError, match="worker 1 died"):
+            waiting.result(20)
+
+
+def test_host_errors_keep_their_class(stack: ExitStack) -> None:
+    cluster = TinyCluster(1)
+    (server,) = serve_hosts(stack, cluster)
+    client = HostClient(server.info, timeout=20)
+    stack.callback(client.close)
+    with pytest.raises(ProtocolError, match=r"expert host host-0 \(grpc:.*at step 0, not at step 3"):
+        client.prepare(3)
+    assert client.prepare(0) == 0.0
+    client.commit(0, 1e-2, 1.0)
+    client.commit(0, 1e-2, 1.0)
+    assert client.stats().step == 1
+    server.close()
+    with pytest.raises(ChannelError, match="expert host host-0"):
+        client.stats()
+
+
+def test_a_router_serves_layers_to_callers_outside(stack: ExitStack) -> None:
+    cluster = TinyCluster(2, train=False)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(8, CONFIG.hidden_size, generator=generator, dtype=torch.float64)
+    bias = torch.randn(8, generator=generator)
+    router = GateRouter(CONFIG, {LAYERS[0]: (weight, bias)}, cluster.router, lanes=1)
+    server = ControlServer(lambda s: router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(router), s))
+    stack.callback(server.close)
+    channel = stack.enter_context(grpc.insecure_channel(server.address.removeprefix("grpc:")))
+    hidden = tokens(5)[0]
+    requests = [
+        router_pb2.RouteRequest(id=1, layer=LAYERS[0], hidden=wire.tensor_to(hidden)),
+        router_pb2.RouteRequest(id=2, layer=0, hidden=wire.tensor_to(hidden)),
+        router_pb2.RouteRequest(id=3, layer=LAYERS[0], hidden=wire.tensor_to(hidden[:, :3])),
+        router_pb2.RouteRequest(id=4, layer=LAYERS[0], hidden=wire.tensor_to(hidden)),
+    ]
+    good, no_layer, narrow, again = router_pb2_grpc.RouterStub(channel).Route(iter(requests))
+    scores = affinity(hidden, weight)
+    idx = select_experts(scores, bias, top_k=3, n_group=4, topk_group=2)
+    gates = gate_values(scores, idx, normalize=True, factor=CONFIG.routed_scaling_factor)
+    expected = local_experts().dispatch(LAYERS[0], hidden, idx, gates).combine()
+    for reply in (good, again):
+        torch.testing.assert_close(wire.tensor_from(reply.output), expected.detach(), rtol=0, atol=1e-12)
+        assert torch.equal(wire.tensor_from(reply.experts), idx)
+    assert [reply.id for reply in (good, no_layer, narrow, again)] == [1, 2, 3, 4]
+    assert no_layer.status.code == narrow.status.code == expert_pb2.CODE_REFUSED
+    assert "layer 0 has no routed experts" in no_layer.status.message
+    assert "[5, 3]" in narrow.status.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 3)])
+def test_tensors_survive_the_wire(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.arange(100)[: torch.Size(shape).numel()].reshape(shape).to(dtype)
+    back = wire.tensor_from(wire.tensor_to(tensor))
+    assert back.dtype == dtype
+    assert back.shape == tensor.shape
+    assert torch.equal(back, tensor)
+
+
+def test_a_damaged_tensor_is_refused() -> None:
+    message = wire.tensor_to(torch.ones(3))
+    message.data = message.data[:-1]
+    with pytest.raises(ProtocolError, match="11 bytes"):
+        wire.tensor_from(message)
+    message.dtype = 0  # type: ignore[assignment]
+    with pytest.raises(ProtocolError, match="unknown type"):
+        wire.tensor_from(message)
+
+
+def test_an_error_class_of_ours_crosses_and_others_become_remote_errors(stack: ExitStack) -> None:
+    cluster = TinyCluster(1)
+    (server,) = serve_hosts(stack, cluster)
+    client = HostClient(server.info, timeout=20)
+    stack.callback(client.close)
+
+    def raising(error: Exception) -> None:
+        def save(directory: str) -> list[str]:
+            raise error
+
+        cluster.hosts[0].save = save  # type: ignore[method-assign]
+
+    raising(CheckpointError("the disk is full"))
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        client.save("d")
+    raising(KeyError("what"))
+    with pytest.raises(RaymoeError, match="KeyError: 'what'"):
+        client.save("d")
