@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from model.config import BalanceConfig, ModelConfig
 
-__all__ = ["BalanceConfig", "ModelConfig"]
+if TYPE_CHECKING:
+    from model.checkpoint import load_pretrained, save_pretrained
+
+
+def __getattr__(name: str) -> Any:
+    """Checkpoints on first use: who wants only a configuration need not wait for torch."""
+    if name in ("load_pretrained", "save_pretrained"):
+        from model import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["BalanceConfig", "ModelConfig", "load_pretrained", "save_pretrained"]
