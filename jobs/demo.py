@@ -102,7 +102,9 @@ def summary_table(result: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
 
 
 __all__ = ["fresh_directory", "main", "opening", "summary_table"]
