@@ -74,7 +74,7 @@ def place(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> tuple[l
         ProtocolError: a dtype that the wire does not know.
     """
     placed = []
-    add = header.tensors.add
+    layout: list[int] = []
     end = 0
     for index, tensor in enumerate(tensors):
         wire = _WIRE_DTYPE.get(tensor.dtype)
@@ -86,7 +86,8 @@ def place(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> tuple[l
         end = offset + count * tensor.element_size()
         shape = tuple(tensor.shape)
         placed.append(Placement(tensor.dtype, shape, count, offset, end))
-        add(dtype=wire, shape=shape, offset=offset)
+        layout += (wire, len(shape), *shape, offset)
+    header.layout.extend(layout)
     return placed, end
 
 
@@ -108,26 +109,32 @@ def placements(header: expert_pb2.Header, size: int) -> list[Placement]:
     Raises:
         ProtocolError: an unknown dtype, an absurd shape, or bytes outside of the payload.
     """
-    found = []
-    for index, item in enumerate(header.tensors):
-        dtype = _TORCH_DTYPE.get(item.dtype)
-        shape = tuple(item.shape)
+    layout = list(header.layout)
+    found: list[Placement] = []
+    at = 0
+    while at < len(layout):
+        dimensions = layout[at + 1] if at + 1 < len(layout) else 0
+        if at + dimensions + 2 >= len(layout):
+            raise ProtocolError(f"tensor {len(found)} of the payload is cut off within its layout")
+        dtype = _TORCH_DTYPE.get(layout[at])
         if dtype is None:
-            raise ProtocolError(f"tensor {index} of the payload has unknown dtype {item.dtype}")
+            raise ProtocolError(f"tensor {len(found)} of the payload has unknown dtype {layout[at]}")
+        shape = tuple(layout[at + 2 : at + 2 + dimensions])
+        offset = layout[at + 2 + dimensions]
         count = math.prod(shape)
         # A tensor without elements has strides nevertheless, which must not overflow.
         bound = count or math.prod(extent or 1 for extent in shape)
-        if len(shape) > _MAX_DIMENSIONS or bound > _MAX_ELEMENTS:
+        if dimensions > _MAX_DIMENSIONS or bound > _MAX_ELEMENTS:
             raise ProtocolError(
-                f"tensor {index} of the payload has shape {shape[:_MAX_DIMENSIONS]}: too large"
+                f"tensor {len(found)} of the payload has shape {shape[:_MAX_DIMENSIONS]}: too large"
             )
-        offset = item.offset
         end = offset + count * dtype.itemsize
         if end > size:
             raise ProtocolError(
-                f"tensor {index} of the payload ends at byte {end}, but the payload has {size} bytes"
+                f"tensor {len(found)} of the payload ends at byte {end}, but the payload has {size} bytes"
             )
         found.append(Placement(dtype, shape, count, offset, end))
+        at += dimensions + 3
     return found
 
 

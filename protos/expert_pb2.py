@@ -22,10 +22,9 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\traymoe.v1\x1a\x13protos/tensor.proto\"\x89\x01\n\tRequestId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nmicrobatch\x18\x04 \x01(\x03\x12\r\n\x05layer\x18\x05 \x01(\x03\x12\x1f\n\x05phase\x18\x06 \x01(\x0e\x32\x10.raymoe.v1.Phase\x12\x0e\n\x06router\x18\x07 \x01(\t\"U\n\x06Status\x12\x1d\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x0f.raymoe.v1.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04type\x18\x04 \x01(\t\"w\n\x06Header\x12 \n\x02id\x18\x01 \x01(\x0b\x32\x14.raymoe.v1.RequestId\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12(\n\x07tensors\x18\x03 \x03(\x0b\x32\x17.raymoe.v1.TensorHeader\"L\n\x05\x46rame\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Header\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"+\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"2\n\x0cPrepareReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x14\n\x0csquared_norm\x18\x02 \x01(\x01\"E\n\rCommitRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\n\n\x02lr\x18\x03 \x01(\x01\x12\r\n\x05scale\x18\x04 \x01(\x01\"\x1b\n\x0b\x43ommitReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\"?\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07moments\x18\x03 \x01(\x08\"\x87\x01\n\tSaveReply\x12\r\n\x05\x66iles\x18\x01 \x03(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12.\n\x05index\x18\x03 \x03(\x0b\x32\x1f.raymoe.v1.SaveReply.IndexEntry\x1a,\n\nIndexEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0f\n\rStatusRequest\"\x98\x02\n\x0bStatusReply\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04kept\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04rows\x18\t \x01(\x03\x12\x14\n\x0c\x62usy_seconds\x18\n \x01(\x01\x12\x34\n\x07metrics\x18\x0b \x03(\x0b\x32#.raymoe.v1.StatusReply.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*R\n\x05Phase\x12\x0f\n\x0bPHASE_INFER\x10\x00\x12\x11\n\rPHASE_FORWARD\x10\x01\x12\x12\n\x0ePHASE_BACKWARD\x10\x02\x12\x11\n\rPHASE_RELEASE\x10\x03*L\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x14\n\x10\x43ODE_STALE_EPOCH\x10\x01\x12\x10\n\x0c\x43ODE_REFUSED\x10\x02\x12\x0f\n\x0b\x43ODE_FAILED\x10\x03\x32\xa9\x02\n\x06\x45xpert\x12\x32\n\x08\x45xchange\x12\x10.raymoe.v1.Frame\x1a\x10.raymoe.v1.Frame(\x01\x30\x01\x12=\n\x07Prepare\x12\x19.raymoe.v1.PrepareRequest\x1a\x17.raymoe.v1.PrepareReply\x12:\n\x06\x43ommit\x12\x18.raymoe.v1.CommitRequest\x1a\x16.raymoe.v1.CommitReply\x12\x34\n\x04Save\x12\x16.raymoe.v1.SaveRequest\x1a\x14.raymoe.v1.SaveReply\x12:\n\x06Status\x12\x18.raymoe.v1.StatusRequest\x1a\x16.raymoe.v1.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\traymoe.v1\"\x89\x01\n\tRequestId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nmicrobatch\x18\x04 \x01(\x03\x12\r\n\x05layer\x18\x05 \x01(\x03\x12\x1f\n\x05phase\x18\x06 \x01(\x0e\x32\x10.raymoe.v1.Phase\x12\x0e\n\x06router\x18\x07 \x01(\t\"U\n\x06Status\x12\x1d\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x0f.raymoe.v1.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04type\x18\x04 \x01(\t\"]\n\x06Header\x12 \n\x02id\x18\x01 \x01(\x0b\x32\x14.raymoe.v1.RequestId\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12\x0e\n\x06layout\x18\x03 \x03(\x04\"L\n\x05\x46rame\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Header\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"+\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"2\n\x0cPrepareReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x14\n\x0csquared_norm\x18\x02 \x01(\x01\"E\n\rCommitRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\n\n\x02lr\x18\x03 \x01(\x01\x12\r\n\x05scale\x18\x04 \x01(\x01\"\x1b\n\x0b\x43ommitReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\"?\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07moments\x18\x03 \x01(\x08\"\x87\x01\n\tSaveReply\x12\r\n\x05\x66iles\x18\x01 \x03(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12.\n\x05index\x18\x03 \x03(\x0b\x32\x1f.raymoe.v1.SaveReply.IndexEntry\x1a,\n\nIndexEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0f\n\rStatusRequest\"\x98\x02\n\x0bStatusReply\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04kept\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04rows\x18\t \x01(\x03\x12\x14\n\x0c\x62usy_seconds\x18\n \x01(\x01\x12\x34\n\x07metrics\x18\x0b \x03(\x0b\x32#.raymoe.v1.StatusReply.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*R\n\x05Phase\x12\x0f\n\x0bPHASE_INFER\x10\x00\x12\x11\n\rPHASE_FORWARD\x10\x01\x12\x12\n\x0ePHASE_BACKWARD\x10\x02\x12\x11\n\rPHASE_RELEASE\x10\x03*L\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x14\n\x10\x43ODE_STALE_EPOCH\x10\x01\x12\x10\n\x0c\x43ODE_REFUSED\x10\x02\x12\x0f\n\x0b\x43ODE_FAILED\x10\x03\x32\xa9\x02\n\x06\x45xpert\x12\x32\n\x08\x45xchange\x12\x10.raymoe.v1.Frame\x1a\x10.raymoe.v1.Frame(\x01\x30\x01\x12=\n\x07Prepare\x12\x19.raymoe.v1.PrepareRequest\x1a\x17.raymoe.v1.PrepareReply\x12:\n\x06\x43ommit\x12\x18.raymoe.v1.CommitRequest\x1a\x16.raymoe.v1.CommitReply\x12\x34\n\x04Save\x12\x16.raymoe.v1.SaveRequest\x1a\x14.raymoe.v1.SaveReply\x12:\n\x06Status\x12\x18.raymoe.v1.StatusRequest\x1a\x16.raymoe.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,38 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAVEREPLY_INDEXENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREPLY_METRICSENTRY']._loaded_options = None
   _globals['_STATUSREPLY_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=1181
-  _globals['_PHASE']._serialized_end=1263
-  _globals['_CODE']._serialized_start=1265
-  _globals['_CODE']._serialized_end=1341
-  _globals['_REQUESTID']._serialized_start=56
-  _globals['_REQUESTID']._serialized_end=193
-  _globals['_STATUS']._serialized_start=195
-  _globals['_STATUS']._serialized_end=280
-  _globals['_HEADER']._serialized_start=282
-  _globals['_HEADER']._serialized_end=401
-  _globals['_FRAME']._serialized_start=403
-  _globals['_FRAME']._serialized_end=479
-  _globals['_PREPAREREQUEST']._serialized_start=481
-  _globals['_PREPAREREQUEST']._serialized_end=524
-  _globals['_PREPAREREPLY']._serialized_start=526
-  _globals['_PREPAREREPLY']._serialized_end=576
-  _globals['_COMMITREQUEST']._serialized_start=578
-  _globals['_COMMITREQUEST']._serialized_end=647
-  _globals['_COMMITREPLY']._serialized_start=649
-  _globals['_COMMITREPLY']._serialized_end=676
-  _globals['_SAVEREQUEST']._serialized_start=678
-  _globals['_SAVEREQUEST']._serialized_end=741
-  _globals['_SAVEREPLY']._serialized_start=744
-  _globals['_SAVEREPLY']._serialized_end=879
-  _globals['_SAVEREPLY_INDEXENTRY']._serialized_start=835
-  _globals['_SAVEREPLY_INDEXENTRY']._serialized_end=879
-  _globals['_STATUSREQUEST']._serialized_start=881
-  _globals['_STATUSREQUEST']._serialized_end=896
-  _globals['_STATUSREPLY']._serialized_start=899
-  _globals['_STATUSREPLY']._serialized_end=1179
-  _globals['_STATUSREPLY_METRICSENTRY']._serialized_start=1133
-  _globals['_STATUSREPLY_METRICSENTRY']._serialized_end=1179
-  _globals['_EXPERT']._serialized_start=1344
-  _globals['_EXPERT']._serialized_end=1641
+  _globals['_PHASE']._serialized_start=1134
+  _globals['_PHASE']._serialized_end=1216
+  _globals['_CODE']._serialized_start=1218
+  _globals['_CODE']._serialized_end=1294
+  _globals['_REQUESTID']._serialized_start=35
+  _globals['_REQUESTID']._serialized_end=172
+  _globals['_STATUS']._serialized_start=174
+  _globals['_STATUS']._serialized_end=259
+  _globals['_HEADER']._serialized_start=261
+  _globals['_HEADER']._serialized_end=354
+  _globals['_FRAME']._serialized_start=356
+  _globals['_FRAME']._serialized_end=432
+  _globals['_PREPAREREQUEST']._serialized_start=434
+  _globals['_PREPAREREQUEST']._serialized_end=477
+  _globals['_PREPAREREPLY']._serialized_start=479
+  _globals['_PREPAREREPLY']._serialized_end=529
+  _globals['_COMMITREQUEST']._serialized_start=531
+  _globals['_COMMITREQUEST']._serialized_end=600
+  _globals['_COMMITREPLY']._serialized_start=602
+  _globals['_COMMITREPLY']._serialized_end=629
+  _globals['_SAVEREQUEST']._serialized_start=631
+  _globals['_SAVEREQUEST']._serialized_end=694
+  _globals['_SAVEREPLY']._serialized_start=697
+  _globals['_SAVEREPLY']._serialized_end=832
+  _globals['_SAVEREPLY_INDEXENTRY']._serialized_start=788
+  _globals['_SAVEREPLY_INDEXENTRY']._serialized_end=832
+  _globals['_STATUSREQUEST']._serialized_start=834
+  _globals['_STATUSREQUEST']._serialized_end=849
+  _globals['_STATUSREPLY']._serialized_start=852
+  _globals['_STATUSREPLY']._serialized_end=1132
+  _globals['_STATUSREPLY_METRICSENTRY']._serialized_start=1086
+  _globals['_STATUSREPLY_METRICSENTRY']._serialized_end=1132
+  _globals['_EXPERT']._serialized_start=1297
+  _globals['_EXPERT']._serialized_end=1594
 # @@protoc_insertion_point(module_scope)

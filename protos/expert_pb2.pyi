@@ -9,7 +9,6 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
-import protos.tensor_pb2
 import sys
 import typing
 
@@ -141,22 +140,27 @@ class Header(google.protobuf.message.Message):
 
     ID_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
-    TENSORS_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
     @property
     def id(self) -> global___RequestId: ...
     @property
     def status(self) -> global___Status: ...
     @property
-    def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.TensorHeader]: ...
+    def layout(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The payload's tensors one after the other, each as: its DType (tensor.proto), its number of dimensions n, the n
+        extents, and the offset of its first byte within the payload. Any offset can be read; a multiple of
+        64 is read without a copy. Plain numbers, since a message for each tensor costs more than its bytes.
+        """
+
     def __init__(
         self,
         *,
         id: global___RequestId | None = ...,
         status: global___Status | None = ...,
-        tensors: collections.abc.Iterable[protos.tensor_pb2.TensorHeader] | None = ...,
+        layout: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["id", b"id", "status", b"status"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "status", b"status", "tensors", b"tensors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "layout", b"layout", "status", b"status"]) -> None: ...
 
 global___Header = Header
 

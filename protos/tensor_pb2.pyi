@@ -45,33 +45,6 @@ DTYPE_INT64: DType.ValueType  # 6
 global___DType = DType
 
 @typing.final
-class TensorHeader(google.protobuf.message.Message):
-    """A tensor whose bytes lie in the payload of the frame that carries this header."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    DTYPE_FIELD_NUMBER: builtins.int
-    SHAPE_FIELD_NUMBER: builtins.int
-    OFFSET_FIELD_NUMBER: builtins.int
-    dtype: global___DType.ValueType
-    offset: builtins.int
-    """First byte within the payload. Any offset can be read; a multiple of 64 is read without a copy."""
-    @property
-    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Empty for a 0-d tensor; a zero is allowed."""
-
-    def __init__(
-        self,
-        *,
-        dtype: global___DType.ValueType = ...,
-        shape: collections.abc.Iterable[builtins.int] | None = ...,
-        offset: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "offset", b"offset", "shape", b"shape"]) -> None: ...
-
-global___TensorHeader = TensorHeader
-
-@typing.final
 class Tensor(google.protobuf.message.Message):
     """A tensor by itself, for control calls (a bias, a load), never for rows."""
 

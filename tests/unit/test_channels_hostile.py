@@ -32,7 +32,8 @@ def echo(request: Request) -> tuple[torch.Tensor, ...]:
 def header(**placed: Any) -> bytes:
     message = expert_pb2.Header(id=expert_pb2.RequestId(run="r"))
     if placed:
-        message.tensors.add(dtype=1, **placed)
+        shape = placed.get("shape", [])
+        message.layout.extend([placed.get("dtype", 1), len(shape), *shape, placed.get("offset", 0)])
     return message.SerializeToString()
 
 
@@ -173,7 +174,7 @@ def test_generated_stubs_exchange_frames_and_control_calls_beside_them() -> None
     rows = torch.arange(4, dtype=torch.float32)
     frame = expert_pb2.Frame(payload=rows.numpy().tobytes())
     frame.header.id.run = "foreign"
-    frame.header.tensors.add(dtype=1, shape=[4])
+    frame.header.layout.extend([1, 1, 4, 0])
     with grpc_library.insecure_channel(server.address.removeprefix("grpc:")) as channel:
         stub: Any = expert_pb2_grpc.ExpertStub(channel)
         assert stub.Prepare(expert_pb2.PrepareRequest(step=3)).squared_norm == 2.0

@@ -35,6 +35,25 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return torch.randint(-100, 100, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+WIRE_DTYPE = {
+    torch.float32: tensor_pb2.DTYPE_FLOAT32,
+    torch.float64: tensor_pb2.DTYPE_FLOAT64,
+    torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16,
+    torch.float16: tensor_pb2.DTYPE_FLOAT16,
+    torch.int32: tensor_pb2.DTYPE_INT32,
+    torch.int64: tensor_pb2.DTYPE_INT64,
+}
+
+
+def offsets(header: expert_pb2.Header) -> list[int]:
+    """First bytes of a header's tensors, read as expert.proto says."""
+    layout, found = list(header.layout), []
+    while layout:
+        found.append(layout[2 + layout[1]])
+        layout = layout[3 + layout[1] :]
+    return found
+
+
 @given(st.lists(tensors(), max_size=5), st.text(max_size=10))
 @settings(max_examples=200, deadline=None)
 def test_a_request_comes_out_as_it_went_in(items: list[torch.Tensor], run: str) -> None:
@@ -50,14 +69,16 @@ def test_a_request_comes_out_as_it_went_in(items: list[torch.Tensor], run: str) 
 def test_generated_code_reads_and_writes_frames(items: list[torch.Tensor]) -> None:
     message = expert_pb2.Frame.FromString(codec.encode_request(request(*items)))
     assert message.header.id.layer == 61 and message.header.id.phase == expert_pb2.PHASE_BACKWARD
-    for header, item in zip(message.header.tensors, items, strict=True):
-        raw = message.payload[header.offset : header.offset + item.numel() * item.element_size()]
+    for offset, item in zip(offsets(message.header), items, strict=True):
+        raw = message.payload[offset : offset + item.numel() * item.element_size()]
         assert raw == item.reshape(-1).view(torch.uint8).numpy().tobytes()
     # A foreign client lays its payload out as it likes: here without padding, at odd offsets.
     foreign = expert_pb2.Frame(header=message.header)
+    del foreign.header.layout[:]
     payload = b"?"
-    for header, item in zip(foreign.header.tensors, items, strict=True):
-        header.offset = len(payload)
+    for item in items:
+        dtype = WIRE_DTYPE[item.dtype]
+        foreign.header.layout.extend([dtype, item.ndim, *item.shape, len(payload)])
         payload += item.reshape(-1).view(torch.uint8).numpy().tobytes()
     foreign.payload = payload
     got = codec.decode_request(foreign.SerializeToString())
@@ -71,7 +92,7 @@ def test_tensors_are_views_of_the_frame_and_aligned() -> None:
     _, again = codec.decode_reply(frame)
     assert got.data_ptr() == again.data_ptr()
     message = expert_pb2.Frame.FromString(frame)
-    assert all(header.offset % 64 == 0 for header in message.header.tensors)
+    assert all(offset % 64 == 0 for offset in offsets(message.header))
     assert frame.index(message.payload) % 64 == 0
 
 
@@ -107,8 +128,8 @@ def test_what_the_wire_cannot_carry_is_named() -> None:
         codec.encode_request(request(run="\ud800"))
 
 
-def frame_of(*headers: tensor_pb2.TensorHeader, payload: bytes = b"", **fields: object) -> bytes:
-    header = expert_pb2.Header(id=expert_pb2.RequestId(run="r"), tensors=headers)
+def frame_of(*layout: int, payload: bytes = b"") -> bytes:
+    header = expert_pb2.Header(id=expert_pb2.RequestId(run="r"), layout=layout)
     return expert_pb2.Frame(header=header, payload=payload).SerializeToString()
 
 
@@ -126,13 +147,16 @@ F32 = tensor_pb2.DTYPE_FLOAT32
         (b"\x0b", "wire type 3"),
         (b"\x08\x01", "field 1 of a frame has wire type 0"),
         (expert_pb2.Frame(header=expert_pb2.Header()).SerializeToString(), "has no id"),
-        (frame_of(tensor_pb2.TensorHeader(dtype=F32, shape=[4]), payload=b"x" * 15), "ends at byte 16"),
-        (frame_of(tensor_pb2.TensorHeader(dtype=F32, offset=2**64 - 1), payload=b"x" * 8), "ends at byte"),
-        (frame_of(tensor_pb2.TensorHeader(dtype=F32, shape=[2**63, 2**63])), "too large"),
-        (frame_of(tensor_pb2.TensorHeader(dtype=F32, shape=[2**63, 0])), "too large"),
-        (frame_of(tensor_pb2.TensorHeader(dtype=F32, shape=[0] * 9)), "too large"),
-        (frame_of(tensor_pb2.TensorHeader(dtype=0, shape=[1]), payload=b"x" * 8), "unknown dtype 0"),
-        (frame_of(tensor_pb2.TensorHeader(dtype=99, shape=[1]), payload=b"x" * 8), "unknown dtype 99"),
+        (frame_of(F32, 1, *[4], 0, payload=b"x" * 15), "ends at byte 16"),
+        (frame_of(F32, 0, 2**64 - 1, payload=b"x" * 8), "ends at byte"),
+        (frame_of(F32, 2, *[2**63, 2**63], 0), "too large"),
+        (frame_of(F32, 2, *[2**63, 0], 0), "too large"),
+        (frame_of(F32, 9, *[0] * 9, 0), "too large"),
+        (frame_of(0, 1, *[1], 0, payload=b"x" * 8), "unknown dtype 0"),
+        (frame_of(99, 1, *[1], 0, payload=b"x" * 8), "unknown dtype 99"),
+        (frame_of(F32), "cut off"),
+        (frame_of(F32, 1), "cut off"),
+        (frame_of(F32, 2**63, 0), "cut off"),
         (b"\x0a\x04\x0a\x02\x30\x09", "unknown phase 9"),
     ],
 )
