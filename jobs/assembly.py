@@ -129,6 +129,25 @@ def host_threads(config: RunConfig) -> int:
     return cluster.threads_per_host or max(1, (os.cpu_count() or 1) // max(1, cluster.expert_hosts))
 
 
+def build_host(config: RunConfig, start: Start, index: int) -> ExpertHost:
+    """Expert host number `index`, in its own process."""
+    layers = config.model.moe_layers
+    return ExpertHost(
+        f"host-{index}",
+        config.model,
+        {
+            layer: [expert for expert, host in enumerate(row) if host == index]
+            for layer, row in zip(layers, placement(config), strict=True)
+        },
+        weight_source(config, start),
+        optimizer=optimizer_settings(config),
+        moments=moment_source(start),
+        dtype=resolve_dtype(config),
+        threads=host_threads(config),
+        step=start.step,
+    )
+
+
 def assemble_worker(
     config: RunConfig,
     data: PreparedData,
@@ -222,6 +241,7 @@ __all__ = [
     "Assembled",
     "Start",
     "assemble_worker",
+    "build_host",
     "compute_threads",
     "host_threads",
     "moment_source",

@@ -257,12 +257,11 @@ def bench_train(
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after those that warm up.")] = 10,
-    address: Address = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each contender to time.")] = 15,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time training steps; without --preset and --config, the preset bench-20m."""
+    """Time training steps: experts in process, on hosts, and transformers; by default of bench-20m."""
     from jobs.config_file import load_config
 
     name = preset or (None if config else "bench-20m")
@@ -271,7 +270,7 @@ def bench_train(
     def compute() -> Result:
         from jobs.bench import bench_train as run
 
-        return run(chosen, steps=steps, address=address, debug=debug)
+        return run(chosen, steps=steps)
 
     finish(compute, as_json=as_json)
 
@@ -280,18 +279,18 @@ def bench_train(
 @surfaced
 def bench_channel(
     kinds: Annotated[
-        list[str] | None, typer.Option("--kind", help="local, shm or grpc; repeatable, all by default.")
+        list[str] | None, typer.Option("--kind", help="shm or grpc; repeatable, both by default.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each measurement.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which each kind has its turn.")] = 10,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time round trips over each kind of channel, between two processes of this machine."""
+    """Time round trips between two processes of this machine, gRPC's beside a bare stream's."""
 
     def compute() -> Result:
         from jobs.bench import bench_channel as run
 
-        return run(kinds or ["local", "shm", "grpc"], seconds=seconds)
+        return run(kinds or ["shm", "grpc"], rounds=rounds)
 
     finish(compute, as_json=as_json)
 

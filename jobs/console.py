@@ -201,6 +201,8 @@ def _words(value: Any) -> str:
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, list | tuple):
         return ", ".join(_words(inner) for inner in value)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{str(name).replace('_', ' ')} {_words(inner)}" for name, inner in value.items())
     return str(value)
 
 

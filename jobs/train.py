@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,16 +21,12 @@ from ray.train.torch import TorchTrainer
 
 from actors.clients import CoordinatorClient, HostClient
 from actors.coordinator import Coordinator
-from actors.expert_host import ExpertHost
 from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
 from errors import CheckpointError, ConfigError, RaymoeError
 from jobs.assembly import (
     Start,
-    host_threads,
-    moment_source,
-    optimizer_settings,
+    build_host,
     placement,
-    resolve_dtype,
     training_plan,
     weight_source,
 )
@@ -310,34 +307,12 @@ def _start_hosts(config: RunConfig, begin: Start) -> list[Any]:
     return [
         start(
             ExpertHostActor,
-            _host_builder(config, begin, index),
+            partial(build_host, config, begin, index),
             cpus=cluster.cpus_per_host,
             gpus=cluster.gpus_per_host,
         )
         for index in range(cluster.expert_hosts)
     ]
-
-
-def _host_builder(config: RunConfig, begin: Start, index: int) -> Callable[[], ExpertHost]:
-    owner, layers = placement(config), config.model.moe_layers
-
-    def build() -> ExpertHost:
-        return ExpertHost(
-            f"host-{index}",
-            config.model,
-            {
-                layer: [expert for expert, host in enumerate(row) if host == index]
-                for layer, row in zip(layers, owner, strict=True)
-            },
-            weight_source(config, begin),
-            optimizer=optimizer_settings(config),
-            moments=moment_source(begin),
-            dtype=resolve_dtype(config),
-            threads=host_threads(config),
-            step=begin.step,
-        )
-
-    return build
 
 
 __all__ = ["summary", "train"]

@@ -1,4 +1,4 @@
-"""What a dispatch and its combine cost on the wire: `python -m benchmarks.channel --json`.
+"""What a dispatch and its combine cost on the wire.
 
 The server is a process of its own with a host that does nothing but return the rows as the partial.
 Shared memory is measured by itself; gRPC beside a bare stream of the same bytes, with the same options
@@ -7,13 +7,11 @@ and the same way of sending. Rounds alternate, so that whatever else the machine
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import queue
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -22,7 +20,9 @@ import torch
 
 from channels.base import Channel, Phase, Request, RequestId, Server
 from channels.choose import connect
+from errors import ConfigError
 
+KINDS: Final = ("shm", "grpc")
 WIDTH: Final = 256
 SMALL, MEBIBYTE, LARGE = 1, 1024, 8192
 """Rows of 256 floats: one, 1 MiB, 8 MiB."""
@@ -184,20 +184,17 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.channel", description=measure.__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--rounds", type=int, default=10)
-    arguments = parser.parse_args()
-    figures = measure(rounds=arguments.rounds)
-    if arguments.json:
-        print(json.dumps(figures))
-        return
-    for kind, values in figures.items():
-        for name, value in values.items():
-            print(f"{kind}.{name:<24}{value:12.3f}")
+def bench_channel(kinds: Sequence[str], *, rounds: int = 10) -> dict[str, Any]:
+    """`measure`, its figures of some kinds (`shm`, `grpc`) alone.
+
+    Raises:
+        ConfigError: a kind is unknown.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"--kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    figures = measure(rounds=rounds)
+    return {kind: values for kind, values in figures.items() if any(name in kind for name in kinds)}
 
 
-if __name__ == "__main__":
-    main()
+__all__ = ["bench_channel", "measure"]

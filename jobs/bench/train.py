@@ -1,0 +1,108 @@
+"""Training steps timed: experts in process, experts on hosts, and transformers' implementation.
+
+Each contender is a process of its own (remote experts: one more for each host), so that nobody's idle
+threads are in another's way. They take turns, round after round, so that whatever else the machine does
+hits all of them; ratios are taken within a round, and medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from jobs.bench.contenders import Contender
+from jobs.config import RunConfig
+from jobs.presets import summary
+from model.config import ModelConfig
+
+_WARM_UP = 3  # steps that fill caches and pools
+_PER_ROUND = 3  # steps of a contender in its turn
+_HOSTS = 2  # where the configuration keeps its experts in process
+
+
+def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
+    """Time the steps of a configuration's model on random tokens, MTP, evaluation and checkpoints left out.
+
+    A step is everything: forward, backward, the norm of all gradients, clipping, AdamW, and for ours the
+    gates' bias and both phases of the hosts' commit.
+
+    Args:
+        steps: timed steps of each contender, rounded up to whole rounds.
+
+    Returns:
+        Tokens per second of each contender (medians), their ratios, the share of the measured peak of
+        float32 matrix products that the arithmetic of our local step reaches, and `spreads`: the lowest
+        and highest round of each figure. Without transformers installed its figures are None.
+
+    Raises:
+        RaymoeError: a contender failed, with its text.
+    """
+    local, remote = _with_hosts(config, 0), _with_hosts(config, config.cluster.expert_hosts or _HOSTS)
+    rounds: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(Contender(name, timed))
+            for name, timed in (("local", local), ("remote", remote), ("transformers", local))
+        }
+        contenders = {name: contender for name, contender in contenders.items() if contender.available}
+        for contender in contenders.values():
+            contender.steps(_WARM_UP)
+        peak = stack.enter_context(Contender("matmul", local))
+        for _ in range(max(1, -(-steps // _PER_ROUND))):
+            for name, contender in {**contenders, "matmul": peak}.items():
+                rounds.setdefault(name, []).append(statistics.median(contender.steps(_PER_ROUND)))
+    training = config.training
+    tokens = training.batch_size * training.sequence_length
+    flops = tokens * flops_per_token(local.model, training.sequence_length)
+    figures: dict[str, list[float]] = {
+        f"{name}_tokens_per_second": [tokens / seconds for seconds in rounds.get(name, ())]
+        for name in ("local", "remote", "transformers")
+    }
+    figures |= {
+        "local_over_transformers": _ratio(rounds, "transformers", "local"),
+        "remote_over_local": _ratio(rounds, "local", "remote"),
+        "matmul_peak_gflops": [1e-9 / seconds for seconds in rounds["matmul"]],
+        "fraction_of_matmul_peak": [
+            flops * per_flop / seconds
+            for per_flop, seconds in zip(rounds["matmul"], rounds["local"], strict=True)
+        ],
+    }
+    counts = summary(config)
+    return {
+        **{name: statistics.median(values) if values else None for name, values in figures.items()},
+        "spreads": {name: [min(values), max(values)] for name, values in figures.items() if values},
+        "rounds": len(rounds["local"]),
+        "steps_per_round": _PER_ROUND,
+        "tokens_per_step": tokens,
+        "total_parameters": counts["total_parameters"],
+        "active_parameters": counts["active_parameters"],
+        "expert_hosts": remote.cluster.expert_hosts,
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+    }
+
+
+def flops_per_token(model: ModelConfig, length: int) -> float:
+    """Arithmetic of one token's forward and backward pass: matrix products and causal attention alone."""
+    matrices = model.active_parameters() - model.vocab_size * model.hidden_size  # a look-up is no product
+    attended = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * length / 2
+    return 3 * 2 * (matrices + model.num_hidden_layers * attended)
+
+
+def _with_hosts(config: RunConfig, hosts: int) -> RunConfig:
+    values = config.to_dict()
+    values["model"]["num_nextn_predict_layers"] = 0
+    values["training"] |= {"workers": 1, "warmup_steps": 0, "steps": 1 << 30}
+    values["cluster"]["expert_hosts"] = hosts
+    return RunConfig.from_dict(values)
+
+
+def _ratio(rounds: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:
+    return [a / b for a, b in zip(rounds.get(over, ()), rounds.get(under, ()), strict=False)]
+
+
+__all__ = ["bench_train", "flops_per_token"]
