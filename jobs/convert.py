@@ -39,13 +39,17 @@ _THEIR_GROUP_SCORE = 2  # experts by which everybody else's code judges a group
 Shape = tuple[int, ...]
 
 
-def export_checkpoint(checkpoint: Path, target: Path, *, dtype: str | None = None) -> dict[str, Any]:
+def export_checkpoint(
+    checkpoint: Path, target: Path, *, dtype: str | None = None, mtp: bool = True
+) -> dict[str, Any]:
     """Write weights, configuration and tokenizer as transformers and vLLM read them.
 
     Args:
         checkpoint: one of ours, or a run's directory, whose latest is taken.
         target: a directory that does not exist, or is empty.
         dtype: cast to; None keeps each tensor's (float32 for fp8).
+        mtp: with the MTP modules. transformers' plain model does not use them, and lists their weights as
+            unexpected unless the model has DeepSeek-V3's 61 layers.
 
     Returns:
         What was written; `note` says so where other implementations would route the model differently.
@@ -54,7 +58,7 @@ def export_checkpoint(checkpoint: Path, target: Path, *, dtype: str | None = Non
         CheckpointError: missing, incomplete, or `target` is taken.
         ConfigError: `dtype` is unknown.
     """
-    source = _Source(find_weights(checkpoint), _dtype(dtype))
+    source = _Source(find_weights(checkpoint), _dtype(dtype), mtp=mtp)
     return {**_write(source, target), **_deviation(source.config)}
 
 
@@ -79,9 +83,11 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -
 class _Source:
     """A directory's tensors one by one, as they are to be written."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype | None, *, mtp: bool = True) -> None:
         self.directory = directory
         self.config = PretrainedSource(directory).config
+        if not mtp:
+            self.config = self.config.model_copy(update={"num_nextn_predict_layers": 0})
         self._reader = ShardReader(directory)
         self._block = block_size(read_hf_config(directory))
         self._originals = duplicate_names(self.config)

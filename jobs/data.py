@@ -31,6 +31,7 @@ from jobs.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 _SAMPLE_BYTES = 16 << 20  # of training text that a tokenizer is trained on
 _CHUNK_BYTES = 8 << 20  # of text that one block of a dataset holds, about
+_RAYS_ADVICE = "\nFailed to "  # Ray Data appends how it retried to the text of any error
 _T = TypeVar("_T")
 
 
@@ -236,7 +237,7 @@ def _own_errors() -> Iterator[None]:
         own = own_error(error)
         if own is None or own is error:
             raise
-        raise own from None
+        raise type(own)(str(own).partition(_RAYS_ADVICE)[0]) from None
 
 
 __all__ = ["InObjectStore", "PreparedData", "prepare"]
