@@ -40,7 +40,7 @@ def write_skewed(config: RunConfig, directory: Path) -> None:
             name = f"model.layers.{layer}.mlp.experts.{expert}"
             tensors[f"{name}.gate_proj.weight"], tensors[f"{name}.up_proj.weight"] = w13.chunk(2)
             tensors[f"{name}.down_proj.weight"] = w2
-    write_shard(directory / "model.safetensors", tensors)
+    write_shard(directory / "model-1.safetensors", tensors)
     write_model_config(directory, model)
     write_index(directory)
 
