@@ -13,9 +13,9 @@ from torch import Tensor
 IGNORE = -100
 """The target of a position that is left out of the loss."""
 
-# Logits of a chunk take 4 MiB in float32: they stay in the last cache between the product that makes
+# Logits of a chunk take 8 MiB in float32: they stay in the last cache between the product that makes
 # them, the softmax, and the two products that take their gradient.
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 21
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -24,29 +24,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         need_hidden, need_weight, _ = ctx.needs_input_grad
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight) if need_weight else None
-        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
-        for chunk in _chunks(len(hidden), weight.shape[0]):
-            kept = target[chunk] != IGNORE
-            goal = target[chunk].clamp_min(0).unsqueeze(1)
-            logits = (hidden[chunk] @ weight.t()).to(total.dtype)
-            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-            loss = (log_sum - logits.gather(1, goal)).squeeze(1)
-            total += torch.where(kept, loss, 0).sum()
+        kept = target != IGNORE
+        goal = torch.where(kept, target, 0).unsqueeze(1)
+        # Positions that are left out count through neither product.
+        rows = hidden if kept.all() else hidden * kept.unsqueeze(1)
+        log_likelihood = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
+        chunks = _chunks(len(hidden), weight.shape[0])
+        longest = chunks[0].stop if chunks else 0
+        product = hidden.new_empty(longest, weight.shape[0])
+        logs = product.new_empty(product.shape, dtype=log_likelihood.dtype)
+        for chunk in chunks:
+            n = chunk.stop - chunk.start
+            logits = torch.mm(hidden[chunk], weight.t(), out=product[:n]).to(logs.dtype)
+            torch.log_softmax(logits, 1, out=logs[:n])
+            log_likelihood[chunk] = logs[:n].gather(1, goal[chunk]).squeeze(1)
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = logits.sub_(log_sum).exp_()
-            d_logits.scatter_add_(1, goal, d_logits.new_full((), -1).expand_as(goal))
-            if not kept.all():
-                d_logits.mul_(kept.unsqueeze(1))
+            d_logits = logs[:n].exp_()
+            d_logits.scatter_add_(1, goal[chunk], d_logits.new_full((), -1).expand(n, 1))
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[chunk])
             if d_weight is not None:
-                d_weight.addmm_(d_logits.t(), hidden[chunk])
+                d_weight.addmm_(d_logits.t(), rows[chunk])
+        if d_hidden is not None and rows is not hidden:
+            d_hidden.mul_(kept.unsqueeze(1))
         ctx.save_for_backward(d_hidden, d_weight)
-        return total
+        return -torch.where(kept, log_likelihood, 0).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
