@@ -187,6 +187,7 @@ def export_(
     dtype: Annotated[
         str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; unchanged by default.")
     ] = None,
+    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With the MTP modules, or without.")] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -195,7 +196,7 @@ def export_(
     def compute() -> Result:
         from jobs.convert import export_checkpoint
 
-        return export_checkpoint(checkpoint, target, dtype=dtype)
+        return export_checkpoint(checkpoint, target, dtype=dtype, mtp=mtp)
 
     finish(compute, as_json=as_json)
 
