@@ -30,9 +30,9 @@ def plot_run(directory: Path) -> Path:
     numbers = [step["step"] for step in steps]
     figure, (losses, balance, load) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
 
-    losses.plot(numbers, [step["main_loss"] for step in steps], color=_TRAIN, lw=1, label="training")
     if any(step["mtp_loss"] for step in steps):
-        losses.plot(numbers, [step["mtp_loss"] for step in steps], color=_MTP, lw=1, label="MTP, mean")
+        losses.plot(numbers, [step["mtp_loss"] for step in steps], color=_MTP, lw=1, label="MTP, training")
+    losses.plot(numbers, [step["main_loss"] for step in steps], color=_TRAIN, lw=1, label="training")
     judged = _changes(
         [(step["step"], step["validation_loss"]) for step in steps if "validation_loss" in step]
     )
@@ -60,6 +60,7 @@ def _draw_load(axes, directory: Path, layers: list[str]) -> None:  # type: ignor
     axes.set(title="Expert load on held-out text (1 = even)", xlabel="expert", ylabel="layer")
     file = directory / VALIDATION_FILE
     if not file.exists():
+        axes.set_axis_off()
         axes.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=axes.transAxes)
         return
     loads = json.loads(file.read_text(encoding="utf-8"))["expert_load"]
