@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
@@ -67,12 +67,38 @@ def request_header(request: Request) -> expert_pb2.Header:
         raise ProtocolError(f"{name} does not fit the wire: {error}") from error
 
 
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+_MAX_REMEMBERED: Final = 4096
+
+
+class _Plan(NamedTuple):
+    """The places of tensors of some dtypes and shapes, as numbers on the wire, and the payload's size."""
+
+    placed: list[Placement]
+    layout: list[int]
+    size: int
+
+
+_plans: dict[tuple[tuple[torch.dtype, torch.Size], ...], _Plan] = {}
+_layouts: dict[tuple[int, ...], tuple[list[Placement], int]] = {}
+
+
 def place(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> tuple[list[Placement], int]:
     """Lay `tensors` out one after the other, aligned, note it in `header`; returns it and the size.
 
     Raises:
         ProtocolError: a dtype that the wire does not know.
     """
+    kinds = tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
+    plan = _plans.get(kinds)
+    if plan is None:
+        plan = _remember(_plans, kinds, _plan(tensors))
+    header.layout.extend(plan.layout)
+    return plan.placed, plan.size
+
+
+def _plan(tensors: Sequence[torch.Tensor]) -> _Plan:
     placed = []
     layout: list[int] = []
     end = 0
@@ -87,8 +113,15 @@ def place(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> tuple[l
         shape = tuple(tensor.shape)
         placed.append(Placement(tensor.dtype, shape, count, offset, end))
         layout += (wire, len(shape), *shape, offset)
-    header.layout.extend(layout)
-    return placed, end
+    return _Plan(placed, layout, end)
+
+
+def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    """Calls of one size follow one another, layer by layer: what was worked out once is kept, in bounds."""
+    if len(known) >= _MAX_REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def parse(data: bytes | memoryview) -> expert_pb2.Header:
@@ -109,7 +142,15 @@ def placements(header: expert_pb2.Header, size: int) -> list[Placement]:
     Raises:
         ProtocolError: an unknown dtype, an absurd shape, or bytes outside of the payload.
     """
-    layout = list(header.layout)
+    layout = tuple(header.layout)
+    known = _layouts.get(layout)
+    if known is not None and known[1] <= size:
+        return known[0]
+    found = _read_layout(layout, size)
+    return _remember(_layouts, layout, (found, max((where.end for where in found), default=0)))[0]
+
+
+def _read_layout(layout: tuple[int, ...], size: int) -> list[Placement]:
     found: list[Placement] = []
     at = 0
     while at < len(layout):
@@ -119,7 +160,7 @@ def placements(header: expert_pb2.Header, size: int) -> list[Placement]:
         dtype = _TORCH_DTYPE.get(layout[at])
         if dtype is None:
             raise ProtocolError(f"tensor {len(found)} of the payload has unknown dtype {layout[at]}")
-        shape = tuple(layout[at + 2 : at + 2 + dimensions])
+        shape = layout[at + 2 : at + 2 + dimensions]
         offset = layout[at + 2 + dimensions]
         count = math.prod(shape)
         # A tensor without elements has strides nevertheless, which must not overflow.
