@@ -78,12 +78,14 @@ def demo() -> RunConfig:
                 "max_position_embeddings": 1024,
                 "num_nextn_predict_layers": 1,
             },
+            # So short a run has no time for a bias that moves by 0.001 a step.
+            "balance": {"update_rate": 0.005},
             "training": {
-                "steps": 400,
-                "batch_size": 8,
-                "microbatch_size": 4,
+                "steps": 700,
+                "batch_size": 4,
+                "microbatch_size": 2,
                 "sequence_length": 256,
-                "learning_rate": 2e-3,
+                "learning_rate": 3e-3,
                 "warmup_steps": 40,
                 "eval_interval": 100,
                 "eval_rows": 32,
