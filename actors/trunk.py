@@ -159,6 +159,11 @@ class TrunkWorker:
         return self._model
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._model.lm_head.weight.dtype
+
+    @property
     def experts(self) -> ExpertsInProcess | None:
         """The experts of this process, if they are here."""
         return self._experts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.checkpoint import ShardReader, write_shard
+from model.checkpoint import ShardReader, trunk_tensors, write_shard
 from model.optimizer import AdamW
 from model.transformer import Transformer
 
@@ -17,10 +17,7 @@ _KINDS = ("exp_avg", "exp_avg_sq")
 
 def save_trunk(directory: Path, model: Transformer, optimizer: AdamW) -> None:
     """Write weights and moments of everything but the routed experts into a checkpoint in the making."""
-    tensors: dict[str, Tensor] = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    write_shard(directory / _WEIGHTS, tensors)
+    write_shard(directory / _WEIGHTS, trunk_tensors(model.config, dict(model.state_dict())))
     moments = {
         f"{name}.{kind}": moment
         for name, pair in optimizer.moments().items()

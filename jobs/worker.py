@@ -209,7 +209,7 @@ class TrainingWorker:
         else:
             self._coordinator.save(str(directory), self._step)
         self._data.save_tokenizer(directory)
-        write_model_config(directory, self._config.model)
+        write_model_config(directory, self._config.model, dtype=self._trunk.dtype)
         write_index(directory)
         validation = self._validation
         self._store.commit(
