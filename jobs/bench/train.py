@@ -7,6 +7,7 @@ hits all of them; ratios are taken within a round, and medians over the rounds.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -38,10 +39,13 @@ def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
         Tokens per second of each contender (medians), their ratios, the share of the measured peak of
         float32 matrix products that the arithmetic of our local step reaches, and `spreads`: the lowest
         and highest round of each figure. Without transformers installed its figures are None.
+        `load_before` is the machine's load average at the start: on a busy machine the ratios mean little,
+        for a contender whose threads wait for each other after every operation then waits for others' work.
 
     Raises:
         RaymoeError: a contender failed, with its text.
     """
+    load = os.getloadavg()[0]
     local, remote = _with_hosts(config, 0), _with_hosts(config, config.cluster.expert_hosts or _HOSTS)
     rounds: dict[str, list[float]] = {}
     with ExitStack() as stack:
@@ -76,6 +80,7 @@ def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
     return {
         **{name: statistics.median(values) if values else None for name, values in figures.items()},
         "spreads": {name: [min(values), max(values)] for name, values in figures.items() if values},
+        "load_before": load,
         "rounds": len(rounds["local"]),
         "steps_per_round": _PER_ROUND,
         "tokens_per_step": tokens,
