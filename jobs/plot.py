@@ -30,21 +30,31 @@ def plot_run(directory: Path) -> Path:
     numbers = [step["step"] for step in steps]
     figure, (losses, balance, load) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
 
+    raw = [step["main_loss"] for step in steps]
+    losses.plot(numbers, raw, color=_TRAIN, lw=0.6, alpha=0.25)
+    losses.plot(numbers, _running_mean(raw), color=_TRAIN, lw=1.5, label="training")
     if any(step["mtp_loss"] for step in steps):
-        losses.plot(numbers, [step["mtp_loss"] for step in steps], color=_MTP, lw=1, label="MTP, training")
-    losses.plot(numbers, [step["main_loss"] for step in steps], color=_TRAIN, lw=1, label="training")
-    judged = _changes(
-        [(step["step"], step["validation_loss"]) for step in steps if "validation_loss" in step]
+        mtp = _running_mean([step["mtp_loss"] for step in steps])
+        losses.plot(numbers, mtp, color=_MTP, lw=1.2, ls="--", label="training, MTP")
+    judged = [step for step in steps if "validation_loss" in step]
+    # The evaluation at the end takes all documents, those before it a part: not one curve.
+    some = _changes(
+        [(step["step"], step["validation_loss"]) for step in judged if "bits_per_byte" not in step]
     )
-    if judged:
-        losses.plot(*zip(*judged, strict=True), color=_VALIDATION, marker="o", ms=3, label="held out")
+    everything = _changes(
+        [(step["step"], step["validation_loss"]) for step in judged if "bits_per_byte" in step]
+    )
+    for points, label, marker in ((some, "held out, in part", "o"), (everything, "held out", "D")):
+        if points:
+            style = {"marker": marker, "ms": 4, "lw": 1, "color": _VALIDATION}
+            losses.plot(*zip(*points, strict=True), label=label, **style)
     losses.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
     losses.legend(frameon=False)
 
     for layer in steps[-1]["max_violation"]:
-        balance.plot(
-            numbers, [step["max_violation"][layer] for step in steps], lw=0.8, label=f"layer {layer}"
-        )
+        raw = [step["max_violation"][layer] for step in steps]
+        (line,) = balance.plot(numbers, _running_mean(raw), lw=1.2, label=f"layer {layer}")
+        balance.plot(numbers, raw, lw=0.5, alpha=0.2, color=line.get_color())
     balance.axhline(0, color="black", lw=0.5)
     balance.set(xlabel="step", ylabel="(max - mean) / mean", title="MaxVio: the fullest expert, each step")
     balance.legend(frameon=False, fontsize="small")
@@ -68,6 +78,12 @@ def _draw_load(axes, directory: Path, layers: list[str]) -> None:  # type: ignor
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
     axes.set_yticks(range(len(layers)), layers)
     axes.figure.colorbar(image, ax=axes)
+
+
+def _running_mean(values: list[float], window: int = 10) -> list[float]:
+    """Of each value and those before it, at most `window` of them."""
+    parts = (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in parts]
 
 
 def _changes(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -22,7 +22,7 @@ from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.plot import PLOT_FILE
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(540),
     # Ray's own code warns of its own settings.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
@@ -75,7 +75,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings |= {"data.path": corpus, "training.steps": 30, "checkpoint.interval": 15}
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={_yaml(value)}")]
     command = [sys.executable, "-m", "jobs.demo", "--output", str(output), *sets]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     for shown in ("held-out bits per byte", "zlib -9", "tokens per second", "MaxVio", "MTP acceptance"):
