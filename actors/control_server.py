@@ -14,6 +14,7 @@ from channels.grpc import OPTIONS
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
 
 _ERROR_TYPE = "raymoe-error"
+_MAX_TEXT = 1200  # a status travels in gRPC's metadata: 8 KiB, in which a character may take six bytes
 
 
 class ControlServer:
@@ -59,7 +60,7 @@ def refusing(context: grpc.ServicerContext) -> Iterator[None]:
         ours = isinstance(error, RaymoeError)
         text = str(error) if ours else f"{type(error).__name__}: {error}"
         context.set_trailing_metadata(((_ERROR_TYPE, type(error).__name__ if ours else "RemoteError"),))
-        context.abort(grpc.StatusCode.INTERNAL, text)
+        context.abort(grpc.StatusCode.INTERNAL, text[:_MAX_TEXT])
 
 
 def not_served(context: grpc.ServicerContext) -> NoReturn:

@@ -28,7 +28,8 @@ _T = TypeVar("_T")
 class _Process(Generic[_T]):
     """Builds once; remembers the error if that fails."""
 
-    def __init__(self, build: Callable[[], _T]) -> None:
+    def __init__(self, build: Callable[[], _T], interface: str | None = None) -> None:
+        self._interface = interface or _node_ip()
         self._error: Exception | None = None
         self._built: Any = None
         try:
@@ -52,7 +53,7 @@ class _Process(Generic[_T]):
 
 class _ExpertHostProcess(_Process[ExpertHost]):
     def _open(self, plain: ExpertHost) -> ExpertHostServer:
-        return ExpertHostServer(plain, bind=_node_ip(), node=_node_id())
+        return ExpertHostServer(plain, bind=self._interface, node=_node_id())
 
     def info(self) -> HostInfo:
         """Where the host is reached."""
@@ -66,7 +67,7 @@ class _CoordinatorProcess(_Process[Coordinator]):
         self._coordinator = plain
         return ControlServer(
             lambda server: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server),
-            host=_node_ip(),
+            host=self._interface,
             # Every worker may wait in a report, with room for the driver and the hosts.
             threads=plain.workers + 16,
         )
@@ -87,7 +88,7 @@ class _RouterProcess(_Process[GateRouter]):
         servicer = RouterServicer(plain)
         return ControlServer(
             lambda server: router_pb2_grpc.add_RouterServicer_to_server(servicer, server),
-            host=_node_ip(),
+            host=self._interface,
             threads=32,
         )
 
@@ -102,15 +103,25 @@ CoordinatorActor = ray.remote(max_restarts=0)(_CoordinatorProcess)
 RouterActor = ray.remote(max_restarts=0)(_RouterProcess)
 
 
-def start(actor: Any, build: Callable[[], Any], *, cpus: float = 0, gpus: float = 0, **options: Any) -> Any:
+def start(
+    actor: Any,
+    build: Callable[[], Any],
+    *,
+    interface: str | None = None,
+    cpus: float = 0,
+    gpus: float = 0,
+    **options: Any,
+) -> Any:
     """Start one of the actors, spread over the cluster's nodes; returns its handle at once.
 
     Args:
         build: makes the plain class; called in the actor's process.
+        interface: that it listens on; None takes the address that Ray knows its node by.
         cpus, gpus: what Ray reserves.
         options: further options of Ray, as `runtime_env`.
     """
-    return actor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD", **options).remote(build)
+    chosen = actor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD", **options)
+    return chosen.remote(build, interface)
 
 
 def ask(reference: Any, *, what: str, timeout: float | None = None) -> Any:

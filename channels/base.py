@@ -18,9 +18,8 @@ FORWARD kept without a backward pass (no payload, no reply tensors).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -34,8 +33,7 @@ class Phase(IntEnum):
     RELEASE = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestId:
+class RequestId(NamedTuple):
     """Names one call for ever: the same id is the same call, sent again.
 
     Attributes:
@@ -62,8 +60,7 @@ class RequestId:
         return (self.run, self.step, self.microbatch, self.layer, self.router)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """One call: its id and its payload (layout by phase, see the module's text)."""
 
     id: RequestId
@@ -73,7 +70,8 @@ class Request:
 Handler = Callable[[Request], tuple[torch.Tensor, ...]]
 """What a server calls for each request. A `RaymoeError` raised by it reaches the caller as a
 `RemoteError` (`StaleEpoch` stays itself), any other exception likewise with its type and text.
-Tensors of the request are valid only until the handler returns; the reply's are read at once."""
+Tensors of the request are valid only until the handler returns, and it must not change what they are
+(`requires_grad_`, `resize_`): the next request may come with the same ones. The reply's are read at once."""
 
 
 class Ticket(Protocol):

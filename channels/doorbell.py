@@ -15,16 +15,14 @@ import struct
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from channels import header as headers
 from channels.codec import COPIED_BELOW, plain, tensor_at
-from channels.header import Placement
+from channels.header import Layout, Placement
 from channels.segments import Segment, SegmentMirror, SegmentPool
 from errors import ChannelError, ChannelTimeout, ProtocolError
-from protos import expert_pb2
 
 _HEAD: Final = struct.Struct("<4sIQQI")  # magic, segment, capacity if it is new, size, segments released
 _MAGIC: Final = b"rmo1"
@@ -35,6 +33,13 @@ _CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # plain numbers: an enu
 _CREDENTIALS: Final = struct.Struct("3i")
 _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * _INT)
+_NONE: Final = array.array("i")
+_WHEN_IT_COMES: Final = int(socket.MSG_CMSG_CLOEXEC)
+_AT_ONCE: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_LONGEST: Final = 1e9  # seconds that a socket takes as a time-out
+_SPIN: Final = 200e-6
+"""Seconds that a receive polls before it sleeps, where the wait before was short. To fall asleep and be
+woken costs about 50 µs at each end; waits longer than this are the peer computing, who wants the core."""
 
 
 def _write(segment: Segment, where: Placement, tensor: torch.Tensor) -> None:
@@ -46,30 +51,18 @@ def _write(segment: Segment, where: Placement, tensor: torch.Tensor) -> None:
         tensor_at(segment.memory, segment.address, where).copy_(tensor.detach())
 
 
-def _copy(address: int, where: Placement) -> torch.Tensor:
-    tensor = torch.empty(where.shape, dtype=where.dtype)
-    ctypes.memmove(tensor.data_ptr(), address + where.offset, where.end - where.offset)
-    return tensor
-
-
 class Packet(NamedTuple):
-    """What came: a header, and the segment that holds what the header places."""
+    """What came: a header's text, and the segment that holds the payload of `size` bytes."""
 
-    header: expert_pb2.Header
+    text: bytes
+    size: int
     segment: Segment | None
-    placed: list[Placement]
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self, placed: tuple[Placement, ...]) -> tuple[torch.Tensor, ...]:
         """Views of the segment."""
         if self.segment is None:
-            return tuple(torch.empty(where.shape, dtype=where.dtype) for where in self.placed)
-        memory, address = self.segment.memory, self.segment.address
-        return tuple([tensor_at(memory, address, where) for where in self.placed])
-
-    def copies(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, owned by the caller."""
-        address = 0 if self.segment is None else self.segment.address
-        return tuple([_copy(address, where) for where in self.placed])
+            return tuple(torch.empty(where.shape, dtype=where.dtype) for where in placed)
+        return self.segment.views(placed)
 
 
 class Doorbell:
@@ -86,6 +79,7 @@ class Doorbell:
         self._read: deque[int] = deque()
         self._buffer = bytearray(_MAX_PACKET)
         self._patience = 0.0
+        self._brief = False  # the wait before was short
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.peer, user, _ = _CREDENTIALS.unpack(credentials)
         if user != os.geteuid():
@@ -94,46 +88,55 @@ class Doorbell:
                 f" {os.geteuid()}; shared memory is for one user, use grpc"
             )
 
-    def send(self, header: expert_pb2.Header, tensors: Sequence[torch.Tensor] = ()) -> int | None:
+    def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor] = ()) -> int | None:
         """Write the tensors to a segment and ring; returns the segment's number, if one was needed.
 
         Raises:
-            ProtocolError: the header is too long, or a tensor of a dtype that the wire does not know.
+            ProtocolError: the header is too long.
+            ResourceError: the system gives no memory or descriptor.
             ChannelError: the peer is gone.
         """
-        placed, size = headers.place(header, tensors)
-        text = header.SerializeToString()
+        size = payload.size
         if len(text) > _MAX_PACKET - _HEAD.size - 4 * _MAX_RELEASED:
             raise ProtocolError(f"a header of {len(text)} bytes does not fit a packet; shorten its names")
-        segment: Segment | None = None
-        descriptor: int | None = None
+        if not size:
+            self._ring(text, None, 0, 0, None)
+            return None
+        segment, descriptor = self._pool.acquire(size)
         try:
-            if size:
-                segment, descriptor = self._pool.acquire(size)
-                for tensor, where in zip(tensors, placed, strict=True):
+            try:
+                for tensor, where in zip(tensors, payload.placed, strict=True):
                     _write(segment, where, tensor)
-            capacity = segment.capacity if segment is not None and descriptor is not None else 0
-            self._ring(text, segment, capacity, size, descriptor)
-        except OSError as error:
-            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+            except BaseException:
+                # The peer has not heard of it: a new segment is nobody's, an old one is free again.
+                if descriptor is None:
+                    self._pool.release(segment.index)
+                else:
+                    self._pool.forget(segment.index)
+                raise
+            self._ring(text, segment, segment.capacity if descriptor is not None else 0, size, descriptor)
         finally:
             if descriptor is not None:
                 os.close(descriptor)
-        return None if segment is None else segment.index
+        return segment.index
 
     def _ring(
         self, text: bytes, segment: Segment | None, capacity: int, size: int, descriptor: int | None
     ) -> None:
-        read = [self._read.popleft() for _ in range(min(len(self._read), _MAX_RELEASED))]
+        waiting = self._read
+        read = [waiting.popleft() for _ in range(min(len(waiting), _MAX_RELEASED))]
         index = _NO_SEGMENT if segment is None else segment.index
         packet = _HEAD.pack(_MAGIC, index, capacity, size, len(read))
         if read:
             packet += struct.pack(f"<{len(read)}I", *read)
         packet += text
-        if descriptor is None:
-            self._socket.send(packet, socket.MSG_NOSIGNAL)
-        else:
-            socket.send_fds(self._socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
+        try:
+            if descriptor is None:
+                self._socket.send(packet, socket.MSG_NOSIGNAL)
+            else:
+                socket.send_fds(self._socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
 
     def receive(self, deadline: float | None = None) -> Packet:
         """Wait for a packet.
@@ -145,14 +148,12 @@ class Doorbell:
         """
         self._set_patience(deadline)
         try:
-            length, ancillary, flags, _ = self._socket.recvmsg_into(
-                [self._buffer], _ANCILLARY, socket.MSG_CMSG_CLOEXEC
-            )
+            length, ancillary, flags, _ = self._wait()
         except BlockingIOError:
             raise ChannelTimeout(f"pid {self.peer} does not answer") from None
         except OSError as error:
             raise ChannelError(f"pid {self.peer} hung up: {error}") from error
-        descriptors = array.array("i")
+        descriptors = array.array("i") if ancillary else _NONE
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(data[: len(data) - len(data) % _INT])
@@ -165,6 +166,20 @@ class Doorbell:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _wait(self) -> tuple[int, list[tuple[int, int, bytes]], int, Any]:
+        """The next packet into the buffer: polled for if the wait before was short, else slept for."""
+        began = time.perf_counter()
+        receive, into = self._socket.recvmsg_into, [self._buffer]
+        if self._brief:
+            while time.perf_counter() - began < _SPIN:
+                try:
+                    return receive(into, _ANCILLARY, _AT_ONCE)
+                except BlockingIOError:
+                    os.sched_yield()
+        came = receive(into, _ANCILLARY, _WHEN_IT_COMES)
+        self._brief = time.perf_counter() - began < 2.5 * _SPIN
+        return came
 
     def _read_packet(self, packet: memoryview, descriptors: array.array[int]) -> Packet:
         if len(packet) < _HEAD.size:
@@ -181,8 +196,7 @@ class Doorbell:
         if capacity:
             self._mirror.attach(index, descriptors[0], capacity)
         segment = self._mirror.get(index, size) if size else None
-        header = headers.parse(packet[text:])
-        return Packet(header, segment, headers.placements(header, size))
+        return Packet(bytes(packet[text:]), size, segment)
 
     def done_with(self, segment: Segment | None) -> None:
         """Nothing reads `segment` any more; the peer hears of it with the next packet. Any thread."""
@@ -197,7 +211,7 @@ class Doorbell:
     def _set_patience(self, deadline: float | None) -> None:
         # The kernel's own timeout: a poll before each receive would be one more system call.
         # A twentieth more is as good: calls with the same timeout then leave it as it is.
-        patience = 0.0 if deadline is None else max(deadline - time.monotonic(), 1e-6)
+        patience = 0.0 if deadline is None else min(max(deadline - time.monotonic(), 1e-6), _LONGEST)
         if not patience <= self._patience <= 1.05 * patience:
             patience *= 1.04
             seconds = int(patience)

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 import torch
 from google.protobuf.message import DecodeError
 
-from channels.base import Phase, Request, RequestId
+from channels.base import Phase, RequestId
 from errors import ProtocolError, RaymoeError, RemoteError, StaleEpoch
 from protos import expert_pb2, tensor_pb2
 
@@ -44,63 +44,49 @@ class Placement(NamedTuple):
     end: int
 
 
-def request_header(request: Request) -> expert_pb2.Header:
-    """A header with the request's id; its tensors are added by `place`.
+class Layout(NamedTuple):
+    """Where tensors of some dtypes and shapes lie, the payload's size, and a header's text that says so."""
 
-    Raises:
-        ProtocolError: a field of the id does not fit the wire (int64, text).
-    """
-    name = request.id
-    try:
-        return expert_pb2.Header(
-            id=expert_pb2.RequestId(
-                run=name.run,
-                epoch=name.epoch,
-                step=name.step,
-                microbatch=name.microbatch,
-                layer=name.layer,
-                phase=int(name.phase),  # type: ignore[arg-type]  # an int is what protobuf wants
-                router=name.router,
-            )
-        )
-    except (TypeError, ValueError) as error:
-        raise ProtocolError(f"{name} does not fit the wire: {error}") from error
+    placed: tuple[Placement, ...]
+    size: int
+    text: bytes
 
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 _MAX_REMEMBERED: Final = 4096
+_OK: Final = expert_pb2.Header(status=expert_pb2.Status()).SerializeToString()
+_ID_TAG: Final = b"\x0a"  # field 1 of a header, length-delimited
+
+_layouts: dict[tuple[tuple[torch.dtype, torch.Size], ...], Layout] = {}
+_read_layouts: dict[tuple[int, ...], tuple[tuple[Placement, ...], int]] = {}
+_read_replies: dict[bytes, tuple[tuple[Placement, ...], int]] = {}
 
 
-class _Plan(NamedTuple):
-    """The places of tensors of some dtypes and shapes, as numbers on the wire, and the payload's size."""
-
-    placed: list[Placement]
-    layout: list[int]
-    size: int
+_MAX_KEY: Final = 64  # numbers of a layout, which a peer chooses, that is worth remembering
 
 
-_plans: dict[tuple[tuple[torch.dtype, torch.Size], ...], _Plan] = {}
-_layouts: dict[tuple[int, ...], tuple[list[Placement], int]] = {}
+def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    """Calls of one size follow one another, layer by layer: what was worked out once is kept, in bounds."""
+    if len(known) >= _MAX_REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
 
 
-def place(header: expert_pb2.Header, tensors: Sequence[torch.Tensor]) -> tuple[list[Placement], int]:
-    """Lay `tensors` out one after the other, aligned, note it in `header`; returns it and the size.
+def layout(tensors: Sequence[torch.Tensor]) -> Layout:
+    """Lay `tensors` out one after the other, aligned.
 
     Raises:
         ProtocolError: a dtype that the wire does not know.
     """
     kinds = tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
-    plan = _plans.get(kinds)
-    if plan is None:
-        plan = _remember(_plans, kinds, _plan(tensors))
-    header.layout.extend(plan.layout)
-    return plan.placed, plan.size
+    return _layouts.get(kinds) or _remember(_layouts, kinds, _lay_out(tensors))
 
 
-def _plan(tensors: Sequence[torch.Tensor]) -> _Plan:
+def _lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
     placed = []
-    layout: list[int] = []
+    numbers: list[int] = []
     end = 0
     for index, tensor in enumerate(tensors):
         wire = _WIRE_DTYPE.get(tensor.dtype)
@@ -112,45 +98,120 @@ def _plan(tensors: Sequence[torch.Tensor]) -> _Plan:
         end = offset + count * tensor.element_size()
         shape = tuple(tensor.shape)
         placed.append(Placement(tensor.dtype, shape, count, offset, end))
-        layout += (wire, len(shape), *shape, offset)
-    return _Plan(placed, layout, end)
+        numbers += (wire, len(shape), *shape, offset)
+    return Layout(tuple(placed), end, expert_pb2.Header(layout=numbers).SerializeToString())
 
 
-def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
-    """Calls of one size follow one another, layer by layer: what was worked out once is kept, in bounds."""
-    if len(known) >= _MAX_REMEMBERED:
-        known.clear()
-    known[key] = value
-    return value
-
-
-def parse(data: bytes | memoryview) -> expert_pb2.Header:
-    """Read a header.
+def request_text(name: RequestId, payload: Layout) -> bytes:
+    """The header of a request, whose parts protobuf merges when it reads them.
 
     Raises:
-        ProtocolError: these bytes are none.
+        ProtocolError: a field of the id does not fit the wire (int64, text).
     """
     try:
-        return expert_pb2.Header.FromString(bytes(data))
-    except DecodeError as error:
-        raise ProtocolError(f"a header of {len(data)} bytes cannot be read: {error}") from error
+        id = expert_pb2.RequestId(
+            run=name.run,
+            epoch=name.epoch,
+            step=name.step,
+            microbatch=name.microbatch,
+            layer=name.layer,
+            phase=int(name.phase),  # type: ignore[arg-type]  # an int is what protobuf wants
+            router=name.router,
+        ).SerializeToString()
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"{name} does not fit the wire: {error}") from error
+    return _ID_TAG + varint(len(id)) + id + payload.text
 
 
-def placements(header: expert_pb2.Header, size: int) -> list[Placement]:
-    """What `header` says of a payload of `size` bytes, checked.
+def reply_text(payload: Layout) -> bytes:
+    """The header of a reply that went well."""
+    return _OK + payload.text
+
+
+def error_text(error: Exception) -> bytes:
+    """The header of a reply that says how the call failed."""
+    text = str(error)[:MAX_TEXT].encode("utf-8", "replace").decode()
+    status = expert_pb2.Status(code=expert_pb2.CODE_FAILED, message=text, type=type(error).__name__)
+    if isinstance(error, StaleEpoch):
+        status.code, status.epoch = expert_pb2.CODE_STALE_EPOCH, error.epoch
+    elif isinstance(error, RaymoeError):
+        status.code = expert_pb2.CODE_REFUSED
+    return expert_pb2.Header(status=status).SerializeToString()
+
+
+def varint(value: int) -> bytes:
+    """A number of a protobuf message."""
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def read_request(text: bytes, size: int) -> tuple[RequestId, tuple[Placement, ...]]:
+    """The id of a request, and what its header says of a payload of `size` bytes.
 
     Raises:
-        ProtocolError: an unknown dtype, an absurd shape, or bytes outside of the payload.
+        ProtocolError: these bytes are no request's header, its phase is unknown, or what it says of the
+            payload cannot be: an unknown dtype, an absurd shape, bytes outside of it.
     """
-    layout = tuple(header.layout)
-    known = _layouts.get(layout)
+    header = _parse(text)
+    if not header.HasField("id"):
+        raise ProtocolError("a request's header has no id")
+    wire = header.id
+    phase = _PHASES.get(wire.phase)
+    if phase is None:
+        raise ProtocolError(
+            f"a request has unknown phase {wire.phase}; this host knows 0 to {len(_PHASES) - 1}"
+        )
+    name = RequestId(wire.run, wire.epoch, wire.step, wire.microbatch, wire.layer, phase, wire.router)
+    return name, _placements(header, size)[0]
+
+
+def read_reply(text: bytes, size: int) -> tuple[Placement, ...]:
+    """What a reply's header says of a payload of `size` bytes.
+
+    Raises:
+        RemoteError: the reply tells of an error (StaleEpoch stays itself).
+        ProtocolError: these bytes are no reply's header, or what it says of the payload cannot be.
+    """
+    known = _read_replies.get(text)
     if known is not None and known[1] <= size:
         return known[0]
-    found = _read_layout(layout, size)
-    return _remember(_layouts, layout, (found, max((where.end for where in found), default=0)))[0]
+    header = _parse(text)
+    if not header.HasField("status"):
+        raise ProtocolError("a reply's header has no status")
+    status = header.status
+    if status.code == expert_pb2.CODE_STALE_EPOCH:
+        raise StaleEpoch(status.message, epoch=status.epoch)
+    if status.code != expert_pb2.CODE_OK:
+        raise RemoteError(f"{status.type or 'error'}: {status.message}")
+    found = _placements(header, size)
+    return (_remember(_read_replies, text, found) if len(header.layout) <= _MAX_KEY else found)[0]
 
 
-def _read_layout(layout: tuple[int, ...], size: int) -> list[Placement]:
+def _parse(text: bytes) -> expert_pb2.Header:
+    try:
+        return expert_pb2.Header.FromString(text)
+    except DecodeError as error:
+        raise ProtocolError(f"a header of {len(text)} bytes cannot be read: {error}") from error
+
+
+def _placements(header: expert_pb2.Header, size: int) -> tuple[tuple[Placement, ...], int]:
+    """The places that a header names, checked against a payload of `size` bytes, and where the last ends."""
+    numbers = tuple(header.layout)
+    known = _read_layouts.get(numbers)
+    if known is not None and known[1] <= size:
+        return known
+    placed = _read_layout(numbers, size)
+    found = (placed, max((where.end for where in placed), default=0))
+    return _remember(_read_layouts, numbers, found) if len(numbers) <= _MAX_KEY else found
+
+
+def _read_layout(layout: tuple[int, ...], size: int) -> tuple[Placement, ...]:
     found: list[Placement] = []
     at = 0
     while at < len(layout):
@@ -176,75 +237,18 @@ def _read_layout(layout: tuple[int, ...], size: int) -> list[Placement]:
             )
         found.append(Placement(dtype, shape, count, offset, end))
         at += dimensions + 3
-    return found
-
-
-def request_id(header: expert_pb2.Header) -> RequestId:
-    """The id of a request's header.
-
-    Raises:
-        ProtocolError: there is none, or its phase is unknown.
-    """
-    if not header.HasField("id"):
-        raise ProtocolError("a request's header has no id")
-    wire = header.id
-    phase = _PHASES.get(wire.phase)
-    if phase is None:
-        raise ProtocolError(
-            f"a request has unknown phase {wire.phase}; this host knows 0 to {len(_PHASES) - 1}"
-        )
-    return RequestId(
-        run=wire.run,
-        epoch=wire.epoch,
-        step=wire.step,
-        microbatch=wire.microbatch,
-        layer=wire.layer,
-        phase=phase,
-        router=wire.router,
-    )
-
-
-def reply_header() -> expert_pb2.Header:
-    """The header of a reply that went well; its tensors are added by `place`."""
-    return expert_pb2.Header(status=expert_pb2.Status())
-
-
-def error_header(error: Exception) -> expert_pb2.Header:
-    """The header of a reply that says how the call failed."""
-    text = str(error)[:MAX_TEXT].encode("utf-8", "replace").decode()
-    status = expert_pb2.Status(code=expert_pb2.CODE_FAILED, message=text, type=type(error).__name__)
-    if isinstance(error, StaleEpoch):
-        status.code, status.epoch = expert_pb2.CODE_STALE_EPOCH, error.epoch
-    elif isinstance(error, RaymoeError):
-        status.code = expert_pb2.CODE_REFUSED
-    return expert_pb2.Header(status=status)
-
-
-def remote_error(header: expert_pb2.Header) -> RemoteError | None:
-    """The error that a reply tells of, or None when the call went well.
-
-    Raises:
-        ProtocolError: the header is not a reply's.
-    """
-    if not header.HasField("status"):
-        raise ProtocolError("a reply's header has no status")
-    status = header.status
-    if status.code == expert_pb2.CODE_OK:
-        return None
-    if status.code == expert_pb2.CODE_STALE_EPOCH:
-        return StaleEpoch(status.message, epoch=status.epoch)
-    return RemoteError(f"{status.type or 'error'}: {status.message}")
+    return tuple(found)
 
 
 __all__ = [
     "ALIGNMENT",
+    "Layout",
     "Placement",
-    "error_header",
-    "parse",
-    "place",
-    "placements",
-    "remote_error",
-    "reply_header",
-    "request_header",
-    "request_id",
+    "error_text",
+    "layout",
+    "read_reply",
+    "read_request",
+    "reply_text",
+    "request_text",
+    "varint",
 ]

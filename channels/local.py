@@ -14,7 +14,7 @@ import torch
 from channels import header as headers
 from channels.base import Channel, Handler, Request
 from channels.locality import process_id
-from errors import ChannelError
+from errors import ChannelError, RemoteError
 
 _servers: Final[dict[str, LocalServer]] = {}
 _numbers: Final = itertools.count()
@@ -64,18 +64,26 @@ class LocalChannel:
         handler = self._server.handler
         if self._closed or handler is None:
             raise ChannelError(f"{self._server.address} is closed; connect again")
-        headers.place(headers.request_header(request), request.tensors)  # refuses what the wire would
+        headers.request_text(request.id, headers.layout(request.tensors))  # refuses what the wire would
         bare = tuple(tensor.detach() for tensor in request.tensors)
         try:
             reply = handler(Request(id=request.id, tensors=bare))
             # The handler may use its buffers again, and the caller may write into what it gets.
             return LocalTicket(tuple(tensor.detach().clone() for tensor in reply))
         except Exception as error:
-            return LocalTicket(headers.remote_error(headers.error_header(error)) or error)
+            return LocalTicket(_as_from_afar(error))
 
     def close(self) -> None:
         """Hang up."""
         self._closed = True
+
+
+def _as_from_afar(error: Exception) -> Exception:
+    try:
+        headers.read_reply(headers.error_text(error), 0)
+    except RemoteError as remote:
+        return remote
+    return error
 
 
 def serve(handler: Handler) -> LocalServer:

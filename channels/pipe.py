@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from channels.base import Handler, Request
-from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError
+from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError, ResourceError
 
 Reply = tuple[torch.Tensor, ...]
 MAX_IN_FLIGHT: Final = 32
@@ -73,8 +73,11 @@ class Pipe:
         except ChannelError as error:
             self._fail(error)
             raise
-        except BaseException:  # nothing has left: the request itself was wrong
+        except (ProtocolError, ResourceError):  # nothing has left: it could not be written
             self._flying.pop()
+            raise
+        except BaseException as error:  # nobody knows whether it has: no reply could be told from another
+            self._fail(ChannelError(f"{self.name}: closed in the middle of a request ({error!r})"))
             raise
         return ticket
 

@@ -13,9 +13,11 @@ import os
 from typing import Any, Final
 
 import numpy as np
+import torch
 
-from channels.codec import address_of
-from errors import ProtocolError
+from channels.codec import address_of, tensor_at
+from channels.header import Placement
+from errors import ProtocolError, ResourceError
 
 MAX_SEGMENTS: Final = 256
 MAX_CAPACITY: Final = 1 << 40
@@ -26,7 +28,7 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class Segment:
     """One mapping. Views of `memory` keep it alive."""
 
-    __slots__ = ("address", "capacity", "index", "memory")
+    __slots__ = ("_placed", "_views", "address", "capacity", "index", "memory")
 
     def __init__(self, index: int, descriptor: int, capacity: int) -> None:
         self.index = index
@@ -35,6 +37,15 @@ class Segment:
         mapped = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.memory: np.ndarray[Any, Any] = np.frombuffer(mapped, np.uint8)
         self.address = address_of(self.memory)
+        self._placed: tuple[Placement, ...] = ()
+        self._views: tuple[torch.Tensor, ...] = ()
+
+    def views(self, placed: tuple[Placement, ...]) -> tuple[torch.Tensor, ...]:
+        """The tensors that lie there. The last ones are remembered: payloads of one layout come in a row."""
+        if placed is not self._placed:
+            self._views = tuple([tensor_at(self.memory, self.address, where) for where in placed])
+            self._placed = placed
+        return self._views
 
 
 class SegmentPool:
@@ -48,29 +59,46 @@ class SegmentPool:
         """A free segment of at least `size` bytes, and its descriptor if it is new (the caller closes it).
 
         Raises:
-            OSError: the system gives no memory.
+            ResourceError: the system gives no memory or descriptor.
             ProtocolError: the peer holds on to every segment there may be.
         """
         fitting = [index for index in self._free if self._segments[index].capacity >= size]
         if fitting:
-            index = min(fitting, key=lambda number: self._segments[number].capacity)
+            index = fitting[0] if len(fitting) == 1 else min(fitting, key=self._capacity)
             self._free.remove(index)
             return self._segments[index], None
         # A free one that is too small makes way, so that a pool follows its largest payloads.
-        index = self._free.pop() if self._free else len(self._segments)
-        if index >= MAX_SEGMENTS:
-            raise ProtocolError(f"the peer holds on to {index} shared memory segments; release results")
+        index = next(iter(self._free)) if self._free else self._unused()
         capacity = -(-(size + size // 4) // _GRAIN) * _GRAIN
-        descriptor = os.memfd_create("raymoe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(descriptor, capacity)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            segment = Segment(index, descriptor, capacity)
-        except BaseException:
-            os.close(descriptor)
-            raise
+            descriptor = os.memfd_create("raymoe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.ftruncate(descriptor, capacity)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+                segment = Segment(index, descriptor, capacity)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except OSError as error:
+            raise ResourceError(f"no {capacity} bytes of shared memory: {error}") from error
+        self._free.discard(index)
         self._segments[index] = segment
         return segment, descriptor
+
+    def _unused(self) -> int:
+        """A number for a new segment; those of forgotten ones are free."""
+        for index in range(MAX_SEGMENTS):
+            if index not in self._segments:
+                return index
+        raise ProtocolError(f"the peer holds on to {MAX_SEGMENTS} shared memory segments; release results")
+
+    def forget(self, index: int) -> None:
+        """Unmap a segment that the peer has never heard of."""
+        self._segments.pop(index, None)
+        self._free.discard(index)
+
+    def _capacity(self, index: int) -> int:
+        return self._segments[index].capacity
 
     def release(self, index: int) -> None:
         """The peer is done with a segment.

@@ -14,6 +14,7 @@ import secrets
 import socket
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -26,11 +27,12 @@ from channels.header import Placement
 from channels.locality import machine_id
 from channels.pipe import Pipe, Reply, call
 from channels.segments import Segment
-from errors import ChannelError, ChannelTimeout, ProtocolError
+from errors import ChannelError, ChannelTimeout, ProtocolError, RemoteError
 
 _log = logging.getLogger(__name__)
 _LEND_FROM: Final = 1 << 18
 """Bytes from which a reply is lent and not copied: below, the copy is the cheaper one."""
+_EMPTY: Final = headers.layout(())
 _MAX_LENT: Final = 8
 """Replies lent at a time by one channel; a caller who keeps more gets copies, so that segments end."""
 
@@ -57,41 +59,48 @@ class ShmChannel(Pipe):
         self._bell = Doorbell(connection)
         self._written: deque[int | None] = deque()
         self._lent = 0
-        self._counting = threading.Lock()
+        self._back: deque[Segment] = deque()  # loans that have ended
 
     def _send(self, request: Request) -> None:
-        self._written.append(self._bell.send(headers.request_header(request), request.tensors))
+        self._take_back()
+        payload = headers.layout(request.tensors)
+        text = headers.request_text(request.id, payload)
+        self._written.append(self._bell.send(text, payload, request.tensors))
 
     def _receive(self, deadline: float | None) -> Reply:
+        self._take_back()
         packet = self._bell.receive(deadline)
         segment = packet.segment
         if not self._written:
             raise ProtocolError(f"{self.name} replies to a request that nobody made")
         self._bell.reusable(self._written.popleft())
-        error = headers.remote_error(packet.header)
-        if error is not None:
+        try:
+            placed = headers.read_reply(packet.text, packet.size)
+        except RemoteError:
             self._bell.done_with(segment)
-            raise error
+            raise
         if segment is None:
-            return packet.tensors()
-        size = max((where.end for where in packet.placed), default=0)
+            return packet.tensors(placed)
+        size = max((where.end for where in placed), default=0)
         if size >= _LEND_FROM and self._lent < _MAX_LENT:
-            return self._lend(segment, packet.placed, size)
-        reply = packet.copies()
+            return self._lend(segment, placed, size)
+        reply = tuple([view.clone() for view in packet.tensors(placed)])
         self._bell.done_with(segment)
         return reply
 
-    def _lend(self, segment: Segment, placed: list[Placement], size: int) -> Reply:
-        with self._counting:
-            self._lent += 1
+    def _lend(self, segment: Segment, placed: Sequence[Placement], size: int) -> Reply:
+        self._lent += 1
         memory: np.ndarray[Any, Any] = np.asarray(_Loan(self, segment, size))
         return tuple([tensor_at(memory, segment.address, where) for where in placed])
 
     def give_back(self, segment: Segment) -> None:
-        """A lent segment is free again. Any thread."""
-        with self._counting:
+        """A lent segment is free again. Any thread, in the middle of anything: takes no lock."""
+        self._back.append(segment)
+
+    def _take_back(self) -> None:
+        while self._back:
+            self._bell.done_with(self._back.popleft())
             self._lent -= 1
-        self._bell.done_with(segment)
 
     def _hang_up(self) -> None:
         self._bell.close()
@@ -171,15 +180,17 @@ class ShmServer:
 
     def _answer(self, bell: Doorbell) -> None:
         packet = bell.receive()
-        request = Request(id=headers.request_id(packet.header), tensors=packet.tensors())
-        outcome = call(self._handler, request)
+        name, placed = headers.read_request(packet.text, packet.size)
+        outcome = call(self._handler, Request(name, packet.tensors(placed)))
         if isinstance(outcome, Exception):
-            bell.send(headers.error_header(outcome))
+            bell.send(headers.error_text(outcome), _EMPTY)
             return
         try:
-            bell.send(headers.reply_header(), outcome)
+            payload = headers.layout(outcome)
         except ProtocolError as error:  # what the handler returned cannot travel: its fault, not the wire's
-            bell.send(headers.error_header(error))
+            bell.send(headers.error_text(error), _EMPTY)
+            return
+        bell.send(headers.reply_text(payload), payload, outcome)
 
 
 def serve(handler: Handler) -> ShmServer:
