@@ -1,4 +1,4 @@
-"""`raymoe generate`: a text continued in one process, by a full forward pass for each token."""
+"""`raymoe generate`: a text continued by an engine of its own, in one process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from engine.sampling import next_token
+from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from errors import DataError
 from jobs.weights import LoadedModel, load_model
+
+_PAGE = 64
 
 
 def generate(
@@ -31,8 +33,12 @@ def generate(
 
     Raises:
         CheckpointError: no such checkpoint, or it is damaged.
-        DataError: the prompt leaves no room.
+        DataError: the prompt is not UTF-8, or leaves no room.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that no character stands for
+        raise DataError("--prompt is not UTF-8; convert it, for instance with iconv") from None
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(checkpoint)
@@ -49,31 +55,36 @@ def generate(
     }
 
 
-@torch.no_grad()
 def continue_tokens(
     model: LoadedModel, prompt: Sequence[int], *, max_tokens: int, temperature: float, seed: int
 ) -> tuple[list[int], str]:
-    """Tokens after the prompt, without the end of text, and why they end."""
+    """Tokens after the prompt, without the end of text, and why they end.
+
+    Raises:
+        DataError: the prompt leaves no room.
+    """
     # An empty prompt begins where one document ends and the next one begins.
     ids = list(prompt) or [model.end_of_text]
     longest = model.transformer.config.max_position_embeddings
-    if len(ids) > longest:
+    if len(ids) >= longest:
         raise DataError(
-            f"--prompt has {len(ids)} tokens, the model takes {longest} (max_position_embeddings); shorten it"
+            f"--prompt has {len(ids)} tokens, and the model takes {longest} together with what it writes"
+            " (max_position_embeddings); shorten it"
         )
-    generator = torch.Generator().manual_seed(seed)
-    known = model.tokenizer.get_vocab_size()  # The model may have more rows than the tokenizer has tokens.
-    new: list[int] = []
-    while len(new) < max_tokens and len(ids) <= longest:
-        tokens = torch.tensor([ids])
-        hidden = model.transformer.hidden_states(tokens, experts=model.experts).normed[0, -1]
-        logits = model.transformer.logits(hidden)[:known]
-        token = int(next_token(logits, temperature=temperature, generator=generator))
-        if token == model.end_of_text:
-            return new, "stop"
-        ids.append(token)
-        new.append(token)
-    return new, "length"
+    most = min(longest, len(ids) + max_tokens)
+    engine = Engine(
+        TrunkWeights.of(model.transformer),
+        model.experts,
+        EngineSettings(cache_tokens=-(-most // _PAGE) * _PAGE, page_size=_PAGE, max_sequences=1),
+        end_of_text=[model.end_of_text],
+        vocabulary=model.tokenizer.get_vocab_size(),  # the model may have more rows
+    )
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    sequence = engine.add("generate", ids, params)
+    while engine.has_work:
+        engine.step()
+    new = [token for token in sequence.output if token != model.end_of_text]
+    return new, sequence.finish_reason or "length"
 
 
 __all__ = ["continue_tokens", "generate"]

@@ -1,0 +1,139 @@
+"""Drafts from the MTP modules, with their entries in the cache kept in step with what is certain.
+
+Module k joins the state h^(k-1) of position i with the embedding of token i + k (eq. 21 of arXiv 2412.19437)
+and tells token i + k + 1. Its entry of a position is certain once token i + k is; entries made with drafts
+are made again in the next step, when it is known what became of them. For that the states of the module
+before are kept, of fewer than k positions a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.batch import Stretch, by_length
+from engine.runner import Runner
+from engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Progress:
+    """One module's progress with one sequence: positions whose entries are certain, and states after them."""
+
+    done: int
+    states: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Trail:
+    """All modules' progress with one sequence, and how far the trunk had come."""
+
+    end: int
+    modules: list[_Progress]
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """A sequence whose positions start … end - 1 the trunk has just computed.
+
+    Attributes:
+        states: [end - start, D], what the first module takes.
+        wants: whether drafts are to be made: the token after the last position is its newest.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    states: Tensor
+    wants: bool
+
+
+@dataclass(slots=True)
+class Drafter:
+    """Runs the MTP modules after each step of the trunk.
+
+    Args:
+        runner: computes.
+        depth: modules to use.
+        chain: whether a module takes the states of the one before, see `ModelConfig.mtp_mode`.
+    """
+
+    runner: Runner
+    depth: int
+    chain: bool
+    _trails: dict[str, _Trail] = field(default_factory=dict)
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended, or lost its pages."""
+        self._trails.pop(sequence.id, None)
+
+    def advance(self, advances: Items[Advance]) -> None:
+        """Bring every module up to the trunk, and leave drafts with the sequences that want some."""
+        for advance in advances:
+            advance.sequence.drafts.clear()
+            trail = self._trails.get(advance.sequence.id)
+            if trail is None or trail.end != advance.start:  # its first positions, again after a preemption
+                modules = [_Progress(done=advance.start) for _ in range(self.depth)]
+                self._trails[advance.sequence.id] = _Trail(advance.end, modules)
+            else:
+                trail.end = advance.end
+        states = {advance.sequence.id: (advance.start, advance.states) for advance in advances}
+        for k in range(1, self.depth + 1):
+            states = self._run(k, advances, states)
+
+    def _run(
+        self, k: int, advances: Items[Advance], before: dict[str, tuple[int, Tensor]]
+    ) -> dict[str, tuple[int, Tensor]]:
+        """Module k over every sequence; first position and states by sequence, for the module after it."""
+        work: list[tuple[Advance, Stretch, Tensor]] = []
+        for advance in advances:
+            made = self._prepare(k, advance, *before[advance.sequence.id])
+            if made is not None:
+                work.append((advance, *made))
+        if not work:
+            return before if not self.chain else {a.sequence.id: (a.end, a.states[:0]) for a in advances}
+        work.sort(key=lambda item: by_length(item[1]))
+        batch = self.runner.batch([stretch for _, stretch, _ in work])
+        hidden = self.runner.draft(k, batch, torch.cat([states for _, _, states in work]))
+        after = {a.sequence.id: (a.end, a.states[:0]) for a in advances}
+        row = 0
+        drafting: list[tuple[Sequence, int]] = []
+        for (advance, stretch, _), end in zip(work, batch.ends, strict=True):
+            after[advance.sequence.id] = (stretch.start, hidden[row:end])
+            if advance.wants and stretch.end == advance.end:
+                drafting.append((advance.sequence, end - 1))
+            row = end
+        if drafting:
+            rows = torch.tensor([at for _, at in drafting], device=hidden.device)
+            tokens = self.runner.logits(hidden.index_select(0, rows)).argmax(-1).tolist()
+            for (sequence, _), token in zip(drafting, tokens, strict=True):
+                sequence.drafts.append(token)
+        return after if self.chain else before
+
+    def _prepare(self, k: int, advance: Advance, first: int, states: Tensor) -> tuple[Stretch, Tensor] | None:
+        """What module k computes of a sequence now: positions, tokens and the states it takes."""
+        sequence = advance.sequence
+        progress = self._trails[sequence.id].modules[k - 1]
+        if progress.done < first and progress.states is not None:
+            states = torch.cat((progress.states, states))
+            first = progress.done
+        elif progress.done < first:  # the states of some positions are gone: their entries stay as they are
+            progress.done = first
+        # In `parallel` mode no token is read, but entries of positions follow one another all the same.
+        shift = k if self.chain else 0
+        certain = len(sequence) - shift
+        end = advance.end if advance.wants else min(advance.end, certain)
+        start = progress.done
+        progress.done = max(start, min(end, certain)) if self.chain else end
+        progress.states = states[progress.done - first :].clone() if progress.done < advance.end else None
+        if end <= start:
+            return None
+        tokens = sequence.tokens(start + shift, end + shift)
+        stretch = Stretch(pages=sequence.pages, start=start, end=end, tokens=tokens)
+        return stretch, states[start - first : end - first]
+
+
+__all__ = ["Advance", "Drafter"]

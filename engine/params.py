@@ -1,0 +1,106 @@
+"""What a request asks of the sampler, checked once, in the words of the OpenAI and vLLM interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from errors import ConfigError
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends.
+
+    Attributes:
+        max_tokens: tokens to generate at most.
+        min_tokens: tokens before which neither a stop nor the end of the text counts.
+        temperature: 0 is greedy.
+        top_p: smallest set of likeliest tokens with this much probability.
+        top_k: likeliest tokens to choose from; 0 takes all.
+        min_p: tokens at least this likely relative to the likeliest.
+        seed: of the request's own randomness; None draws one.
+        repetition_penalty: divides (multiplies negative) logits of tokens of prompt and output.
+        presence_penalty: subtracted from logits of tokens of the output.
+        frequency_penalty: the same, times how often they occur.
+        logit_bias: token id -> added to its logit.
+        stop: strings that end the text and are not part of it.
+        stop_token_ids: tokens that do.
+        ignore_eos: go on after the end of the text.
+        logprobs: likeliest alternatives to report beside each token; None reports nothing.
+        prompt_logprobs: report those of the prompt's tokens too (`echo`).
+
+    Raises:
+        ConfigError: a value out of its range, naming the parameter.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:  # a NaN is in no range
+                raise ConfigError(f"{name} ({value}) must lie between {low:g} and {high:g}")
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})")
+        if self.repetition_penalty <= 0:
+            raise ConfigError(f"repetition_penalty ({self.repetition_penalty}) must be greater than 0")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ConfigError(f"logprobs ({self.logprobs}) must lie between 0 and {MAX_LOGPROBS}")
+        if len(self.stop) > MAX_STOPS:
+            raise ConfigError(f"stop has {len(self.stop)} strings; {MAX_STOPS} at most")
+        if not all(self.stop):
+            raise ConfigError("stop has an empty string, which every text begins with; leave it out")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise ConfigError(f"logit_bias of token {token} ({bias}) must lie between -100 and 100")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < _GREEDY_BELOW
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether logits change before the choice, by what was said so far or by wish."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+
+_GREEDY_BELOW = 1e-5  # dividing by less would overflow
+_RANGES = (
+    ("max_tokens", 1, float("inf")),
+    ("min_tokens", 0, float("inf")),
+    ("temperature", 0.0, 100.0),
+    ("top_p", 1e-9, 1.0),
+    ("top_k", 0, float("inf")),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.0, 100.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+
+__all__ = ["MAX_LOGPROBS", "MAX_STOPS", "SamplingParams"]

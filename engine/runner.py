@@ -1,0 +1,181 @@
+"""The trunk's forward pass over a step's positions, with the latent cache.
+
+Shapes: N positions, D hidden, H heads, C kv_lora_rank, R rotary dimensions, W = C + R width of a cache's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import Batch, Group, Stretch, collect
+from engine.weights import Layer, Module, TrunkWeights
+from model.experts import Experts
+from model.rope import rotation
+from model.routing import affinity, gate_values, select_experts
+
+_LATENT_EPS = 1e-6  # as in training, see model.attention
+
+
+class Runner:
+    """Computes hidden states, and keeps the cache's memory.
+
+    Args:
+        weights: the trunk.
+        experts: the routed experts.
+        n_pages: of the cache.
+        page_size: positions of a page.
+    """
+
+    def __init__(self, weights: TrunkWeights, experts: Experts, *, n_pages: int, page_size: int) -> None:
+        self._page_size = page_size
+        config = weights.config
+        self._latent, self._heads = config.kv_lora_rank, config.num_attention_heads
+        self._eps = config.rms_norm_eps
+        like = weights.embedding
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        n_layers = len(weights.layers) + len(weights.modules)
+        self._cache = torch.zeros(n_layers, n_pages * page_size, width, dtype=like.dtype, device=like.device)
+        angles = rotation(config, config.max_position_embeddings, dtype=like.dtype, device=like.device)
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self._turns = torch.complex(angles.cos.to(wide), angles.sin.to(wide))
+        self._weights, self._experts = weights, experts
+
+    @property
+    def weights(self) -> TrunkWeights:
+        """The trunk in use."""
+        return self._weights
+
+    def replace(self, weights: TrunkWeights, experts: Experts) -> None:
+        """Go on with other weights of the same shape; the cache's entries are of no use after that."""
+        self._weights, self._experts = weights, experts
+
+    def batch(self, stretches: Sequence[Stretch]) -> Batch:
+        """What a step over these stretches needs."""
+        return collect(
+            stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [N, D] after the last layer, before the final norm."""
+        x = F.embedding(batch.tokens, self._weights.embedding)
+        for at, layer in enumerate(self._weights.layers):
+            x = self._block(x, layer, self._cache[at], batch)
+        return x
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm: [N, D] to [N, D]."""
+        return self._norm(hidden, self._weights.norm)
+
+    @torch.inference_mode()
+    def draft(self, depth: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """MTP module `depth` (1 is the first) over a batch, whose tokens are those after the positions'.
+
+        Args:
+            hidden: [N, D]: in `chain` mode the normed states of the module before (of the trunk for the
+                first one), in `parallel` mode the trunk's before the norm.
+
+        Returns:
+            Normed states [N, D], which the head takes.
+        """
+        module: Module = self._weights.modules[depth - 1]
+        x = hidden
+        if module.join is not None:
+            assert module.embedding_norm is not None and module.hidden_norm is not None
+            embedded = self._norm(F.embedding(batch.tokens, self._weights.embedding), module.embedding_norm)
+            x = F.linear(torch.cat((embedded, self._norm(hidden, module.hidden_norm)), dim=-1), module.join)
+        at = len(self._weights.layers) + depth - 1
+        return self._norm(self._block(x, module.layer, self._cache[at], batch), module.norm)
+
+    @torch.inference_mode()
+    def logits(self, normed: Tensor) -> Tensor:
+        """[N, D] to [N, V], at least float32."""
+        logits = F.linear(normed, self._weights.head)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _rms_norm(x, weight, self._eps)
+
+    def _block(self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch) -> Tensor:
+        x = x + self._attend(self._norm(x, layer.attention_norm), layer, cache, batch)
+        normed = self._norm(x, layer.mlp_norm)
+        if layer.routed is None:
+            assert layer.mlp is not None
+            return x.add_(layer.mlp(normed))
+        config, routed = self._weights.config, layer.routed
+        scores = affinity(normed, routed.weight)
+        idx = select_experts(
+            scores,
+            routed.bias,
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            group_score=config.group_score,
+        )
+        gates = gate_values(scores, idx, normalize=config.norm_topk_prob, factor=config.routed_scaling_factor)
+        pending = self._experts.dispatch(layer.index, normed, idx, gates)
+        x.add_(routed.shared(normed))
+        return x.add_(pending.combine())
+
+    def _attend(self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch) -> Tensor:
+        weights, latent, heads = layer.attention, self._latent, self._heads
+        down = F.linear(x, weights.down)
+        if weights.query_norm is None:
+            query = F.linear(x, weights.query)
+        else:
+            rank = weights.query_norm.shape[0]
+            query = F.linear(_rms_norm(down[:, :rank], weights.query_norm, _LATENT_EPS), weights.query)
+            down = down[:, rank:]
+        query = query.view(x.shape[0], heads, -1)
+        if weights.w_uk is not None:
+            nope = weights.w_uk.shape[1]
+            plain = torch.bmm(query[..., :nope].transpose(0, 1), weights.w_uk).transpose(0, 1)
+            query = torch.cat((plain, query[..., nope:]), dim=2)
+        _turn_(query[..., latent:], batch.turns)
+        entry = torch.cat(
+            (_rms_norm(down[:, :latent], weights.latent_norm, _LATENT_EPS), down[:, latent:]), dim=1
+        )
+        _turn_(entry[:, None, latent:], batch.turns)
+        cache.index_copy_(0, batch.slots, entry)
+        seen = [self._attend_group(query[group.rows], cache, group) for group in batch.groups]
+        out = seen[0] if len(seen) == 1 else torch.cat(seen)
+        if weights.w_uv is not None:
+            out = torch.bmm(out.transpose(0, 1), weights.w_uv).transpose(0, 1)
+        return F.linear(out.flatten(1), weights.out)
+
+    def _attend_group(self, query: Tensor, cache: Tensor, group: Group) -> Tensor:
+        """[b·n, H, W] to [b·n, H, C]."""
+        b, heads = group.sequences, self._heads
+        keys = cache.index_select(0, group.slots).view(b, -1, cache.shape[1])
+        weights = torch.bmm(query.reshape(b, -1, query.shape[2]), keys.transpose(1, 2))
+        if group.mask is not None:
+            weights.view(b, -1, heads, keys.shape[1]).add_(group.mask)
+        weights = torch.softmax(weights, dim=-1)
+        return torch.bmm(weights, keys[..., : self._latent]).view(-1, heads, self._latent)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of [N, D] in few operations: torch's own is made of a dozen on a CPU."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    size = weight.shape[0]
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().add_(eps * size).rsqrt_()
+    out: Tensor = (wide * scale.mul_(size**0.5)).to(x.dtype).mul_(weight)
+    return out
+
+
+def _turn_(x: Tensor, turns: Tensor) -> None:
+    """Rotate pairs of neighbours of x [N, heads, R] by turns [N, 1, R / 2], in place."""
+    aligned = not (x.storage_offset() | x.stride(0) | x.stride(1)) & 1
+    in_place = aligned and x.dtype in (torch.float32, torch.float64)
+    pairs = x if in_place else x.to(turns.real.dtype, copy=True, memory_format=torch.contiguous_format)
+    turned = torch.view_as_complex(pairs.view(*x.shape[:2], -1, 2)).mul_(turns)
+    if not in_place:
+        x.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+__all__ = ["Runner"]

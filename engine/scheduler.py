@@ -1,0 +1,151 @@
+"""Who computes what in the next step: continuous batching with chunked prefill and preemption. No torch here.
+
+Every sequence that runs gets a part of each step: one position (and its drafts) where it generates, a chunk
+of its prompt where it does not yet. When pages run out, the sequence that came last gives its own up and
+computes them again later; its tokens stay.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from engine.pages import PagePool
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One sequence's part of a step: positions start … end - 1, the last `drafts` of them not certain."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    drafts: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether its last position tells the next token."""
+        return self.end - self.drafts == len(self.sequence)
+
+
+class Scheduler:
+    """Keeps the queue and the pages.
+
+    Args:
+        pool: the pages.
+        max_batch_tokens: positions of a step.
+        max_sequences: sequences that run at a time.
+    """
+
+    def __init__(self, pool: PagePool, *, max_batch_tokens: int, max_sequences: int) -> None:
+        self._pool = pool
+        self._max_batch_tokens = max_batch_tokens
+        self._max_sequences = max_sequences
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended, or is not wanted any more: its pages are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def plan(self) -> list[Share]:
+        """The next step; pages for every position of it are held by then."""
+        budget = self._max_batch_tokens
+        shares: list[Share] = []
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            share = self._share(sequence, budget)
+            while not self._reserve(sequence, share.end):
+                # The last one first; a sequence without another to take from drops its drafts, or itself.
+                victim = self.running[-1]
+                if victim is sequence and share.drafts:
+                    sequence.drafts.clear()
+                    share = self._share(sequence, budget)
+                    continue
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                shares.append(share)
+                budget -= share.end - share.start
+                index += 1
+        while self.waiting and budget > 0 and len(self.running) < self._max_sequences:
+            sequence = self.waiting[0]
+            self._find_prefix(sequence)
+            share = self._share(sequence, budget)
+            if not self._reserve(sequence, share.end):
+                self._release(sequence)
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            shares.append(share)
+            budget -= share.end - share.start
+        return shares
+
+    def restart(self) -> None:
+        """Let every running sequence compute all its positions again."""
+        for sequence in reversed(self.running):
+            self._release(sequence)
+            self.waiting.appendleft(sequence)
+        self.running.clear()
+
+    def computed(self, sequence: Sequence, positions: int) -> None:
+        """The entries of a sequence up to `positions` are in the cache, and certain."""
+        sequence.computed = positions
+        if positions // self._pool.page_size > sequence.known_pages:
+            sequence.known_pages = self._pool.remember(
+                sequence.pages, sequence.all_tokens[:positions], done=sequence.known_pages
+            )
+
+    def _share(self, sequence: Sequence, budget: int) -> Share:
+        start, certain = sequence.computed, len(sequence)
+        end = min(certain, start + budget)
+        drafts = min(len(sequence.drafts), start + budget - end) if end == certain else 0
+        return Share(sequence, start, end + drafts, drafts)
+
+    def _reserve(self, sequence: Sequence, positions: int) -> bool:
+        missing = self._pool.pages_for(positions) - len(sequence.pages)
+        if missing > self._pool.available:
+            return False
+        for _ in range(missing):
+            page = self._pool.take()
+            assert page is not None
+            sequence.pages.append(page)
+        return True
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        if sequence.pages or sequence.params.prompt_logprobs:  # those want the logits of every position
+            return
+        # The last token is always computed: its logits are wanted.
+        tokens = sequence.all_tokens
+        sequence.pages = self._pool.find(tokens[:-1])
+        sequence.known_pages = len(sequence.pages)
+        sequence.computed = len(sequence.pages) * self._pool.page_size
+        if not sequence.output:
+            sequence.cached = sequence.computed
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.give_back(sequence.pages)
+        sequence.pages = []
+        sequence.known_pages = sequence.computed = 0
+        sequence.drafts.clear()
+
+
+__all__ = ["Scheduler", "Share"]

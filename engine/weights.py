@@ -1,0 +1,228 @@
+"""The trunk's weights as decoding wants them: fewer, larger products, and attention in the latent space.
+
+A key is W_uk c + rope part, a value W_uv c, with the compressed c that the cache holds. So
+q · (W_uk c) = (W_uk' q) · c and Σ p W_uv c = W_uv Σ p c (section 2.1.2 of arXiv 2405.04434): queries are
+taken to the latent space, all heads attend to the cache's rows themselves, and no key or value is made.
+
+Shapes: D hidden, H heads, C kv_lora_rank, R rotary dimensions, Q input of the queries (q_lora_rank or D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import LatentAttention
+from model.block import Block
+from model.config import ModelConfig
+from model.mlp import SwiGLU
+from model.moe import MoE
+from model.mtp import MTPModule
+from model.transformer import Transformer
+
+_WORTH = 2.0  # a merged product may have this many times the elements of the two that it replaces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixed:
+    """A SwiGLU network with gate and up projection in one: [2I, D] and [D, I]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    @classmethod
+    def of(cls, mlp: SwiGLU) -> Mixed:
+        """From the module."""
+        return cls(
+            gate_up=torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).detach(),
+            down=mlp.down_proj.weight.detach(),
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[N, D] to [N, D]."""
+        gate, up = F.linear(rows, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(up), self.down)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentProjections:
+    """What one layer's attention multiplies with.
+
+    Attributes:
+        down: [Q + C + R, D], or [C + R, D] where queries are projected directly.
+        query_norm: [Q]; None where queries are projected directly.
+        latent_norm: [C].
+        query: [H·(C + R), Q] with W_uk in it, or [H·(nope + R), Q] with `w_uk` apart; times
+            the attention's scale.
+        w_uk: [H, nope, C]; None where it is merged into `query`.
+        out: [D, H·C] with W_uv in it, or [D, H·v] with `w_uv` apart.
+        w_uv: [H, C, v]; None where it is merged into `out`.
+    """
+
+    down: Tensor
+    query_norm: Tensor | None
+    latent_norm: Tensor
+    query: Tensor
+    w_uk: Tensor | None
+    out: Tensor
+    w_uv: Tensor | None
+
+    @classmethod
+    def of(cls, attention: LatentAttention, config: ModelConfig) -> LatentProjections:
+        """From the module."""
+        heads, nope, rope = attention.heads, attention.nope, attention.rope
+        latent, v_size = attention.rank, attention.v_size
+        order = _pairs(rope, config.rope_interleave)
+        kv_a = attention.kv_a_proj_with_mqa.weight
+        kv_a = torch.cat((kv_a[:latent], kv_a[latent:][order]))
+        if attention.q_rank is None:
+            down, query_norm, up = kv_a, None, attention.q_proj.weight
+        else:
+            down = torch.cat((attention.q_a_proj.weight, kv_a))
+            query_norm, up = attention.q_a_layernorm.weight, attention.q_b_proj.weight
+        up = up.view(heads, nope + rope, -1) * attention.scale
+        plain, turned = up[:, :nope], up[:, nope:][:, order]
+        up_kv = attention.kv_b_proj.weight.view(heads, nope + v_size, latent)
+        w_uk, w_uv = torch.split(up_kv, [nope, v_size], dim=1)
+        out = attention.o_proj.weight.view(-1, heads, v_size)
+        merged_query: Tensor | None = w_uk
+        if latent * plain.shape[2] <= _WORTH * nope * (plain.shape[2] + latent):
+            # In float64: the product is rounded once, like the factors.
+            plain = (w_uk.double().transpose(1, 2) @ plain.double()).to(plain.dtype)
+            merged_query = None
+        merged_out: Tensor | None = w_uv.transpose(1, 2)
+        if latent * out.shape[0] <= _WORTH * v_size * (out.shape[0] + latent):
+            out = torch.einsum("dhv,hvc->dhc", out.double(), w_uv.double()).to(out.dtype)
+            merged_out = None
+        return cls(
+            down=down.detach(),
+            query_norm=None if query_norm is None else query_norm.detach(),
+            latent_norm=attention.kv_a_layernorm.weight.detach(),
+            query=torch.cat((plain, turned), dim=1).flatten(0, 1).detach(),
+            w_uk=None if merged_query is None else merged_query.detach().contiguous(),
+            out=out.flatten(1).detach().contiguous(),
+            w_uv=None if merged_out is None else merged_out.detach().contiguous(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Gate and shared experts of a mixture-of-experts layer."""
+
+    weight: Tensor
+    bias: Tensor
+    shared: Mixed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One block.
+
+    Attributes:
+        index: model layer index.
+        mlp: the dense network; None where there are experts.
+        routed: their gate and the shared ones; None in a dense layer.
+    """
+
+    index: int
+    attention_norm: Tensor
+    attention: LatentProjections
+    mlp_norm: Tensor
+    mlp: Mixed | None
+    routed: Routed | None
+
+    @classmethod
+    def of(cls, block: Block, index: int, config: ModelConfig) -> Layer:
+        """From the module."""
+        mlp = block.mlp
+        routed = None
+        if isinstance(mlp, MoE):
+            routed = Routed(
+                weight=mlp.gate.weight.detach(),
+                bias=mlp.gate.e_score_correction_bias.detach().clone(),
+                shared=Mixed.of(mlp.shared_experts),
+            )
+        return cls(
+            index=index,
+            attention_norm=block.input_layernorm.weight.detach(),
+            attention=LatentProjections.of(block.self_attn, config),
+            mlp_norm=block.post_attention_layernorm.weight.detach(),
+            mlp=Mixed.of(mlp) if isinstance(mlp, SwiGLU) else None,
+            routed=routed,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """One multi-token-prediction module; its joining weights are None in `parallel` mode."""
+
+    layer: Layer
+    norm: Tensor
+    embedding_norm: Tensor | None
+    hidden_norm: Tensor | None
+    join: Tensor | None
+
+    @classmethod
+    def of(cls, module: MTPModule, index: int, config: ModelConfig) -> Module:
+        """From the module."""
+        chain = config.mtp_mode == "chain"
+        return cls(
+            layer=Layer.of(module, index, config),
+            norm=module.shared_head.norm.weight.detach(),
+            embedding_norm=module.enorm.weight.detach() if chain else None,
+            hidden_norm=module.hnorm.weight.detach() if chain else None,
+            join=module.eh_proj.weight.detach() if chain else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkWeights:
+    """The whole trunk: embedding [V, D], layers, final norm, head [V, D], MTP modules."""
+
+    config: ModelConfig
+    embedding: Tensor
+    layers: tuple[Layer, ...]
+    norm: Tensor
+    head: Tensor
+    modules: tuple[Module, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Transformer, *, modules: bool = True) -> TrunkWeights:
+        """From a model, whose own weights can go after that.
+
+        Args:
+            modules: take the MTP modules; without them inference is plain.
+        """
+        config = model.config
+        blocks = model.model.layers
+        drafting: list[Module] = []
+        for index in config.mtp_layers if modules else ():
+            block = blocks[index]
+            assert isinstance(block, MTPModule)
+            drafting.append(Module.of(block, index, config))
+        main: list[Layer] = []
+        for index in range(config.num_hidden_layers):
+            block = blocks[index]
+            assert isinstance(block, Block)
+            main.append(Layer.of(block, index, config))
+        return cls(
+            config=config,
+            embedding=model.model.embed_tokens.weight.detach(),
+            layers=tuple(main),
+            norm=model.model.norm.weight.detach(),
+            head=model.lm_head.weight.detach(),
+            modules=tuple(drafting),
+        )
+
+
+def _pairs(size: int, interleave: bool) -> Tensor:
+    """The order in which rotary dimensions that turn together are neighbours."""
+    order = torch.arange(size)
+    return order if interleave else order.view(2, size // 2).t().flatten()
+
+
+__all__ = ["LatentProjections", "Layer", "Mixed", "Module", "Routed", "TrunkWeights"]

@@ -1,0 +1,132 @@
+"""Bodies of answers: what was generated, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from engine.sequence import TokenLogprobs
+from engine.service import Delta
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a request, over all its choices."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """As clients read it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+        }
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as it grows."""
+
+    prompt: Sequence[int]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def take(self, delta: Delta) -> None:
+        """Add what is new."""
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.logprobs += delta.logprobs
+        self.prompt_logprobs += delta.prompt_logprobs
+        self.finish_reason = delta.finish_reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What all bodies of one answer share."""
+
+    kind: str
+    model: str
+    version: str
+    prefix: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
+        """A whole answer, or one chunk of it."""
+        body: dict[str, Any] = {
+            "id": f"{self.prefix}-{self.id}",
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.version,
+            "choices": choices,
+        }
+        if usage is not None:
+            body["usage"] = usage.body()
+        return body
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    logprobs: Sequence[TokenLogprobs | None],
+    *,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """The form of `/v1/completions`: parallel lists."""
+    texts = [_text(tokenizer, token) for token in tokens]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [None if at is None else at.token for at in logprobs],
+        "top_logprobs": [
+            None
+            if at is None
+            else {**{_text(tokenizer, t): value for t, value in at.best}, _text(tokenizer, token): at.token}
+            for token, at in zip(tokens, logprobs, strict=True)
+        ],
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]
+) -> dict[str, Any]:
+    """The form of `/v1/chat/completions`: one object a token."""
+    return {
+        "content": [
+            {
+                **_entry(tokenizer, token, at.token),
+                "top_logprobs": [_entry(tokenizer, other, value) for other, value in at.best],
+            }
+            for token, at in zip(tokens, logprobs, strict=True)
+        ]
+    }
+
+
+def _entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, Any]:
+    text = _text(tokenizer, token)
+    return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+
+def _text(tokenizer: Tokenizer, token: int) -> str:
+    text: str = tokenizer.decode([token], skip_special_tokens=False)
+    return text
+
+
+__all__ = ["Choice", "Envelope", "Usage", "chat_logprobs", "completion_logprobs"]

@@ -1,0 +1,117 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: for a person.
+        param: the parameter that is wrong.
+        code: for a program.
+        retry_after: seconds after which it may go better.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """What the client gets."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": _kind(self.status),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        """The same with status and headers."""
+        headers = None if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def invalid(message: str, param: str | None = None) -> ApiError:
+    """A parameter that cannot be."""
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def of_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, by the name of its parameter."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+    path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    param = path[0] if path else None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown parameter {param!r}", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(
+            400, f"{param or 'the body'} is missing", param=param, code="missing_required_parameter"
+        )
+    return invalid(f"{param}: {message}" if param else message, param)
+
+
+async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's handler for `ApiError`."""
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def answer_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's handler for bodies that do not fit the schema."""
+    assert isinstance(error, RequestValidationError)
+    return of_validation(error).response()
+
+
+async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's handler for unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail)).response()
+
+
+async def answer_failure(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's handler for what nobody meant to happen."""
+    return ApiError(500, f"{type(error).__name__}: {error}").response()
+
+
+def _kind(status: int) -> str:
+    known = {
+        401: "authentication_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+    }
+    return known.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+__all__ = [
+    "ApiError",
+    "answer_api_error",
+    "answer_failure",
+    "answer_http_error",
+    "answer_validation_error",
+    "invalid",
+    "of_validation",
+]

@@ -1,0 +1,104 @@
+"""The configuration of a served model: one YAML file, checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from cluster.config import ClusterConfig, Reserved
+from engine.engine import EngineSettings
+from errors import ConfigError
+from jobs.api.backend import Limits
+from jobs.config import CountOrZero, DTypeName, Size, Threads
+from jobs.config_errors import Section
+from jobs.config_file import apply_override
+from jobs.yaml_text import read_yaml
+
+
+class ServingConfig(Section):
+    """The replicas of the trunk, and what each takes.
+
+    Attributes:
+        name: of the model, as clients call it; null takes the directory's.
+        dtype: `auto` keeps the weights' own where the device computes in it.
+        cache_tokens: positions that a replica's cache holds, over all requests.
+        page_size: positions of a page of the cache.
+        max_batch_tokens: positions that a replica computes in a step.
+        max_sequences: requests that a replica runs at a time.
+        prefix_caching: whether prompts that begin alike share pages.
+        drafts: MTP modules to draft with; null takes all that the model has, 0 none.
+        max_queue: requests that may wait at a replica; one more gets 429.
+        max_prompt: tokens of a prompt; null takes what the model takes.
+        max_tokens: tokens that a request may ask for; null takes what the model takes.
+        api_keys: of which a request must carry one; none needed when empty.
+        replicas: of the trunk; they share the expert hosts.
+        autoscaling: Ray Serve's autoscaling_config for the replicas, in place of `replicas`.
+        cpus_per_replica: CPUs that Ray reserves for each.
+        threads: compute threads of a replica; null shares out the machine's cores.
+    """
+
+    name: str | None = None
+    dtype: DTypeName = "auto"
+    cache_tokens: Size = 32768
+    page_size: Size = 16
+    max_batch_tokens: Size = 512
+    max_sequences: Size = 64
+    prefix_caching: bool = True
+    drafts: CountOrZero | None = None
+    max_queue: CountOrZero = 256
+    max_prompt: Size | None = None
+    max_tokens: Size | None = None
+    api_keys: tuple[str, ...] = ()
+    replicas: Size = 1
+    autoscaling: dict[str, Any] | None = None
+    cpus_per_replica: Reserved = 1.0
+    threads: Threads | None = None
+
+    def engine_settings(self) -> EngineSettings:
+        """Of each replica's engine."""
+        return EngineSettings(
+            cache_tokens=self.cache_tokens,
+            page_size=self.page_size,
+            max_batch_tokens=self.max_batch_tokens,
+            max_sequences=self.max_sequences,
+            prefix_caching=self.prefix_caching,
+            drafts=self.drafts,
+        )
+
+    def limits(self) -> Limits:
+        """Of each replica's interface."""
+        return Limits(
+            max_queue=self.max_queue,
+            max_prompt=self.max_prompt,
+            max_tokens=self.max_tokens,
+            api_keys=self.api_keys,
+        )
+
+
+class ServeConfig(Section):
+    """A served model.
+
+    Attributes:
+        serving: the replicas of the trunk, and what each takes.
+        cluster: where the experts live, and how tokens reach them.
+    """
+
+    serving: ServingConfig = ServingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def load(cls, file: Path | None, overrides: list[str]) -> Self:
+        """Read a YAML file and change single fields (`a.b=v`).
+
+        Raises:
+            ConfigError: the file is missing or malformed, or a value is wrong.
+        """
+        values: Any = {} if file is None else read_yaml(file) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: holds no mapping of sections (serving, cluster)")
+        for override in overrides:
+            apply_override(values, override)
+        return cls.from_dict(values)
+
+
+__all__ = ["ServeConfig", "ServingConfig"]

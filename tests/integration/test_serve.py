@@ -1,0 +1,365 @@
+"""`raymoe serve` as a process of its own, with two expert hosts, driven by the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import torch
+from openai import AsyncOpenAI, OpenAI
+
+from jobs.tokenizer import save_tokenizer, train_tokenizer
+from model.causal_lm import CausalLM
+from model.checkpoint import save_pretrained
+from model.config import ModelConfig
+
+pytestmark = pytest.mark.timeout(300)
+PROMPT = "the cat sat on"
+CONFIG = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=8,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=512,
+    num_nextn_predict_layers=1,
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `raymoe serve`."""
+
+    url: str
+    process: subprocess.Popen[str]
+    model: CausalLM
+    directory: Path
+    client: OpenAI
+
+    @property
+    def async_client(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def greedy(self, count: int) -> list[int]:
+        """Tokens after the prompt by a full forward pass for each."""
+        tokenizer, _ = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
+        ids: list[int] = tokenizer.encode(PROMPT).ids
+        known = tokenizer.get_vocab_size()
+        prompt = len(ids)
+        with torch.no_grad():
+            for _ in range(count):
+                ids.append(int(self.model(torch.tensor([ids]))[0, -1, :known].argmax()))
+        return ids[prompt:]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(directory: Path, log: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    port = free_port()
+    errors = log.open("w")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "jobs.cli", "serve", str(directory), "--json", "--port", str(port)),
+            *("--set", "cluster.expert_hosts=2", *options),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+    )
+    errors.close()
+    assert process.stdout is not None
+    with process.stdout as told:
+        line = told.readline()
+    if not line:
+        process.wait(60)
+        pytest.fail(log.read_text())
+    return process, json.loads(line)["url"]
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def directory(model: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("served") / "tiny"
+    save_pretrained(model, directory)
+    tokenizer, end = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
+    save_tokenizer(tokenizer, end, directory)
+    return directory
+
+
+@contextmanager
+def running(model: CausalLM, directory: Path, log: Path) -> Iterator[Server]:
+    """A server that is told to stop at the end, and leaves nothing behind."""
+    process, url = start(directory, log)
+    family = psutil.Process(process.pid).children(recursive=True)
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield Server(url, process, model, directory, client)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(90) == 0
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def server(model: CausalLM, directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(model, directory, tmp_path_factory.mktemp("log") / "serve.log") as server:
+        yield server
+
+
+def test_the_server_says_what_the_model_says(server: Server) -> None:
+    expected = server.greedy(24)
+    choice = server.client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=24, temperature=0, extra_body={"ignore_eos": True}, logprobs=0
+    ).choices[0]
+    tokenizer, _ = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
+    assert choice.text == tokenizer.decode(expected)
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == [
+        tokenizer.decode([token], skip_special_tokens=False) for token in expected
+    ]
+
+
+def test_the_official_client_with_every_parameter(server: Server) -> None:
+    client = server.client
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    whole = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat"}],
+        max_completion_tokens=8,
+        temperature=0.7,
+        top_p=0.9,
+        n=2,
+        seed=5,
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+        logit_bias={"65": 3},
+        logprobs=True,
+        top_logprobs=3,
+        stop=["zzz"],
+        user="me",
+        extra_body={
+            "top_k": 50,
+            "min_p": 0.01,
+            "repetition_penalty": 1.1,
+            "min_tokens": 2,
+            "ignore_eos": True,
+        },
+    )
+    assert len(whole.choices) == 2
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 16
+    assert whole.choices[0].logprobs is not None
+    assert len(whole.choices[0].logprobs.content or []) == 8
+    text = ""
+    usage = None
+    for chunk in client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "the cat"}],
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        usage = chunk.usage or usage
+        if chunk.choices:
+            text += chunk.choices[0].delta.content or ""
+    again = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "the cat"}], max_tokens=8, temperature=0
+    )
+    assert text == again.choices[0].message.content
+    assert usage is not None
+    assert again.usage is not None
+    assert usage.completion_tokens == again.usage.completion_tokens
+
+
+def test_errors_reach_the_official_client_as_its_own(server: Server) -> None:
+    client = server.client
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="x", temperature=-1)
+    assert caught.value.param == "temperature"
+
+
+def test_many_at_once_get_what_each_gets_alone(server: Server) -> None:
+    def alone(index: int) -> str:
+        answer = server.client.completions.create(
+            model="tiny", prompt=PROMPT[: 3 + index % 10], max_tokens=4 + index, temperature=0.8, seed=index
+        )
+        return answer.choices[0].text
+
+    async def together() -> list[str]:
+        async with server.async_client as client:
+
+            async def one(index: int) -> str:
+                stream = await client.completions.create(
+                    model="tiny",
+                    prompt=PROMPT[: 3 + index % 10],
+                    max_tokens=4 + index,
+                    temperature=0.8,
+                    seed=index,
+                    stream=True,
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, range(12)))
+
+    assert asyncio.run(together()) == [alone(index) for index in range(12)]
+
+
+def test_two_hundred_dropped_requests_leave_nothing(server: Server) -> None:
+    source = random.Random(0)
+
+    async def drop(client: AsyncOpenAI) -> None:
+        stream = await client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        left = source.randint(0, 5)
+        async for _ in stream:
+            left -= 1
+            if left < 0:
+                break
+        await stream.close()
+
+    async def all_of_them() -> None:
+        async with server.async_client as client:
+            for _ in range(10):
+                await asyncio.gather(*(drop(client) for _ in range(20)))
+
+    asyncio.run(all_of_them())
+    deadline = time.monotonic() + 60
+    while any(gauges(server).values()):
+        assert time.monotonic() < deadline, gauges(server)
+    assert server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).usage is not None
+
+
+def gauges(server: Server) -> dict[str, float]:
+    """Requests and pages in use."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    return {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith(tuple(f"raymoe_{name}" for name in names))
+    }
+
+
+def hosts_of(server: Server) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(server.process.pid).children(recursive=True)
+        if "ExpertHost" in " ".join(child.cmdline())
+    ]
+
+
+def test_expert_hosts_of_an_embedded_cluster_listen_on_the_loopback(server: Server) -> None:
+    hosts = hosts_of(server)
+    assert len(hosts) == 2
+    # Ray's own ports apart: each host has one that is ours, for gRPC.
+    for host in hosts:
+        listening = {c.laddr.ip for c in host.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        assert any(address.endswith("127.0.0.1") for address in listening)
+
+
+def test_health_fails_when_a_host_is_killed(server: Server) -> None:
+    """The last one with this server: what it does after the loss of a host is another matter."""
+
+    def health() -> int:
+        address = server.url.removeprefix("http://")
+        with closing(http.client.HTTPConnection(address, timeout=30)) as connection:
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+
+    assert health() == 200
+    hosts_of(server)[0].kill()
+    deadline = time.monotonic() + 60
+    while health() != 503:
+        assert time.monotonic() < deadline
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=20)
+    assert caught.value.status_code == 503
+
+
+def test_ctrl_c_lets_the_requests_under_way_end(model: CausalLM, directory: Path, tmp_path: Path) -> None:
+    with running(model, directory, tmp_path / "serve.log") as server:
+        stream = server.client.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=400,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        first = next(iter(stream))
+        server.process.send_signal(signal.SIGINT)
+        chunks = [first, *stream]
+        assert chunks[-1].choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "config.json"),
+        (lambda d: next(d.glob("*.safetensors")).unlink(), "safetensors"),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json"),
+    ],
+)
+def test_an_incomplete_model_is_refused_before_anything_starts(
+    directory: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(directory, broken)
+    damage(broken)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "serve", str(broken)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,215 @@
+"""The engine says what plain decoding says, whatever it batches, chunks, preempts, finds or drafts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Items
+
+import pytest
+import torch
+
+from engine import Engine, EngineSettings, SamplingParams, Sequence, TrunkWeights
+from errors import ConfigError
+from model.causal_lm import CausalLM
+from model.config import ModelConfig
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "max_position_embeddings": 128,
+}
+NEW = 20
+
+SHAPES = {
+    "plain": {},
+    "direct queries, halves rotated": {"q_lora_rank": None, "rope_interleave": False},
+    "one module": {"num_nextn_predict_layers": 1},
+    "three modules": {"num_nextn_predict_layers": 3},
+    "parallel modules": {"num_nextn_predict_layers": 2, "mtp_mode": "parallel"},
+    "products apart": {"kv_lora_rank": 48, "v_head_dim": 2, "qk_nope_head_dim": 2},
+    "odd latent": {"kv_lora_rank": 15},
+}
+SETTINGS = {
+    "mixed batch": EngineSettings(),
+    "chunked prefill": EngineSettings(max_batch_tokens=7),
+    "preemption": EngineSettings(cache_tokens=96, page_size=4),
+    "one by one": EngineSettings(max_sequences=1),
+    "no drafts": EngineSettings(page_size=4, drafts=0),
+}
+
+
+def build(**changes: object) -> CausalLM:
+    torch.manual_seed(1)
+    model = CausalLM(ModelConfig(**{**SHAPE, **changes}), dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def prompts(count: int = 6, longest: int = 40) -> list[list[int]]:
+    source = random.Random(1)
+    return [[source.randrange(97) for _ in range(source.randint(1, longest))] for _ in range(count)]
+
+
+@torch.no_grad()
+def continued(model: CausalLM, prompt: Items[int], count: int = NEW) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def engine_of(
+    model: CausalLM, settings: EngineSettings | None = None, *, end_of_text: Items[int] = ()
+) -> Engine:
+    return Engine(TrunkWeights.of(model.trunk), model.experts, settings, end_of_text=end_of_text)
+
+
+def greedy(count: int = NEW) -> SamplingParams:
+    return SamplingParams(max_tokens=count, temperature=0.0)
+
+
+def run(engine: Engine, items: Items[Items[int]], params: SamplingParams | None = None) -> list[Sequence]:
+    sequences = [engine.add(str(i), item, params or greedy()) for i, item in enumerate(items)]
+    while engine.has_work:
+        engine.step()
+    assert engine.pool.held == 0
+    return sequences
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_way_of_running_gives_the_tokens_of_plain_decoding(shape: dict[str, object]) -> None:
+    model = build(**shape)
+    expected = [continued(model, prompt) for prompt in prompts()]
+    for name, settings in SETTINGS.items():
+        engine = engine_of(model, settings)
+        assert [s.output for s in run(engine, prompts())] == expected, name
+        assert (engine.scheduler.preemptions > 0) == (name == "preemption"), name
+
+
+def test_drafts_of_a_model_that_repeats_itself_are_accepted() -> None:
+    model = build(num_nextn_predict_layers=2, mtp_mode="parallel")
+    engine = engine_of(model)
+    run(engine, prompts())
+    assert 0 < engine.stats.accepted[0] <= engine.stats.proposed[0]
+    assert engine.stats.proposed[1] == engine.stats.accepted[0] or engine.stats.proposed[1] > 0
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    model = build()
+    engine = engine_of(model, EngineSettings(page_size=4))
+    prompt = prompts(1, 40)[0] * 2
+    first, again = run(engine, [prompt])[0], run(engine, [prompt])[0]
+    longer = run(engine, [[*prompt, 5, 6, 7]])[0]
+    assert again.output == first.output
+    assert again.cached == (len(prompt) - 1) // 4 * 4
+    assert first.cached == 0
+    assert longer.cached == len(prompt) // 4 * 4
+    assert longer.output == continued(model, [*prompt, 5, 6, 7])
+
+
+def test_a_request_with_a_seed_gets_the_same_tokens_in_any_company_and_with_drafts() -> None:
+    model = build(num_nextn_predict_layers=1)
+    params = SamplingParams(max_tokens=NEW, temperature=1.0, top_p=0.9, seed=7)
+    alone = run(engine_of(model, EngineSettings(drafts=0)), prompts()[:1], params)[0]
+    for settings in SETTINGS.values():
+        assert run(engine_of(model, settings), prompts(), params)[0].output == alone.output
+    other = SamplingParams(max_tokens=NEW, temperature=1.0, top_p=0.9, seed=8)
+    assert run(engine_of(model), prompts()[:1], other)[0].output != alone.output
+
+
+def test_cancelled_requests_leave_nothing_behind() -> None:
+    model = build(num_nextn_predict_layers=1)
+    engine = engine_of(model, EngineSettings(cache_tokens=256, page_size=4, max_batch_tokens=16))
+    source = random.Random(3)
+    alive: list[str] = []
+    for number in range(60):
+        alive.append(f"r{number}")
+        engine.add(alive[-1], prompts(1, 40)[0], greedy(source.randint(1, 30)))
+        engine.step()
+        if source.random() < 0.7:
+            engine.cancel(alive.pop(source.randrange(len(alive))))
+    for name in alive:
+        engine.cancel(name)
+    assert not engine.has_work
+    assert engine.pool.held == 0
+    assert engine.step() == []
+
+
+def test_a_text_ends_by_its_tokens_and_not_before_min_tokens() -> None:
+    model = build()
+    prompt = prompts(1)[0]
+    said = continued(model, prompt)
+    end = said[3]
+    first = said.index(end)
+    engine = engine_of(model, end_of_text=[end])
+    assert run(engine, [prompt])[0].output == said[: first + 1]
+    held_back = SamplingParams(max_tokens=NEW, temperature=0.0, min_tokens=first + 2)
+    longer = run(engine, [prompt], held_back)[0].output
+    assert len(longer) > first + 1
+    assert end not in longer[: first + 2]
+    ignoring = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+    assert run(engine, [prompt], ignoring)[0].output == said
+
+
+def test_log_probabilities_are_those_of_a_full_forward_pass() -> None:
+    model = build()
+    prompt = prompts(1, 12)[0] * 2
+    params = SamplingParams(max_tokens=3, temperature=0.0, logprobs=2, prompt_logprobs=True)
+    settings = EngineSettings(max_batch_tokens=5)
+    sequence = run(engine_of(model, settings), [prompt], params)[0]
+    with torch.no_grad():
+        logs = model(torch.tensor([prompt + sequence.output])).log_softmax(-1)[0]
+    text = prompt + sequence.output
+    own = [at.token for at in [*sequence.prompt_logprobs, *sequence.logprobs]]
+    assert own == pytest.approx([float(logs[i, token]) for i, token in enumerate(text[1:])], abs=1e-9)
+    best = sequence.logprobs[0].best
+    assert [token for token, _ in best] == logs[len(prompt) - 1].topk(2).indices.tolist()
+
+
+def test_other_weights_between_two_steps_go_on_with_the_same_requests() -> None:
+    model, other = build(), build(rope_theta=500.0)
+    engine = engine_of(model)
+    prompt = prompts(1)[0]
+    sequence = engine.add("a", prompt, greedy(12))
+    for _ in range(5):
+        engine.step()
+    before = list(sequence.output)
+    engine.replace(TrunkWeights.of(other.trunk), other.experts)
+    while engine.has_work:
+        engine.step()
+    assert sequence.output[: len(before)] == before
+    assert sequence.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], SamplingParams(), "prompt is empty"),
+        ([1] * 128, SamplingParams(), "leaves no room"),
+        ([97], SamplingParams(), "prompt has token 97"),
+        ([1], SamplingParams(logit_bias={200: 1.0}), "logit_bias has token 200"),
+        ([1], SamplingParams(stop_token_ids=(-1,)), "stop_token_ids has token -1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(prompt: list[int], params: SamplingParams, message: str) -> None:
+    engine = engine_of(build())
+    with pytest.raises(ConfigError, match=message):
+        engine.add("a", prompt, params)
+    assert not engine.has_work
