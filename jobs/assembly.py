@@ -16,10 +16,10 @@ from actors.steps import OptimizerSettings, TrainingPlan
 from actors.trunk import Reducer, TrunkWorker
 from channels import local
 from channels.base import Channel
-from cluster.placement import plan_placement
 from cluster.topology import HostInfo, RoutingTable
 from jobs.config import RunConfig
 from jobs.data import PreparedData
+from jobs.hosts import experts_of, host_threads, placement
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.worker import Steps, TrainingWorker
 from model.checkpoint import PretrainedSource, RandomSource, WeightSource
@@ -61,11 +61,8 @@ class Start:
 
 
 def resolve_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype of the weights: `auto` is bfloat16 where the device computes in it, else float32."""
-    name = config.training.dtype
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return _DTYPES[name]
+    """The dtype of the weights, the same in every process; `auto` is float32: all arithmetic is on CPUs."""
+    return _DTYPES["float32" if config.training.dtype == "auto" else config.training.dtype]
 
 
 def weight_source(config: RunConfig, start: Start) -> WeightSource:
@@ -108,14 +105,6 @@ def training_plan(config: RunConfig) -> TrainingPlan:
     )
 
 
-def placement(config: RunConfig) -> tuple[tuple[int, ...], ...]:
-    """`[L][E]` -> host; one host for experts in process."""
-    model = config.model
-    return plan_placement(
-        len(model.moe_layers), model.n_routed_experts, model.n_group, max(1, config.cluster.expert_hosts)
-    )
-
-
 def compute_threads(config: RunConfig) -> int:
     """Threads of one operation of a worker, its lanes sharing what the worker has."""
     training = config.training
@@ -123,27 +112,17 @@ def compute_threads(config: RunConfig) -> int:
     return max(1, cores // training.microbatches_in_flight)
 
 
-def host_threads(config: RunConfig) -> int:
-    """Threads of an expert host's arithmetic, were all hosts on this machine."""
-    cluster = config.cluster
-    return cluster.threads_per_host or max(1, (os.cpu_count() or 1) // max(1, cluster.expert_hosts))
-
-
 def build_host(config: RunConfig, start: Start, index: int) -> ExpertHost:
     """Expert host number `index`, in its own process."""
-    layers = config.model.moe_layers
     return ExpertHost(
         f"host-{index}",
         config.model,
-        {
-            layer: [expert for expert, host in enumerate(row) if host == index]
-            for layer, row in zip(layers, placement(config), strict=True)
-        },
+        experts_of(config.model, config.cluster, index),
         weight_source(config, start),
         optimizer=optimizer_settings(config),
         moments=moment_source(start),
         dtype=resolve_dtype(config),
-        threads=host_threads(config),
+        threads=host_threads(config.cluster),
         step=start.step,
     )
 
@@ -198,7 +177,7 @@ def assemble_worker(
             step=start.step,
         )
         server = local.serve(host.handle)
-        table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), owner=placement(config))
+        table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), owner=placement(model_config, 0))
 
         def connect(_: HostInfo) -> Channel:
             return local.connect(server.address)
@@ -243,10 +222,8 @@ __all__ = [
     "assemble_worker",
     "build_host",
     "compute_threads",
-    "host_threads",
     "moment_source",
     "optimizer_settings",
-    "placement",
     "resolve_dtype",
     "training_plan",
     "weight_source",

@@ -6,6 +6,7 @@
         tokenizer.json, …              the tokenizer
         state.json                     step, configuration, and what else a resumed run needs
     DIR/checkpoints/.writing-…         one in the making; left by a crash, it is removed by the next
+    DIR/checkpoints/.deleting-…        one on its way out, likewise
 
 Owners write their parts into the directory in the making, then one process makes it visible by a rename.
 """
@@ -24,6 +25,7 @@ from errors import CheckpointError
 _FORMAT = 1
 _STATE = "state.json"
 _WRITING = ".writing-"
+_DELETING = ".deleting-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,9 @@ class CheckpointStore:
         """An empty directory in the making, for all owners to write into."""
         writing = self._directory / f"{_WRITING}{_name(step)}"
         self._directory.mkdir(parents=True, exist_ok=True)
-        for left_over in self._directory.glob(f"{_WRITING}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        for kind in (_WRITING, _DELETING):
+            for left_over in self._directory.glob(f"{kind}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
         writing.mkdir()
         return writing
 
@@ -77,12 +80,20 @@ class CheckpointStore:
         _sync(writing)
         final = self._directory / _name(step)
         if final.exists():  # the same step, written before a resume: the same contents
-            shutil.rmtree(final)
+            self._delete(final)
         writing.rename(final)
         _sync(self._directory)
-        for old in self.complete()[: -self._keep]:
-            shutil.rmtree(old)
+        others = [path for path in self.complete() if path != final]
+        for old in others[: max(0, len(others) - self._keep + 1)]:
+            self._delete(old)
         return final
+
+    def _delete(self, checkpoint: Path) -> None:
+        """Out of sight as a whole, then gone."""
+        hidden = checkpoint.with_name(f"{_DELETING}{checkpoint.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -103,7 +114,8 @@ def find_checkpoint(path: Path) -> Path:
         complete = CheckpointStore(directory).complete()
         if complete:
             return complete[-1]
-    raise CheckpointError(f"{path} holds no complete checkpoint (checkpoints/step-*/{_STATE})")
+    hint = "; it holds weights only: use --init" if (path / "config.json").is_file() else ""
+    raise CheckpointError(f"{path} holds no complete checkpoint (checkpoints/step-*/{_STATE}){hint}")
 
 
 def read_state(checkpoint: Path) -> TrainingState:
@@ -121,10 +133,13 @@ def read_state(checkpoint: Path) -> TrainingState:
         raise CheckpointError(f"{file} is damaged ({error}); use an earlier checkpoint") from None
     if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
         raise CheckpointError(f"{file} is not of format {_FORMAT}: written by another version of raymoe")
-    try:
-        return TrainingState(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{file} lacks what a resume needs ({error})") from None
+    kinds = {"step": int, "bias_version": int, "config": dict}
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise CheckpointError(f"{file}: {name} is no {kind.__name__}; use an earlier checkpoint")
+    if values["step"] < 0:
+        raise CheckpointError(f"{file}: step ({values['step']}) is negative; use an earlier checkpoint")
+    return TrainingState(**{name: values[name] for name in (*kinds, "validation") if name in values})
 
 
 def _name(step: int) -> str:

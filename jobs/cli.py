@@ -1,4 +1,4 @@
-"""The command line: `raymoe train | generate | eval | export | import | config | bench`.
+"""The command line: `raymoe train | serve | generate | eval | export | import | config | bench`.
 
 What a command needs is imported when it runs, so that `raymoe --help` is fast.
 """
@@ -6,16 +6,25 @@ What a command needs is imported when it runs, so that `raymoe --help` is fast.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from errors import ConfigError
-from jobs.console import Progress, finish, surfaced
-
-Result = Mapping[str, Any]
+from errors import ConfigError, DataError
+from jobs.cli_bench import bench
+from jobs.cli_options import (
+    Address,
+    Checkpoint,
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    Preset,
+    Result,
+    Threads,
+)
+from jobs.console import Progress, announcing, finish, say, surfaced
 
 app = typer.Typer(
     name="raymoe",
@@ -23,30 +32,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # errors of usage as plain lines, not in a box
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure this machine or cluster.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-Preset = Annotated[
-    str | None, typer.Option("--preset", help="A configuration by name: tiny, demo, bench-20m, deepseek-v3.")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="A YAML file; `raymoe config` prints a complete one.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=V", help="Change one field, such as training.steps=100; repeatable."),
-]
-Address = Annotated[
-    str | None, typer.Option(help="A running Ray cluster, such as auto; without it, one just for this run.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, alone on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the actors' logs.")]
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A checkpoint, a run's directory, or a Hugging Face directory.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads; the machine's cores by default.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,7 +81,9 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a model; without --preset and --config, the preset demo."""
-    chosen = _training_config(preset, config, _with_steps(overrides, steps), resume=resume, init=init)
+    chosen = _training_config(
+        preset, config, _with_steps(overrides, steps), resume=resume, init=init, output=output
+    )
     directory = resume or output or Path("runs") / (preset or (config.stem if config else "demo"))
 
     def compute() -> Result:
@@ -114,6 +105,36 @@ def train(
 
 @app.command()
 @surfaced
+def serve(
+    checkpoint: Checkpoint,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML with serving and cluster.")] = None,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Interface that HTTP listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of HTTP.")] = 8000,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to OpenAI clients, until Ctrl-C."""
+    from jobs.serving.config import ServeConfig
+
+    chosen = ServeConfig.load(config, overrides or [])
+
+    with announcing() as announce:
+
+        def ready(url: str) -> None:
+            if as_json:
+                announce({"url": url})
+            else:
+                print(f"serving at {url}/v1; Ctrl-C stops it", flush=True)
+
+        from jobs.serve import serve as run
+
+        run(chosen, checkpoint, host=host, port=port, address=address, ready=ready, debug=debug)
+
+
+@app.command()
+@surfaced
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to go on with; - reads it from stdin.")],
@@ -125,7 +146,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a text."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _stdin_text() if prompt == "-" else prompt
 
     def compute() -> Result:
         from jobs.generate import generate as run
@@ -174,6 +195,7 @@ def evaluate(
             sequence_length=sequence_length,
             batch_size=batch_size,
             threads=threads,
+            note=say,
         )
 
     finish(compute, as_json=as_json)
@@ -187,7 +209,9 @@ def export_(
     dtype: Annotated[
         str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; unchanged by default.")
     ] = None,
-    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With the MTP modules, or without.")] = True,
+    mtp: Annotated[
+        bool, typer.Option("--mtp/--no-mtp", help="With the MTP modules, for engines that draft with them.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -252,48 +276,15 @@ def config_(
     print(commented_yaml(chosen), end="")
 
 
-@bench.command("train")
-@surfaced
-def bench_train(
-    preset: Preset = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each contender to time.")] = 15,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time training steps: experts in process, on hosts, and transformers; by default of bench-20m."""
-    from jobs.config_file import load_config
-
-    name = preset or (None if config else "bench-20m")
-    chosen = load_config(path=config, preset_name=name, overrides=overrides or ())
-
-    def compute() -> Result:
-        from jobs.bench import bench_train as run
-
-        return run(chosen, steps=steps)
-
-    finish(compute, as_json=as_json)
-
-
-@bench.command("channel")
-@surfaced
-def bench_channel(
-    kinds: Annotated[
-        list[str] | None, typer.Option("--kind", help="shm or grpc; repeatable, both by default.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which each kind has its turn.")] = 10,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time round trips between two processes of this machine, gRPC's beside a bare stream's."""
-
-    def compute() -> Result:
-        from jobs.bench import bench_channel as run
-
-        return run(kinds or ["shm", "grpc"], rounds=rounds)
-
-    finish(compute, as_json=as_json)
+def _stdin_text() -> str:
+    if sys.stdin is None:
+        raise DataError("--prompt - reads stdin, which is closed; give the text itself")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--prompt is not UTF-8 (byte {error.start} of stdin); convert it, for instance with iconv"
+        ) from None
 
 
 def _with_steps(overrides: list[str] | None, steps: int | None) -> list[str]:
@@ -301,14 +292,20 @@ def _with_steps(overrides: list[str] | None, steps: int | None) -> list[str]:
 
 
 def _training_config(
-    preset: str | None, config: Path | None, overrides: list[str], *, resume: Path | None, init: Path | None
+    preset: str | None,
+    config: Path | None,
+    overrides: list[str],
+    *,
+    resume: Path | None,
+    init: Path | None,
+    output: Path | None,
 ) -> Any:
     """The configuration to train with: of the run that is resumed, or of the options."""
     from jobs.config_file import load_config, resumed_config
 
     if resume is None:
         return load_config(path=config, preset_name=preset, overrides=overrides)
-    given = {"--preset": preset, "--config": config, "--init": init}
+    given = {"--preset": preset, "--config": config, "--init": init, "--output": output}
     wrong = [name for name, value in given.items() if value is not None]
     if wrong:
         raise ConfigError(

@@ -6,17 +6,21 @@ layers below (`model`, `balance`, `cluster`) are defined there.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from cluster.config import ClusterConfig
-from jobs.config_errors import explain
+from cluster.config import ClusterConfig, Reserved
+from jobs.config_errors import Section
+from jobs.tokenizer import SMALLEST_VOCABULARY
 from model.config import BalanceConfig, ModelConfig
 from model.schedule import Schedule
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+_INT64 = (1 << 63) - 1
+Size = Annotated[int, Field(strict=True, ge=1, le=(1 << 31) - 1)]
+Count = Annotated[int, Field(strict=True, ge=1, le=_INT64)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=_INT64)]
+Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,11 +28,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 DTypeName = Literal["auto", "float32", "float64", "bfloat16"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MtpConfig(_Section):
+class MtpConfig(Section):
     """Multi-token prediction; the number of modules is model.num_nextn_predict_layers.
 
     Attributes:
@@ -39,7 +39,7 @@ class MtpConfig(_Section):
     weight: Schedule = 0.3
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """What the optimizer does, and how the work is cut up.
 
     Attributes:
@@ -69,10 +69,10 @@ class TrainingConfig(_Section):
     """
 
     steps: Count = 200
-    batch_size: Count = 8
-    microbatch_size: Count = 4
-    microbatches_in_flight: Count = 2
-    sequence_length: Count = 256
+    batch_size: Size = 8
+    microbatch_size: Size = 4
+    microbatches_in_flight: Size = 2
+    sequence_length: Size = 256
     learning_rate: Positive = 1e-3
     min_learning_rate_ratio: Share = 0.1
     warmup_steps: CountOrZero = 20
@@ -84,15 +84,15 @@ class TrainingConfig(_Section):
     recompute: bool = False
     dtype: DTypeName = "auto"
     seed: CountOrZero = 0
-    workers: Count = 1
-    threads: Count | None = None
-    cpus_per_worker: NonNegative = 1.0
+    workers: Size = 1
+    threads: Threads | None = None
+    cpus_per_worker: Reserved = 1.0
     eval_interval: CountOrZero = 50
     eval_rows: Count | None = 64
     tensorboard: bool = True
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the documents come from.
 
     Attributes:
@@ -111,7 +111,7 @@ class DataConfig(_Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When a checkpoint is written.
 
     Attributes:
@@ -123,7 +123,7 @@ class CheckpointConfig(_Section):
     keep: Count = 2
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A complete run. Every section but `model` has defaults.
 
     Attributes:
@@ -150,22 +150,6 @@ class RunConfig(_Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """Check plain values, as read from YAML.
-
-        Raises:
-            ConfigError: with one line a problem, each naming the full path of its field.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise explain(error, cls, values) from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` takes back."""
-        return self.model_dump(mode="json")
 
     @property
     def microbatches(self) -> int:
@@ -196,6 +180,11 @@ def _conflicts(config: RunConfig) -> list[str]:
         problems.append(
             f"cluster.expert_hosts ({cluster.expert_hosts}) is more than model.n_routed_experts "
             f"({model.n_routed_experts}): a host would own no expert; lower it"
+        )
+    if model.vocab_size < SMALLEST_VOCABULARY and config.data.tokenizer is None:
+        problems.append(
+            f"model.vocab_size ({model.vocab_size}) is too small for the byte-level tokenizer that is made "
+            f"without data.tokenizer; use at least {SMALLEST_VOCABULARY}, or give data.tokenizer"
         )
     return problems
 

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of a configuration, or the whole of it: frozen, nothing unknown, no infinite number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Check plain values, as read from YAML.
+
+        Raises:
+            ConfigError: with one line a problem, each naming the full path of its field.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise explain(error, cls, values) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` takes back."""
+        return self.model_dump(mode="json")
 
 
 def explain(error: ValidationError, schema: type[BaseModel], values: Any) -> ConfigError:

@@ -12,6 +12,12 @@ from jobs.config import RunConfig
 from jobs.presets import DEFAULT_PRESET, preset
 from jobs.yaml_text import commented_yaml, parse_yaml, read_yaml
 
+# What the rows of a run and their order follow from. The corpus may have moved: data.path may change.
+_KEPT = {
+    "training": ("seed", "batch_size", "sequence_length"),
+    "data": ("text_field", "tokenizer", "validation_fraction"),
+}
+
 
 def load_config(
     *, path: Path | None = None, preset_name: str | None = None, overrides: Sequence[str] = ()
@@ -39,7 +45,7 @@ def load_config(
     else:
         values = preset(preset_name or DEFAULT_PRESET).to_dict()
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return RunConfig.from_dict(values)
 
 
@@ -55,10 +61,18 @@ def resumed_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     before = read_state(find_checkpoint(run)).config
     values = copy.deepcopy(before)
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     config = RunConfig.from_dict(values)
-    if config.model != RunConfig.from_dict(before).model:
+    old = RunConfig.from_dict(before)
+    if config.model != old.model:
         raise ConfigError("--set model.…: a resumed run keeps the shape of its model; leave it out")
+    for section, names in _KEPT.items():
+        for name in names:
+            if getattr(getattr(config, section), name) != getattr(getattr(old, section), name):
+                raise ConfigError(
+                    f"--set {section}.{name}: a resumed run goes on with the same rows in the same order, "
+                    "which this would change; leave it out, or begin another run with --init"
+                )
     return config
 
 
@@ -67,12 +81,14 @@ def write_config(config: RunConfig, path: Path) -> None:
     path.write_text(commented_yaml(config), encoding="utf-8")
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `a.b=v` in place."""
     path, separator, text = override.partition("=")
     path = path.strip()
     if not separator or not path or not all(path.split(".")):
         raise ConfigError(f"--set {override!r}: write section.field=value, such as training.steps=100")
+    if not text.strip():
+        raise ConfigError(f"--set {path}: is empty; write {path}=VALUE")
     value = parse_yaml(text, f"--set {path}")
     *sections, name = path.split(".")
     here = values
@@ -88,4 +104,4 @@ def _apply(values: dict[str, Any], override: str) -> None:
     here[name] = value
 
 
-__all__ = ["load_config", "resumed_config", "write_config"]
+__all__ = ["apply_override", "load_config", "resumed_config", "write_config"]

@@ -114,6 +114,16 @@ class Progress:
         self.close()
 
 
+def say(text: str) -> None:
+    """Print a line on stderr, for a command without a progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 file`, `1,200 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def own_error(error: BaseException) -> RaymoeError | None:
     """The error of ours in what Ray wrapped around it on its way out of a task or an actor."""
     inner: BaseException | None = error
@@ -165,17 +175,32 @@ def finish(compute: Callable[[], Mapping[str, Any]], *, as_json: bool) -> None:
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Whatever libraries and their subprocesses write to stdout goes to stderr."""
+def announcing() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A way to print JSON objects on stdout while the command goes on, and nothing else there."""
+    with _stdout_to_stderr() as real:
+
+        def announce(result: Mapping[str, Any]) -> None:
+            line = json.dumps(_finite(result), allow_nan=False) + "\n"
+            if real is None:
+                print(line, end="", flush=True)
+            else:
+                os.write(real, line.encode())
+
+        yield announce
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[int | None]:
+    """Whatever libraries and their subprocesses write to stdout goes to stderr; yields the real one."""
     with redirect_stdout(sys.stderr):
         if sys.__stdout__ is None or sys.__stdout__.closed:
-            yield
+            yield None
             return
         sys.__stdout__.flush()
         kept = os.dup(1)
         try:
             os.dup2(2, 1)
-            yield
+            yield kept
         finally:
             os.dup2(kept, 1)
             os.close(kept)
@@ -212,4 +237,4 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-__all__ = ["Progress", "finish", "own_error", "surfaced"]
+__all__ = ["Progress", "announcing", "counted", "finish", "own_error", "say", "surfaced"]

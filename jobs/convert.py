@@ -7,6 +7,7 @@ A directory appears under its name only when it is complete.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,6 +148,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _write(source: _Source, target: Path) -> dict[str, Any]:
+    target = target.expanduser()
     shards = list(_shards(source.shapes, source.dtype.itemsize))
     weight_map: dict[str, str] = {}
     size = 0
@@ -211,16 +213,22 @@ def _deviation(config: ModelConfig) -> dict[str, str]:
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `target` when all went well and vanishes otherwise."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} is there already; give a directory that is new or empty")
-    making = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
     try:
-        yield making
-        making.replace(target)
-    finally:
+        place = Path(os.path.realpath(target))  # `.` has no name to put another beside
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise CheckpointError(f"{target} is there already; give a directory that is new or empty")
+        making = place.with_name(f".{place.name}.writing")
         shutil.rmtree(making, ignore_errors=True)
+        try:
+            making.mkdir(parents=True)
+            yield making
+            making.replace(place)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error}; give a directory that can be written"
+        ) from None
 
 
 __all__ = ["export_checkpoint", "import_checkpoint"]

@@ -7,7 +7,7 @@ gives the same rows on any cluster. Nothing is cached outside the run's output d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from errors import DataError
 from jobs.config import RunConfig
-from jobs.console import own_error
+from jobs.console import counted, own_error
 from jobs.documents import Document, SourceFile, find_files, held_out, name_hash, read_documents
 from jobs.held_out import HeldOut, zlib_bits_per_byte
 from jobs.packing import Block, PackedCorpus, Packer
@@ -72,30 +72,38 @@ class PreparedData:
         save_tokenizer(Tokenizer.from_str(self.tokenizer), self.end_of_text, directory)
 
 
-def prepare(config: RunConfig, *, tokenizer: Path | None = None) -> PreparedData:
+def prepare(
+    config: RunConfig, *, tokenizer: Path | None = None, note: Callable[[str], None] | None = None
+) -> PreparedData:
     """Read, split, tokenise and pack the corpus of a run. Ray must be initialised.
 
     Args:
         config: the run's configuration.
         tokenizer: take this one, whatever `data.tokenizer` says: a run that is resumed, or begun from
             a checkpoint, keeps its own.
+        note: is told what is being done, before each part that takes its time.
 
     Raises:
         DataError: the corpus is missing, unreadable, or too small.
         ConfigError: the tokenizer does not fit the model.
     """
+    note = note or (lambda _: None)
     chosen = tokenizer or (Path(config.data.tokenizer).expanduser() if config.data.tokenizer else None)
     vocab_size = config.model.vocab_size
     given = load_tokenizer(chosen, vocab_size) if chosen else None
-    documents = _read(find_files(config.data.path), config.data.text_field)
+    files = find_files(config.data.path)
+    note(f"reading {counted(len(files), 'file')}")
+    documents = _read(files, config.data.text_field)
     sizes = {row["name"]: row["size"] for row in _take(documents.select_columns(["name", "size"]))}
     held = held_out(list(sizes), config.data.validation_fraction)
     training, validation = _only(documents, held, keep=False), _only(documents, held, keep=True)
     if given is None:
+        note(f"training the tokenizer: {vocab_size:,} tokens")
         given = train_tokenizer(_sample(training, sizes, held), vocab_size)
     model, end_of_text = given
     text = model.to_str()
 
+    note(f"packing {counted(len(sizes), 'document')}")
     train, packer = _pack(training, text, end_of_text, config, pad=False)
     if train.n_rows == 0:
         raise DataError(
@@ -136,7 +144,9 @@ def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Ray Data prints the error of a task beside raising it; --debug is what shows Ray's own words.
+    debug = logging.getLogger("ray").getEffectiveLevel() <= logging.INFO
+    logging.getLogger("ray.data").setLevel(logging.WARNING if debug else logging.CRITICAL)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that bars are off
     items = ray.data.from_items(list(range(len(files))), override_num_blocks=min(len(files), 8))
     with _own_errors():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from errors import CheckpointError, ConfigError, DataError
 from jobs.checkpoint_store import read_state
 from jobs.config import RunConfig
+from jobs.console import counted
 from jobs.documents import find_files, held_out, read_documents
 from jobs.held_out import HeldOut, zlib_bits_per_byte
 from jobs.packing import pack
@@ -30,8 +31,11 @@ def evaluate(
     sequence_length: int | None = None,
     batch_size: int = 4,
     threads: int | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Judge a model on all documents of `data`, or on those that its run held out.
+
+    `note` is told what is being done, before each part that takes its time.
 
     Returns:
         loss (nats per token), perplexity, bits_per_byte beside zlib_bits_per_byte, mtp_acceptance (of each
@@ -41,6 +45,7 @@ def evaluate(
         CheckpointError: no such checkpoint.
         DataError: no such documents, or neither `data` nor a run that names them.
     """
+    note = note or (lambda _: None)
     if threads is not None:
         torch.set_num_threads(threads)
     directory = find_weights(checkpoint)
@@ -49,7 +54,7 @@ def evaluate(
         raise DataError(
             f"{checkpoint} holds weights without a run, and so no held-out documents; give --data"
         )
-    texts = _texts(data, text_field, run)
+    texts = _texts(data, text_field, run, note)
     model = load_model(directory)
     limit = model.transformer.config.max_position_embeddings
     length = sequence_length or min(run.training.sequence_length if run else _LENGTH, limit)
@@ -57,6 +62,7 @@ def evaluate(
         raise ConfigError(
             f"--sequence-length ({length}) is beyond the model's max_position_embeddings ({limit}); lower it"
         )
+    note(f"judging {counted(len(texts), 'document')}")
     return judge(model, texts, sequence_length=length, batch_size=batch_size)
 
 
@@ -114,9 +120,12 @@ def _run_of(directory: Path) -> RunConfig | None:
         return None
 
 
-def _texts(data: str | None, text_field: str | None, run: RunConfig | None) -> list[str]:
+def _texts(
+    data: str | None, text_field: str | None, run: RunConfig | None, note: Callable[[str], None]
+) -> list[str]:
     field = text_field or (run.data.text_field if run else "text")
     files = find_files(data if data is not None else run.data.path if run else None)
+    note(f"reading {counted(len(files), 'file')}")
     documents = [document for file in files for document in read_documents(file, field)]
     if data is None and run is not None:
         names = held_out([document.name for document in documents], run.data.validation_fraction)

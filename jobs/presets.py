@@ -81,7 +81,7 @@ def demo() -> RunConfig:
             # So short a run has no time for a bias that moves by 0.001 a step.
             "balance": {"update_rate": 0.005},
             "training": {
-                "steps": 700,
+                "steps": 500,
                 "batch_size": 4,
                 "microbatch_size": 2,
                 "sequence_length": 256,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,11 @@ from torch import Tensor
 
 from actors.clients import CoordinatorClient
 from actors.trunk import Reducer, SingleWorker
-from channels.base import Channel
-from channels.choose import connect, pick
-from cluster.topology import HostInfo
 from errors import RaymoeError
 from jobs.assembly import Start, assemble_worker, compute_threads
 from jobs.config import RunConfig
 from jobs.data import PreparedData
+from jobs.hosts import connector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             output=Path(given.output),
             coordinator=coordinator,
             table=coordinator.table() if config.cluster.expert_hosts else None,
-            connect=_connector(config),
+            connect=connector(config.cluster),
             reducer=reducer,
         )
         try:
@@ -79,19 +78,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     except Exception as error:
         # The others wait in the coordinator for this worker's report: tell them that none will come.
         text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
-        coordinator.fail(f"worker {rank} (process {os.getpid()}): {text}")
+        with suppress(RaymoeError):  # the coordinator may be gone too; the first error is the one to raise
+            coordinator.fail(f"worker {rank} (process {os.getpid()}): {text}")
         raise
     finally:
         coordinator.close()
-
-
-def _connector(config: RunConfig) -> Any:
-    cluster = config.cluster
-
-    def open_channel(host: HostInfo) -> Channel:
-        return connect(pick(cluster.channel, host.addresses), timeout=cluster.start_timeout)
-
-    return open_channel
 
 
 __all__ = ["ProcessGroupReducer", "WorkerSettings", "train_worker"]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
-_SMALLEST = 256 + 1  # Every byte, and the end of text.
+SMALLEST_VOCABULARY = 256 + 1  # Every byte, and the end of text.
 # What other people's tokenizers call the end of a text.
 _KNOWN_ENDS = (END_OF_TEXT, "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end_of_text|>", "</s>", "<eos>")
 
@@ -24,10 +24,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, i
     Raises:
         ConfigError: `vocab_size` cannot hold the 256 bytes and the end of text.
     """
-    if vocab_size < _SMALLEST:
+    if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
             f"model.vocab_size ({vocab_size}) is too small for a byte-level tokenizer; "
-            f"use at least {_SMALLEST}, or give data.tokenizer"
+            f"use at least {SMALLEST_VOCABULARY}, or give data.tokenizer"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,4 +112,4 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["END_OF_TEXT", "load_tokenizer", "save_tokenizer", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "SMALLEST_VOCABULARY", "load_tokenizer", "save_tokenizer", "train_tokenizer"]

@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
 
 from actors.clients import CoordinatorClient, HostClient
 from actors.coordinator import Coordinator
-from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
 from errors import CheckpointError, ConfigError, RaymoeError
 from jobs.assembly import (
     Start,
     build_host,
-    placement,
     training_plan,
     weight_source,
 )
-from jobs.checkpoint_store import find_checkpoint, read_state
+from jobs.checkpoint_store import CheckpointStore, find_checkpoint, read_state
 from jobs.config import RunConfig
 from jobs.config_file import write_config
 from jobs.console import Progress
 from jobs.data import PreparedData, prepare
+from jobs.hosts import on_loopback, placement, running_hosts
 from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.precision import check_dtype
-from jobs.ray_session import ray_session
+from jobs.ray_session import Needs, ray_session
 from jobs.ray_worker import WorkerSettings, train_worker
+from jobs.run_directory import run_directory
 from jobs.worker import VALIDATION_FILE
 from model.config import ModelConfig
 from model.sources import gate_biases, read_hf_config
@@ -72,17 +72,43 @@ def train(
     Raises:
         RaymoeError: with the text of whatever failed, wherever in the cluster it did.
     """
-    output = output.expanduser().resolve()
     check_dtype(config.training.dtype)
+    if config.data.path is not None:  # a resume may come from another directory
+        values = config.to_dict()
+        values["data"]["path"] = os.path.abspath(os.path.expanduser(config.data.path))
+        config = RunConfig.from_dict(values)
+    with run_directory(output) as output:
+        return _train(
+            config,
+            output=output,
+            resume=resume,
+            init=init,
+            address=address,
+            progress=progress,
+            debug=debug,
+        )
+
+
+def _train(
+    config: RunConfig,
+    *,
+    output: Path,
+    resume: bool,
+    init: Path | None,
+    address: str | None,
+    progress: Progress | None,
+    debug: bool,
+) -> dict[str, Any]:
     begin, tokenizer = _start(config, output, resume=resume, init=init)
     if begin.step >= config.training.steps:
         raise ConfigError(
             f"training.steps is {config.training.steps}, and {begin.weights} has {begin.step} steps behind "
             "it: raise training.steps to go on"
         )
-    with ray_session(config, address=address, debug=debug):
-        data = prepare(config, tokenizer=tokenizer)
-        output.mkdir(parents=True, exist_ok=True)
+    with ray_session(_needs(config), address=address, debug=debug) as embedded:
+        if embedded:
+            config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
+        data = prepare(config, tokenizer=tokenizer, note=None if progress is None else progress.note)
         write_config(config, output / "config.yaml")
         began = time.perf_counter()
         interrupted = _run(config, data, begin, output, progress)
@@ -122,19 +148,42 @@ def summary(output: Path) -> dict[str, Any]:
 def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) -> tuple[Start, Path | None]:
     """Where the run begins, and the tokenizer that goes with its weights."""
     name = uuid.uuid4().hex[:12]
+    store = CheckpointStore(output / "checkpoints")
+    if not resume and ((output / METRICS_FILE).exists() or store.complete()):
+        raise ConfigError(f"{output} holds a run already; use --resume {output}, or another --output")
     if resume:
+        if output.parent.name == "checkpoints":
+            run = output.parent.parent
+            raise ConfigError(f"--resume {output} is one checkpoint; resume the run: --resume {run}")
         checkpoint = find_checkpoint(output)
         begin = Start(run=name, step=read_state(checkpoint).step, weights=checkpoint, moments=True)
     elif init is not None:
+        init = init.expanduser().resolve()  # hosts and workers read it from directories of their own
         weights = init if (init / "config.json").is_file() else find_checkpoint(init)
         _check_shape(config, weights)
         begin = Start(run=name, weights=weights)
     else:
-        if (output / METRICS_FILE).exists():
-            raise ConfigError(f"{output} holds a run already; use --resume {output}, or another --output")
         return Start(run=name), None
-    tokenizer = begin.weights / "tokenizer.json" if begin.weights is not None else None
-    return begin, tokenizer if tokenizer is not None and tokenizer.is_file() else None
+    assert begin.weights is not None
+    tokenizer = begin.weights / "tokenizer.json"
+    if tokenizer.is_file():
+        return begin, tokenizer
+    if config.data.tokenizer is None:
+        raise CheckpointError(
+            f"{begin.weights} has no tokenizer.json, and a new one would not fit its weights: set "
+            "data.tokenizer"
+        )
+    return begin, None
+
+
+def _needs(config: RunConfig) -> Needs:
+    training, cluster = config.training, config.cluster
+    return Needs(
+        cpus=training.workers * training.cpus_per_worker + cluster.expert_hosts * cluster.cpus_per_host,
+        why=f"training.workers ({training.workers}) x training.cpus_per_worker ({training.cpus_per_worker:g})"
+        f" + cluster.expert_hosts ({cluster.expert_hosts}) x cluster.cpus_per_host"
+        f" ({cluster.cpus_per_host:g})",
+    )
 
 
 def _check_shape(config: RunConfig, weights: Path) -> None:
@@ -151,18 +200,12 @@ def _run(
 ) -> bool:
     """Bring everything up, train, and take everything down; whether Ctrl-C ended it."""
     with ExitStack() as stack:
-        # All actors start at once, then each is waited for.
-        coordinator_actor = stack.enter_context(
-            _killed(start(CoordinatorActor, _coordinator_builder(config, begin)))
+        hosts = [partial(build_host, config, begin, i) for i in range(config.cluster.expert_hosts)]
+        address = stack.enter_context(
+            running_hosts(config.cluster, partial(_build_coordinator, config, begin), hosts)
         )
-        host_actors = stack.enter_context(_killed(*_start_hosts(config, begin)))
-        patience = config.cluster.start_timeout
-        address = ask(coordinator_actor[0].address.remote(), what="the coordinator", timeout=patience)
         coordinator = CoordinatorClient(address, timeout=config.cluster.call_timeout)
         stack.callback(coordinator.close)
-        for index, actor in enumerate(host_actors):
-            info = ask(actor.info.remote(), what=f"expert host {index}", timeout=patience)
-            coordinator.register_host(info)
         settings = WorkerSettings(
             config=config.to_dict(), data=data, start=begin, output=str(output), coordinator=address
         )
@@ -268,51 +311,26 @@ class _Watch:
         def count(number: int, frame: FrameType | None) -> None:
             self._interrupts += 1
 
-        before = signal.signal(signal.SIGINT, count)
+        # SIGTERM is how a job is stopped from outside.
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-@contextmanager
-def _killed(*actors: Any) -> Iterator[tuple[Any, ...]]:
-    """Actors that do not outlive the block."""
-    try:
-        yield actors
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _coordinator_builder(config: RunConfig, begin: Start) -> Callable[[], Coordinator]:
-    def build() -> Coordinator:
-        return Coordinator(
-            training_plan(config),
-            owner=placement(config),
-            n_layers=len(config.model.moe_layers),
-            n_experts=config.model.n_routed_experts,
-            n_hosts=config.cluster.expert_hosts,
-            control=lambda info: HostClient(info, timeout=config.cluster.call_timeout),
-            state={"step": begin.step},
-            bias=gate_biases(weight_source(config, begin), config.model),
-        )
-
-    return build
-
-
-def _start_hosts(config: RunConfig, begin: Start) -> list[Any]:
-    """The expert host actors of a run, on their way up."""
-    cluster = config.cluster
-    return [
-        start(
-            ExpertHostActor,
-            partial(build_host, config, begin, index),
-            cpus=cluster.cpus_per_host,
-            gpus=cluster.gpus_per_host,
-        )
-        for index in range(cluster.expert_hosts)
-    ]
+def _build_coordinator(config: RunConfig, begin: Start) -> Coordinator:
+    return Coordinator(
+        training_plan(config),
+        owner=placement(config.model, config.cluster.expert_hosts),
+        n_layers=len(config.model.moe_layers),
+        n_experts=config.model.n_routed_experts,
+        n_hosts=config.cluster.expert_hosts,
+        control=partial(HostClient, timeout=config.cluster.call_timeout),
+        state={"step": begin.step},
+        bias=gate_biases(weight_source(config, begin), config.model),
+    )
 
 
 __all__ = ["summary", "train"]

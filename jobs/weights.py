@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from errors import CheckpointError
 from jobs.checkpoint_store import find_checkpoint
 from jobs.precision import computes_bfloat16
 from jobs.tokenizer import load_tokenizer
@@ -41,7 +42,14 @@ def find_weights(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    return path if (path / "config.json").is_file() else find_checkpoint(path)
+    if (path / "config.json").is_file():
+        return path
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        if not path.exists():
+            raise
+        raise CheckpointError(f"{error}, and no config.json of a Hugging Face model either") from None
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -54,7 +62,7 @@ def load_model(path: Path) -> LoadedModel:
         DataError: no tokenizer.json beside the weights.
     """
     directory = find_weights(path)
-    model = load_pretrained(directory, dtype=_compute_dtype(directory)).eval()
+    model = load_pretrained(directory, dtype=compute_dtype(directory)).eval()
     tokenizer, end_of_text = load_tokenizer(directory, model.config.vocab_size)
     return LoadedModel(
         directory=directory,
@@ -65,10 +73,11 @@ def load_model(path: Path) -> LoadedModel:
     )
 
 
-def _compute_dtype(directory: Path) -> torch.dtype:
+def compute_dtype(directory: Path) -> torch.dtype:
+    """The dtype to run a model in: its weights' own where the machine computes in it, else float32."""
     stored = ShardReader(directory).tensor("model.norm.weight").dtype
     keeps = stored == torch.float64 or (stored == torch.bfloat16 and computes_bfloat16())
     return stored if keeps else torch.float32
 
 
-__all__ = ["LoadedModel", "find_weights", "load_model"]
+__all__ = ["LoadedModel", "compute_dtype", "find_weights", "load_model"]

@@ -13,14 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from errors import ConfigError
 from model.schedule import Schedule
 
-Size = Annotated[int, Field(ge=1)]
+_LARGEST = (1 << 31) - 1
+Size = Annotated[int, Field(ge=1, le=_LARGEST)]
+SizeOrZero = Annotated[int, Field(ge=0, le=_LARGEST)]
 Weight = Annotated[float, Field(ge=0)]
 
 
 class _Frozen(BaseModel):
-    """A value object: immutable, and an unknown field is an error."""
+    """A value object: immutable, its numbers finite, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class YarnScaling(_Frozen):
@@ -58,7 +60,7 @@ class ModelConfig(_Frozen):
     intermediate_size: Size
     moe_intermediate_size: Size
     num_hidden_layers: Size
-    first_k_dense_replace: Annotated[int, Field(ge=0)] = 1
+    first_k_dense_replace: SizeOrZero = 1
     num_attention_heads: Size
     q_lora_rank: Size | None = None
     kv_lora_rank: Size
@@ -79,7 +81,7 @@ class ModelConfig(_Frozen):
     max_position_embeddings: Size = 4096
     tie_word_embeddings: bool = False
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    num_nextn_predict_layers: Annotated[int, Field(ge=0)] = 0
+    num_nextn_predict_layers: SizeOrZero = 0
     mtp_mode: Literal["chain", "parallel"] = "chain"
     group_score: Literal["biased", "affinity"] = "biased"
 
@@ -181,12 +183,12 @@ class ModelConfig(_Frozen):
         if "num_mtp_layers" in values:
             fields.setdefault("num_nextn_predict_layers", values["num_mtp_layers"])
         # transformers 5 keeps theta and scaling together in rope_parameters.
-        rope = dict(values.get("rope_parameters") or fields.get("rope_scaling") or {})
+        rope = _rope(values)
         fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
-        kinds = {rope.pop("rope_type", None), rope.pop("type", None)} - {None}
-        if kinds - {"default", "yarn"}:
+        kinds = [kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None]
+        if any(kind not in ("default", "yarn") for kind in kinds):
             raise ConfigError(
-                f"config.json: rope scaling of type {sorted(kinds)} is not supported; only yarn (or none) is"
+                f"config.json: rope scaling of type {kinds} is not supported; only yarn (or none) is"
             )
         fields["rope_scaling"] = None
         if "yarn" in kinds:
@@ -210,6 +212,20 @@ class ModelConfig(_Frozen):
             "num_key_value_heads": self.num_attention_heads,
             **self.model_dump(mode="json"),
         }
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Theta and scaling as a `config.json` gives them, in one mapping: empty when it gives none."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = values.get(name)
+        if not given:
+            continue
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f'config.json: {name} is {given!r}; write a mapping such as {{"type": "yarn", "factor": 40}}'
+            )
+        return dict(given)
+    return {}
 
 
 _FIXED: dict[str, object] = {

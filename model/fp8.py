@@ -25,14 +25,20 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     quantization = config.get("quantization_config")
     if not quantization:
         return _BLOCK
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(
+            f"config.json: quantization_config is {quantization!r}, which is no mapping; leave it out, "
+            "or give another export of the model"
+        )
     method = quantization.get("quant_method")
     size = quantization.get("weight_block_size", _BLOCK)
-    if method != "fp8" or not isinstance(size, list | tuple) or len(size) != 2:
+    sizes = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    if method != "fp8" or not sizes:
         raise CheckpointError(
             f"config.json: quantization_config has quant_method {method!r} and weight_block_size {size!r}; "
             "only fp8 with blocks of two sizes can be read: give another export of the model"
         )
-    return int(size[0]), int(size[1])
+    return size[0], size[1]
 
 
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+_INT64 = (1 << 63) - 1
+_Value = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Point(BaseModel):
@@ -18,8 +21,8 @@ class Point(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    step: NonNegativeInt
-    value: FiniteFloat
+    step: Annotated[int, Field(ge=0, le=_INT64)]
+    value: _Value
 
 
 def _ordered(schedule: float | tuple[Point, ...]) -> float | tuple[Point, ...]:
@@ -32,8 +35,8 @@ def _ordered(schedule: float | tuple[Point, ...]) -> float | tuple[Point, ...]:
     return schedule
 
 
-Schedule = Annotated[FiniteFloat | tuple[Point, ...], AfterValidator(_ordered)]
-"""A constant, or `[{step: 0, value: …}, {step: …, value: …}, …]`, piecewise constant."""
+Schedule = Annotated[_Value | tuple[Point, ...], AfterValidator(_ordered)]
+"""A weight or a rate: a constant, or `[{step: 0, value: …}, {step: …, value: …}, …]`, piecewise constant."""
 
 
 def value_at(schedule: float | Sequence[Point], step: int) -> float:

@@ -57,16 +57,25 @@ class ShardReader:
         Raises:
             CheckpointError: missing, damaged or misshapen.
         """
-        if shape is not None and self.shape(name) != shape:
-            raise CheckpointError(
-                f"{self.path}: {name} has shape {list(self.shape(name))} where config.json makes it "
-                f"{list(shape)}; the weights belong to another configuration"
-            )
+        if shape is not None:
+            self.check(name, shape)
         try:
             loaded: Tensor = self._file(name).get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise _damaged(self._file_of[name], error) from None
         return loaded
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Hold a tensor's shape, as the file's header has it, against what it should be.
+
+        Raises:
+            CheckpointError: missing, damaged or misshapen.
+        """
+        if self.shape(name) != shape:
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {list(self.shape(name))} where config.json makes it "
+                f"{list(shape)}; the weights belong to another configuration"
+            )
 
     def _slice(self, name: str) -> Any:
         try:
@@ -103,10 +112,14 @@ class ShardReader:
         index = self.path / INDEX
         if index.exists():
             try:
-                entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise _damaged(index, error) from None
-            self._file_of.update((name, self.path / Path(file).name) for name, file in entries)
+            if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+                raise CheckpointError(
+                    f"{index} is damaged: weight_map does not map each tensor to a file; copy it again"
+                )
+            self._file_of.update((name, self.path / Path(file).name) for name, file in entries.items())
         elif (self.path / _SINGLE).exists():
             self._list(self.path / _SINGLE)
         else:

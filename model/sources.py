@@ -133,6 +133,23 @@ class PretrainedSource:
                 loaded[name] = self._read(name, shape)
         return loaded
 
+    def check(self) -> None:
+        """Hold names and shapes of all tensors against the configuration, reading the files' headers alone.
+
+        Raises:
+            CheckpointError: one is missing, or of another shape.
+        """
+        shapes = trunk_shapes(self.config)
+        if self.config.tie_word_embeddings:
+            del shapes[HEAD]
+        hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
+        for layer in self.config.moe_layers:
+            for expert in range(self.config.n_routed_experts):
+                gate, up, down = expert_names(layer, expert)
+                shapes |= {gate: (wide, hidden), up: (wide, hidden), down: (hidden, wide)}
+        for name, shape in shapes.items():
+            self._reader.check(name, shape)
+
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._reader.tensor(name, shape=shape)
         scales = name + SCALE_SUFFIX

@@ -26,13 +26,13 @@ from jobs.assembly import (
     assemble_worker,
     moment_source,
     optimizer_settings,
-    placement,
     resolve_dtype,
     training_plan,
     weight_source,
 )
 from jobs.config import RunConfig
 from jobs.held_out import HeldOut
+from jobs.hosts import placement
 from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.packing import PackedCorpus, pack
 from jobs.presets import preset
@@ -154,7 +154,7 @@ def train(
     """Run a training job to its end; raises what a worker raised."""
     start = start or Start(run="test")
     workers, n_hosts = config.training.workers, config.cluster.expert_hosts
-    owner = placement(config)
+    owner = placement(config.model, config.cluster.expert_hosts)
     layers = config.model.moe_layers
     hosts = [
         ExpertHost(

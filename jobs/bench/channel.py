@@ -146,19 +146,14 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
         row, block = bytes(WIDTH * 4), bytes(MEBIBYTE * WIDTH * 4)
         few = max(repeats // 10, 1)
         small = _alternate(
-            {"shm": _through(shm, SMALL), "grpc": _through(grpc, SMALL), "bare": lambda: bare.call(row)},
-            rounds=rounds,
-            repeats=repeats,
+            {"grpc": _through(grpc, SMALL), "bare": lambda: bare.call(row)}, rounds=rounds, repeats=repeats
         )
         mebibyte = _alternate(
-            {
-                "shm": _through(shm, MEBIBYTE),
-                "grpc": _through(grpc, MEBIBYTE),
-                "bare": lambda: bare.call(block),
-            },
-            rounds=rounds,
-            repeats=few,
+            {"grpc": _through(grpc, MEBIBYTE), "bare": lambda: bare.call(block)}, rounds=rounds, repeats=few
         )
+        # Shared memory is compared with nothing, and takes no turns: a layer's calls follow one another too.
+        small |= _alternate({"shm": _through(shm, SMALL)}, rounds=rounds, repeats=10 * repeats)
+        mebibyte |= _alternate({"shm": _through(shm, MEBIBYTE)}, rounds=rounds, repeats=repeats)
         large = _alternate({"shm": _through(shm, LARGE)}, rounds=rounds, repeats=few)
     finally:
         for end in opened:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from jobs.bench.contenders import Contender
+from jobs.bench.contenders import Contender, has_transformers, matmul
+from jobs.bench.training_steps import ours, transformers
 from jobs.config import RunConfig
 from jobs.presets import summary
 from model.config import ModelConfig
@@ -50,13 +51,14 @@ def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
     rounds: dict[str, list[float]] = {}
     with ExitStack() as stack:
         contenders = {
-            name: stack.enter_context(Contender(name, timed))
-            for name, timed in (("local", local), ("remote", remote), ("transformers", local))
+            "local": stack.enter_context(Contender("local", ours, local)),
+            "remote": stack.enter_context(Contender("remote", ours, remote)),
         }
-        contenders = {name: contender for name, contender in contenders.items() if contender.available}
+        if has_transformers():
+            contenders["transformers"] = stack.enter_context(Contender("transformers", transformers, local))
         for contender in contenders.values():
             contender.steps(_WARM_UP)
-        peak = stack.enter_context(Contender("matmul", local))
+        peak = stack.enter_context(Contender("matmul", matmul, local))
         for _ in range(max(1, -(-steps // _PER_ROUND))):
             for name, contender in {**contenders, "matmul": peak}.items():
                 rounds.setdefault(name, []).append(statistics.median(contender.steps(_PER_ROUND)))

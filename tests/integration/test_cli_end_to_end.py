@@ -109,7 +109,7 @@ def test_generation_is_that_of_transformers_on_the_export(run: Path, tmp_path: P
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ours = result_of("generate", run, "--prompt", PROMPT, "--max-tokens", "12")
-    result_of("export", run, tmp_path / "hf", "--no-mtp")
+    result_of("export", run, tmp_path / "hf")
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -123,7 +123,7 @@ def test_generation_is_that_of_transformers_on_the_export(run: Path, tmp_path: P
 
 
 def test_an_export_comes_back_and_trains_on(run: Path, corpus: Path, tmp_path: Path) -> None:
-    result_of("export", run, tmp_path / "hf")
+    result_of("export", run, tmp_path / "hf", "--mtp")
     result_of("import", tmp_path / "hf", tmp_path / "weights")
     one, other = (
         result_of("generate", place, "--prompt", PROMPT, "--max-tokens", "8")["text"]
@@ -148,7 +148,7 @@ BAD = {
     "reach": ({"model__num_experts_per_tok": 5}, 2, "num_experts_per_tok (5) exceeds the 4 experts"),
     "missing file": ({"data__path": "/no/such/file.txt"}, 2, "/no/such/file.txt does not exist"),
     "too few CPUs": ({"training__cpus_per_worker": 64}, 1, "training.cpus_per_worker (64)"),
-    "host without GPU": ({"cluster__expert_hosts": 1, "cluster__gpus_per_host": 1}, 1, "gpus_per_host"),
+    "host without GPU": ({"cluster__expert_hosts": 1, "cluster__gpus_per_host": 1}, 2, "gpus_per_host"),
 }
 
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_shape(run: Path, tmp_path: Path) -> None:
 
 def test_a_host_that_cannot_start_ends_the_run(run: Path, corpus: Path, tmp_path: Path) -> None:
     """Its weights are damaged where only the hosts look."""
-    result_of("export", run, tmp_path / "hf")
+    result_of("export", run, tmp_path / "hf", "--mtp")
     shard = next((tmp_path / "hf").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:2000])
     done = invoke(

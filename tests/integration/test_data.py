@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,28 @@ def test_what_cannot_be_read_is_named(
     with pytest.raises(error, match=said) as caught:
         prepare(_config(tmp_path / path))
     assert "Traceback" not in str(caught.value)
+
+
+def test_what_takes_time_is_announced(tmp_path: Path) -> None:
+    notes: list[str] = []
+    data = prepare(_config(_folder(tmp_path / "corpus")), note=notes.append)
+    assert notes == ["reading 30 files", "training the tokenizer: 512 tokens", "packing 30 documents"]
+    data.save_tokenizer(tmp_path)
+    notes.clear()
+    prepare(_config(tmp_path / "corpus"), tokenizer=tmp_path, note=notes.append)
+    assert notes == ["reading 30 files", "packing 30 documents"]
+
+
+def test_ray_says_nothing_beside_the_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff" * 5000)
+    level = logging.getLogger("ray").level
+    logging.getLogger("ray").setLevel(logging.ERROR)  # as without --debug
+    try:
+        with pytest.raises(DataError):
+            prepare(_config(tmp_path / "a.txt"))
+    finally:
+        logging.getLogger("ray").setLevel(level)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:

@@ -214,3 +214,52 @@ def test_a_server_that_closes_wakes_its_callers() -> None:
     server.close()
     with pytest.raises(ChannelError):
         channel.submit(Request(id=NAME)).result(30)
+
+
+def test_a_write_that_fails_leaves_no_segment_behind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = choose.connect(server.address)
+    (good,) = channel.submit(request(torch.ones(3))).result(30)
+    with monkeypatch.context() as patched:
+
+        def fail(*_: object) -> None:
+            raise ProtocolError("cannot be written")
+
+        patched.setattr("channels.doorbell._write", fail)
+        for size in (3, 1 << 20):
+            for _ in range(300):
+                with pytest.raises(ProtocolError, match="cannot be written"):
+                    channel.submit(request(torch.ones(size)))
+    (again,) = channel.submit(request(torch.full((3,), 2.0))).result(30)
+    assert good.tolist() == [1.0] * 3
+    assert again.tolist() == [2.0] * 3
+    channel.close()
+
+
+def test_an_interrupt_in_the_middle_of_a_request_closes_the_channel(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = choose.connect(server.address)
+    assert isinstance(channel, shm.ShmChannel)
+    send = channel._bell.send
+
+    def interrupted(*arguments: Any) -> Any:
+        send(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(channel._bell, "send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        channel.submit(request(torch.ones(3)))
+    with pytest.raises(ChannelError, match="connect again"):
+        channel.submit(request(torch.ones(3)))
+
+
+def test_a_timeout_beyond_all_bounds_is_none(server: Server) -> None:
+    channel = choose.connect(server.address)
+    for seconds in (1e19, float("inf")):
+        assert channel.submit(request(torch.ones(2))).result(seconds)[0].tolist() == [1.0, 1.0]
+    channel.close()
+
+
+def request(*tensors: torch.Tensor) -> Request:
+    name = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
+    return Request(id=name, tensors=tensors)

@@ -60,6 +60,10 @@ def test_every_problem_is_a_line_on_stderr_and_the_exit_code_is_two() -> None:
     ("arguments", "said"),
     [
         (["train", "--steps", "0"], "--steps"),
+        (["generate", "x", "--prompt", "x", "--threads", "100000"], "'--threads'"),
+        (["generate", "x", "--prompt", "x", "--temperature", "nan"], "'--temperature'"),
+        (["eval", "x", "--threads", "100000"], "'--threads'"),
+        (["bench", "trian"], "trian"),
         (["trian"], "trian"),
         (["generate", "x"], "--prompt"),
         (["train", "--preset", "nope"], "preset 'nope' does not exist"),
@@ -77,6 +81,7 @@ def test_wrong_usage_ends_with_two_and_names_it(arguments: list[str], said: str)
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+    assert "╭" not in result.stderr
     assert result.stdout == ""
 
 

@@ -190,3 +190,10 @@ def test_an_error_class_of_ours_crosses_and_others_become_remote_errors(stack: E
     raising(KeyError("what"))
     with pytest.raises(RaymoeError, match="KeyError: 'what'"):
         client.save("d")
+
+
+def test_a_text_too_long_for_a_status_arrives_cut(stack: ExitStack) -> None:
+    client = serve_coordinator(stack, TinyCluster(1))
+    client.fail("é\n" * 10_000)
+    with pytest.raises(RaymoeError, match="é"):
+        client.table()

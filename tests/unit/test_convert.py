@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from engine import Engine
 from errors import CheckpointError, ConfigError, DataError
 from jobs.checkpoint_store import TrainingState
 from jobs.cli import app
@@ -121,6 +122,30 @@ def test_a_directory_in_use_is_left_alone(run: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
+def test_the_working_directory_is_a_target_while_it_is_empty(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "hf"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    export_checkpoint(run, Path("."))
+    assert (here / "config.json").is_file()
+    monkeypatch.chdir(here)
+    with pytest.raises(CheckpointError, match="is there already"):
+        export_checkpoint(run, Path("."))
+
+
+@pytest.mark.parametrize("target", ["file/x", "loop", "/proc/nope/x"])
+def test_a_target_that_cannot_be_made_is_named(run: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(
+        CheckpointError, match=f"cannot write .*{target}: .*give a directory that can be written"
+    ):
+        export_checkpoint(run, tmp_path / target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
 def test_an_unknown_dtype_is_refused_before_anything_is_written(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"fp8.*float32, bfloat16, float16"):
         export_checkpoint(run, tmp_path / "hf", dtype="fp8")
@@ -205,9 +230,9 @@ def test_generation_ends_at_the_end_of_text_and_at_the_longest_text(run: Path) -
     model = load_model(run)
     longest = CONFIG.model.max_position_embeddings
     new, reason = continue_tokens(model, [1] * (longest - 1), max_tokens=9, temperature=0.0, seed=0)
-    assert (len(new), reason) == (2, "length")
-    with pytest.raises(DataError, match=f"--prompt has {longest + 1} tokens"):
-        continue_tokens(model, [1] * (longest + 1), max_tokens=1, temperature=0.0, seed=0)
+    assert (len(new), reason) == (1, "length")
+    with pytest.raises(DataError, match=f"--prompt has {longest} tokens"):
+        continue_tokens(model, [1] * longest, max_tokens=1, temperature=0.0, seed=0)
     first = continue_tokens(model, [5], max_tokens=1, temperature=0.0, seed=0)[0][0]
     ends = LoadedModel(
         directory=model.directory,
@@ -217,6 +242,42 @@ def test_generation_ends_at_the_end_of_text_and_at_the_longest_text(run: Path) -
         end_of_text=first,
     )
     assert continue_tokens(ends, [5], max_tokens=9, temperature=0.0, seed=0) == ([], "stop")
+
+
+def test_the_cache_is_as_long_as_the_text_can_get(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int] = []
+
+    class Observed(Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            rooms.append(self.pool.n_pages * self.pool.page_size)
+
+    monkeypatch.setattr("jobs.generate.Engine", Observed)
+    model = load_model(run)
+    for prompt, max_tokens in ((10, 54), (10, 55), (10, 10**9)):
+        new, _ = continue_tokens(model, [1] * prompt, max_tokens=max_tokens, temperature=1.0, seed=0)
+        assert len(new) <= min(max_tokens, CONFIG.model.max_position_embeddings - prompt)
+    assert rooms == [64, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stdin", "said"),
+    [
+        ("\udcff\udcfe", b"", "--prompt is not UTF-8"),
+        ("-", b"def \xff", "--prompt is not UTF-8 (byte 4 of stdin)"),
+    ],
+)
+def test_a_prompt_that_is_not_text_is_refused(run: Path, prompt: str, stdin: bytes, said: str) -> None:
+    result = CliRunner().invoke(app, ["generate", str(run), "--prompt", prompt], input=stdin)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {said}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_prompt_from_stdin_is_utf_8_whatever_the_locale(run: Path) -> None:
+    arguments = ["generate", str(run), "--prompt", "-", "--max-tokens", "1", "--json"]
+    result = CliRunner(charset="latin-1").invoke(app, arguments, input="naïve".encode())
+    assert json.loads(result.stdout)["prompt"] == "naïve"
 
 
 def test_evaluation_is_that_of_each_document_alone(run: Path) -> None:
@@ -241,7 +302,9 @@ def test_evaluation_is_that_of_each_document_alone(run: Path) -> None:
 def test_eval_judges_the_documents_that_the_run_held_out(run: Path, tmp_path: Path) -> None:
     own = evaluate(run)
     assert 1 <= own["documents"] < len(TEXTS)
-    everything = evaluate(run, str(run / "corpus.jsonl"))
+    notes: list[str] = []
+    everything = evaluate(run, str(run / "corpus.jsonl"), note=notes.append)
+    assert notes == ["reading 1 file", f"judging {len(TEXTS)} documents"]
     assert everything["documents"] == len(TEXTS)
     assert everything["bytes"] == sum(map(len, TEXTS))
     assert len(own["mtp_acceptance"]) == 1

@@ -83,10 +83,51 @@ def test_a_file_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
             "--set training.steps.x: training.steps is a value, not a section with fields",
         ),
         ("training.steps", "--set 'training.steps': write section.field=value, such as training.steps=100"),
+        ("training.steps= ", "--set training.steps: is empty; write training.steps=VALUE"),
+        ("data.path=", "--set data.path: is empty; write data.path=VALUE"),
     ],
 )
 def test_a_mistake_is_one_line_with_path_and_fix(override: str, expected: str) -> None:
     assert _problems(override) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("training.steps", 10**26),
+        ("training.seed", 10**23),
+        ("training.batch_size", 2**31),
+        ("training.learning_rate", ".inf"),
+        ("training.learning_rate", ".nan"),
+        ("training.threads", 100000),
+        ("training.cpus_per_worker", ".inf"),
+        ("model.vocab_size", 10**12),
+        ("model.num_hidden_layers", 2**31),
+        ("model.rope_theta", ".inf"),
+        ("mtp.weight", -0.1),
+        ("balance.update_rate", "[{step: 0, value: 0.1}, {step: 9, value: -0.1}]"),
+        ("balance.auxiliary_weight", ".nan"),
+        ("balance.device_weights.expert", ".inf"),
+        ("checkpoint.interval", 10**26),
+        ("cluster.threads_per_host", 100000),
+        ("cluster.cpus_per_host", ".inf"),
+        ("cluster.call_timeout", 86401),
+        ("cluster.start_timeout", ".inf"),
+    ],
+)
+def test_a_number_that_nothing_could_be_done_with_is_refused(field: str, value: object) -> None:
+    (line,) = _problems(f"{field}={value}")
+    assert line.startswith(field)
+    assert "should be" in line
+
+
+def test_a_vocabulary_too_small_for_bytes_needs_a_tokenizer_of_its_own() -> None:
+    (line,) = _problems("model.vocab_size=256")
+    assert line.startswith("model.vocab_size (256)")
+    assert "give data.tokenizer" in line
+    given = ["model.vocab_size=256", "data.tokenizer=words.json"]
+    assert load_config(preset_name="tiny", overrides=given).model.vocab_size == 256
+    assert load_config(preset_name="tiny", overrides=["model.vocab_size=257"]).data.tokenizer is None
 
 
 def test_all_problems_are_told_at_once() -> None:

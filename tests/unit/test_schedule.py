@@ -31,7 +31,12 @@ def test_points_hold_until_the_next() -> None:
         [{"step": 0, "value": 1}, {"step": 0, "value": 2}],
         [{"step": 0, "value": 1}, {"step": 9, "value": 2}, {"step": 4, "value": 2}],
         [{"step": 0, "value": 1, "until": 3}],
+        [{"step": 0, "value": -1}],
+        [{"step": 0, "value": math.inf}],
+        [{"step": 0, "value": 1}, {"step": 10**26, "value": 2}],
+        -0.1,
         math.nan,
+        math.inf,
         "fast",
     ],
 )

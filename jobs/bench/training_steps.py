@@ -1,0 +1,136 @@
+"""The contenders of `raymoe bench train`: our worker, and transformers' model with a fused optimizer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.bench.contenders import Step, host_process, until_closed
+from jobs.config import RunConfig
+
+
+@contextmanager
+def ours(config: RunConfig) -> Iterator[Step]:
+    """The real worker, hosts and coordinator, without Ray around them."""
+    from actors.clients import HostClient
+    from actors.coordinator import Coordinator
+    from jobs.assembly import Start, assemble_worker, compute_threads, training_plan
+    from jobs.data import PreparedData
+    from jobs.held_out import HeldOut
+    from jobs.hosts import connector, placement
+
+    torch.set_num_threads(compute_threads(config))
+    rows = _random_rows(config)
+    held_out = HeldOut(rows=rows, documents=1, size=1, zlib_bits_per_byte=0.0)
+    data = PreparedData(
+        tokenizer="", end_of_text=0, train=rows, train_tokens=1, train_documents=1, held_out=held_out
+    )
+    begin = Start(run="bench")
+    with ExitStack() as stack:
+        output = stack.enter_context(tempfile.TemporaryDirectory(prefix="raymoe-bench-"))
+        coordinator = Coordinator(
+            training_plan(config),
+            owner=placement(config.model, config.cluster.expert_hosts),
+            n_layers=len(config.model.moe_layers),
+            n_experts=config.model.n_routed_experts,
+            n_hosts=config.cluster.expert_hosts,
+            control=HostClient,
+        )
+        stack.callback(coordinator.close)
+        for index in range(config.cluster.expert_hosts):
+            coordinator.register_host(stack.enter_context(host_process(_serve_host, config, index)))
+        made = assemble_worker(
+            config,
+            data,
+            rank=0,
+            start=begin,
+            output=Path(output),
+            coordinator=coordinator,
+            table=coordinator.table() if config.cluster.expert_hosts else None,
+            connect=connector(config.cluster),
+        )
+        stack.callback(made.close)
+
+        def step() -> float:
+            began = time.perf_counter()
+            made.trunk.apply(coordinator.report(made.trunk.run(made.worker.inputs(coordinator.step))))
+            return time.perf_counter() - began
+
+        yield step
+
+
+def _serve_host(values: dict[str, Any], index: int, pipe: Connection) -> None:
+    from actors.serving import ExpertHostServer
+    from jobs.assembly import Start, build_host
+
+    host = build_host(RunConfig.from_dict(values), Start(run="bench"), index)
+    until_closed(ExpertHostServer(host), pipe)
+
+
+@contextmanager
+def transformers(config: RunConfig) -> Iterator[Step]:
+    """transformers' DeepSeek-V3 at its fastest on a CPU, with clipping as its Trainer has it."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    training = config.training
+    torch.set_num_threads(training.threads or os.cpu_count() or 1)
+    torch.manual_seed(training.seed)
+    shape = DeepseekV3Config(**config.model.to_hf())
+    shape._attn_implementation, shape._experts_implementation = "sdpa", "grouped_mm"
+    model = DeepseekV3ForCausalLM(shape).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        eps=training.epsilon,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    generator = torch.Generator().manual_seed(training.seed)
+
+    def step() -> float:
+        tokens = torch.randint(
+            config.model.vocab_size, (training.batch_size, training.sequence_length), generator=generator
+        )
+        began = time.perf_counter()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        if training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    yield step
+
+
+def _random_rows(config: RunConfig) -> Any:
+    """Rows of random tokens, each one document."""
+    from jobs.packing import Block, InMemory, PackedCorpus
+
+    training, n_rows = config.training, 16 * config.training.batch_size
+    size = n_rows * training.sequence_length + 1
+    random = np.random.default_rng(training.seed)
+    block = Block(
+        tokens=random.integers(config.model.vocab_size, size=size, dtype=np.int32),
+        documents=np.zeros(size, dtype=np.int32),
+    )
+    return PackedCorpus(
+        [InMemory(block)],
+        InMemory(block.targets_per_row(training.sequence_length, 0)),
+        n_rows=n_rows,
+        rows_per_block=n_rows,
+        sequence_length=training.sequence_length,
+        depth=0,
+    )
+
+
+__all__ = ["ours", "transformers"]
