@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import Batch, Group, Stretch, collect
+from engine.batch import Batch, Group, Stretch, by_length, collect
+from engine.few_rows import MOST_ROWS, FewBatch, FewRows
 from engine.weights import Layer, Module, TrunkWeights
 from model.experts import Experts
 from model.rope import rotation
@@ -42,7 +43,7 @@ class Runner:
         angles = rotation(config, config.max_position_embeddings, dtype=like.dtype, device=like.device)
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         self._turns = torch.complex(angles.cos.to(wide), angles.sin.to(wide))
-        self._weights, self._experts = weights, experts
+        self.replace(weights, experts)
 
     @property
     def weights(self) -> TrunkWeights:
@@ -52,16 +53,25 @@ class Runner:
     def replace(self, weights: TrunkWeights, experts: Experts) -> None:
         """Go on with other weights of the same shape; the cache's entries are of no use after that."""
         self._weights, self._experts = weights, experts
+        self._few: FewRows | None = None
+        if FewRows.takes(weights, self._page_size):
+            turns = self._turns
+            self._few = FewRows(weights, experts, self._cache, turns.real, turns.imag, self._page_size)
 
-    def batch(self, stretches: Sequence[Stretch]) -> Batch:
+    def batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
         """What a step over these stretches needs."""
+        if self._few is not None and sum(map(by_length, stretches)) <= MOST_ROWS:
+            return self._few.batch(stretches)
         return collect(
             stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | FewBatch) -> Tensor:
         """Hidden states [N, D] after the last layer, before the final norm."""
+        if isinstance(batch, FewBatch):
+            assert self._few is not None
+            return self._few.forward(batch)
         x = F.embedding(batch.tokens, self._weights.embedding)
         for at, layer in enumerate(self._weights.layers):
             x = self._block(x, layer, self._cache[at], batch)
@@ -70,10 +80,12 @@ class Runner:
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [N, D] to [N, D]."""
+        if self._few is not None and hidden.shape[0] <= MOST_ROWS:
+            return self._few.normed(hidden)
         return self._norm(hidden, self._weights.norm)
 
     @torch.inference_mode()
-    def draft(self, depth: int, batch: Batch, hidden: Tensor) -> Tensor:
+    def draft(self, depth: int, batch: Batch | FewBatch, hidden: Tensor) -> Tensor:
         """MTP module `depth` (1 is the first) over a batch, whose tokens are those after the positions'.
 
         Args:
@@ -83,6 +95,9 @@ class Runner:
         Returns:
             Normed states [N, D], which the head takes.
         """
+        if isinstance(batch, FewBatch):
+            assert self._few is not None
+            return self._few.draft(depth, batch, hidden)
         module: Module = self._weights.modules[depth - 1]
         x = hidden
         if module.join is not None:
@@ -95,6 +110,8 @@ class Runner:
     @torch.inference_mode()
     def logits(self, normed: Tensor) -> Tensor:
         """[N, D] to [N, V], at least float32."""
+        if self._few is not None and normed.shape[0] <= MOST_ROWS:
+            return self._few.logits(normed)
         logits = F.linear(normed, self._weights.head)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_FEW_ROWS = 8  # up to here, without much sharing, a product per pair beats sorting
+from kernels.decode import mix_experts
+
+_FEW_ROWS = 16  # up to here, reading weights in one sweep beats sorting pairs for products of many rows
 
 
 class Pending(Protocol):
@@ -122,10 +125,8 @@ def experts_forward(
         partial [n, D], and what `experts_backward` takes (None without `keep`).
     """
     gate = gate.to(rows.dtype)
-    if rows.shape[0] <= _FEW_ROWS and not keep:
-        experts = local_expert.tolist()
-        if len(experts) < 2 * len(set(experts)):
-            return _few_rows(shard, rows, row_ptr.tolist(), experts, gate), None
+    if rows.shape[0] <= _FEW_ROWS and not keep and _compiles(rows):
+        return _few_rows(shard, rows, row_ptr, local_expert, gate), None
     pairs = _sort_pairs(row_ptr, local_expert, shard.n_experts)
     width = shard.w2.shape[2]
     x = rows.index_select(0, pairs.token)
@@ -178,24 +179,23 @@ def experts_backward(shard: ExpertShard, saved: Saved, d_partial: Tensor) -> tup
     return d_rows, d_gate
 
 
-def _few_rows(
-    shard: ExpertShard, rows: Tensor, row_ptr: list[int], experts: list[int], gate: Tensor
-) -> Tensor:
-    """The forward pass of a few rows that share few experts: matrix times vector, nothing sorted or gathered.
-
-    Decoding lives on it: its time is that of reading the weights, and of starting each operation.
-    """
-    width = shard.w2.shape[2]
+def _few_rows(shard: ExpertShard, rows: Tensor, row_ptr: Tensor, expert: Tensor, gate: Tensor) -> Tensor:
+    """The forward pass of a few rows: one sweep over the weights of the experts that they need."""
     partial = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-    hidden = rows.new_empty(len(experts), 2 * width)
-    row_of = [i for i in range(len(row_ptr) - 1) for _ in range(row_ptr[i + 1] - row_ptr[i])]
-    inputs, outputs = rows.unbind(0), partial.unbind(0)
-    for e, i, h in zip(experts, row_of, hidden.unbind(0), strict=True):
-        torch.mv(shard.w13[e], inputs[i], out=h)
-    act = F.silu(hidden[:, :width]).mul_(hidden[:, width:]).mul_(gate.unsqueeze(1))
-    for e, i, h in zip(experts, row_of, act.unbind(0), strict=True):
-        outputs[i].addmv_(shard.w2[e], h)
+    mix_experts(
+        rows.contiguous().numpy(),
+        row_ptr.numpy().astype(np.int64, copy=False),
+        expert.numpy().astype(np.int64, copy=False),
+        gate.contiguous().numpy(),
+        shard.w13.detach().numpy(),
+        shard.w2.detach().numpy(),
+        partial.numpy(),
+    )
     return partial
+
+
+def _compiles(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
 
 
 def _sort_pairs(row_ptr: Tensor, local_expert: Tensor, n_experts: int) -> _Pairs:

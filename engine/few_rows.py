@@ -1,0 +1,266 @@
+"""The trunk's forward pass over a step of few positions, on compiled functions: what decoding lives on.
+
+The same function as `engine.runner`'s tensor operations, to rounding, and on the same cache. A step of
+`MOST_ROWS` positions or fewer comes here where weights are float32 or float64 in the machine's own memory.
+
+Shapes: N positions, D hidden, V vocabulary, S sequences, P pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.batch import Stretch
+from engine.weights import LatentProjections, Layer, Mixed, TrunkWeights
+from kernels import decode
+from model.experts import Experts
+
+MOST_ROWS = 16
+"""Beyond, matrix products of many rows at a time are faster."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewBatch:
+    """One step's positions.
+
+    Attributes:
+        tokens: that are there.
+        position: [N] int64, which each sees its sequence up to.
+        slot: [N] int64 of the cache, where its entry goes.
+        sequence: [N] int64, row of the table.
+        table: [S, P] int64, pages of each sequence; those that none of its positions sees are 0.
+        ends: row after the last one of each stretch, in the order of the stretches.
+    """
+
+    tokens: list[int]
+    position: Array
+    slot: Array
+    sequence: Array
+    table: Array
+    ends: tuple[int, ...]
+
+
+def collect_few(stretches: Sequence[Stretch], *, page_size: int) -> FewBatch:
+    """Lay stretches out, in the order given."""
+    tokens: list[int] = []
+    rows: list[tuple[int, int, int]] = []
+    ends: list[int] = []
+    width = max(-(-stretch.end // page_size) for stretch in stretches)
+    table = np.zeros((len(stretches), width), np.int64)
+    for at, stretch in enumerate(stretches):
+        tokens += stretch.tokens
+        pages = stretch.pages
+        used = -(-stretch.end // page_size)
+        table[at, :used] = pages[:used]
+        for position in range(stretch.start, stretch.end):
+            rows.append((position, pages[position // page_size] * page_size + position % page_size, at))
+        ends.append(len(tokens))
+    position, slot, sequence = np.ascontiguousarray(np.array(rows, np.int64).T)
+    return FewBatch(
+        tokens=tokens, position=position, slot=slot, sequence=sequence, table=table, ends=tuple(ends)
+    )
+
+
+class FewRows:
+    """Computes hidden states of few positions.
+
+    Args:
+        weights: the trunk; float32 or float64, in the machine's memory.
+        experts: the routed experts.
+        cache: [layers, slots, W], the Runner's; entries are written and read.
+        cos, sin: [positions, R / 2].
+        page_size: positions of a page, a multiple of four.
+    """
+
+    def __init__(
+        self, weights: TrunkWeights, experts: Experts, cache: Tensor, cos: Tensor, sin: Tensor, page_size: int
+    ) -> None:
+        config = weights.config
+        self._experts = experts
+        self._page_size = page_size
+        self._eps = config.rms_norm_eps
+        self._heads = config.num_attention_heads
+        self._cos, self._sin = cos.contiguous().numpy(), sin.contiguous().numpy()
+        self._embedding, self._head = _array(weights.embedding), _array(weights.head)
+        self._norm_weight = _array(weights.norm)
+        self._layers = [_Layer.of(layer) for layer in weights.layers]
+        self._modules = [
+            _Module(
+                layer=_Layer.of(module.layer),
+                norm=_array(module.norm),
+                embedding_norm=None if module.embedding_norm is None else _array(module.embedding_norm),
+                hidden_norm=None if module.hidden_norm is None else _array(module.hidden_norm),
+                join=None if module.join is None else _array(module.join),
+            )
+            for module in weights.modules
+        ]
+        self._cache = list(cache.numpy())
+        self._routing = (
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+            config.group_score == "biased",
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
+
+    @staticmethod
+    def takes(weights: TrunkWeights, page_size: int) -> bool:
+        """Whether these weights can be computed with here."""
+        like = weights.embedding
+        return (
+            like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and page_size % 4 == 0
+        )
+
+    def batch(self, stretches: Sequence[Stretch]) -> FewBatch:
+        """What a step over these stretches needs."""
+        return collect_few(stretches, page_size=self._page_size)
+
+    def forward(self, batch: FewBatch) -> Tensor:
+        """Hidden states [N, D] after the last layer, before the final norm."""
+        x = self._embedding[batch.tokens]
+        for layer, cache in zip(self._layers, self._cache, strict=False):
+            self._block(x, layer, cache, batch)
+        return torch.from_numpy(x)
+
+    def draft(self, depth: int, batch: FewBatch, hidden: Tensor) -> Tensor:
+        """See `engine.runner.Runner.draft`."""
+        module = self._modules[depth - 1]
+        if module.join is None:
+            x = hidden.numpy().copy()
+        else:
+            assert module.embedding_norm is not None and module.hidden_norm is not None
+            size = hidden.shape[1]
+            both = np.empty((len(batch.tokens), 2 * size), self._embedding.dtype)
+            decode.rms_norm(self._embedding[batch.tokens], module.embedding_norm, self._eps, both)
+            both[:, size:] = self._norm(hidden.numpy(), module.hidden_norm)
+            x = np.empty((len(batch.tokens), size), self._embedding.dtype)
+            decode.project(both, module.join, x)
+        self._block(x, module.layer, self._cache[len(self._layers) + depth - 1], batch)
+        return torch.from_numpy(self._norm(x, module.norm))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm: [N, D] to [N, D]."""
+        return torch.from_numpy(self._norm(hidden.numpy(), self._norm_weight))
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[N, D] to [N, V]."""
+        out = np.empty((normed.shape[0], self._head.shape[0]), self._head.dtype)
+        decode.project(normed.contiguous().numpy(), self._head, out)
+        return torch.from_numpy(out)
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        out = np.empty_like(x)
+        decode.rms_norm(x, weight, self._eps, out)
+        return out
+
+    def _block(self, x: Array, layer: _Layer, cache: Array, batch: FewBatch) -> None:
+        decode.attend(
+            x,
+            *layer.attention,
+            self._eps,
+            self._heads,
+            cache,
+            self._page_size,
+            self._cos,
+            self._sin,
+            batch.position,
+            batch.slot,
+            batch.sequence,
+            batch.table,
+            x,
+        )
+        normed = self._norm(x, layer.mlp_norm)
+        if layer.gate is None:
+            decode.swiglu(normed, layer.gate_up, layer.down, x)
+            return
+        idx = np.empty((x.shape[0], self._routing[0]), np.int64)
+        gates = np.empty(idx.shape, x.dtype)
+        decode.route(normed, layer.gate, layer.bias, *self._routing, idx, gates)
+        rows = torch.from_numpy(normed)
+        pending = self._experts.dispatch(layer.index, rows, torch.from_numpy(idx), torch.from_numpy(gates))
+        decode.swiglu(normed, layer.gate_up, layer.down, x)
+        x += pending.combine().numpy()
+
+
+class _Attention(NamedTuple):
+    """In the order in which `kernels.decode.attend` takes them."""
+
+    norm: Array
+    down: Array
+    query_norm: Array
+    query: Array
+    up_key: Array
+    latent_norm: Array
+    up_value: Array
+    back: Array
+
+    @classmethod
+    def of(cls, norm: Tensor, weights: LatentProjections) -> _Attention:
+        none = weights.down.new_empty(0, 0, 0)
+        return cls(
+            norm=_array(norm),
+            down=_array(weights.down),
+            query_norm=_array(none.flatten() if weights.query_norm is None else weights.query_norm),
+            query=_array(weights.query),
+            up_key=_array(none if weights.w_uk is None else weights.w_uk),
+            latent_norm=_array(weights.latent_norm),
+            up_value=_array(none if weights.w_uv is None else weights.w_uv),
+            back=_array(weights.out),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """A block; `gate` and `bias` are None in a dense one, whose network is where the shared expert's is."""
+
+    index: int
+    attention: _Attention
+    mlp_norm: Array
+    gate: Array | None
+    bias: Array | None
+    gate_up: Array
+    down: Array
+
+    @classmethod
+    def of(cls, layer: Layer) -> _Layer:
+        routed = layer.routed
+        mixed: Mixed | None = layer.mlp if routed is None else routed.shared
+        assert mixed is not None
+        return cls(
+            index=layer.index,
+            attention=_Attention.of(layer.attention_norm, layer.attention),
+            mlp_norm=_array(layer.mlp_norm),
+            gate=None if routed is None else _array(routed.weight),
+            bias=None if routed is None else _array(routed.bias),
+            gate_up=_array(mixed.gate_up),
+            down=_array(mixed.down),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Module:
+    """An MTP module; what joins state and embedding is None in `parallel` mode."""
+
+    layer: _Layer
+    norm: Array
+    embedding_norm: Array | None
+    hidden_norm: Array | None
+    join: Array | None
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().contiguous().numpy()
+    return array
+
+
+__all__ = ["MOST_ROWS", "FewBatch", "FewRows", "collect_few"]

@@ -1,0 +1,384 @@
+"""The forward pass of a few rows, each function one sweep over the weights that it needs.
+
+Decoding one token reads every active weight once and does little with it. Some fifty tensor operations a
+layer cost more than that, and a matrix-vector product of BLAS reads several rows of a matrix at a time,
+where one after the other is what the memory is fast at. Float32 and float64, in C order.
+
+All compiled functions are in this one file on purpose: Numba's cache on disk knows when a function's own
+file has changed, and not when that of a function it calls has.
+
+Shapes: N rows, D hidden, H heads, C kv_lora_rank, R rotary dimensions, W = C + R width of a cache's row,
+Q rank of the queries' compression (0 without), E experts, I their width, K experts per row, S sequences.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_LATENT_EPS = 1e-6  # as in training, see model.attention
+_TINY = 1e-20  # as in model.routing
+
+# Sums may be reordered, so that they vectorise; infinities keep their meaning.
+_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+
+@_compiled
+def project(x, weight, out):
+    """out[n, j] = <weight[j], x[n]>: [N, K] and [J, K] to [N, J]."""
+    size = weight.shape[1]
+    rows = x.shape[0]
+    for j in range(weight.shape[0]):
+        n = 0
+        while n + 4 <= rows:
+            a = b = c = d = x.dtype.type(0)
+            for k in range(size):
+                w = weight[j, k]
+                a += w * x[n, k]
+                b += w * x[n + 1, k]
+                c += w * x[n + 2, k]
+                d += w * x[n + 3, k]
+            out[n, j], out[n + 1, j], out[n + 2, j], out[n + 3, j] = a, b, c, d
+            n += 4
+        while n < rows:
+            a = x.dtype.type(0)
+            for k in range(size):
+                a += weight[j, k] * x[n, k]
+            out[n, j] = a
+            n += 1
+
+
+@_compiled
+def rms_norm(x, weight, eps, out):
+    """RMSNorm of x's first columns, as many as there are weights, into `out`."""
+    size = weight.shape[0]
+    for n in range(x.shape[0]):
+        total = x.dtype.type(0)
+        for k in range(size):
+            total += x[n, k] * x[n, k]
+        scale = x.dtype.type(1.0 / np.sqrt(total / size + eps))
+        for k in range(size):
+            out[n, k] = x[n, k] * scale * weight[k]
+
+
+@_compiled
+def swiglu(x, gate_up, down, out):
+    """out += down (silu(gate x) * up x): rows [N, D], gate_up [2I, D], down [D, I]."""
+    rows, width = x.shape[0], down.shape[1]
+    one = x.dtype.type(1)
+    both = np.empty((rows, 2 * width), x.dtype)
+    project(x, gate_up, both)
+    act = np.empty((rows, width), x.dtype)
+    for n in range(rows):
+        for i in range(width):
+            act[n, i] = both[n, i] / (one + np.exp(-both[n, i])) * both[n, width + i]
+    back = np.empty((rows, down.shape[0]), x.dtype)
+    project(act, down, back)
+    for n in range(rows):
+        for k in range(down.shape[0]):
+            out[n, k] += back[n, k]
+
+
+@_compiled
+def route(x, weight, bias, top_k, n_group, topk_group, by_bias, normalize, factor, idx, gates):
+    """`model.routing` in one: affinities of rows [N, D], the choice into idx [N, K], gates into gates [N, K].
+
+    Args:
+        weight: [E, D].
+        bias: [E], for the choice alone.
+        by_bias: judge groups by biased scores.
+    """
+    n_experts = weight.shape[0]
+    per_group = n_experts // n_group
+    summed = min(max(1, top_k // topk_group), per_group)
+    one, none = x.dtype.type(1), x.dtype.type(-np.inf)
+    dots = np.empty((x.shape[0], n_experts), x.dtype)
+    project(x, weight, dots)
+    scores = np.empty(n_experts, x.dtype)
+    choice = np.empty(n_experts, x.dtype)
+    judged = np.empty(n_experts, x.dtype)
+    group = np.empty(n_group, x.dtype)
+    for n in range(x.shape[0]):
+        for e in range(n_experts):
+            scores[e] = one / (one + np.exp(-dots[n, e]))
+            choice[e] = scores[e] + bias[e]
+        if topk_group < n_group:
+            for e in range(n_experts):
+                judged[e] = choice[e] if by_bias else scores[e]
+            for g in range(n_group):
+                group[g] = 0
+                for _ in range(summed):
+                    best = _best(judged, g * per_group, (g + 1) * per_group)
+                    group[g] += judged[best]
+                    judged[best] = none
+            dropped = np.ones(n_group, np.bool_)
+            for _ in range(topk_group):
+                best = _best(group, 0, n_group)
+                group[best] = none
+                dropped[best] = False
+            for e in range(n_experts):
+                if dropped[e // per_group]:
+                    choice[e] = none
+        total = x.dtype.type(0)
+        for k in range(top_k):
+            best = _best(choice, 0, n_experts)
+            choice[best] = none
+            idx[n, k] = best
+            gates[n, k] = scores[best]
+            total += scores[best]
+        scale = x.dtype.type(factor)
+        if normalize:
+            scale /= total + x.dtype.type(_TINY)
+        for k in range(top_k):
+            gates[n, k] *= scale
+
+
+@_compiled
+def _best(values, start, end):
+    """Index of the largest of values[start:end]; of equals the first."""
+    best = start
+    for i in range(start + 1, end):
+        if values[i] > values[best]:
+            best = i
+    return best
+
+
+@_compiled
+def mix_experts(x, row_ptr, expert, gate, w13, w2, out):
+    """out [N, D] += for each row the gate-weighted sum over its experts, in the order of their numbers.
+
+    So a row's sum is the same to the bit whichever rows are beside it.
+
+    Args:
+        x: [N, D].
+        row_ptr: [N + 1], the pairs of row n are row_ptr[n] ... row_ptr[n + 1].
+        expert: [nnz], indices into the weights.
+        gate: [nnz].
+        w13: [E, 2I, D].
+        w2: [E, D, I].
+    """
+    width, size = w2.shape[2], w2.shape[1]
+    one = x.dtype.type(1)
+    n_experts = w13.shape[0]
+    first = np.zeros(n_experts + 1, np.int64)  # where each expert's pairs begin
+    for p in range(expert.shape[0]):
+        first[expert[p] + 1] += 1
+    most = 0
+    for e in range(n_experts):
+        most = max(most, first[e + 1])
+        first[e + 1] += first[e]
+    place = first[:-1].copy()
+    row = np.empty(expert.shape[0], np.int64)
+    of_pair = np.empty(expert.shape[0], x.dtype)
+    for n in range(x.shape[0]):
+        for p in range(row_ptr[n], row_ptr[n + 1]):
+            at = place[expert[p]]
+            row[at], of_pair[at] = n, gate[p]
+            place[expert[p]] += 1
+    inputs = np.empty((most, size), x.dtype)
+    both = np.empty((most, 2 * width), x.dtype)
+    act = np.empty((most, width), x.dtype)
+    back = np.empty((most, size), x.dtype)
+    for e in range(n_experts):
+        start, m = first[e], first[e + 1] - first[e]
+        if m == 0:
+            continue
+        for i in range(m):
+            for k in range(size):
+                inputs[i, k] = x[row[start + i], k]
+        project(inputs[:m], w13[e], both)
+        for i in range(m):
+            g = of_pair[start + i]
+            for j in range(width):
+                act[i, j] = g * both[i, j] / (one + np.exp(-both[i, j])) * both[i, width + j]
+        project(act[:m], w2[e], back)
+        for i in range(m):
+            for k in range(size):
+                out[row[start + i], k] += back[i, k]
+
+
+@_compiled
+def attend(
+    x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, eps, heads,
+    cache, page_size, cos, sin, position, slot, sequence, table, out,
+):  # fmt: skip
+    """out += latent attention of rows x [N, D] after their norm; their entries go into the cache first.
+
+    Weights as in `engine.weights.LatentProjections`, `up_key` and `up_value` with no heads where merged.
+
+    Args:
+        norm: [D].
+        cache: [slots, W], of this layer.
+        cos, sin: [positions, R / 2].
+        position: [N], which each row sees the cache up to.
+        slot: [N], where its entry goes.
+        sequence: [N], its row of the table.
+        table: [S, P], pages of each sequence.
+    """
+    rows = x.shape[0]
+    latent, half = latent_norm.shape[0], cos.shape[1]
+    width, rank = latent + 2 * half, query_norm.shape[0]
+    normed = np.empty_like(x)
+    rms_norm(x, norm, eps, normed)
+    low = np.empty((rows, down.shape[0]), x.dtype)
+    project(normed, down, low)
+    flat = np.empty((rows, query.shape[0]), x.dtype)
+    if rank:
+        compressed = np.empty((rows, rank), x.dtype)
+        rms_norm(low, query_norm, _LATENT_EPS, compressed)
+        project(compressed, query, flat)
+    else:
+        project(normed, query, flat)
+    even = heads + heads % 2
+    queries = np.zeros((rows, even, width), x.dtype)
+    nope = up_key.shape[1]
+    own = flat.shape[1] // heads  # of a head: W where `up_key` is merged
+    for n in range(rows):
+        entry, c_n, s_n = cache[slot[n]], cos[position[n]], sin[position[n]]
+        total = x.dtype.type(0)
+        for c in range(latent):
+            total += low[n, rank + c] * low[n, rank + c]
+        scale = x.dtype.type(1.0 / np.sqrt(total / latent + _LATENT_EPS))
+        for c in range(latent):
+            entry[c] = low[n, rank + c] * scale * latent_norm[c]
+        _turn(low[n], rank + latent, c_n, s_n, entry, latent)
+        for h in range(heads):
+            if nope:
+                for c in range(latent):
+                    queries[n, h, c] = 0
+                for k in range(nope):
+                    for c in range(latent):
+                        queries[n, h, c] += flat[n, h * own + k] * up_key[h, k, c]
+            else:
+                for c in range(latent):
+                    queries[n, h, c] = flat[n, h * own + c]
+            _turn(
+                flat[n], (h + 1) * own - 2 * half, cos[position[n]], sin[position[n]], queries[n, h], latent
+            )
+    seen = np.empty((rows, even, latent), x.dtype)
+    for n in range(rows):
+        _look(queries[n], cache, table[sequence[n]], page_size, position[n] + 1, seen[n])
+    size = up_value.shape[2]
+    if size:
+        values = np.empty((rows, heads, size), x.dtype)
+        for n in range(rows):
+            for h in range(heads):
+                for v in range(size):
+                    values[n, h, v] = 0
+                for c in range(latent):
+                    for v in range(size):
+                        values[n, h, v] += seen[n, h, c] * up_value[h, c, v]
+        project(values.reshape(rows, heads * size), back, normed)
+    elif even == heads:
+        project(seen.reshape(rows, heads * latent), back, normed)
+    else:
+        project(seen[:, :heads].copy().reshape(rows, heads * latent), back, normed)
+    for n in range(rows):
+        for k in range(x.shape[1]):
+            out[n, k] += normed[n, k]
+
+
+@_compiled
+def _turn(source, start, cos, sin, target, at):
+    """Rotate neighbours of `source` from `start` on into `target` from `at` on."""
+    for r in range(cos.shape[0]):
+        a, b = source[start + 2 * r], source[start + 2 * r + 1]
+        target[at + 2 * r] = a * cos[r] - b * sin[r]
+        target[at + 2 * r + 1] = a * sin[r] + b * cos[r]
+
+
+@_compiled
+def _look(query, cache, pages, page_size, length, out):
+    """One position's attention to the first `length` entries of a sequence: [H', W] to [H', C].
+
+    H' is even and pages hold a multiple of four positions: two heads and four positions are done at a time,
+    which halves what is loaded. So up to three entries beyond the last are read, and weigh nothing.
+    """
+    heads, width = query.shape
+    latent = out.shape[1]
+    weights = np.zeros((heads, length + 3), query.dtype)
+    zero = query.dtype.type(0)
+    for start in range(0, length, page_size):
+        base = pages[start // page_size] * page_size
+        for h in range(0, heads, 2):
+            for t in range(0, min(page_size, length - start), 4):
+                k0, k1, k2, k3 = (
+                    cache[base + t],
+                    cache[base + t + 1],
+                    cache[base + t + 2],
+                    cache[base + t + 3],
+                )
+                a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
+                for k in range(width):
+                    a, b = query[h, k], query[h + 1, k]
+                    a0 += a * k0[k]
+                    a1 += a * k1[k]
+                    a2 += a * k2[k]
+                    a3 += a * k3[k]
+                    b0 += b * k0[k]
+                    b1 += b * k1[k]
+                    b2 += b * k2[k]
+                    b3 += b * k3[k]
+                at = start + t
+                weights[h, at], weights[h + 1, at] = a0, b0
+                weights[h, at + 1], weights[h + 1, at + 1] = a1, b1
+                weights[h, at + 2], weights[h + 1, at + 2] = a2, b2
+                weights[h, at + 3], weights[h + 1, at + 3] = a3, b3
+    for h in range(heads):
+        _softmax(weights[h], length)
+        for c in range(latent):
+            out[h, c] = 0
+    for start in range(0, length, page_size):
+        base = pages[start // page_size] * page_size
+        for h in range(0, heads, 2):
+            for t in range(0, min(page_size, length - start), 4):
+                at = start + t
+                k0, k1, k2, k3 = (
+                    cache[base + t],
+                    cache[base + t + 1],
+                    cache[base + t + 2],
+                    cache[base + t + 3],
+                )
+                a0, a1, a2, a3 = weights[h, at], weights[h, at + 1], weights[h, at + 2], weights[h, at + 3]
+                b0, b1 = weights[h + 1, at], weights[h + 1, at + 1]
+                b2, b3 = weights[h + 1, at + 2], weights[h + 1, at + 3]
+                for k in range(latent):
+                    out[h, k] += a0 * k0[k] + a1 * k1[k] + a2 * k2[k] + a3 * k3[k]
+                    out[h + 1, k] += b0 * k0[k] + b1 * k1[k] + b2 * k2[k] + b3 * k3[k]
+
+
+@_compiled
+def _softmax(values, length):
+    """Softmax of values[:length] in place; zeros after them."""
+    top = values[0]
+    for t in range(1, length):
+        top = max(top, values[t])
+    total = values.dtype.type(0)
+    if values.itemsize == 8:
+        for t in range(length):
+            values[t] = np.exp(values[t] - top)
+            total += values[t]
+    else:
+        # exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, as the Cephes library has it: a call of the C library
+        # for each value would take longer than the products do.
+        one, half, lowest = np.float32(1), np.float32(0.5), np.float32(-87)
+        for t in range(length):
+            x = max(values[t] - top, lowest)
+            n = np.floor(x * np.float32(1.44269504) + half)
+            r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+            p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+            p = p * r + np.float32(8.3334519073e-3)
+            p = p * r + np.float32(4.1665795894e-2)
+            p = p * r + np.float32(1.6666665459e-1)
+            p = (p * r + half) * r * r + r + one
+            power = (np.int32(n) + np.int32(127)) << np.int32(23)
+            values[t] = p * np.int32(power).view(np.float32)
+            total += values[t]
+    scale = values.dtype.type(1) / total
+    for t in range(length):
+        values[t] *= scale
+    for t in range(length, values.shape[0]):
+        values[t] = 0
+
+
+__all__ = ["attend", "mix_experts", "project", "rms_norm", "route", "swiglu"]
