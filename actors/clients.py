@@ -31,7 +31,7 @@ class HostClient:
 
     Args:
         host: the host; its address of kind `grpc` is used.
-        timeout: seconds for one call, saving apart; None waits for ever.
+        timeout: seconds for one call, saving and loading apart; None waits for ever.
     """
 
     def __init__(self, host: HostInfo, *, timeout: float | None = None) -> None:
@@ -58,6 +58,16 @@ class HostClient:
         with raising(self._peer):
             return list(self._stub.Save(expert_pb2.SaveRequest(directory=directory)).files)
 
+    def load(self, epoch: int, directory: str) -> None:
+        """See `ExpertHost.load`."""
+        with raising(self._peer):
+            self._stub.Load(expert_pb2.LoadRequest(epoch=epoch, directory=directory))
+
+    def retain(self, epoch: int) -> None:
+        """See `ExpertHost.retain`."""
+        with raising(self._peer):
+            self._stub.Retain(expert_pb2.RetainRequest(epoch=epoch), timeout=self._timeout)
+
     def stats(self) -> HostStats:
         """See `ExpertHost.stats`."""
         with raising(self._peer):
@@ -73,7 +83,7 @@ class CoordinatorClient:
 
     Args:
         address: of the coordinator actor.
-        timeout: seconds for one call, except for `report` and `save`, which wait for others.
+        timeout: seconds for one call, except for `report`, `save` and `load`, which wait for others.
     """
 
     def __init__(self, address: str, *, timeout: float | None = 60.0) -> None:
@@ -122,6 +132,23 @@ class CoordinatorClient:
         request = coordinator_pb2.SaveHostsRequest(directory=directory, step=step)
         with raising(self._peer):
             return list(self._stub.SaveHosts(request).files)
+
+    def load(self, directory: str, version: str) -> int:
+        """See `Coordinator.load`."""
+        request = coordinator_pb2.LoadWeightsRequest(directory=directory, version=version)
+        with raising(self._peer):
+            return int(self._stub.LoadWeights(request).epoch)
+
+    def publish(self, epoch: int) -> None:
+        """See `Coordinator.publish`."""
+        request = coordinator_pb2.PublishWeightsRequest(epoch=epoch)
+        with raising(self._peer):
+            self._stub.PublishWeights(request, timeout=self._timeout)
+
+    def retire(self) -> None:
+        """See `Coordinator.retire`."""
+        with raising(self._peer):
+            self._stub.RetireWeights(coordinator_pb2.RetireWeightsRequest(), timeout=self._timeout)
 
     def state(self) -> dict[str, Any]:
         """See `Coordinator.state`."""

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ class Coordinator:
         state: from `state()` of an earlier run; None starts at step 0.
         bias: `[L, E]` float32 of that run; None for zeros.
         epoch: placement epoch.
+        weights: version of the weights that the hosts start with.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Coordinator:
         state: dict[str, Any] | None = None,
         bias: Tensor | None = None,
         epoch: int = 0,
+        weights: str = "",
     ) -> None:
         self._plan = plan
         self._owner = owner
@@ -65,6 +68,9 @@ class Coordinator:
         self._n_hosts = n_hosts
         self._control = control
         self._epoch = epoch
+        self._weights = weights
+        self._loaded: tuple[int, str] | None = None  # epoch and version, not published yet
+        self._last_epoch = epoch
         self._hosts: dict[str, tuple[HostInfo, HostControl]] = {}
         self._changed = threading.Condition()
         self._failure: str | None = None
@@ -134,7 +140,52 @@ class Coordinator:
                     f"({sorted(self._hosts)}): wait for the others to start, or look for their errors"
                 )
             hosts = tuple(self._hosts[id][0] for id in self._order())
-            return RoutingTable(epoch=self._epoch, hosts=hosts, owner=self._owner)
+            return RoutingTable(epoch=self._epoch, hosts=hosts, owner=self._owner, weights=self._weights)
+
+    def load(self, directory: str, version: str) -> int:
+        """Let all hosts load other weights beside those in use; the epoch of requests to them.
+
+        When one host cannot, all of them drop what they have loaded.
+
+        Raises:
+            RaymoeError: what a host failed with.
+        """
+        with self._changed:
+            self._raise_failure()
+            self._last_epoch += 1
+            epoch = self._last_epoch
+        try:
+            self._on_hosts("load the weights", lambda host: host.load(epoch, directory))
+        except RaymoeError:
+            with suppress(RaymoeError):  # the hosts that are there do, whatever has become of the others
+                self.retire()
+            raise
+        with self._changed:
+            self._loaded = (epoch, version)
+        return epoch
+
+    def publish(self, epoch: int) -> None:
+        """Make loaded weights those of the routing table; hosts answer requests of the old epoch too.
+
+        Raises:
+            ProtocolError: they are not the last ones loaded.
+        """
+        with self._changed:
+            if epoch == self._epoch:
+                return
+            if self._loaded is None or self._loaded[0] != epoch:
+                raise ProtocolError(f"no weights have been loaded for epoch {epoch}: load them first")
+            (self._epoch, self._weights), self._loaded = self._loaded, None
+
+    def retire(self) -> None:
+        """Let all hosts drop the weights of every epoch but the routing table's.
+
+        Raises:
+            RaymoeError: a host cannot be reached; the others have dropped theirs.
+        """
+        with self._changed:
+            epoch, self._loaded = self._epoch, None
+        self._on_hosts("drop weights", lambda host: host.retain(epoch))
 
     def report(self, report: StepReport) -> StepDecision:
         """End a step: blocks until every worker has reported it, then gives each the same decision.

@@ -2,17 +2,20 @@
 
 Steps are 0-based. A host that has committed steps 0 … s-1 is at step s: it holds the weights that step
 s computes with. A request of step s+1 that comes while s is being committed waits until its layer has
-been; every other step is refused. Without an optimizer (serving) the host looks at no step.
+been; every other step is refused. Without an optimizer (serving) the host looks at no step, and may
+hold several versions of its weights, by epoch: routers change from one to another at different times.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,7 +23,10 @@ from actors.expert_state import MomentSource, Pair, save_experts
 from actors.ledger import Ledger
 from actors.steps import HostStats, OptimizerSettings
 from channels.base import Phase, Request, RequestId
+from channels.mailbox import HostBox
 from errors import ProtocolError, RaymoeError, StaleEpoch
+from kernels.decode import mix_experts
+from kernels.dispatch import FOREIGN, MALFORMED, localize
 from model.config import ModelConfig
 from model.experts import ExpertShard, experts_backward, experts_forward
 from model.optimizer import AdamW
@@ -33,19 +39,22 @@ class _Layer:
 
     Attributes:
         experts: global ids; position in the tuple = index in the shard.
-        local_of: [E] int32, global id -> index in the shard, -1 for experts of other hosts.
+        local_of: [E] int32, global id -> index in the shard, -1 for experts of other hosts; a NumPy array.
         step: steps committed.
     """
 
     experts: tuple[int, ...]
-    local_of: Tensor
+    local_of: npt.NDArray[np.int32]
     shard: ExpertShard
     optimizer: AdamW | None
     step: int
 
 
+Layers = dict[int, _Layer]
+
+
 class ExpertHost:
-    """Answers routers' requests, and the coordinator's prepare, commit and save.
+    """Answers routers' requests, and the coordinator's prepare, commit, save, load and retain.
 
     All methods may be called from several threads at once.
 
@@ -54,6 +63,7 @@ class ExpertHost:
         config: the model.
         experts: model layer index -> ids of the experts that this host owns.
         source: where the weights come from.
+        open_source: opens a directory with other weights for `load`; None refuses that.
         optimizer: settings of AdamW; None for a host that only infers.
         moments: where the optimizer's moments come from; None starts with zeros.
         dtype: of weights, rows and replies.
@@ -74,6 +84,7 @@ class ExpertHost:
         experts: Mapping[int, Sequence[int]],
         source: WeightSource,
         *,
+        open_source: Callable[[str], WeightSource] | None = None,
         optimizer: OptimizerSettings | None = None,
         moments: MomentSource | None = None,
         dtype: torch.dtype = torch.float32,
@@ -88,32 +99,78 @@ class ExpertHost:
         self.id = host_id
         self.config = config
         self.dtype = dtype
-        self.epoch = epoch
+        self._open_source = open_source
         self._device = torch.device(device)
+        compiled = self._device.type == "cpu" and dtype in (torch.float32, torch.float64)
+        self._numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype if compiled else None
         self._commit_timeout = commit_timeout
         self._ledger = Ledger()
         self._committing = threading.Lock()
+        self._loading = threading.Lock()
         self._changed = threading.Condition()
         self._failure: str | None = None
         self._step = step
         self._sealed = False
         self._counts: Counter[str] = Counter()
-        self._layers = {
+        self._layers: Layers = {
             layer: self._load(layer, tuple(experts[layer]), source, optimizer, moments)
             for layer in sorted(experts)
             if experts[layer]
         }
+        # Replaced, never changed: requests read it while another thread loads or drops weights.
+        self._held: dict[int, Layers] = {epoch: self._layers}
+        self._directories: dict[int, str] = {}
+
+    def answer(self, box: HostBox) -> None:
+        """Answer a request in a mailbox; what cannot be is refused, and comes again to `handle`."""
+        epoch, index = box.call
+        layer = self._held.get(epoch, {}).get(index)
+        fits = box.width == self.config.hidden_size and box.dtype == self._numpy_dtype
+        if layer is None or layer.optimizer is not None or not fits:
+            box.reply(answered=False)
+            return
+        n, pairs = box.accept(layer.local_of)
+        if n:
+            parts = box.box
+            partial = parts.partial[:n]
+            partial[:] = 0
+            mix_experts(
+                parts.rows[:n],
+                box.row_ptr[: n + 1],
+                box.expert[:pairs],
+                parts.gate[:pairs],
+                layer.shard.w13.numpy(),
+                layer.shard.w2.numpy(),
+                partial,
+            )
+        box.reply(answered=n > 0)
+        self._count(Phase.INFER, n)
 
     @property
     def step(self) -> int:
         """Steps committed: the step that the weights are for."""
         return self._step
 
+    @property
+    def epoch(self) -> int:
+        """Of the weights that the host began with or was last told to retain."""
+        return next(iter(self._held))
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        """The same weights under another placement."""
+        self._held = {epoch: self._layers}
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """All that requests are answered of."""
+        return tuple(self._held)
+
     def handle(self, request: Request) -> tuple[Tensor, ...]:
         """Answer one request of a router; see `channels.base` for the payloads.
 
         Raises:
-            StaleEpoch: the request was routed with another placement epoch.
+            StaleEpoch: the request was routed with an epoch that the host does not hold.
             ProtocolError: an expert of another host, a step that is not current, a malformed payload, or
                 a BACKWARD without its FORWARD.
         """
@@ -121,13 +178,14 @@ class ExpertHost:
         if id.phase is Phase.RELEASE:
             self._ledger.release(id)
             return ()
-        if id.epoch != self.epoch:
+        layers = self._held.get(id.epoch)
+        if layers is None:
             raise StaleEpoch(
                 f"expert host {self.id} is at placement epoch {self.epoch}, the request of router "
                 f"{id.router!r} at {id.epoch}: fetch the routing table and send again",
                 epoch=self.epoch,
             )
-        layer = self._layers.get(id.layer)
+        layer = layers.get(id.layer)
         if layer is None:
             raise ProtocolError(
                 f"expert host {self.id} has no experts of layer {id.layer}, only of {sorted(self._layers)}"
@@ -184,6 +242,45 @@ class ExpertHost:
             self._sealed = False
             self._step = step + 1
 
+    def load(self, epoch: int, directory: str) -> None:
+        """Load the same experts' weights of another checkpoint beside those in use, for requests of `epoch`.
+
+        A repeat does nothing. Requests are answered meanwhile.
+
+        Raises:
+            RaymoeError: from `open_source`.
+            CheckpointError: the directory's weights are missing, damaged or of another shape.
+            ProtocolError: the host trains, or holds other weights under this epoch.
+        """
+        with self._loading:
+            if self._directories.get(epoch) == directory:
+                return
+            if self._open_source is None or epoch in self._held:
+                why = (
+                    "takes no other weights" if self._open_source is None else f"holds epoch {epoch} already"
+                )
+                raise ProtocolError(f"expert host {self.id} {why}; it was asked to load {directory}")
+            source = self._open_source(directory)
+            layers = {
+                index: self._load(index, layer.experts, source, None, None)
+                for index, layer in self._layers.items()
+            }
+            self._held = {**self._held, epoch: layers}
+            self._directories[epoch] = directory
+
+    def retain(self, epoch: int) -> None:
+        """Drop the weights of every other epoch. Requests under way end with those that they began with.
+
+        Raises:
+            ProtocolError: the host does not hold this epoch.
+        """
+        with self._loading:
+            if epoch not in self._held:
+                raise ProtocolError(f"expert host {self.id} holds epochs {self.epochs}, not {epoch}")
+            self._layers = self._held[epoch]
+            self._held = {epoch: self._layers}
+            self._directories = {e: d for e, d in self._directories.items() if e == epoch}
+
     def gradients(self) -> list[Tensor]:
         """The gradient buffers, flat, for workers that hold the experts themselves and all-reduce them."""
         return [
@@ -234,21 +331,16 @@ class ExpertHost:
         )
 
     def _forward(self, layer: _Layer, request: Request) -> tuple[Tensor, ...]:
-        rows, row_ptr, expert, gate = self._payload(request, 4)
+        rows, row_ptr, _, gate = self._payload(request, 4)
         if rows.dtype != self.dtype or rows.ndim != 2 or rows.shape[1] != self.config.hidden_size:
             raise ProtocolError(
                 f"expert host {self.id} takes rows [n, {self.config.hidden_size}] of {self.dtype}, "
                 f"not {list(rows.shape)} of {rows.dtype}"
             )
-        if row_ptr.numel() != rows.shape[0] + 1 or not expert.numel() == gate.numel() == int(row_ptr[-1]):
-            raise ProtocolError(
-                f"{rows.shape[0]} rows came with row_ptr [{row_ptr.numel()}] up to {int(row_ptr[-1])}, "
-                f"{expert.numel()} experts and {gate.numel()} gates"
-            )
         keep = request.id.phase is Phase.FORWARD
         if keep and layer.optimizer is None:
             raise ProtocolError(f"expert host {self.id} holds no optimizer: it answers INFER, not FORWARD")
-        local = self._local(layer, expert, request.id.layer)
+        local = self._local(layer, request)
         partial, saved = experts_forward(layer.shard, rows, row_ptr, local, gate, keep=keep)
         if saved is not None:
             self._ledger.keep(request.id, saved)
@@ -297,25 +389,38 @@ class ExpertHost:
         if step != self._step:
             raise ProtocolError(f"expert host {self.id} is at step {self._step}, not at step {step}")
 
-    def _local(self, layer: _Layer, expert: Tensor, index: int) -> Tensor:
-        try:
-            local = layer.local_of.index_select(0, expert)
-        except IndexError:
-            local = None
-        if local is None or (local.numel() and int(local.min()) < 0):
+    def _local(self, layer: _Layer, request: Request) -> Tensor:
+        """[nnz] int32, the request's experts as indices into the shard; what a peer sent is checked here."""
+        rows, row_ptr, expert, gate = request.tensors
+        whole = row_ptr.numel() == rows.shape[0] + 1 and expert.numel() == gate.numel()
+        flat = row_ptr.ndim == expert.ndim == gate.ndim == 1
+        integers = row_ptr.dtype == expert.dtype == torch.int32
+        local = torch.empty_like(expert)
+        found = MALFORMED
+        if whole and flat and integers:
+            found = localize(row_ptr.numpy(), expert.numpy(), layer.local_of, local.numpy())
+        if found == MALFORMED:
+            raise ProtocolError(
+                f"{rows.shape[0]} rows came with row_ptr {list(row_ptr.shape)} up to "
+                f"{row_ptr.flatten()[-1:].tolist()}, experts {list(expert.shape)} and gates "
+                f"{list(gate.shape)}; row_ptr rises from 0 to the number of pairs"
+            )
+        if found == FOREIGN:
             here = set(layer.experts)
             foreign = sorted(set(expert.tolist()) - here)[:8]
             raise ProtocolError(
-                f"expert host {self.id} does not hold experts {foreign} of layer {index}; it holds "
-                f"{len(here)}: {sorted(here)[:8]}…"
+                f"expert host {self.id} does not hold experts {foreign} of layer {request.id.layer}; it "
+                f"holds {len(here)}: {sorted(here)[:8]}…"
             )
-        return local
+        return local.to(self._device)
 
     def _payload(self, request: Request, n: int) -> tuple[Tensor, ...]:
         if len(request.tensors) != n:
             raise ProtocolError(
                 f"{request.id.phase.name} carries {len(request.tensors)} tensors instead of {n}"
             )
+        if self._device.type == "cpu":
+            return request.tensors
         return tuple(tensor.to(self._device) for tensor in request.tensors)
 
     def _count(self, phase: Phase, rows: int) -> None:
@@ -334,7 +439,7 @@ class ExpertHost:
         wide, hidden = self.config.moe_intermediate_size, self.config.hidden_size
         w13 = torch.empty(len(experts), 2 * wide, hidden, dtype=self.dtype, device=self._device)
         w2 = torch.empty(len(experts), hidden, wide, dtype=self.dtype, device=self._device)
-        local_of = torch.full((self.config.n_routed_experts,), -1, dtype=torch.int32)
+        local_of = np.full(self.config.n_routed_experts, -1, np.int32)
         for at, expert in enumerate(experts):
             one, two = source.expert(layer, expert)
             w13[at].copy_(one)
@@ -354,7 +459,7 @@ class ExpertHost:
             if moments is not None:
                 _load_moments(optimizer, [moments.moments(layer, expert) for expert in experts])
             shard.d_w13, shard.d_w2 = optimizer.gradients["w13"], optimizer.gradients["w2"]
-        return _Layer(experts, local_of.to(self._device), shard, optimizer, self._step)
+        return _Layer(experts, local_of, shard, optimizer, self._step)
 
 
 def _load_moments(optimizer: AdamW, loaded: Sequence[tuple[Pair, Pair]]) -> None:

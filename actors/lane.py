@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from actors.mail import Boxes, MailCall
 from channels.base import Channel, Phase, Request, RequestId, Ticket
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError, StaleEpoch
@@ -47,7 +48,8 @@ class Lane:
     def __init__(self, router: Router) -> None:
         self._router = router
         self._channels: dict[str, Channel] = {}
-        self._open: dict[tuple[int, int, int], Call] = {}
+        self._open: dict[tuple[int, int, int], Call | MailCall] = {}
+        self._boxes = Boxes(self)
         self._step = 0
         self._microbatch = 0
         self.counters = LaneCounters()
@@ -66,10 +68,22 @@ class Lane:
             ProtocolError: a layer without routed experts.
         """
         keep = torch.is_grad_enabled() and (rows.requires_grad or gates.requires_grad)
+        if not keep:
+            placement = self._router.placement
+            boxes = self._boxes.for_call(placement, rows, idx)
+            if boxes is not None:
+                mail = MailCall(self, placement, boxes, (self._step, layer), rows, idx, gates)
+                self._open[mail.key] = mail
+                return mail
+            return self.send(layer, rows, idx, gates)
         call = Call(self, layer, idx, keep=keep, step=self._step, microbatch=self._microbatch)
         self._open[call.key] = call
-        if keep:
-            return _Sent(call, _Dispatch.apply(rows, gates, call))  # type: ignore[no-untyped-call]
+        return _Sent(call, _Dispatch.apply(rows, gates, call))  # type: ignore[no-untyped-call]
+
+    def send(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Call:
+        """Send a call of inference over the channels."""
+        call = Call(self, layer, idx, keep=False, step=self._step, microbatch=self._microbatch)
+        self._open[call.key] = call
         call.send(rows, gates)
         return call
 
@@ -82,6 +96,7 @@ class Lane:
     def close(self) -> None:
         """Hang up."""
         self._open.clear()
+        self._boxes.clear()
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
@@ -89,14 +104,33 @@ class Lane:
     def submit(self, host: HostInfo, request: Request) -> Ticket:
         """Send one request to a host, over this lane's channel to it."""
         try:
-            channel = self._channels.get(host.id)
-            if channel is None:
-                channel = self._channels[host.id] = self._router.connect(host)
+            channel = self._channels.get(host.id) or self._connect(host)
             self.counters.bytes += _bytes(request.tensors)
             return channel.submit(request)
         except RaymoeError as error:
             self.hang_up(host)
             raise _named(error, host) from error
+
+    def channel(self, host: HostInfo) -> Channel:
+        """The channel to a host, opened if there is none."""
+        try:
+            return self._channels.get(host.id) or self._connect(host)
+        except RaymoeError as error:
+            raise _named(error, host) from error
+
+    def lost(self, host: HostInfo, error: RaymoeError) -> RaymoeError:
+        """Hang up after an error, which comes back with the host's name."""
+        self.hang_up(host)
+        return _named(error, host)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds to wait for a reply."""
+        return self._router.timeout
+
+    def _connect(self, host: HostInfo) -> Channel:
+        channel = self._channels[host.id] = self._router.connect(host)
+        return channel
 
     def wait(self, host: HostInfo, ticket: Ticket) -> tuple[Tensor, ...]:
         """The reply of a host."""
@@ -116,6 +150,7 @@ class Lane:
     def hang_up(self, host: HostInfo) -> None:
         """Close the channel to a host; the next request opens a new one."""
         channel = self._channels.pop(host.id, None)
+        self._boxes.forget(host)
         if channel is not None:
             with suppress(RaymoeError):
                 channel.close()
@@ -128,7 +163,7 @@ class Lane:
         """A newer placement than the call's, which a host refused."""
         return self._router.replan(error, call.placement, step=call.step if call.keep else None)
 
-    def done(self, call: Call) -> None:
+    def done(self, call: Call | MailCall) -> None:
         """Nothing more will come of a call."""
         self._open.pop(call.key, None)
 

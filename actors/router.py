@@ -28,6 +28,7 @@ class Placement:
                 f"{len(config.moe_layers)} with routed experts"
             )
         self.epoch = table.epoch
+        self.weights = table.weights
         self.hosts = table.hosts
         self._host_of = {
             layer: torch.tensor(row, dtype=torch.int64)
@@ -123,16 +124,19 @@ class Router:
             step: the training step of the request; None for inference.
 
         Raises:
-            StaleEpoch: there is none, or the step has begun under the old one (a step is one version).
+            StaleEpoch: there is none, or the step has begun under the old one (a step is one version), or
+                the new one is of other weights, which the trunk's own have to change with.
         """
         if self._refresh is None or (step is not None and held.has_trained(step)):
             raise error
         with self._lock:
             if self._placement.epoch == held.epoch:
                 table = self._refresh()
-                if table.epoch == held.epoch:
+                if table.epoch == held.epoch or table.weights != held.weights:
                     raise error
                 self._table, self._placement = table, Placement(table, self.config)
+            if self._placement.weights != held.weights:
+                raise error
             return self._placement
 
     def counters(self) -> LaneCounters:

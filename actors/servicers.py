@@ -55,6 +55,18 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         with refusing(context):
             return expert_pb2.SaveReply(files=self._host.save(request.directory))
 
+    def Load(self, request: expert_pb2.LoadRequest, context: grpc.ServicerContext) -> expert_pb2.LoadReply:
+        with refusing(context):
+            self._host.load(request.epoch, request.directory)
+            return expert_pb2.LoadReply()
+
+    def Retain(
+        self, request: expert_pb2.RetainRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.RetainReply:
+        with refusing(context):
+            self._host.retain(request.epoch)
+            return expert_pb2.RetainReply()
+
     def Status(
         self, request: expert_pb2.StatusRequest, context: grpc.ServicerContext
     ) -> expert_pb2.StatusReply:
@@ -118,6 +130,27 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         with refusing(context):
             files = self._coordinator.save(request.directory, request.step)
             return coordinator_pb2.SaveHostsReply(files=files)
+
+    def LoadWeights(
+        self, request: coordinator_pb2.LoadWeightsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.LoadWeightsReply:
+        with refusing(context):
+            epoch = self._coordinator.load(request.directory, request.version)
+            return coordinator_pb2.LoadWeightsReply(epoch=epoch)
+
+    def PublishWeights(
+        self, request: coordinator_pb2.PublishWeightsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.PublishWeightsReply:
+        with refusing(context):
+            self._coordinator.publish(request.epoch)
+            return coordinator_pb2.PublishWeightsReply()
+
+    def RetireWeights(
+        self, request: coordinator_pb2.RetireWeightsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.RetireWeightsReply:
+        with refusing(context):
+            self._coordinator.retire()
+            return coordinator_pb2.RetireWeightsReply()
 
     def GetState(
         self, request: coordinator_pb2.GetStateRequest, context: grpc.ServicerContext

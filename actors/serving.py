@@ -22,7 +22,7 @@ class ExpertHostServer:
 
     def __init__(self, host: ExpertHost, *, bind: str = "127.0.0.1", node: str = "") -> None:
         servicer = ExpertServicer(host)
-        self._shm = shm.serve(host.handle)
+        self._shm = shm.serve(host.handle, host.answer)
         self._grpc = grpc.serve(
             host.handle,
             bind=f"{bind}:0",

@@ -183,6 +183,14 @@ class HostControl(Protocol):
         """Write own experts and moments into a checkpoint; the names of the files written."""
         ...
 
+    def load(self, epoch: int, directory: str) -> None:
+        """Load other weights beside those in use, for requests of this epoch; a repeat does nothing."""
+        ...
+
+    def retain(self, epoch: int) -> None:
+        """Drop the weights of every other epoch."""
+        ...
+
     def stats(self) -> HostStats:
         """Counters."""
         ...

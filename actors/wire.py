@@ -61,6 +61,7 @@ def table_to(table: RoutingTable) -> coordinator_pb2.RoutingTable:
         n_layers=len(table.owner),
         n_experts=len(table.owner[0]) if table.owner else 0,
         owner=[host for row in table.owner for host in row],
+        weights=table.weights,
     )
 
 
@@ -80,6 +81,7 @@ def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
         epoch=message.epoch,
         hosts=tuple(host_from(host) for host in message.hosts),
         owner=tuple(tuple(row) for row in rows),
+        weights=message.weights,
     )
 
 

@@ -17,16 +17,20 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 
 from channels.codec import COPIED_BELOW, plain, tensor_at
 from channels.header import Layout, Placement
-from channels.segments import Segment, SegmentMirror, SegmentPool
+from channels.mailbox import HostBox, Mailbox, size_of
+from channels.segments import Segment, SegmentMirror, SegmentPool, new_segment, sealed_segment
 from errors import ChannelError, ChannelTimeout, ProtocolError
 
 _HEAD: Final = struct.Struct("<4sIQQI")  # magic, segment, capacity if it is new, size, segments released
 _MAGIC: Final = b"rmo1"
 _NO_SEGMENT: Final = 0xFFFFFFFF
+_MAILBOX: Final = 0xFFFFFFFE
+"""In a segment's place: the descriptor beside it is that of a mailbox, see `channels.mailbox`."""
 _MAX_PACKET: Final = 1 << 16
 _MAX_RELEASED: Final = 64
 _CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # plain numbers: an enum's operators are slow
@@ -80,6 +84,8 @@ class Doorbell:
         self._buffer = bytearray(_MAX_PACKET)
         self._patience = 0.0
         self._brief = False  # the wait before was short
+        self._posted: Mailbox | None = None
+        self.box: HostBox | None = None  # that the peer has opened
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.peer, user, _ = _CREDENTIALS.unpack(credentials)
         if user != os.geteuid():
@@ -130,6 +136,11 @@ class Doorbell:
         if read:
             packet += struct.pack(f"<{len(read)}I", *read)
         packet += text
+        self._send(packet, descriptor)
+
+    def _send(self, packet: bytes, descriptor: int | None) -> None:
+        if self._posted is not None:
+            self._posted.rang()
         try:
             if descriptor is None:
                 self._socket.send(packet, socket.MSG_NOSIGNAL)
@@ -137,6 +148,45 @@ class Doorbell:
                 socket.send_fds(self._socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
         except OSError as error:
             raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+
+    def knock(self) -> None:
+        """Wake the peer, with a packet that says nothing.
+
+        Raises:
+            ChannelError: the peer is gone.
+        """
+        self._ring(b"", None, 0, 0, None)
+
+    def check_peer(self) -> None:
+        """See that the peer has not hung up.
+
+        Raises:
+            ChannelError: it has.
+        """
+        try:
+            if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+        raise ChannelError(f"pid {self.peer} hung up")
+
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox:
+        """A mailbox that the peer is told of; it says itself when the peer looks into it.
+
+        Raises:
+            ResourceError: the system gives no memory or descriptor.
+            ChannelError: the peer is gone.
+        """
+        memory, descriptor = new_segment(_MAILBOX, size_of(width, pairs, dtype))
+        try:
+            mailbox = Mailbox(memory.memory, width, pairs, dtype, knock=self.knock, alive=self.check_peer)
+            self._send(_HEAD.pack(_MAGIC, _MAILBOX, memory.capacity, 0, 0), descriptor)
+        finally:
+            os.close(descriptor)
+        self._posted = mailbox  # the peer counts packets from the next one on
+        return mailbox
 
     def receive(self, deadline: float | None = None) -> Packet:
         """Wait for a packet.
@@ -193,6 +243,11 @@ class Doorbell:
         if n_released:
             for released in struct.unpack_from(f"<{n_released}I", packet, _HEAD.size):
                 self._pool.release(released)
+        if index == _MAILBOX:
+            self.box = HostBox(sealed_segment(index, descriptors[0], capacity).memory) if capacity else None
+            return Packet(b"", 0, None)
+        if self.box is not None:
+            self.box.packet_came()
         if capacity:
             self._mirror.attach(index, descriptors[0], capacity)
         segment = self._mirror.get(index, size) if size else None

@@ -48,6 +48,44 @@ class Segment:
         return self._views
 
 
+def new_segment(index: int, size: int) -> tuple[Segment, int]:
+    """A segment of at least `size` bytes, zeros, and its descriptor, which the caller closes.
+
+    Raises:
+        ResourceError: the system gives no memory or descriptor.
+    """
+    capacity = -(-size // _GRAIN) * _GRAIN
+    try:
+        descriptor = os.memfd_create("raymoe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, capacity)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            return Segment(index, descriptor, capacity), descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise ResourceError(f"no {capacity} bytes of shared memory: {error}") from error
+
+
+def sealed_segment(index: int, descriptor: int, capacity: int) -> Segment:
+    """Map a segment of the peer's; the caller closes the descriptor.
+
+    Raises:
+        ProtocolError: it is not what the peer says, or could be cut short while it is read.
+    """
+    if not 0 < capacity <= MAX_CAPACITY:
+        raise ProtocolError(f"the peer sends segment {index} of {capacity} bytes, beyond every limit")
+    try:
+        if os.fstat(descriptor).st_size != capacity:
+            raise ProtocolError(f"segment {index} has not the {capacity} bytes that the peer says")
+        if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise ProtocolError(f"segment {index} is not sealed against cutting")
+        return Segment(index, descriptor, capacity)
+    except (OSError, ValueError) as error:
+        raise ProtocolError(f"segment {index} cannot be mapped: {error}") from error
+
+
 class SegmentPool:
     """The segments that this end writes."""
 
@@ -69,18 +107,7 @@ class SegmentPool:
             return self._segments[index], None
         # A free one that is too small makes way, so that a pool follows its largest payloads.
         index = next(iter(self._free)) if self._free else self._unused()
-        capacity = -(-(size + size // 4) // _GRAIN) * _GRAIN
-        try:
-            descriptor = os.memfd_create("raymoe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            try:
-                os.ftruncate(descriptor, capacity)
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-                segment = Segment(index, descriptor, capacity)
-            except BaseException:
-                os.close(descriptor)
-                raise
-        except OSError as error:
-            raise ResourceError(f"no {capacity} bytes of shared memory: {error}") from error
+        segment, descriptor = new_segment(index, size + size // 4)
         self._free.discard(index)
         self._segments[index] = segment
         return segment, descriptor
@@ -128,16 +155,9 @@ class SegmentMirror:
         Raises:
             ProtocolError: it is not what the peer says, or could be cut short while it is read.
         """
-        if index >= MAX_SEGMENTS or not 0 < capacity <= MAX_CAPACITY:
-            raise ProtocolError(f"the peer sends segment {index} of {capacity} bytes, beyond every limit")
-        try:
-            if os.fstat(descriptor).st_size != capacity:
-                raise ProtocolError(f"segment {index} has not the {capacity} bytes that the peer says")
-            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise ProtocolError(f"segment {index} is not sealed against cutting")
-            self._segments[index] = Segment(index, descriptor, capacity)
-        except (OSError, ValueError) as error:
-            raise ProtocolError(f"segment {index} cannot be mapped: {error}") from error
+        if index >= MAX_SEGMENTS:
+            raise ProtocolError(f"the peer sends segment {index}, {MAX_SEGMENTS} at most")
+        self._segments[index] = sealed_segment(index, descriptor, capacity)
 
     def get(self, index: int, size: int) -> Segment:
         """The segment of a message with `size` bytes.
@@ -155,4 +175,12 @@ class SegmentMirror:
         self._segments.clear()
 
 
-__all__ = ["MAX_CAPACITY", "MAX_SEGMENTS", "Segment", "SegmentMirror", "SegmentPool"]
+__all__ = [
+    "MAX_CAPACITY",
+    "MAX_SEGMENTS",
+    "Segment",
+    "SegmentMirror",
+    "SegmentPool",
+    "new_segment",
+    "sealed_segment",
+]

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
@@ -25,14 +26,20 @@ from channels.codec import Memory, tensor_at
 from channels.doorbell import Doorbell
 from channels.header import Placement
 from channels.locality import machine_id
+from channels.mailbox import HostBox, Mailbox, Postman
 from channels.pipe import Pipe, Reply, call
 from channels.segments import Segment
 from errors import ChannelError, ChannelTimeout, ProtocolError, RemoteError
+from kernels.mailbox import MAIL, PACKET
 
 _log = logging.getLogger(__name__)
 _LEND_FROM: Final = 1 << 18
 """Bytes from which a reply is lent and not copied: below, the copy is the cheaper one."""
 _EMPTY: Final = headers.layout(())
+_LOOKS: Final = 200  # into a mailbox between two looks at the clock
+_RESTLESS: Final = 2e-3
+"""Seconds without mail after which a host sleeps: longer than between two layers of a token, so that it
+sleeps between requests and not within them."""
 _MAX_LENT: Final = 8
 """Replies lent at a time by one channel; a caller who keeps more gets copies, so that segments end."""
 
@@ -102,6 +109,10 @@ class ShmChannel(Pipe):
             self._bell.done_with(self._back.popleft())
             self._lent -= 1
 
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox:
+        """See `Doorbell.open_mailbox`."""
+        return self._bell.open_mailbox(width, pairs, dtype)
+
     def _hang_up(self) -> None:
         self._bell.close()
 
@@ -109,8 +120,9 @@ class ShmChannel(Pipe):
 class ShmServer:
     """The host's end: a thread that accepts, and one for each connection."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, postman: Postman | None = None) -> None:
         self._handler = handler
+        self._postman = postman
         name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
         self._address = f"shm:{machine_id()}/{name}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -168,6 +180,8 @@ class ShmServer:
     def _serve(self, bell: Doorbell) -> None:
         try:
             while True:
+                if bell.box is not None and self._postman is not None:
+                    _deliver(bell.box, self._postman)
                 self._answer(bell)
         except ProtocolError as error:
             _log.warning("%s: hung up on pid %d: %s", self._address, bell.peer, str(error))
@@ -180,6 +194,10 @@ class ShmServer:
 
     def _answer(self, bell: Doorbell) -> None:
         packet = bell.receive()
+        if bell.box is not None and not packet.text:  # a knock, or it has just been opened
+            if self._postman is not None:
+                bell.box.open()
+            return
         name, placed = headers.read_request(packet.text, packet.size)
         outcome = call(self._handler, Request(name, packet.tensors(placed)))
         if isinstance(outcome, Exception):
@@ -193,9 +211,25 @@ class ShmServer:
         bell.send(headers.reply_text(payload), payload, outcome)
 
 
-def serve(handler: Handler) -> ShmServer:
-    """Let processes of this machine and user reach `handler`, which runs in one thread a connection."""
-    return ShmServer(handler)
+def _deliver(box: HostBox, postman: Postman) -> None:
+    """Answer what comes into a box, until there is a packet to read or nothing comes for a while."""
+    last = time.monotonic()
+    while True:
+        found = box.watch(_LOOKS)
+        if found == MAIL:
+            postman(box)
+            last = time.monotonic()
+        elif found == PACKET or (time.monotonic() - last > _RESTLESS and box.rest()):
+            return
+
+
+def serve(handler: Handler, postman: Postman | None = None) -> ShmServer:
+    """Let processes of this machine and user reach `handler`, which runs in one thread a connection.
+
+    Args:
+        postman: answers what comes into mailboxes; without one callers use none.
+    """
+    return ShmServer(handler, postman)
 
 
 def connect(address: str, *, timeout: float = 30.0) -> Channel:

@@ -26,18 +26,20 @@ class HostInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
-    """One version of the placement: which host owns which expert of which layer.
+    """One version of the experts: which host owns which of which layer, and with which weights.
 
     Attributes:
-        epoch: version of the placement; a host refuses requests of another epoch.
+        epoch: version of the table; a host refuses requests of an epoch that it does not hold.
         hosts: the hosts; `owner` points into this tuple.
         owner: `[n_moe_layers][n_routed_experts]` -> index into `hosts`; rows are the MoE layers in the
             order of `ModelConfig.moe_layers`.
+        weights: version of the weights; epochs with equal ones compute the same.
     """
 
     epoch: int
     hosts: tuple[HostInfo, ...]
     owner: tuple[tuple[int, ...], ...]
+    weights: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON keeps without loss."""
@@ -47,6 +49,7 @@ class RoutingTable:
                 {"id": h.id, "node": h.node, "pid": h.pid, "addresses": dict(h.addresses)} for h in self.hosts
             ],
             "owner": [list(row) for row in self.owner],
+            "weights": self.weights,
         }
 
     @classmethod
@@ -56,6 +59,7 @@ class RoutingTable:
             epoch=int(value["epoch"]),
             hosts=tuple(HostInfo(**host) for host in value["hosts"]),
             owner=tuple(tuple(row) for row in value["owner"]),
+            weights=str(value.get("weights", "")),
         )
 
 

@@ -33,6 +33,7 @@ class Delta:
         finish_reason: `stop`, `length` or `abort` in the last delta.
         error: why there will be no more, in place of a finish_reason.
         cached: positions of the prompt that were found in the cache.
+        version: of the weights that computed the tokens.
     """
 
     text: str = ""
@@ -42,6 +43,7 @@ class Delta:
     finish_reason: str | None = None
     error: str | None = None
     cached: int = 0
+    version: str = ""
 
 
 Listener = Callable[[Delta], None]
@@ -61,13 +63,20 @@ class EngineService:
     Args:
         engine: used by this thread alone from now on.
         tokenizer: makes text.
+        version: of the weights.
         abandon: called after a step has failed, before the next one: drops what is under way.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, *, abandon: Callable[[], None] | None = None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        version: str = "",
+        abandon: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
+        self._version = version
         self._tokenizer = tokenizer
         self._abandon = abandon
         self._requests: dict[str, _Request] = {}
@@ -116,6 +125,20 @@ class EngineService:
             self._commands.append(command)
             self._changed.notify()
         return done
+
+    def exchange(self, change: Callable[[], None], version: str) -> Future[None]:
+        """Let `change` give the engine other weights between two steps; what comes after it is theirs."""
+
+        def exchange() -> None:
+            change()
+            self._version = version
+
+        return self.call(exchange)
+
+    @property
+    def version(self) -> str:
+        """Of the weights in use."""
+        return self._version
 
     @property
     def load(self) -> tuple[int, int]:
@@ -184,6 +207,7 @@ class EngineService:
                 prompt_logprobs=sequence.prompt_logprobs if first else [],
                 finish_reason=reason,
                 cached=sequence.cached,
+                version=self._version,
             )
         )
 

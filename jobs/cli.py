@@ -1,4 +1,4 @@
-"""The command line: `raymoe train | serve | generate | eval | export | import | config | bench`.
+"""The command line: `raymoe train | serve | reload | generate | eval | export | import | config | bench`.
 
 What a command needs is imported when it runs, so that `raymoe --help` is fast.
 """
@@ -111,26 +111,71 @@ def serve(
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="Interface that HTTP listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of HTTP.")] = 8000,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of gRPC; without it there is none.")
+    ] = None,
     address: Address = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI clients, until Ctrl-C."""
+    from dataclasses import asdict
+
+    from jobs.serve import Listening
+    from jobs.serve import serve as run
     from jobs.serving.config import ServeConfig
 
     chosen = ServeConfig.load(config, overrides or [])
 
     with announcing() as announce:
 
-        def ready(url: str) -> None:
+        def ready(at: Listening) -> None:
             if as_json:
-                announce({"url": url})
+                announce(asdict(at))
             else:
-                print(f"serving at {url}/v1; Ctrl-C stops it", flush=True)
+                also = "" if at.grpc is None else f" and, by gRPC, {at.grpc}"
+                print(f"serving at {at.url}/v1{also}; Ctrl-C stops it", flush=True)
 
-        from jobs.serve import serve as run
+        run(
+            chosen,
+            checkpoint,
+            host=host,
+            port=port,
+            grpc_port=grpc_port,
+            address=address,
+            ready=ready,
+            debug=debug,
+        )
 
-        run(chosen, checkpoint, host=host, port=port, address=address, ready=ready, debug=debug)
+
+@app.command()
+@surfaced
+def reload(
+    checkpoint: Checkpoint,
+    address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster that serves; by default the one that runs on this machine."),
+    ] = None,
+    name: Annotated[str, typer.Option("--app", help="The Serve application.")] = "raymoe",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Change the weights of a model that is served, without a pause or a lost request."""
+    from jobs.ray_token import use_own_token
+
+    use_own_token()
+    from jobs.reload import reload as run
+
+    done = run(checkpoint, address=address, name=name, debug=debug)
+    if as_json:
+        finish(lambda: done, as_json=True)
+    elif done["version"] == done["previous"]:
+        print(f"{done['version']} is served already")
+    else:
+        print(
+            f"{done['version']} in place of {done['previous']}, on {done['replicas']} replicas and "
+            f"{done['expert_hosts']} expert hosts, in {done['seconds']:.1f} s"
+        )
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from errors import ConfigError
 from jobs.cli_options import ConfigFile, Debug, Json, Overrides, Preset, Result
 from jobs.console import finish, surfaced
 
@@ -71,6 +72,90 @@ def bench_channel(
         from jobs.bench import bench_channel as run
 
         return run(kinds or ["shm", "grpc"], rounds=rounds)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("serve")
+@surfaced
+def bench_serve(
+    url: Annotated[
+        str | None, typer.Argument(metavar="[URL]", help="Of a server; without it, one just for this run.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="What the server of its own serves; by default bench-20m with random weights."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML for the server of its own."),
+    ] = None,
+    overrides: Overrides = None,
+    rate: Annotated[
+        str, typer.Option(help="Requests per second, or auto: --load of the capacity, measured first.")
+    ] = "auto",
+    share: Annotated[float, typer.Option("--load", min=0.01, max=10, help="With --rate auto.")] = 0.8,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests to send.")] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds to send for; 30 without --requests.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt on each line.")] = None,
+    prompt_tokens: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Length of random prompts, in place of the mix.")
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Tokens to ask for, in place of the mix.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the sampling.")] = 0.0,
+    drops: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of requests whose client hangs up in the middle.")
+    ] = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Let requests have all of their tokens.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 0,
+    probe_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Of each level when the capacity is measured.")
+    ] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    api_key: Annotated[str | None, typer.Option(help="To send along.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Offer a server requests that arrive at random, and show how fast it answers them."""
+    from jobs.bench.serve import Load
+    from jobs.bench.serve_mix import mix_of, rate_of
+    from jobs.bench.serve_progress import ProgressLine
+
+    if url is not None and (checkpoint or config or overrides):
+        raise ConfigError(
+            "--checkpoint, --config and --set are for a server of its own; leave out them or URL"
+        )
+    load = Load(
+        rate=rate_of(rate),
+        share=share,
+        requests=requests,
+        duration=30.0 if duration is None and requests is None else duration,
+        mix=mix_of(
+            prompts,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            temperature=temperature,
+            drops=drops,
+            seed=seed,
+        ),
+        probe_seconds=probe_seconds,
+        ignore_eos=ignore_eos,
+        timeout=timeout,
+        api_key=api_key,
+    )
+    options = [*(["--config", str(config)] if config else ()), *(f"--set={text}" for text in overrides or ())]
+
+    def compute() -> Result:
+        from jobs.bench import bench_serve as run
+
+        with ProgressLine() as show:
+            return run(url, load, checkpoint=checkpoint, options=options, show=show)
 
     finish(compute, as_json=as_json)
 

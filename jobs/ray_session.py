@@ -28,6 +28,11 @@ class Needs:
     why: str
 
 
+def embeds(address: str | None) -> bool:
+    """Whether a command given this address would start a cluster of its own."""
+    return not ray.is_initialized() and (address or os.environ.get(_ADDRESS)) is None
+
+
 @contextmanager
 def ray_session(needs: Needs, *, address: str | None, debug: bool = False) -> Iterator[bool]:
     """Connect to a cluster, or start an embedded one with the CPUs that are needed; whether it is embedded.
@@ -85,4 +90,4 @@ def check_resources(needs: Needs) -> None:
         )
 
 
-__all__ = ["Needs", "check_resources", "ray_session"]
+__all__ = ["Needs", "check_resources", "embeds", "ray_session"]

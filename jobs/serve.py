@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+import ray
 from ray import serve as ray_serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, gRPCOptions
 
 from errors import ConfigError, ResourceError
 from jobs.hosts import on_loopback
-from jobs.ray_session import Needs, ray_session
+from jobs.ray_session import Needs, embeds, ray_session
 from jobs.serving.config import ServeConfig
 from jobs.serving.deployment import app, build_application
+from jobs.serving.grpc_methods import SERVICES
+from jobs.serving.memory import check_serving
+from jobs.serving.weights import serving_dtype
 from jobs.tokenizer import load_tokenizer
 from jobs.weights import find_weights
 from model.sources import PretrainedSource
 
-_NAME = "raymoe"
+NAME = "raymoe"
+"""Of the Serve application."""
+
+_GRPC_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where a served model is reached.
+
+    Attributes:
+        url: of HTTP.
+        grpc: host and port of gRPC; None when it is off.
+        ray: address of the cluster, for `raymoe reload`.
+    """
+
+    url: str
+    grpc: str | None
+    ray: str
 
 
 def serve(
@@ -29,16 +55,19 @@ def serve(
     *,
     host: str,
     port: int,
+    grpc_port: int | None,
     address: str | None,
-    ready: Callable[[str], None],
+    ready: Callable[[Listening], None],
     debug: bool = False,
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM, which lets requests under way end.
 
     Args:
         host, port: where HTTP listens.
+        grpc_port: of gRPC; None switches it off. Serve's gRPC proxy listens on all interfaces; when `host` is
+            the loopback, calls that come from elsewhere are refused.
         address: of a running Ray cluster; None embeds one.
-        ready: is told the URL when requests are answered.
+        ready: is told where, when requests are answered.
 
     Raises:
         RaymoeError: with the text of whatever failed.
@@ -54,32 +83,81 @@ def serve(
             f"cluster.expert_hosts ({config.cluster.expert_hosts}) is more than the model's "
             f"{model.n_routed_experts} routed experts: a host would own none; lower it"
         )
+    if embeds(address):
+        check_serving(config, model, serving_dtype(config, directory))
+        if grpc_port is not None:
+            _check_free(grpc_port)
     with ray_session(_needs(config), address=address, debug=debug) as embedded:
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
-        ray_serve.start(http_options=HTTPOptions(host=host, port=port))
+        services = [] if grpc_port is None else SERVICES
+        ray_serve.start(
+            http_options=HTTPOptions(host=host, port=port),
+            grpc_options=gRPCOptions(port=grpc_port or 0, grpc_servicer_functions=services),
+        )
         stop = threading.Event()
         # Not before: Ray, when it starts, sets a handler of its own for SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         try:
-            _run(config, directory)
-            ready(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}")
+            _run(config, directory, loopback=_is_loopback(host))
+            shown = "127.0.0.1" if host == "0.0.0.0" else host
+            if grpc_port is not None:
+                _check_answers(grpc_port)
+            ready(
+                Listening(
+                    url=f"http://{shown}:{port}",
+                    grpc=None if grpc_port is None else f"{shown}:{grpc_port}",
+                    ray=ray.get_runtime_context().gcs_address,
+                )
+            )
             stop.wait()
         finally:
-            ray_serve.delete(_NAME)
+            ray_serve.delete(NAME)
 
 
-def _run(config: ServeConfig, directory: Path) -> None:
+def _is_loopback(host: str) -> bool:
     try:
-        ray_serve.run(build_application(config, directory), name=_NAME, route_prefix="/")
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_free(port: int) -> None:
+    """Hold the port of gRPC against what listens on this machine: Serve's proxy would fail without a word."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ResourceError(
+                f"--grpc-port {port} cannot be had ({error.strerror}); choose another"
+            ) from None
+
+
+def _check_answers(port: int) -> None:
+    """On a cluster where Serve runs already, it keeps the options that it was started with."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_GRPC_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise ResourceError(
+                f"nothing answers gRPC on port {port}: Serve may run on this cluster with other options; "
+                "leave out --grpc-port, or start Serve with its grpc_options"
+            ) from None
+
+
+def _run(config: ServeConfig, directory: Path, *, loopback: bool) -> None:
+    application = build_application(config, directory, loopback=loopback)
+    try:
+        ray_serve.run(application, name=NAME, route_prefix="/")
     except RuntimeError as error:
         raise ResourceError(f"the model does not come up: {_cause(error)}") from error
 
 
 def _cause(error: RuntimeError) -> str:
     """What the replicas failed with, which Serve tells in its status, tracebacks and all."""
-    status = ray_serve.status().applications[_NAME]
+    status = ray_serve.status().applications[NAME]
     told = "\n".join([str(error), *(deployment.message for deployment in status.deployments.values())])
     ours = re.findall(r"^(?:ray::.*)?errors\.\w+: (.+)$", told, flags=re.MULTILINE)
     lines = [line.strip() for line in told.splitlines() if line.strip()]
@@ -96,4 +174,4 @@ def _needs(config: ServeConfig) -> Needs:
     )
 
 
-__all__ = ["app", "serve"]
+__all__ = ["NAME", "Listening", "app", "serve"]

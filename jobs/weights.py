@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from errors import CheckpointError
 from jobs.checkpoint_store import find_checkpoint
 from jobs.precision import computes_bfloat16
+from jobs.serving.memory import check_memory, loading_need
 from jobs.tokenizer import load_tokenizer
-from model.checkpoint import ShardReader, load_pretrained
+from model.checkpoint import PretrainedSource, ShardReader, load_pretrained
 from model.experts import LocalExperts
 from model.transformer import Transformer
 
@@ -60,9 +61,15 @@ def load_model(path: Path) -> LoadedModel:
     Raises:
         CheckpointError: missing, damaged or of another architecture.
         DataError: no tokenizer.json beside the weights.
+        ResourceError: it is larger than the memory.
     """
     directory = find_weights(path)
-    model = load_pretrained(directory, dtype=compute_dtype(directory)).eval()
+    dtype = compute_dtype(directory)
+    check_memory(
+        loading_need(PretrainedSource(directory).config, dtype),
+        advice="use a machine with more, or raymoe serve with cluster.expert_hosts on several machines",
+    )
+    model = load_pretrained(directory, dtype=dtype).eval()
     tokenizer, end_of_text = load_tokenizer(directory, model.config.vocab_size)
     return LoadedModel(
         directory=directory,

@@ -147,8 +147,6 @@ def _best(values, start, end):
 def mix_experts(x, row_ptr, expert, gate, w13, w2, out):
     """out [N, D] += for each row the gate-weighted sum over its experts, in the order of their numbers.
 
-    So a row's sum is the same to the bit whichever rows are beside it.
-
     Args:
         x: [N, D].
         row_ptr: [N + 1], the pairs of row n are row_ptr[n] ... row_ptr[n + 1].

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.dispatch import split_by_host
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSlice:
@@ -57,6 +59,37 @@ def plan_dispatch(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> 
             gate=gates.detach().reshape(-1),
         )
         return (everything,)
+    if idx.device.type == "cpu" and gates.dtype in (torch.float32, torch.float64):
+        return _counted(idx, gates.detach(), host_of, n_hosts)
+    return _sorted(expert, gates.detach().reshape(-1), host_of, n_tokens, n_hosts)
+
+
+def _counted(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> tuple[HostSlice | None, ...]:
+    """In two passes over the pairs, on the machine's own memory."""
+    *flat, first_row, first_pair = split_by_host(
+        idx.contiguous().numpy(), gates.contiguous().numpy(), host_of.numpy(), n_hosts
+    )
+    row, row_ptr, expert, pair, gate = map(torch.from_numpy, flat)
+    rows, pairs = first_row.tolist(), first_pair.tolist()
+    return tuple(
+        HostSlice(
+            row=row[rows[h] : rows[h + 1]],
+            row_ptr=row_ptr[rows[h] + h : rows[h + 1] + h + 1],
+            expert=expert[pairs[h] : pairs[h + 1]],
+            pair=pair[pairs[h] : pairs[h + 1]],
+            gate=gate[pairs[h] : pairs[h + 1]],
+        )
+        if rows[h] < rows[h + 1]
+        else None
+        for h in range(n_hosts)
+    )
+
+
+def _sorted(
+    expert: Tensor, gate: Tensor, host_of: Tensor, n_tokens: int, n_hosts: int
+) -> tuple[HostSlice | None, ...]:
+    """By sorting, on any device."""
+    top_k = expert.numel() // n_tokens
     host, pair = host_of[expert].sort(stable=True)
     # (host, token) ascending: one key per row that leaves, so that rows of all hosts are found in one pass.
     key, pairs_of_row = torch.unique_consecutive(
@@ -67,10 +100,10 @@ def plan_dispatch(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> 
     row = torch.split_with_sizes(key.remainder(n_tokens), n_rows)
     counts = torch.split_with_sizes(pairs_of_row, n_rows)
     experts = torch.split_with_sizes(expert[pair].int(), n_pairs)
-    gate = torch.split_with_sizes(gates.detach().reshape(-1)[pair], n_pairs)
+    gates = torch.split_with_sizes(gate[pair], n_pairs)
     pairs = torch.split_with_sizes(pair, n_pairs)
     return tuple(
-        HostSlice(row=row[h], row_ptr=_row_ptr(counts[h]), expert=experts[h], pair=pairs[h], gate=gate[h])
+        HostSlice(row=row[h], row_ptr=_row_ptr(counts[h]), expert=experts[h], pair=pairs[h], gate=gates[h])
         if n_rows[h]
         else None
         for h in range(n_hosts)

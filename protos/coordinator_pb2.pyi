@@ -65,9 +65,12 @@ class RoutingTable(google.protobuf.message.Message):
     N_LAYERS_FIELD_NUMBER: builtins.int
     N_EXPERTS_FIELD_NUMBER: builtins.int
     OWNER_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     n_layers: builtins.int
     n_experts: builtins.int
+    weights: builtins.str
+    """Version of the weights: epochs with equal ones compute the same."""
     @property
     def hosts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___HostInfo]: ...
     @property
@@ -82,8 +85,9 @@ class RoutingTable(google.protobuf.message.Message):
         n_layers: builtins.int = ...,
         n_experts: builtins.int = ...,
         owner: collections.abc.Iterable[builtins.int] | None = ...,
+        weights: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "hosts", b"hosts", "n_experts", b"n_experts", "n_layers", b"n_layers", "owner", b"owner"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "hosts", b"hosts", "n_experts", b"n_experts", "n_layers", b"n_layers", "owner", b"owner", "weights", b"weights"]) -> None: ...
 
 global___RoutingTable = RoutingTable
 
@@ -622,6 +626,92 @@ class SaveHostsReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["files", b"files"]) -> None: ...
 
 global___SaveHostsReply = SaveHostsReply
+
+@typing.final
+class LoadWeightsRequest(google.protobuf.message.Message):
+    """Lets all hosts load the experts of another checkpoint, beside those in use."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    directory: builtins.str
+    version: builtins.str
+    """Their name."""
+    def __init__(
+        self,
+        *,
+        directory: builtins.str = ...,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["directory", b"directory", "version", b"version"]) -> None: ...
+
+global___LoadWeightsRequest = LoadWeightsRequest
+
+@typing.final
+class LoadWeightsReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """For requests to the experts just loaded."""
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+
+global___LoadWeightsReply = LoadWeightsReply
+
+@typing.final
+class PublishWeightsRequest(google.protobuf.message.Message):
+    """From now on the routing table is that of this epoch, whose weights have been loaded."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+
+global___PublishWeightsRequest = PublishWeightsRequest
+
+@typing.final
+class PublishWeightsReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___PublishWeightsReply = PublishWeightsReply
+
+@typing.final
+class RetireWeightsRequest(google.protobuf.message.Message):
+    """Lets all hosts drop the weights of every epoch but the routing table's."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___RetireWeightsRequest = RetireWeightsRequest
+
+@typing.final
+class RetireWeightsReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___RetireWeightsReply = RetireWeightsReply
 
 @typing.final
 class GetStateRequest(google.protobuf.message.Message):

@@ -74,6 +74,21 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_coordinator__pb2.SaveHostsRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.SaveHostsReply.FromString,
                 _registered_method=True)
+        self.LoadWeights = channel.unary_unary(
+                '/raymoe.v1.Coordinator/LoadWeights',
+                request_serializer=protos_dot_coordinator__pb2.LoadWeightsRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.LoadWeightsReply.FromString,
+                _registered_method=True)
+        self.PublishWeights = channel.unary_unary(
+                '/raymoe.v1.Coordinator/PublishWeights',
+                request_serializer=protos_dot_coordinator__pb2.PublishWeightsRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.PublishWeightsReply.FromString,
+                _registered_method=True)
+        self.RetireWeights = channel.unary_unary(
+                '/raymoe.v1.Coordinator/RetireWeights',
+                request_serializer=protos_dot_coordinator__pb2.RetireWeightsRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.RetireWeightsReply.FromString,
+                _registered_method=True)
         self.GetState = channel.unary_unary(
                 '/raymoe.v1.Coordinator/GetState',
                 request_serializer=protos_dot_coordinator__pb2.GetStateRequest.SerializeToString,
@@ -133,6 +148,24 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadWeights(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishWeights(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireWeights(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetState(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -181,6 +214,21 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.SaveHosts,
                     request_deserializer=protos_dot_coordinator__pb2.SaveHostsRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.SaveHostsReply.SerializeToString,
+            ),
+            'LoadWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadWeights,
+                    request_deserializer=protos_dot_coordinator__pb2.LoadWeightsRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.LoadWeightsReply.SerializeToString,
+            ),
+            'PublishWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishWeights,
+                    request_deserializer=protos_dot_coordinator__pb2.PublishWeightsRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.PublishWeightsReply.SerializeToString,
+            ),
+            'RetireWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireWeights,
+                    request_deserializer=protos_dot_coordinator__pb2.RetireWeightsRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.RetireWeightsReply.SerializeToString,
             ),
             'GetState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetState,
@@ -404,6 +452,87 @@ class Coordinator(object):
             '/raymoe.v1.Coordinator/SaveHosts',
             protos_dot_coordinator__pb2.SaveHostsRequest.SerializeToString,
             protos_dot_coordinator__pb2.SaveHostsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/LoadWeights',
+            protos_dot_coordinator__pb2.LoadWeightsRequest.SerializeToString,
+            protos_dot_coordinator__pb2.LoadWeightsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/PublishWeights',
+            protos_dot_coordinator__pb2.PublishWeightsRequest.SerializeToString,
+            protos_dot_coordinator__pb2.PublishWeightsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/RetireWeights',
+            protos_dot_coordinator__pb2.RetireWeightsRequest.SerializeToString,
+            protos_dot_coordinator__pb2.RetireWeightsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,21 @@ class CoordinatorStub:
         protos.coordinator_pb2.SaveHostsReply,
     ]
 
+    LoadWeights: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.LoadWeightsRequest,
+        protos.coordinator_pb2.LoadWeightsReply,
+    ]
+
+    PublishWeights: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.PublishWeightsRequest,
+        protos.coordinator_pb2.PublishWeightsReply,
+    ]
+
+    RetireWeights: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.RetireWeightsRequest,
+        protos.coordinator_pb2.RetireWeightsReply,
+    ]
+
     GetState: grpc.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.GetStateRequest,
         protos.coordinator_pb2.GetStateReply,
@@ -105,6 +120,21 @@ class CoordinatorAsyncStub:
     SaveHosts: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.SaveHostsRequest,
         protos.coordinator_pb2.SaveHostsReply,
+    ]
+
+    LoadWeights: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.LoadWeightsRequest,
+        protos.coordinator_pb2.LoadWeightsReply,
+    ]
+
+    PublishWeights: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.PublishWeightsRequest,
+        protos.coordinator_pb2.PublishWeightsReply,
+    ]
+
+    RetireWeights: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.RetireWeightsRequest,
+        protos.coordinator_pb2.RetireWeightsReply,
     ]
 
     GetState: grpc.aio.UnaryUnaryMultiCallable[
@@ -169,6 +199,27 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         request: protos.coordinator_pb2.SaveHostsRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.coordinator_pb2.SaveHostsReply, collections.abc.Awaitable[protos.coordinator_pb2.SaveHostsReply]]: ...
+
+    @abc.abstractmethod
+    def LoadWeights(
+        self,
+        request: protos.coordinator_pb2.LoadWeightsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.LoadWeightsReply, collections.abc.Awaitable[protos.coordinator_pb2.LoadWeightsReply]]: ...
+
+    @abc.abstractmethod
+    def PublishWeights(
+        self,
+        request: protos.coordinator_pb2.PublishWeightsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.PublishWeightsReply, collections.abc.Awaitable[protos.coordinator_pb2.PublishWeightsReply]]: ...
+
+    @abc.abstractmethod
+    def RetireWeights(
+        self,
+        request: protos.coordinator_pb2.RetireWeightsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.RetireWeightsReply, collections.abc.Awaitable[protos.coordinator_pb2.RetireWeightsReply]]: ...
 
     @abc.abstractmethod
     def GetState(

@@ -337,6 +337,63 @@ class SaveReply(google.protobuf.message.Message):
 global___SaveReply = SaveReply
 
 @typing.final
+class LoadRequest(google.protobuf.message.Message):
+    """Loads the experts of another checkpoint beside those in use, for requests of this epoch. Sent again, it changes nothing."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    directory: builtins.str
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        directory: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["directory", b"directory", "epoch", b"epoch"]) -> None: ...
+
+global___LoadRequest = LoadRequest
+
+@typing.final
+class LoadReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___LoadReply = LoadReply
+
+@typing.final
+class RetainRequest(google.protobuf.message.Message):
+    """Drops the experts of every other epoch."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+
+global___RetainRequest = RetainRequest
+
+@typing.final
+class RetainReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___RetainReply = RetainReply
+
+@typing.final
 class StatusRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

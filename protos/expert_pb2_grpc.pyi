@@ -39,6 +39,16 @@ class ExpertStub:
         protos.expert_pb2.SaveReply,
     ]
 
+    Load: grpc.UnaryUnaryMultiCallable[
+        protos.expert_pb2.LoadRequest,
+        protos.expert_pb2.LoadReply,
+    ]
+
+    Retain: grpc.UnaryUnaryMultiCallable[
+        protos.expert_pb2.RetainRequest,
+        protos.expert_pb2.RetainReply,
+    ]
+
     Status: grpc.UnaryUnaryMultiCallable[
         protos.expert_pb2.StatusRequest,
         protos.expert_pb2.StatusReply,
@@ -63,6 +73,16 @@ class ExpertAsyncStub:
     Save: grpc.aio.UnaryUnaryMultiCallable[
         protos.expert_pb2.SaveRequest,
         protos.expert_pb2.SaveReply,
+    ]
+
+    Load: grpc.aio.UnaryUnaryMultiCallable[
+        protos.expert_pb2.LoadRequest,
+        protos.expert_pb2.LoadReply,
+    ]
+
+    Retain: grpc.aio.UnaryUnaryMultiCallable[
+        protos.expert_pb2.RetainRequest,
+        protos.expert_pb2.RetainReply,
     ]
 
     Status: grpc.aio.UnaryUnaryMultiCallable[
@@ -98,6 +118,20 @@ class ExpertServicer(metaclass=abc.ABCMeta):
         request: protos.expert_pb2.SaveRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.expert_pb2.SaveReply, collections.abc.Awaitable[protos.expert_pb2.SaveReply]]: ...
+
+    @abc.abstractmethod
+    def Load(
+        self,
+        request: protos.expert_pb2.LoadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.expert_pb2.LoadReply, collections.abc.Awaitable[protos.expert_pb2.LoadReply]]: ...
+
+    @abc.abstractmethod
+    def Retain(
+        self,
+        request: protos.expert_pb2.RetainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.expert_pb2.RetainReply, collections.abc.Awaitable[protos.expert_pb2.RetainReply]]: ...
 
     @abc.abstractmethod
     def Status(

@@ -58,19 +58,20 @@ class Envelope:
 
     kind: str
     model: str
-    version: str
     prefix: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def body(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
-        """A whole answer, or one chunk of it."""
+    def body(
+        self, choices: list[dict[str, Any]], *, version: str, usage: Usage | None = None
+    ) -> dict[str, Any]:
+        """A whole answer, or one chunk of it; `version` is of the weights that computed it."""
         body: dict[str, Any] = {
             "id": f"{self.prefix}-{self.id}",
             "object": self.kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": self.version,
+            "system_fingerprint": version,
             "choices": choices,
         }
         if usage is not None:

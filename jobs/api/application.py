@@ -1,7 +1,6 @@
 """The routes of the OpenAI-compatible interface."""
 
 # No `from __future__ import annotations`: FastAPI could not read the routes' types, which are local here.
-import hmac
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from engine.service import Delta
 from errors import ConfigError, DataError
 from jobs.api.answers import Choice, Envelope, Usage, chat_logprobs, completion_logprobs
 from jobs.api.backend import Backend
+from jobs.api.completions import completion_work, shown
 from jobs.api.problems import (
     ApiError,
     answer_api_error,
@@ -48,10 +48,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
 
     def allowed(authorization: Annotated[str | None, Header()] = None) -> Backend:
         backend = find()
-        keys = backend.limits.api_keys
-        given = (authorization or "").removeprefix("Bearer ").encode()
-        if keys and not any(hmac.compare_digest(given, key.encode()) for key in keys):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        backend.check_key(authorization)
         return backend
 
     Allowed = Annotated[Backend, Depends(allowed)]
@@ -77,19 +74,19 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
     @api.get("/v1/models/{name:path}", responses=_ERRORS)
     def model(name: str, backend: Allowed) -> dict[str, Any]:
         """One model."""
-        _check_model(backend, name)
+        backend.check_model(name)
         return _card(backend)
 
     @api.post("/v1/completions", responses=_ERRORS)
     async def completions(request: CompletionRequest, backend: Allowed) -> Response:
         """Go on with a text."""
-        _check_model(backend, request.model)
+        backend.check_model(request.model)
         return await _complete(backend, request)
 
     @api.post("/v1/chat/completions", responses=_ERRORS)
     async def chat(request: ChatRequest, backend: Allowed) -> Response:
         """Answer in a conversation."""
-        _check_model(backend, request.model)
+        backend.check_model(request.model)
         return await _chat(backend, request)
 
     return api
@@ -106,53 +103,20 @@ def _card(backend: Backend) -> dict[str, Any]:
     }
 
 
-def _check_model(backend: Backend, name: str | None) -> None:
-    if name is not None and name != backend.model:
-        raise ApiError(
-            404,
-            f"there is no model {name!r}; this is {backend.model!r}",
-            param="model",
-            code="model_not_found",
-        )
-
-
 async def _complete(backend: Backend, request: CompletionRequest) -> Response:
-    prompts = _prompts(backend, request.prompt)
-    params = []
-    for prompt in prompts:
-        # With echo alone nothing is to be generated, but the engine's steps always do.
-        wanted = max(1, request.max_tokens) if request.max_tokens is not None else None
-        room = backend.room(prompt, wanted, "max_tokens")
-        for index in range(request.n):
-            try:
-                params.append(
-                    request.sampling(
-                        max_tokens=room, index=index, logprobs=request.logprobs, echo=request.echo
-                    )
-                )
-            except ConfigError as error:
-                raise invalid(str(error), str(error).split()[0]) from error
-    repeated = [prompt for prompt in prompts for _ in range(request.n)]
-    usage = Usage(prompt=sum(map(len, prompts)))
-    envelope = Envelope(kind="text_completion", model=backend.model, version=backend.version, prefix="cmpl")
-    deltas = backend.generate(repeated, params)
-    choices = [Choice(prompt=prompt) for prompt in repeated]
+    work = completion_work(backend, request)
+    usage = Usage(prompt=work.prompt_tokens)
+    envelope = Envelope(kind="text_completion", model=backend.model, prefix="cmpl")
+    deltas = backend.generate(work.prompts, work.params)
+    choices = [Choice(prompt=prompt) for prompt in work.prompts]
 
     def part(index: int, choice: Choice, *, first: bool) -> dict[str, Any]:
         """A choice, or what is new about it."""
-        text, tokens = choice.text, choice.tokens
-        logprobs: list[Any] = list(choice.logprobs)
-        reason = choice.finish_reason
-        if request.max_tokens == 0:
-            text, tokens, logprobs, reason = "", [], [], reason and "length"
-        if request.echo and first:
-            text = backend.tokenizer.decode(list(choice.prompt), skip_special_tokens=False) + text
-            tokens = [*choice.prompt, *tokens]
-            logprobs = [None, *choice.prompt_logprobs, *logprobs]
-        shown = None
+        seen = shown(backend, request, choice, first=first)
+        logprobs = None
         if request.logprobs is not None:
-            shown = completion_logprobs(backend.tokenizer, tokens, logprobs)
-        return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
+            logprobs = completion_logprobs(backend.tokenizer, seen.tokens, seen.logprobs)
+        return {"index": index, "text": seen.text, "logprobs": logprobs, "finish_reason": seen.finish_reason}
 
     if request.stream:
         events = _stream(
@@ -165,12 +129,11 @@ async def _complete(backend: Backend, request: CompletionRequest) -> Response:
             include_usage=request.include_usage,
         )
         return await _streaming(events)
-    await _gather(deltas, choices, usage)
+    version = await _gather(deltas, choices, usage)
     if request.max_tokens == 0:
         usage.completion = 0
-    return JSONResponse(
-        envelope.body([part(index, choice, first=True) for index, choice in enumerate(choices)], usage)
-    )
+    parts = [part(index, choice, first=True) for index, choice in enumerate(choices)]
+    return JSONResponse(envelope.body(parts, version=version, usage=usage))
 
 
 async def _chat(backend: Backend, request: ChatRequest) -> Response:
@@ -195,7 +158,7 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
     deltas = backend.generate([prompt] * request.n, params)
     choices = [Choice(prompt=prompt) for _ in range(request.n)]
 
-    def shown(choice: Choice) -> dict[str, Any] | None:
+    def logprobs_of(choice: Choice) -> dict[str, Any] | None:
         if not request.logprobs:
             return None
         return chat_logprobs(backend.tokenizer, choice.tokens, choice.logprobs)
@@ -206,59 +169,43 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
             common = {"index": index, "logprobs": None, "finish_reason": None}
             opening = [{**common, "delta": {"role": "assistant", "content": ""}}] if first else []
             delta = {"content": news.text} if news.text or not news.finish_reason else {}
-            more = {"delta": delta, "logprobs": shown(news), "finish_reason": news.finish_reason}
+            more = {"delta": delta, "logprobs": logprobs_of(news), "finish_reason": news.finish_reason}
             return [*opening, {**common, **more}]
 
-        envelope = Envelope(
-            kind="chat.completion.chunk", model=backend.model, version=backend.version, prefix="chatcmpl"
-        )
+        envelope = Envelope(kind="chat.completion.chunk", model=backend.model, prefix="chatcmpl")
         events = _stream(
             backend, deltas, choices, usage, envelope, chunk, include_usage=request.include_usage
         )
         return await _streaming(events)
-    await _gather(deltas, choices, usage)
-    envelope = Envelope(
-        kind="chat.completion", model=backend.model, version=backend.version, prefix="chatcmpl"
-    )
+    version = await _gather(deltas, choices, usage)
+    envelope = Envelope(kind="chat.completion", model=backend.model, prefix="chatcmpl")
     bodies = [
         {
             "index": index,
             "message": {"role": "assistant", "content": choice.text},
-            "logprobs": shown(choice),
+            "logprobs": logprobs_of(choice),
             "finish_reason": choice.finish_reason,
         }
         for index, choice in enumerate(choices)
     ]
-    return JSONResponse(envelope.body(bodies, usage))
+    return JSONResponse(envelope.body(bodies, version=version, usage=usage))
 
 
-def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
-    """Every prompt as tokens; an empty one begins where a text begins."""
-    if isinstance(given, str):
-        items: list[Any] = [given]
-    elif given and isinstance(given[0], int):
-        items = [given]
-    else:
-        items = list(given)
-    encoded = [
-        backend.tokenizer.encode(item, add_special_tokens=False).ids if isinstance(item, str) else list(item)
-        for item in items
-    ]
-    return [tokens or [backend.end_of_text] for tokens in encoded]
-
-
-async def _gather(deltas: AsyncIterator[tuple[int, Delta]], choices: list[Choice], usage: Usage) -> None:
-    """Fill all choices.
+async def _gather(deltas: AsyncIterator[tuple[int, Delta]], choices: list[Choice], usage: Usage) -> str:
+    """Fill all choices; the version of the weights that the last token came from.
 
     Raises:
         ApiError: the engine failed.
     """
+    version = ""
     async for index, delta in deltas:
         if delta.error is not None:
             raise ApiError(503, delta.error, code="engine_failed", retry_after=1)
         choices[index].take(delta)
         usage.completion += len(delta.tokens)
         usage.cached[index] = delta.cached
+        version = delta.version
+    return version
 
 
 async def _stream(
@@ -274,19 +221,21 @@ async def _stream(
     """Server-sent events: chunks, a last one with the usage, and the end; or an error in their place."""
     begun: set[int] = set()
     pending: dict[str, Any] = {"usage": None} if include_usage else {}
+    version = ""
     async for index, delta in deltas:
         if delta.error is not None:
             yield _event(ApiError(503, delta.error, code="engine_failed").body())
             return
         usage.completion += len(delta.tokens)
         usage.cached[index] = delta.cached
+        version = delta.version
         news = Choice(prompt=choices[index].prompt)
         news.take(delta)
         for part in parts(index, news, index not in begun):
-            yield _event({**envelope.body([part]), **pending})
+            yield _event({**envelope.body([part], version=version), **pending})
         begun.add(index)
     if include_usage:
-        yield _event(envelope.body([], usage))
+        yield _event(envelope.body([], version=version, usage=usage))
     yield _DONE
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
@@ -43,14 +44,12 @@ class Backend:
 
     Attributes:
         model: its name.
-        version: of the weights; every answer carries it.
         longest: tokens that prompt and answer may have together.
         end_of_text: token that ends a text.
         health: says what is wrong, or None.
     """
 
     model: str
-    version: str
     service: EngineService
     tokenizer: Tokenizer
     chat: ChatTemplate
@@ -60,6 +59,39 @@ class Backend:
     health: Callable[[], str | None]
     metrics: ServingMetrics
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def version(self) -> str:
+        """Of the weights in use; every answer carries that of those that computed it."""
+        return self.service.version
+
+    def check_key(self, authorization: str | None) -> None:
+        """Let a caller in.
+
+        Args:
+            authorization: `Bearer KEY`, as a header or as metadata.
+
+        Raises:
+            ApiError: a key is needed, and this is none.
+        """
+        keys = self.limits.api_keys
+        given = (authorization or "").removeprefix("Bearer ").encode()
+        if keys and not any(hmac.compare_digest(given, key.encode()) for key in keys):
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    def check_model(self, name: str | None) -> None:
+        """Hold the name that a request gives against the model's; None is fine.
+
+        Raises:
+            ApiError: it is another.
+        """
+        if name is not None and name != self.model:
+            raise ApiError(
+                404,
+                f"there is no model {name!r}; this is {self.model!r}",
+                param="model",
+                code="model_not_found",
+            )
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
         """Tokens that may be generated after a prompt.
@@ -82,7 +114,7 @@ class Backend:
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> AsyncIterator[tuple[int, Delta]]:
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Deltas of several choices as they come, each with the index of its choice.
 
         Whoever stops listening stops the generation.

@@ -1,9 +1,10 @@
-"""Benchmarks of training, decoding and channels, as ratios against a peer or a limit."""
+"""Benchmarks of training, decoding, serving and channels."""
 
 from __future__ import annotations
 
 from jobs.bench.channel import bench_channel
 from jobs.bench.decode import bench_decode
+from jobs.bench.serve import bench_serve
 from jobs.bench.train import bench_train
 
-__all__ = ["bench_channel", "bench_decode", "bench_train"]
+__all__ = ["bench_channel", "bench_decode", "bench_serve", "bench_train"]

@@ -1,16 +1,14 @@
-"""The Ray Serve application: a pool of expert hosts, and replicas of the trunk in front of it.
+"""The Ray Serve application: a pool that replicas share, and replicas of the trunk with the interface.
 
 The pool is a deployment with one replica that starts coordinator and expert hosts as actors of its own, so
 that they end with it, whoever ends it. Trunk replicas ask it for the coordinator, and that one for the
-routing table.
+routing table; later on they ask it which weights to use.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,65 +16,22 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from actors.clients import CoordinatorClient, HostClient
-from actors.coordinator import Coordinator
-from actors.steps import TrainingPlan
 from errors import RaymoeError
 from jobs.api import build_api
 from jobs.api.backend import Backend
-from jobs.hosts import placement, running_hosts
 from jobs.serving.config import ServeConfig
-from jobs.serving.replica import Served, build_replica, build_serving_host
+from jobs.serving.follower import Follower
+from jobs.serving.grpc_methods import GrpcMethods
+from jobs.serving.membership import PoolLink
+from jobs.serving.pool import ExpertPool
+from jobs.serving.replica import Replica
 from jobs.weights import find_weights
-from model.config import ModelConfig
-from model.sources import read_hf_config
+
+POOL = "experts"
+"""Name of the pool's deployment, which `raymoe reload` asks."""
 
 _MAX_ONGOING = 100_000  # our own queue says when it is full, with an answer that says so
 _GRACE_SECONDS = 30.0
-
-
-class ExpertPool:
-    """Coordinator and expert hosts of a deployment.
-
-    Args:
-        values: a `ServeConfig` as plain values.
-        directory: with the weights.
-    """
-
-    def __init__(self, values: dict[str, Any], directory: str) -> None:
-        self._actors = ExitStack()
-        config = ServeConfig.from_dict(values)
-        cluster, weights = config.cluster, Path(directory)
-        model = ModelConfig.from_hf(read_hf_config(weights))
-        hosts = [partial(build_serving_host, config, weights, i) for i in range(cluster.expert_hosts)]
-        self._run = uuid.uuid4().hex[:12]
-        self._address = self._actors.enter_context(
-            running_hosts(cluster, partial(_coordinator, model, cluster.expert_hosts), hosts)
-        )
-
-    async def where(self) -> tuple[str, str]:
-        """The deployment's name for requests, and the coordinator's address."""
-        return self._run, self._address
-
-    async def lease(self) -> None:
-        """Lasts until it is cancelled. Serve ends no replica with a call under way: so the pool outlives the
-        trunk replicas, each of which holds a lease until its last request has ended."""
-        await asyncio.Event().wait()
-
-    def __del__(self) -> None:
-        self._actors.close()
-
-
-def _coordinator(model: ModelConfig, hosts: int) -> Coordinator:
-    """A coordinator that knows hosts and placement, and no steps."""
-    return Coordinator(
-        TrainingPlan(steps=0, workers=1, learning_rate=0.0),
-        owner=placement(model, hosts),
-        n_layers=len(model.moe_layers),
-        n_experts=model.n_routed_experts,
-        n_hosts=hosts,
-        control=partial(HostClient, timeout=_GRACE_SECONDS),
-    )
 
 
 def _backend() -> Backend:
@@ -86,62 +41,73 @@ def _backend() -> Backend:
 
 
 @serve.ingress(build_api(_backend))
-class TrunkReplica:
+class TrunkReplica(GrpcMethods):
     """A replica of the trunk, with the interface.
 
     Args:
         values: a `ServeConfig` as plain values.
-        directory: with weights and tokenizer.
-        pool: None keeps the experts in this process.
+        title: the model's name for clients.
+        pool: of the deployment.
+        loopback: refuse gRPC calls from other machines.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, values: dict[str, Any], directory: str, pool: DeploymentHandle | None
+        self, values: dict[str, Any], title: str, pool: DeploymentHandle, *, loopback: bool
     ) -> None:
         self._closing = ExitStack()  # what it holds is given back in the reverse order
+        self._loopback = loopback
         config = ServeConfig.from_dict(values)
-        context = serve.get_replica_context()
-        run, table, refresh = "serve", None, None
-        if pool is not None:
-            self._closing.callback(pool.lease.remote().cancel)
-            run, address = await pool.where.remote()
-            client = CoordinatorClient(address, timeout=config.cluster.call_timeout)
+        link = PoolLink(pool, serve.get_replica_context().replica_tag)
+        self._closing.callback(link.close)
+        member, client, table = await link.join(config.cluster.call_timeout)
+        if client is not None:
             self._closing.callback(client.close)
-            refresh = client.table
-            table = await asyncio.to_thread(refresh)
-        self._served: Served = await asyncio.to_thread(
-            build_replica,
+        self._follower = Follower(member.run, member.version, ask=link.ask, report=link.report)
+        loaded: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
+        self._following = asyncio.create_task(self._follower.follow(loaded))
+        self._closing.callback(self._following.cancel)
+        self._replica = await asyncio.to_thread(
+            Replica,
             config,
-            Path(directory),
-            name=context.replica_tag,
-            run=run,
+            title=title,
+            version=member.version,
+            name=link.name,
+            run=member.run,
             table=table,
-            refresh=refresh,
+            refresh=None if client is None else client.table,
         )
-        self._closing.callback(self._served.close)
+        self._closing.callback(self._replica.close)
+        loaded.set_result(self._replica)
 
     @property
     def backend(self) -> Backend:
         """What the interface works with."""
-        return self._served.backend
+        return self._replica.backend
+
+    def check_health(self) -> None:
+        """For Serve, which starts a replica anew that is not healthy."""
+        if self._follower.orphaned:
+            raise RaymoeError("the pool of expert hosts that this replica joined is no more")
 
     def __del__(self) -> None:
         self._closing.close()
 
 
-def build_application(config: ServeConfig, directory: Path) -> Application:
-    """The application for `serve.run`."""
-    serving, cluster = config.serving, config.cluster
-    values = config.to_dict()
-    pool = None
-    if cluster.expert_hosts:
-        pool = serve.deployment(
-            ExpertPool,
-            name="experts",
-            ray_actor_options={"num_cpus": 0},
-            max_ongoing_requests=_MAX_ONGOING,
-            graceful_shutdown_timeout_s=2 * _GRACE_SECONDS,
-        ).bind(values, str(directory))
+def build_application(config: ServeConfig, directory: Path, *, loopback: bool = False) -> Application:
+    """The application for `serve.run`.
+
+    Args:
+        directory: with weights and tokenizer.
+        loopback: refuse gRPC calls from other machines: Serve's gRPC proxy listens on all interfaces.
+    """
+    serving, values = config.serving, config.to_dict()
+    pool = serve.deployment(
+        ExpertPool,
+        name=POOL,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=2 * _GRACE_SECONDS,
+    ).bind(values, str(directory))
     options: dict[str, Any] = {"num_replicas": serving.replicas}
     if serving.autoscaling is not None:
         options = {"autoscaling_config": serving.autoscaling}
@@ -152,7 +118,7 @@ def build_application(config: ServeConfig, directory: Path) -> Application:
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=_GRACE_SECONDS,
         **options,
-    ).bind(values, str(directory), pool)
+    ).bind(values, serving.name or directory.name, pool, loopback=loopback)
 
 
 def app(arguments: dict[str, Any]) -> Application:
@@ -171,4 +137,4 @@ def app(arguments: dict[str, Any]) -> Application:
     return build_application(ServeConfig.from_dict(values), find_weights(Path(checkpoint)).resolve())
 
 
-__all__ = ["ExpertPool", "TrunkReplica", "app", "build_application"]
+__all__ = ["POOL", "TrunkReplica", "app", "build_application"]

@@ -2,154 +2,150 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from actors.clients import HostClient
-from actors.expert_host import ExpertHost
-from actors.lane import Lane
 from actors.router import Router
 from cluster.topology import RoutingTable
 from engine.engine import Engine
 from engine.service import EngineService
-from engine.weights import TrunkWeights
-from errors import RaymoeError
+from errors import ProtocolError, RaymoeError
 from jobs.api.backend import Backend
-from jobs.api.chat import ChatTemplate
 from jobs.api.metrics import ServingMetrics
-from jobs.hosts import connector, experts_of, host_threads
+from jobs.hosts import connector
 from jobs.serving.config import ServeConfig
+from jobs.serving.weights import ReplicaWeights, Version, load_beside, load_weights
 from jobs.tokenizer import load_tokenizer
-from jobs.weights import compute_dtype
-from model.checkpoint import PretrainedSource, load_pretrained
-from model.experts import Experts
-from model.transformer import Transformer
 
 _HEALTH_SECONDS = 1.0  # a finding is not older than this
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """A replica's parts."""
-
-    backend: Backend
-    router: Router | None
-
-    def close(self) -> None:
-        """End the engine's thread and hang up on the hosts."""
-        self.backend.service.close()
-        if self.router is not None:
-            self.router.close()
-
-
-def serving_dtype(config: ServeConfig, directory: Path) -> torch.dtype:
-    """Of trunk, rows and experts: the weights' own where the machine computes in it, else float32."""
-    if config.serving.dtype == "auto":
-        return compute_dtype(directory)
-    dtype: torch.dtype = getattr(torch, config.serving.dtype)
-    return dtype
-
-
-def weights_version(directory: Path) -> str:
-    """A short name of a directory's weights: equal for equal files, as far as names, sizes and times tell."""
-    digest = hashlib.blake2s(digest_size=6)
-    for file in sorted(directory.glob("*.safetensors")):
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return f"{directory.name}-{digest.hexdigest()}"
-
-
-def build_serving_host(config: ServeConfig, directory: Path, index: int) -> ExpertHost:
-    """Expert host number `index`, in its own process."""
-    dtype = serving_dtype(config, directory)
-    source = PretrainedSource(directory, dtype=dtype)
-    return ExpertHost(
-        f"host-{index}",
-        source.config,
-        experts_of(source.config, config.cluster, index),
-        source,
-        dtype=dtype,
-        threads=host_threads(config.cluster),
-    )
-
-
-def build_replica(
-    config: ServeConfig,
-    directory: Path,
-    *,
-    name: str,
-    run: str,
-    table: RoutingTable | None,
-    refresh: Callable[[], RoutingTable] | None = None,
-) -> Served:
-    """Load the trunk and connect it to its experts.
+class Replica:
+    """A replica's parts, and the exchange of its weights.
 
     Args:
-        directory: with weights and a tokenizer.
+        config: the deployment's.
+        title: the model's name for clients.
+        version: of the weights to begin with.
         name: of the replica, unique within the deployment.
         run: the deployment.
-        table: of the expert hosts; None loads the experts into this process.
+        table: of the expert hosts, of the same version; None loads the experts into this process.
+        refresh: fetches the current table.
 
     Raises:
         CheckpointError: the weights are incomplete or of another architecture.
         DataError: there is no tokenizer.
     """
-    serving = config.serving
-    if serving.threads is not None:
-        torch.set_num_threads(serving.threads)
-    dtype = serving_dtype(config, directory)
-    modules = serving.drafts != 0
-    router: Router | None = None
-    lane: Lane | None = None
-    experts: Experts
-    if table is None:
-        whole = load_pretrained(directory, dtype=dtype)
-        weights, experts = TrunkWeights.of(whole.trunk, modules=modules), whole.experts
-    else:
-        source = PretrainedSource(directory, dtype=dtype)
-        weights = _trunk(source, dtype, modules=modules)
-        router = Router(
-            name=name,
-            run=run,
-            config=source.config,
-            table=table,
-            connect=connector(config.cluster),
-            refresh=refresh,
-            timeout=config.cluster.call_timeout,
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        title: str,
+        version: Version,
+        name: str,
+        run: str,
+        table: RoutingTable | None = None,
+        refresh: Callable[[], RoutingTable] | None = None,
+    ) -> None:
+        serving, directory = config.serving, Path(version.directory)
+        if serving.threads is not None:
+            torch.set_num_threads(serving.threads)
+        self._config, self._refresh = config, refresh
+        self._prepared: tuple[Version, ReplicaWeights] | None = None
+        weights = load_weights(config, directory, experts=table is None)
+        self._router: Router | None = None
+        if table is not None:
+            self._router = Router(
+                name=name,
+                run=run,
+                config=weights.trunk.config,
+                table=table,
+                connect=connector(config.cluster),
+                refresh=refresh,
+                timeout=config.cluster.call_timeout,
+            )
+        lane = None if self._router is None else self._router.lane(0)
+        experts = weights.experts or lane
+        assert experts is not None
+        tokenizer, end_of_text = load_tokenizer(directory, weights.trunk.config.vocab_size)
+        self._engine = Engine(
+            weights.trunk,
+            experts,
+            serving.engine_settings(),
+            end_of_text=[end_of_text],
+            vocabulary=tokenizer.get_vocab_size(),
+            on_step=None if lane is None else lambda step: lane.begin(step, 0),
         )
-        lane = router.lane(0)
-        experts = lane
-    tokenizer, end_of_text = load_tokenizer(directory, weights.config.vocab_size)
-    engine = Engine(
-        weights,
-        experts,
-        serving.engine_settings(),
-        end_of_text=[end_of_text],
-        vocabulary=tokenizer.get_vocab_size(),
-        on_step=None if lane is None else lambda step: lane.begin(step, 0),
-    )
-    service = EngineService(engine, tokenizer, abandon=None if lane is None else lane.abandon)
-    title = serving.name or directory.name
-    metrics = ServingMetrics(title)
-    _engine_gauges(metrics, engine, service)
-    backend = Backend(
-        model=title,
-        version=weights_version(directory),
-        service=service,
-        tokenizer=tokenizer,
-        chat=ChatTemplate.beside(directory),
-        longest=engine.longest,
-        end_of_text=end_of_text,
-        limits=serving.limits(),
-        health=HostsHealth(table, timeout=5.0),
-        metrics=metrics,
-    )
-    return Served(backend=backend, router=router)
+        service = EngineService(
+            self._engine, tokenizer, version=version.name, abandon=None if lane is None else lane.abandon
+        )
+        metrics = ServingMetrics(title)
+        _engine_gauges(metrics, self._engine, service)
+        self.backend = Backend(
+            model=title,
+            service=service,
+            tokenizer=tokenizer,
+            chat=weights.chat,
+            longest=self._engine.longest,
+            end_of_text=end_of_text,
+            limits=serving.limits(),
+            health=HostsHealth(table, timeout=5.0),
+            metrics=metrics,
+        )
+
+    async def prepare(self, version: Version) -> None:
+        """Load a version beside the one in use.
+
+        Raises:
+            CheckpointError: it is incomplete or of another shape.
+            ResourceError: there is no memory for it.
+        """
+        load = partial(load_beside, self._config, Path(version.directory), experts=self._router is None)
+        self._prepared = version, await asyncio.to_thread(load)
+
+    async def exchange(self, version: Version) -> None:
+        """Use the version that was prepared, from the next step on; requests under way go on with it.
+
+        Raises:
+            ProtocolError: the hosts' table is of other weights.
+        """
+        assert self._prepared is not None and self._prepared[0] == version
+        table = None
+        if self._refresh is not None:
+            table = await asyncio.to_thread(self._refresh)
+            if table.weights != version.name:
+                raise ProtocolError(f"the hosts use {table.weights}, this replica was told {version.name}")
+        done = self.backend.service.exchange(partial(self._use, self._prepared[1], table), version.name)
+        await asyncio.wrap_future(done)
+        self._prepared = None
+
+    def forget(self) -> None:
+        """Drop what was prepared."""
+        self._prepared = None
+
+    def close(self) -> None:
+        """End the engine's thread and hang up on the hosts."""
+        self.backend.service.close()
+        if self._router is not None:
+            self._router.close()
+
+    def _use(self, weights: ReplicaWeights, table: RoutingTable | None) -> None:
+        """In the engine's thread, between two steps: the trunk and the way to its experts change together."""
+        if self._router is not None:
+            assert table is not None
+            self._router.set_table(table)
+            self._engine.replace(weights.trunk, self._router.lane(0))
+        else:
+            assert weights.experts is not None
+            self._engine.replace(weights.trunk, weights.experts)
+        self.backend.chat = weights.chat
 
 
 class HostsHealth:
@@ -176,15 +172,6 @@ class HostsHealth:
         return None
 
 
-def _trunk(source: PretrainedSource, dtype: torch.dtype, *, modules: bool) -> TrunkWeights:
-    with torch.device("meta"):
-        model = Transformer(source.config, dtype=dtype)
-    model = model.to_empty(device="cpu")
-    model.tie()
-    model.load_state_dict(source.trunk())
-    return TrunkWeights.of(model, modules=modules)
-
-
 def _engine_gauges(metrics: ServingMetrics, engine: Engine, service: EngineService) -> None:
     """Figures that the engine keeps, under vLLM's names."""
     pool, stats = engine.pool, engine.stats
@@ -201,11 +188,4 @@ def _engine_gauges(metrics: ServingMetrics, engine: Engine, service: EngineServi
     )
 
 
-__all__ = [
-    "HostsHealth",
-    "Served",
-    "build_replica",
-    "build_serving_host",
-    "serving_dtype",
-    "weights_version",
-]
+__all__ = ["HostsHealth", "Replica"]

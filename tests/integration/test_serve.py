@@ -4,142 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
 import openai
 import psutil
 import pytest
-import torch
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
+from serving import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
 
-from jobs.tokenizer import save_tokenizer, train_tokenizer
 from model.causal_lm import CausalLM
-from model.checkpoint import save_pretrained
-from model.config import ModelConfig
 
 pytestmark = pytest.mark.timeout(300)
-PROMPT = "the cat sat on"
-CONFIG = ModelConfig(
-    vocab_size=300,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    q_lora_rank=24,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    n_routed_experts=8,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    max_position_embeddings=512,
-    num_nextn_predict_layers=1,
-)
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running `raymoe serve`."""
-
-    url: str
-    process: subprocess.Popen[str]
-    model: CausalLM
-    directory: Path
-    client: OpenAI
-
-    @property
-    def async_client(self) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def greedy(self, count: int) -> list[int]:
-        """Tokens after the prompt by a full forward pass for each."""
-        tokenizer, _ = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
-        ids: list[int] = tokenizer.encode(PROMPT).ids
-        known = tokenizer.get_vocab_size()
-        prompt = len(ids)
-        with torch.no_grad():
-            for _ in range(count):
-                ids.append(int(self.model(torch.tensor([ids]))[0, -1, :known].argmax()))
-        return ids[prompt:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start(directory: Path, log: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
-    port = free_port()
-    errors = log.open("w")
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "jobs.cli", "serve", str(directory), "--json", "--port", str(port)),
-            *("--set", "cluster.expert_hosts=2", *options),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
-    )
-    errors.close()
-    assert process.stdout is not None
-    with process.stdout as told:
-        line = told.readline()
-    if not line:
-        process.wait(60)
-        pytest.fail(log.read_text())
-    return process, json.loads(line)["url"]
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    torch.manual_seed(0)
-    model = CausalLM(CONFIG, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-    return model
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def directory(model: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("served") / "tiny"
-    save_pretrained(model, directory)
-    tokenizer, end = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
-    save_tokenizer(tokenizer, end, directory)
-    return directory
-
-
-@contextmanager
-def running(model: CausalLM, directory: Path, log: Path) -> Iterator[Server]:
-    """A server that is told to stop at the end, and leaves nothing behind."""
-    process, url = start(directory, log)
-    family = psutil.Process(process.pid).children(recursive=True)
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield Server(url, process, model, directory, client)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(90) == 0
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
+    return save_model(model, tmp_path_factory.mktemp("served") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +46,7 @@ def test_the_server_says_what_the_model_says(server: Server) -> None:
     choice = server.client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=24, temperature=0, extra_body={"ignore_eos": True}, logprobs=0
     ).choices[0]
-    tokenizer, _ = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
+    tokenizer, _ = tiny_tokenizer()
     assert choice.text == tokenizer.decode(expected)
     assert choice.logprobs is not None
     assert choice.logprobs.tokens == [
@@ -270,33 +163,13 @@ def test_two_hundred_dropped_requests_leave_nothing(server: Server) -> None:
 
     asyncio.run(all_of_them())
     deadline = time.monotonic() + 60
-    while any(gauges(server).values()):
-        assert time.monotonic() < deadline, gauges(server)
+    while any(server.gauges().values()):
+        assert time.monotonic() < deadline, server.gauges()
     assert server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).usage is not None
 
 
-def gauges(server: Server) -> dict[str, float]:
-    """Requests and pages in use."""
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-    return {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in lines
-        if line.startswith(tuple(f"raymoe_{name}" for name in names))
-    }
-
-
-def hosts_of(server: Server) -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process(server.process.pid).children(recursive=True)
-        if "ExpertHost" in " ".join(child.cmdline())
-    ]
-
-
 def test_expert_hosts_of_an_embedded_cluster_listen_on_the_loopback(server: Server) -> None:
-    hosts = hosts_of(server)
+    hosts = server.hosts()
     assert len(hosts) == 2
     # Ray's own ports apart: each host has one that is ours, for gRPC.
     for host in hosts:
@@ -314,7 +187,7 @@ def test_health_fails_when_a_host_is_killed(server: Server) -> None:
             return connection.getresponse().status
 
     assert health() == 200
-    hosts_of(server)[0].kill()
+    server.hosts()[0].kill()
     deadline = time.monotonic() + 60
     while health() != 503:
         assert time.monotonic() < deadline

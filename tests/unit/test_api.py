@@ -57,11 +57,10 @@ class Served:
             end_of_text=[end],
             vocabulary=self.tokenizer.get_vocab_size(),
         )
-        self.service = EngineService(self.engine, self.tokenizer)
+        self.service = EngineService(self.engine, self.tokenizer, version="v1")
         self.unwell: str | None = None
         self.backend = Backend(
             model="tiny",
-            version="v1",
             service=self.service,
             tokenizer=self.tokenizer,
             chat=ChatTemplate(),

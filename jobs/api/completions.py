@@ -1,0 +1,104 @@
+"""A completion request as the engine takes it, and as much of an answer as it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.params import SamplingParams
+from engine.sequence import TokenLogprobs
+from errors import ConfigError
+from jobs.api.answers import Choice
+from jobs.api.backend import Backend
+from jobs.api.problems import invalid
+from jobs.api.schemas import CompletionRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the engine is to do.
+
+    Attributes:
+        prompts: of each choice.
+        params: of each choice.
+        prompt_tokens: over all prompts, each counted once.
+    """
+
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a client sees of a choice, or of what is new about it."""
+
+    text: str
+    tokens: Sequence[int]
+    logprobs: Sequence[TokenLogprobs | None]
+    finish_reason: str | None
+
+
+def completion_work(backend: Backend, request: CompletionRequest) -> Work:
+    """What a request asks for.
+
+    Raises:
+        ApiError: a prompt is too long, or parameters do not go together.
+    """
+    prompts = _prompts(backend, request.prompt)
+    params: list[SamplingParams] = []
+    for prompt in prompts:
+        # With echo alone nothing is to be generated, but the engine's steps always do.
+        wanted = max(1, request.max_tokens) if request.max_tokens is not None else None
+        room = backend.room(prompt, wanted, "max_tokens")
+        for index in range(request.n):
+            try:
+                params.append(
+                    request.sampling(
+                        max_tokens=room, index=index, logprobs=request.logprobs, echo=request.echo
+                    )
+                )
+            except ConfigError as error:
+                raise invalid(str(error), str(error).split()[0]) from error
+    return Work(
+        prompts=[prompt for prompt in prompts for _ in range(request.n)],
+        params=params,
+        prompt_tokens=sum(map(len, prompts)),
+    )
+
+
+def shown(backend: Backend, request: CompletionRequest, choice: Choice, *, first: bool) -> Shown:
+    """A choice, or what is new about it, with its prompt in front if that is asked for.
+
+    Args:
+        first: whether nothing of it has been shown yet.
+    """
+    text, tokens = choice.text, choice.tokens
+    logprobs: list[TokenLogprobs | None] = list(choice.logprobs)
+    reason = choice.finish_reason
+    if request.max_tokens == 0:
+        text, tokens, logprobs, reason = "", [], [], reason and "length"
+    if request.echo and first:
+        text = backend.tokenizer.decode(list(choice.prompt), skip_special_tokens=False) + text
+        tokens = [*choice.prompt, *tokens]
+        logprobs = [None, *choice.prompt_logprobs, *logprobs]
+    return Shown(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason)
+
+
+def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
+    """Every prompt as tokens; an empty one begins where a text begins."""
+    if isinstance(given, str):
+        items: list[Any] = [given]
+    elif given and isinstance(given[0], int):
+        items = [given]
+    else:
+        items = list(given)
+    encoded = [
+        backend.tokenizer.encode(item, add_special_tokens=False).ids if isinstance(item, str) else list(item)
+        for item in items
+    ]
+    return [tokens or [backend.end_of_text] for tokens in encoded]
+
+
+__all__ = ["Shown", "Work", "completion_work", "shown"]

@@ -1,0 +1,110 @@
+"""Requests and replies of generation.proto: the completions of the OpenAI interface in another form."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from google.protobuf.message import Message
+from pydantic import ValidationError
+
+from engine.sequence import TokenLogprobs
+from jobs.api.answers import Choice, Usage
+from jobs.api.backend import Backend
+from jobs.api.completions import completion_work, shown
+from jobs.api.problems import ApiError, of_validation
+from jobs.api.schemas import CompletionRequest
+from protos import generation_pb2
+from protos.generation_pb2 import GenerateReply, GenerateRequest
+
+
+async def generate(
+    backend: Backend, message: GenerateRequest, authorization: str | None
+) -> AsyncGenerator[GenerateReply, None]:
+    """Replies to a request, as tokens come; whoever stops listening stops the generation.
+
+    Raises:
+        ApiError: the request is refused, or the engine failed.
+    """
+    backend.check_key(authorization)
+    request = completion_request(message)
+    backend.check_model(request.model)
+    work = completion_work(backend, request)
+    id = f"cmpl-{uuid.uuid4().hex}"
+    usage = Usage(prompt=work.prompt_tokens)
+    begun: set[int] = set()
+    left = len(work.prompts)
+    async with aclosing(backend.generate(work.prompts, work.params)) as deltas:
+        async for index, delta in deltas:
+            if delta.error is not None:
+                raise ApiError(503, delta.error, code="engine_failed")
+            news = Choice(prompt=work.prompts[index])
+            news.take(delta)
+            left -= delta.finish_reason is not None
+            usage.completion += len(delta.tokens) if request.max_tokens != 0 else 0
+            usage.cached[index] = delta.cached
+            part = shown(backend, request, news, first=index not in begun)
+            begun.add(index)
+            yield GenerateReply(
+                id=id,
+                model=backend.model,
+                system_fingerprint=delta.version,
+                index=index,
+                text=part.text,
+                token_ids=part.tokens,
+                logprobs=_logprobs(part.logprobs) if request.logprobs is not None else (),
+                finish_reason=part.finish_reason or "",
+                usage=None if left else _usage(usage),
+            )
+
+
+def completion_request(message: GenerateRequest) -> CompletionRequest:
+    """The same as the body of `POST /v1/completions`.
+
+    Raises:
+        ApiError: a parameter cannot be, naming it.
+    """
+    values = {field.name: _plain(value) for field, value in message.ListFields()}
+    for name in ("text", "tokens"):
+        if name in values:
+            values["prompt"] = values.pop(name)
+    try:
+        return CompletionRequest.model_validate(values)
+    except ValidationError as error:
+        found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+        raise of_validation(RequestValidationError(found)) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, generation_pb2.TokenIds):
+        return list(value.ids)
+    if isinstance(value, str | bool | int | float):
+        return value
+    assert not isinstance(value, Message)
+    return dict(value) if hasattr(value, "items") else list(value)
+
+
+def _logprobs(logprobs: Sequence[TokenLogprobs | None]) -> list[generation_pb2.Logprobs]:
+    return [
+        generation_pb2.Logprobs()
+        if at is None
+        else generation_pb2.Logprobs(
+            token=at.token, top_ids=[t for t, _ in at.best], top=[value for _, value in at.best]
+        )
+        for at in logprobs
+    ]
+
+
+def _usage(usage: Usage) -> generation_pb2.Usage:
+    return generation_pb2.Usage(
+        prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion,
+        total_tokens=usage.prompt + usage.completion,
+        cached_tokens=sum(usage.cached.values()),
+    )
+
+
+__all__ = ["completion_request", "generate"]

@@ -1,0 +1,144 @@
+"""A replica's gRPC methods, which Serve's proxy calls by their names: generation, and the health check.
+
+Serve registers the services that `SERVICES` names and answers server reflection itself. An error reaches the
+client by the status code that is set on the context before something is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import grpc
+from grpc_health.v1.health_pb2 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
+
+from errors import RaymoeError
+from jobs.api.backend import Backend
+from jobs.api.generation import generate
+from jobs.api.problems import ApiError
+from protos.generation_pb2 import DESCRIPTOR, GenerateReply, GenerateRequest
+
+if TYPE_CHECKING:
+    from ray.serve.grpc_util import RayServegRPCContext
+
+SERVICES = [
+    "protos.generation_pb2_grpc.add_GenerationServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
+"""For Serve's `grpc_options.grpc_servicer_functions`."""
+
+_NAME = DESCRIPTOR.services_by_name["Generation"].full_name
+_SERVICE_NAMES = ("", _NAME)  # the first stands for the server as a whole
+_WATCH_SECONDS = 1.0
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class GrpcMethods:
+    """For a deployment with a `backend`; `_loopback` refuses calls from other machines."""
+
+    _loopback: bool
+
+    @property
+    def backend(self) -> Backend:
+        """What the methods work with."""
+        raise NotImplementedError
+
+    async def Generate(
+        self, request: GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[GenerateReply, None]:
+        """See generation.proto."""
+        with self._refusing(grpc_context):
+            metadata = dict(grpc_context.invocation_metadata())
+            # Whoever cancels the call ends this generator, and it the generation.
+            async with aclosing(generate(self.backend, request, metadata.get("authorization"))) as replies:
+                async for reply in replies:
+                    yield reply
+
+    async def Check(
+        self, request: HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> HealthCheckResponse:
+        """Whether requests can be answered, as `GET /health` says."""
+        with self._refusing(grpc_context):
+            if request.service not in _SERVICE_NAMES:
+                raise ApiError(404, f"there is no service {request.service!r}; ask for {_NAME!r} or none")
+            return await self._health()
+
+    async def List(self, request: HealthListRequest, grpc_context: RayServegRPCContext) -> HealthListResponse:
+        """The health of every service."""
+        with self._refusing(grpc_context):
+            health = await self._health()
+            return HealthListResponse(statuses=dict.fromkeys(_SERVICE_NAMES, health))
+
+    async def Watch(
+        self, request: HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[HealthCheckResponse, None]:
+        """The health now and after each change of it."""
+        with self._refusing(grpc_context):
+            last: HealthCheckResponse | None = None
+            while True:
+                health = await self._health()
+                if request.service not in _SERVICE_NAMES:
+                    health = HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
+                if health != last:
+                    yield health
+                last = health
+                await asyncio.sleep(_WATCH_SECONDS)
+
+    async def _health(self) -> HealthCheckResponse:
+        reason = await asyncio.to_thread(self.backend.health)
+        good, bad = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
+        return HealthCheckResponse(status=good if reason is None else bad)
+
+    @contextmanager
+    def _refusing(self, context: RayServegRPCContext) -> Iterator[None]:
+        """Around a method: errors of ours become statuses.
+
+        Raises:
+            RaymoeError: on a refusal; Serve sends the context's code and details.
+        """
+        try:
+            if self._loopback and not on_this_machine(context.peer()):
+                raise ApiError(
+                    403, "this server takes calls from its own machine; start it with --host 0.0.0.0"
+                )
+            yield
+        except ApiError as error:
+            context.set_code(_CODES.get(error.status, grpc.StatusCode.INTERNAL))
+            context.set_details(error.message)
+            raise RaymoeError(error.message) from None
+
+
+def on_this_machine(peer: str) -> bool:
+    """Whether a call came over the loopback.
+
+    Args:
+        peer: as gRPC names it: `ipv4:127.0.0.1:4242`, `ipv6:[::1]:4242`, `unix:…`.
+    """
+    kind, _, rest = unquote(peer).partition(":")
+    if kind == "unix":
+        return True
+    try:
+        address = ipaddress.ip_address(rest.rpartition(":")[0].strip("[]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+__all__ = ["SERVICES", "GrpcMethods", "on_this_machine"]

@@ -1,0 +1,67 @@
+"""A trunk replica's link to the pool of its deployment."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from actors.clients import CoordinatorClient
+from cluster.topology import RoutingTable
+from jobs.serving.pool import Membership
+from jobs.serving.rollout import Standing, Wanted
+
+_RETRY_SECONDS = 0.2
+
+
+class PoolLink:
+    """Asks and tells the pool; from one event loop.
+
+    Args:
+        pool: handle of its deployment.
+        name: of the replica.
+    """
+
+    def __init__(self, pool: DeploymentHandle, name: str) -> None:
+        self.name = name
+        self._pool = pool
+        self._lease: Any = pool.lease.remote()
+        self._question: Any = None
+
+    async def join(self, timeout: float) -> tuple[Membership, CoordinatorClient | None, RoutingTable | None]:
+        """Become a member: what to begin with, the coordinator, and its routing table of the same weights."""
+        while True:
+            member: Membership = await self._pool.join.remote(self.name)
+            if member.coordinator is None:
+                return member, None, None
+            client = CoordinatorClient(member.coordinator, timeout=timeout)
+            try:
+                table = await asyncio.to_thread(client.table)
+            except BaseException:
+                client.close()
+                raise
+            if table.weights == member.version.name:
+                return member, client, table
+            client.close()
+            await asyncio.sleep(_RETRY_SECONDS)  # the weights are changing right now
+
+    async def ask(self, known: int) -> Wanted:
+        """See `Rollout.ask`."""
+        self._question = self._pool.ask.remote(self.name, known)
+        wanted: Wanted = await self._question
+        return wanted
+
+    async def report(self, standing: Standing) -> None:
+        """See `Rollout.report`."""
+        await self._pool.report.remote(self.name, standing)
+
+    def close(self) -> None:
+        """End the membership; the pool may end now."""
+        if self._question is not None:
+            self._question.cancel()
+        self._pool.leave.remote(self.name)
+        self._lease.cancel()
+
+
+__all__ = ["PoolLink"]

@@ -1,0 +1,188 @@
+"""The weights of a served model: read for a replica, named, and held against those that they replace."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from tokenizers import Tokenizer
+
+from engine.weights import TrunkWeights
+from errors import CheckpointError, ResourceError
+from jobs.api.chat import ChatTemplate
+from jobs.serving.config import ServeConfig
+from jobs.serving.memory import free_memory, serving_need
+from jobs.tokenizer import load_tokenizer
+from jobs.weights import compute_dtype
+from model.checkpoint import PretrainedSource, load_pretrained
+from model.config import ModelConfig
+from model.experts import LocalExperts
+from model.transformer import Transformer
+
+_MIB = 1 << 20
+_FREE = {"initializer_range"}  # says how training began, nothing about what is computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """Weights that a deployment can use.
+
+    Attributes:
+        epoch: of the expert hosts' routing table; without hosts a number that grows.
+        directory: that holds them.
+        name: what answers carry as `system_fingerprint`.
+    """
+
+    epoch: int
+    directory: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaWeights:
+    """What a replica reads from a checkpoint.
+
+    Attributes:
+        experts: None where hosts have them.
+    """
+
+    trunk: TrunkWeights
+    experts: LocalExperts | None
+    chat: ChatTemplate
+
+
+def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
+    """Read a checkpoint's trunk, and its experts if they are to live in this process.
+
+    Raises:
+        CheckpointError: the weights are incomplete or of another architecture.
+        DataError: the chat template cannot be read.
+    """
+    dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
+    chat = ChatTemplate.beside(directory)
+    if experts:
+        whole = load_pretrained(directory, dtype=dtype)
+        trunk = TrunkWeights.of(whole.trunk, modules=modules)
+        return ReplicaWeights(trunk=trunk, experts=whole.experts, chat=chat)
+    source = PretrainedSource(directory, dtype=dtype)
+    with torch.device("meta"):
+        model = Transformer(source.config, dtype=dtype)
+    model = model.to_empty(device="cpu")
+    model.tie()
+    model.load_state_dict(source.trunk())
+    return ReplicaWeights(trunk=TrunkWeights.of(model, modules=modules), experts=None, chat=chat)
+
+
+def load_beside(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
+    """The same beside weights that are in use.
+
+    Raises:
+        ResourceError: there is no memory for both.
+    """
+    dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
+    need = serving_need(PretrainedSource(directory).config, dtype, cache_tokens=0, modules=modules)
+    require_room(need.trunk + (need.experts if experts else 0), "a replica")
+    return load_weights(config, directory, experts=experts)
+
+
+def require_room(size: int, who: str) -> None:
+    """Refuse weights beside those in use that this machine cannot hold: who is killed for it cannot say so.
+
+    Args:
+        size: bytes.
+        who: needs them.
+
+    Raises:
+        ResourceError: so many bytes are not free.
+    """
+    free = free_memory()
+    if size > free:
+        raise ResourceError(
+            f"{who} needs {size / _MIB:,.0f} MiB for other weights beside those in use, and its machine has "
+            f"{free / _MIB:,.0f} MiB free; deploy the checkpoint anew instead"
+        )
+
+
+def serving_dtype(config: ServeConfig, directory: Path) -> torch.dtype:
+    """Of trunk, rows and experts: the weights' own where the machine computes in it, else float32."""
+    if config.serving.dtype == "auto":
+        return compute_dtype(directory)
+    dtype: torch.dtype = getattr(torch, config.serving.dtype)
+    return dtype
+
+
+def weights_version(directory: Path) -> str:
+    """A short name of a directory's weights: equal for equal files, as far as names, sizes and times tell."""
+    digest = hashlib.blake2s(digest_size=6)
+    for file in sorted(directory.glob("*.safetensors")):
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"{directory.name}-{digest.hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What weights must share with those that they replace under requests on their way."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    end_of_text: int
+
+    @classmethod
+    def of(cls, config: ServeConfig, directory: Path) -> Self:
+        """Of a checkpoint, all of whose tensors are there and of the shape that its config.json says.
+
+        Raises:
+            CheckpointError: they are not.
+            DataError: there is no tokenizer.
+        """
+        source = PretrainedSource(directory)
+        source.check()
+        tokenizer, end_of_text = load_tokenizer(directory, source.config.vocab_size)
+        return cls(
+            model=source.config,
+            dtype=serving_dtype(config, directory),
+            tokenizer=tokenizer,
+            end_of_text=end_of_text,
+        )
+
+    def refuse_other(self, other: Kind, directory: Path) -> None:
+        """Hold weights against these.
+
+        Raises:
+            CheckpointError: they differ, naming in what.
+        """
+        here, there = self.model.model_dump(), other.model.model_dump()
+        for field, value in here.items():
+            if field not in _FREE and there[field] != value:
+                raise CheckpointError(
+                    f"{directory}: config.json: {field} is {there[field]}, the model that is served has "
+                    f"{value}; a reload keeps the shape, deploy this one on its own"
+                )
+        if other.dtype != self.dtype:
+            raise CheckpointError(
+                f"{directory}: its weights are to be computed in {other.dtype}, the model that is served in "
+                f"{self.dtype}; set serving.dtype when it is deployed"
+            )
+        same_text = other.tokenizer.to_str() == self.tokenizer.to_str()
+        if not same_text or other.end_of_text != self.end_of_text:
+            raise CheckpointError(
+                f"{directory}: tokenizer.json differs from the served model's, whose tokens requests on "
+                "their way are made of; deploy this one on its own"
+            )
+
+
+__all__ = [
+    "Kind",
+    "ReplicaWeights",
+    "Version",
+    "load_beside",
+    "load_weights",
+    "require_room",
+    "serving_dtype",
+    "weights_version",
+]

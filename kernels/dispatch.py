@@ -1,0 +1,89 @@
+"""Routed pairs by host, and by a host's own experts: counting where tensor operations would sort.
+
+Shapes: N tokens, K experts per token, E experts, H hosts, nnz = N·K pairs, n rows over all hosts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+FINE, MALFORMED, FOREIGN = 0, 1, 2
+
+
+@_compiled
+def split_by_host(idx, gates, host_of, n_hosts):
+    """Group (token, expert) pairs by the host that owns the expert, each host's by token.
+
+    Args:
+        idx: [N, K] int64, experts.
+        gates: [N, K].
+        host_of: [E] int64.
+
+    Returns:
+        row [n] int64, row_ptr [n + H] int32 (each host's begins with 0), expert [nnz] int32, pair [nnz]
+        int64, gate [nnz], and where each host's rows and pairs begin, [H + 1] both.
+    """
+    n_tokens, top_k = idx.shape
+    rows = np.zeros(n_hosts + 1, np.int64)
+    pairs = np.zeros(n_hosts + 1, np.int64)
+    last = np.full(n_hosts, -1)  # token of each host's newest row
+    for n in range(n_tokens):
+        for k in range(top_k):
+            h = host_of[idx[n, k]]
+            pairs[h + 1] += 1
+            if last[h] != n:
+                last[h] = n
+                rows[h + 1] += 1
+    for h in range(n_hosts):
+        rows[h + 1] += rows[h]
+        pairs[h + 1] += pairs[h]
+    row = np.empty(rows[n_hosts], np.int64)
+    row_ptr = np.zeros(rows[n_hosts] + n_hosts, np.int32)
+    expert = np.empty(n_tokens * top_k, np.int32)
+    pair = np.empty(n_tokens * top_k, np.int64)
+    gate = np.empty(n_tokens * top_k, gates.dtype)
+    next_row, next_pair = rows[:-1].copy(), pairs[:-1].copy()
+    last[:] = -1
+    for n in range(n_tokens):
+        for k in range(top_k):
+            h = host_of[idx[n, k]]
+            if last[h] != n:
+                last[h] = n
+                row[next_row[h]] = n
+                next_row[h] += 1
+            at = next_pair[h]
+            expert[at], pair[at], gate[at] = idx[n, k], n * top_k + k, gates[n, k]
+            next_pair[h] += 1
+            row_ptr[next_row[h] + h] = next_pair[h] - pairs[h]
+    return row, row_ptr, expert, pair, gate, rows, pairs
+
+
+@_compiled
+def localize(row_ptr, expert, local_of, local):
+    """Global expert ids as indices into a host's shard, and whether a request's shape can be.
+
+    Args:
+        row_ptr: [n + 1] int32, as a peer sent it.
+        expert: [nnz] int32, likewise.
+        local_of: [E] int32, -1 for experts of other hosts.
+        local: [nnz] int32, written.
+
+    Returns:
+        FINE; MALFORMED where row_ptr does not rise from 0 to nnz; FOREIGN where an expert is not here.
+    """
+    if row_ptr[0] != 0 or row_ptr[-1] != expert.shape[0]:
+        return MALFORMED
+    for i in range(row_ptr.shape[0] - 1):
+        if row_ptr[i] > row_ptr[i + 1]:
+            return MALFORMED
+    for p in range(expert.shape[0]):
+        if expert[p] < 0 or expert[p] >= local_of.shape[0] or local_of[expert[p]] < 0:
+            return FOREIGN
+        local[p] = local_of[expert[p]]
+    return FINE
+
+
+__all__ = ["FINE", "FOREIGN", "MALFORMED", "localize", "split_by_host"]

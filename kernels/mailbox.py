@@ -1,0 +1,192 @@
+"""A request and its reply in memory that two processes share, without a call of the system.
+
+The client fills a box and raises its request's number, the host answers and raises its reply's; each waits
+by looking, and lets others run between two looks, since more processes may look than there are cores.
+What the other end writes is read once and checked against the box's own room.
+
+Shapes: n rows of D numbers, nnz (row, expert) pairs; a box has room for R rows and P pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from numba import njit, types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+# Words of a box's head, each in a cache line of its own where both ends write.
+REQUEST: Final = 0
+REPLY: Final = 8
+ASLEEP: Final = 16  # the host waits on its socket and wants to be woken
+RING: Final = 24  # packets that the client has sent on the socket
+STATUS: Final = 32
+EPOCH, STEP, LAYER, ROWS, PAIRS = (40, 41, 42, 43, 44)
+WORDS: Final = 64
+
+NOTHING, MAIL, PACKET = (0, 1, 2)
+PENDING, ANSWERED, REFUSED = (0, 1, 2)
+
+_compiled = njit(nogil=True, cache=True, error_model="numpy")
+_let_others_run = types.ExternalFunction("sched_yield", types.int32())
+
+
+@intrinsic
+def _load(context, words, index):
+    def generate(context, builder, signature, arguments):
+        array = make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.load_atomic(builder.gep(array.data, [arguments[1]]), "seq_cst", 8)
+
+    return types.int64(words, types.intp), generate
+
+
+@intrinsic
+def _store(context, words, index, value):
+    def generate(context, builder, signature, arguments):
+        array = make_array(signature.args[0])(context, builder, arguments[0])
+        builder.store_atomic(arguments[2], builder.gep(array.data, [arguments[1]]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(words, types.intp, types.int64), generate
+
+
+@_compiled
+def load(words, index):
+    """A word that the other end may write."""
+    return _load(words, index)
+
+
+@_compiled
+def store(words, index, value):
+    """Write a word that the other end may read; all that was written before is there when it sees it."""
+    _store(words, index, value)
+
+
+@_compiled
+def post(
+    words, row_ptr, expert, gate, rows, token, x, idx, gates, host_of, host, epoch, step, layer, number
+):  # fmt: skip
+    """Fill a box with what tokens want of one host, and send it.
+
+    Args:
+        words, row_ptr [R + 1], expert [P], gate [P], rows [R, D]: the box.
+        token: [R] int64, the sender's note of which token each row is.
+        x, idx, gates: [N, D], [N, K] and [N, K]; N fits the box.
+        host_of: [E] int64.
+        number: of the request.
+
+    Returns:
+        Rows sent, none if no token wants the host, and whether it sleeps.
+    """
+    n = pairs = 0
+    row_ptr[0] = 0
+    for i in range(x.shape[0]):
+        before = pairs
+        for k in range(idx.shape[1]):
+            if host_of[idx[i, k]] == host:
+                expert[pairs], gate[pairs] = idx[i, k], gates[i, k]
+                pairs += 1
+        if pairs > before:
+            for d in range(x.shape[1]):
+                rows[n, d] = x[i, d]
+            token[n] = i
+            n += 1
+            row_ptr[n] = pairs
+    if n == 0:
+        return 0, False
+    words[EPOCH], words[STEP], words[LAYER], words[ROWS], words[PAIRS] = epoch, step, layer, n, pairs
+    _store(words, REQUEST, number)
+    return n, _load(words, ASLEEP) != 0
+
+
+@_compiled
+def collect(words, partial, token, n, number, looks, out):
+    """Wait for the reply to a request and add its rows to `out` [N, D].
+
+    Returns:
+        PENDING after so many looks, ANSWERED, or REFUSED (nothing is added).
+    """
+    while _load(words, REPLY) != number:
+        if looks == 0:
+            return PENDING
+        looks -= 1
+        _let_others_run()
+    if words[STATUS] != ANSWERED:
+        return REFUSED
+    for i in range(n):
+        for d in range(out.shape[1]):
+            out[token[i], d] += partial[i, d]
+    return ANSWERED
+
+
+@_compiled
+def watch(words, answered, packets, looks):
+    """Wait as a host for a request beyond the last one answered, or for word of a packet on the socket.
+
+    Returns:
+        NOTHING after so many looks, MAIL or PACKET.
+    """
+    while True:
+        if _load(words, REQUEST) != answered:
+            return MAIL
+        if _load(words, RING) != packets:
+            return PACKET
+        if looks == 0:
+            return NOTHING
+        looks -= 1
+        _let_others_run()
+
+
+@_compiled
+def accept(words, row_ptr, expert, local_of, own_ptr, own_expert):
+    """Take a request's pairs out of a box, checked, with experts as indices into the host's shard.
+
+    Args:
+        local_of: [E] int32, -1 for experts of other hosts.
+        own_ptr: [R + 1] int64, written.
+        own_expert: [P] int64, written.
+
+    Returns:
+        Rows and pairs; none where the request cannot be.
+    """
+    n, pairs = words[ROWS], words[PAIRS]
+    if not (0 < n < own_ptr.shape[0] and 0 < pairs <= own_expert.shape[0]):
+        return 0, 0
+    own_ptr[0] = 0
+    for i in range(n):
+        own_ptr[i + 1] = row_ptr[i + 1]
+        if own_ptr[i + 1] < own_ptr[i]:
+            return 0, 0
+    if own_ptr[n] != pairs:
+        return 0, 0
+    for p in range(pairs):
+        e = expert[p]
+        if e < 0 or e >= local_of.shape[0] or local_of[e] < 0:
+            return 0, 0
+        own_expert[p] = local_of[e]
+    return n, pairs
+
+
+__all__ = [
+    "ANSWERED",
+    "ASLEEP",
+    "EPOCH",
+    "LAYER",
+    "MAIL",
+    "NOTHING",
+    "PACKET",
+    "PENDING",
+    "REFUSED",
+    "REPLY",
+    "REQUEST",
+    "RING",
+    "STATUS",
+    "STEP",
+    "WORDS",
+    "accept",
+    "collect",
+    "load",
+    "post",
+    "store",
+    "watch",
+]

@@ -1,0 +1,168 @@
+"""A tiny model, and `raymoe serve` as a process of its own that serves it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from openai import AsyncOpenAI, OpenAI
+from tokenizers import Tokenizer
+
+from jobs.tokenizer import save_tokenizer, train_tokenizer
+from model.causal_lm import CausalLM
+from model.checkpoint import save_pretrained
+from model.config import ModelConfig
+
+PROMPT = "the cat sat on"
+CONFIG = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=8,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=512,
+    num_nextn_predict_layers=1,
+)
+
+
+def tiny_model(seed: int = 0, **changes: object) -> CausalLM:
+    """In float64, so that no tie between tokens turns."""
+    torch.manual_seed(seed)
+    model = CausalLM(ModelConfig(**{**CONFIG.model_dump(), **changes}), dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def tiny_tokenizer(text: str = "the cat sat on the mat and the hat") -> tuple[Tokenizer, int]:
+    return train_tokenizer([text] * 4, 290)
+
+
+def save_model(model: CausalLM, directory: Path) -> Path:
+    """With a tokenizer."""
+    save_pretrained(model, directory)
+    save_tokenizer(*tiny_tokenizer(), directory)
+    return directory
+
+
+def greedy(model: CausalLM, prompt: str, count: int) -> list[int]:
+    """Tokens after the prompt by a full forward pass for each."""
+    tokenizer, _ = tiny_tokenizer()
+    ids: list[int] = tokenizer.encode(prompt).ids
+    known, start = tokenizer.get_vocab_size(), len(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1, :known].argmax()))
+    return ids[start:]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `raymoe serve`."""
+
+    url: str
+    grpc: str | None
+    ray: str
+    process: subprocess.Popen[str]
+    model: CausalLM
+    directory: Path
+    client: OpenAI
+
+    @property
+    def async_client(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def greedy(self, count: int) -> list[int]:
+        """Tokens after the prompt by a full forward pass for each."""
+        return greedy(self.model, PROMPT, count)
+
+    def gauges(self) -> dict[str, float]:
+        """Requests and pages in use."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        return {
+            line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith(tuple(f"raymoe_{name}" for name in names))
+        }
+
+    def hosts(self) -> list[psutil.Process]:
+        """The processes of its expert hosts."""
+        return [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if "ExpertHost" in " ".join(child.cmdline())
+        ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(directory: Path, log: Path, *options: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    """The process, and what it says about where it listens."""
+    errors = log.open("w")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "jobs.cli", "serve", str(directory), "--json"),
+            *("--port", str(free_port()), "--set", "cluster.expert_hosts=2", *options),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+    )
+    errors.close()
+    assert process.stdout is not None
+    with process.stdout as told:
+        line = told.readline()
+    if not line:
+        process.wait(60)
+        pytest.fail(log.read_text())
+    return process, json.loads(line)
+
+
+@contextmanager
+def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Iterator[Server]:
+    """A server that is told to stop at the end, and leaves nothing behind."""
+    process, at = start(directory, log, *options)
+    family = psutil.Process(process.pid).children(recursive=True)
+    try:
+        with OpenAI(base_url=f"{at['url']}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield Server(at["url"], at["grpc"], at["ray"], process, model, directory, client)
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait(90)
+        raise
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(90) == 0
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive

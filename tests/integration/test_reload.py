@@ -1,0 +1,268 @@
+"""`raymoe reload` under live traffic: two replicas, two expert hosts, the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from openai import AsyncOpenAI
+from serving import PROMPT, Server, greedy, running, save_model, tiny_model, tiny_tokenizer
+
+from model.causal_lm import CausalLM
+
+pytestmark = pytest.mark.timeout(300)
+PROMPTS = [PROMPT, "the mat and", "the hat", "a cat on the mat sat"]
+COUNT = 24
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request, with the clock's readings around it."""
+
+    prompt: str
+    text: str
+    versions: tuple[str, ...]
+    began: float
+    ended: float
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, CausalLM]:
+    return {"old": tiny_model(0), "new": tiny_model(1)}
+
+
+@pytest.fixture(scope="module")
+def directories(models: dict[str, CausalLM], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_model(model, folder / name) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(models: dict[str, CausalLM]) -> dict[str, dict[str, str]]:
+    """Version's directory -> prompt -> text of greedy decoding."""
+    tokenizer, _ = tiny_tokenizer()
+    return {
+        name: {prompt: tokenizer.decode(greedy(model, prompt, COUNT)) for prompt in PROMPTS}
+        for name, model in models.items()
+    }
+
+
+def reload(server: Server, directory: Path) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "jobs.cli", "reload", str(directory), "--address", server.ray, "--json")
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+    )
+
+
+def reloaded(server: Server, directory: Path) -> dict[str, Any]:
+    done = reload(server, directory)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+async def ask(client: AsyncOpenAI, prompt: str, count: int = COUNT) -> Answer:
+    began = time.monotonic()
+    stream = await client.completions.create(
+        model="old",
+        prompt=prompt,
+        max_tokens=count,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    text, versions, reason = "", [], None
+    async for chunk in stream:
+        versions.append(str(chunk.system_fingerprint))
+        text += chunk.choices[0].text
+        reason = chunk.choices[0].finish_reason or reason
+    assert reason == "length"
+    return Answer(prompt, text, tuple(versions), began, time.monotonic())
+
+
+async def traffic(server: Server, streams: int, enough: asyncio.Event) -> list[Answer]:
+    """Requests one after the other on several streams, until it is enough; an error ends the test."""
+    async with server.async_client as client:
+
+        async def one(index: int) -> list[Answer]:
+            answers: list[Answer] = []
+            while not enough.is_set():
+                answers.append(await ask(client, PROMPTS[(index + len(answers)) % len(PROMPTS)]))
+            return answers
+
+        return [answer for some in await asyncio.gather(*map(one, range(streams))) for answer in some]
+
+
+@pytest.fixture(scope="module")
+def server(
+    models: dict[str, CausalLM], directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    options = ("--set", "serving.replicas=2")
+    with running(models["old"], directories["old"], log, *options) as server:
+        yield server
+
+
+def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
+    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+) -> None:
+    async def scene() -> tuple[list[Answer], list[tuple[float, float, dict[str, Any]]]]:
+        enough = asyncio.Event()
+        asking = asyncio.create_task(traffic(server, 12, enough))
+        calm: list[Answer] = []
+        reloads: list[tuple[float, float, dict[str, Any]]] = []
+        async with server.async_client as client:
+            for name in ("new", "old", "new", None):
+                calm += await asyncio.gather(*(ask(client, prompt) for prompt in PROMPTS * 2))
+                if name is not None:
+                    began = time.monotonic()
+                    result = await asyncio.to_thread(reloaded, server, directories[name])
+                    reloads.append((began, time.monotonic(), result))
+        enough.set()
+        return calm + await asking, reloads
+
+    answers, reloads = asyncio.run(scene())
+    assert len(answers) > 50
+    for _, _, result in reloads:
+        assert (result["replicas"], result["expert_hosts"]) == (2, 2)
+    # Between two reloads there is one version; during one, an answer is of either, or goes over.
+    calm = [(0.0, reloads[0][0], "old")]
+    calm += [
+        (ended, following, result["version"].split("-")[0])
+        for (_, ended, result), following in zip(
+            reloads, [*(began for began, _, _ in reloads[1:]), float("inf")], strict=True
+        )
+    ]
+    judged = 0
+    for answer in answers:
+        names = [version.split("-")[0] for version in answer.versions]
+        for began, ended, name in calm:
+            if began <= answer.began and answer.ended <= ended:
+                judged += 1
+                assert set(names) == {name}
+                assert answer.text == expected[name][answer.prompt]
+        if len(set(names)) == 1:
+            assert answer.text == expected[names[0]][answer.prompt]
+    assert judged >= 4 * 2 * len(PROMPTS)
+    assert {name for answer in answers for name in (answer.versions[-1].split("-")[0],)} == {"old", "new"}
+
+
+def test_a_request_on_its_way_goes_on_with_the_new_weights(
+    server: Server, models: dict[str, CausalLM], directories: dict[str, Path]
+) -> None:
+    reloaded(server, directories["old"])
+
+    async def scene() -> tuple[list[Answer], dict[str, Any]]:
+        async with server.async_client as client:
+            long = [asyncio.create_task(ask(client, prompt, 450)) for prompt in PROMPTS * 4]
+            result = await asyncio.to_thread(reloaded, server, directories["new"])
+            return await asyncio.gather(*long), result
+
+    answers, result = asyncio.run(scene())
+    over = [answer for answer in answers if len(set(answer.versions)) == 2]
+    for answer in over:
+        assert answer.versions[0] == result["previous"]
+        assert answer.versions[-1] == result["version"]
+        assert len({*zip(answer.versions, answer.versions[1:], strict=False)}) == 3  # it changed once
+    for answer in answers:
+        assert len(set(answer.versions)) <= 2
+    model = server.client.models.list().data[0]
+    assert model.id == "old"  # the name that clients use stays
+    assert model.model_dump()["version"] == result["version"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_is_served_on(
+    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    reloaded(server, directories["new"])
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(directories["old"], incomplete)
+    next(incomplete.glob("*.safetensors")).unlink()
+    shape = save_model(tiny_model(2, n_shared_experts=2), tmp_path / "shape")
+    for directory, said in (
+        (incomplete, "safetensors"),
+        (shape, "n_shared_experts is 2"),
+        (tmp_path, "config"),
+    ):
+        done = reload(server, directory)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    answer = server.client.completions.create(
+        model="old", prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].text == expected["new"][PROMPT]
+    assert str(answer.system_fingerprint).startswith("new-")
+    again = reloaded(server, directories["new"])
+    assert again["version"] == again["previous"]
+
+
+def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
+    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+) -> None:
+    reloaded(server, directories["new"])
+    replicas = [
+        child
+        for child in psutil.Process(server.process.pid).children(recursive=True)
+        if "ServeReplica:raymoe:trunk" in " ".join(child.cmdline())
+    ]
+    assert len(replicas) == 2
+    for replica in replicas:
+        replica.kill()
+    psutil.wait_procs(replicas, timeout=30)
+    deadline = time.monotonic() + 120
+    body = {"model": "old", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0}
+    while True:
+        try:
+            answer = server.client.completions.create(**body, extra_body={"ignore_eos": True})
+            break
+        except Exception:
+            assert time.monotonic() < deadline
+    assert answer.choices[0].text == expected["new"][PROMPT]
+
+
+def test_without_a_deployment_there_is_nothing_to_reload(directories: dict[str, Path]) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "jobs.cli", "reload", str(directories["old"])),
+            *("--address", "127.0.0.1:1"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "no Ray cluster at 127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_experts_in_the_replica_are_reloaded_with_it(
+    models: dict[str, CausalLM],
+    directories: dict[str, Path],
+    expected: dict[str, dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    options = ("--set", "cluster.expert_hosts=0")
+    with running(models["old"], directories["old"], tmp_path / "serve.log", *options) as server:
+        for name in ("old", "new"):
+            reloaded(server, directories[name])
+            answer = server.client.completions.create(
+                model="old", prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
+            )
+            assert answer.choices[0].text == expected[name][PROMPT]
+            assert str(answer.system_fingerprint).startswith(f"{name}-")

@@ -1,0 +1,217 @@
+"""An expert host with two versions of its weights, a coordinator that changes them, and a router between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, tokens
+from torch import Tensor
+
+from actors.coordinator import Coordinator
+from actors.expert_host import ExpertHost
+from actors.router import Router
+from actors.steps import TrainingPlan
+from channels.base import Phase, Request, RequestId
+from cluster import RoutingTable, experts_owned
+from errors import CheckpointError, ProtocolError, RaymoeError, StaleEpoch
+
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+
+
+class Scaled(SeededSource):
+    """The same weights times a number, which is the name of the directory."""
+
+    def __init__(self, directory: str) -> None:
+        self.factor = float(Path(directory).name)
+
+    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        w13, w2 = super().expert(layer, expert)
+        return w13, w2 * self.factor
+
+
+def serving_host(
+    open_source: Callable[[str], SeededSource] | None = Scaled, index: int = 0, hosts: int = 1
+) -> ExpertHost:
+    owner = TinyCluster(hosts).owner
+    experts = experts_owned(owner, LAYERS, index)
+    return ExpertHost(
+        f"host-{index}", CONFIG, experts, SeededSource(), open_source=open_source, dtype=torch.float64
+    )
+
+
+def infer(host: ExpertHost, epoch: int, layer: int = LAYERS[0]) -> Tensor:
+    rows, idx, gates = tokens(5)
+    row_ptr = torch.arange(0, idx.numel() + 1, idx.shape[1], dtype=torch.int32)
+    id = RequestId("run", epoch, 0, 0, layer, Phase.INFER, "replica")
+    return host.handle(Request(id, (rows, row_ptr, idx.reshape(-1).int(), gates.reshape(-1))))[0]
+
+
+def test_each_epoch_is_answered_with_its_own_weights_until_it_is_dropped() -> None:
+    host = serving_host()
+    before = infer(host, 0)
+    host.load(1, "3")
+    assert host.epochs == (0, 1)
+    assert host.epoch == 0
+    assert torch.equal(infer(host, 0), before)
+    torch.testing.assert_close(infer(host, 1), 3 * before, **EXACT)
+    host.retain(1)
+    assert host.epochs == (1,)
+    torch.testing.assert_close(infer(host, 1), 3 * before, **EXACT)
+    with pytest.raises(StaleEpoch) as caught:
+        infer(host, 0)
+    assert caught.value.epoch == 1
+
+
+def test_dropping_what_was_loaded_leaves_what_is_in_use() -> None:
+    host = serving_host()
+    before = infer(host, 0)
+    host.load(1, "3")
+    host.retain(0)
+    assert host.epochs == (0,)
+    assert torch.equal(infer(host, 0), before)
+
+
+def test_loading_again_changes_nothing_and_other_weights_are_refused() -> None:
+    host = serving_host()
+    host.load(1, "3")
+    loaded = infer(host, 1)
+    host.load(1, "3")
+    assert torch.equal(infer(host, 1), loaded)
+    with pytest.raises(ProtocolError, match="holds epoch 1 already"):
+        host.load(1, "4")
+    with pytest.raises(ProtocolError, match="holds epochs"):
+        host.retain(7)
+
+
+def test_weights_that_cannot_be_loaded_leave_no_trace() -> None:
+    class Damaged(Scaled):
+        def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+            if layer == LAYERS[-1]:
+                raise CheckpointError("model.layers.2.mlp.experts.0.gate_proj.weight is missing")
+            return super().expert(layer, expert)
+
+    host = serving_host(Damaged)
+    before = infer(host, 0)
+    with pytest.raises(CheckpointError, match="is missing"):
+        host.load(1, "3")
+    assert host.epochs == (0,)
+    assert torch.equal(infer(host, 0), before)
+
+
+def test_a_host_that_trains_takes_no_other_weights() -> None:
+    with pytest.raises(ProtocolError, match="takes no other weights"):
+        TinyCluster(1).hosts[0].load(1, "3")
+
+
+def test_requests_are_answered_while_weights_are_loaded() -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    class Slow(Scaled):
+        def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+            loading.set()
+            assert go_on.wait(20)
+            return super().expert(layer, expert)
+
+    host = serving_host(Slow)
+    before = infer(host, 0)
+    thread = threading.Thread(target=host.load, args=(1, "3"))
+    thread.start()
+    assert loading.wait(20)
+    assert torch.equal(infer(host, 0), before)
+    with pytest.raises(StaleEpoch):  # not half of it
+        infer(host, 1)
+    go_on.set()
+    thread.join()
+    torch.testing.assert_close(infer(host, 1), 3 * before, **EXACT)
+
+
+class Weighted(TinyCluster):
+    """Hosts that serve, and their coordinator."""
+
+    def __init__(self, n_hosts: int) -> None:
+        super().__init__(n_hosts)
+        for index, server in enumerate(self.servers):
+            self.hosts[index] = serving_host(index=index, hosts=n_hosts)
+            server.handler = self.hosts[index].handle
+        by_id = {host.id: host for host in self.hosts}
+        self.coordinator = Coordinator(
+            TrainingPlan(steps=0, workers=1, learning_rate=0.0),
+            owner=self.owner,
+            n_layers=len(LAYERS),
+            n_experts=CONFIG.n_routed_experts,
+            n_hosts=n_hosts,
+            control=lambda info: by_id[info.id],
+            weights="old",
+        )
+        for info in self.infos:
+            self.coordinator.register_host(info)
+
+    def replica(self, name: str) -> Router:
+        table = self.coordinator.table()
+        return Router(name, "run", CONFIG, table, self.connect, refresh=self.coordinator.table)
+
+
+def computed(router: Router, layer: int = LAYERS[0]) -> Tensor:
+    rows, idx, gates = tokens(7)
+    return router.lane(0).dispatch(layer, rows, idx, gates).combine()
+
+
+def test_replicas_change_one_after_the_other_each_with_one_version() -> None:
+    cluster = Weighted(2)
+    first, second = cluster.replica("a"), cluster.replica("b")
+    before = computed(first)
+    epoch = cluster.coordinator.load("3", "new")
+    assert cluster.coordinator.table().weights == "old"
+    cluster.coordinator.publish(epoch)
+    table = cluster.coordinator.table()
+    assert (table.epoch, table.weights) == (epoch, "new")
+    first.set_table(table)
+    torch.testing.assert_close(computed(first), 3 * before, **EXACT)
+    assert torch.equal(computed(second), before)
+    second.set_table(table)
+    cluster.coordinator.retire()
+    assert [host.epochs for host in cluster.hosts] == [(epoch,)] * 2
+    torch.testing.assert_close(computed(second), 3 * before, **EXACT)
+    torch.testing.assert_close(computed(cluster.replica("c")), 3 * before, **EXACT)
+
+
+def test_one_host_that_cannot_load_makes_all_of_them_drop_it() -> None:
+    cluster = Weighted(2)
+    before = computed(cluster.replica("a"))
+    cluster.hosts[1]._open_source = None
+    with pytest.raises(RaymoeError, match="host-1 failed to load the weights"):
+        cluster.coordinator.load("3", "new")
+    assert [host.epochs for host in cluster.hosts] == [(0,)] * 2
+    assert torch.equal(computed(cluster.replica("b")), before)
+    cluster.hosts[1]._open_source = Scaled
+    assert cluster.coordinator.load("3", "new") == 2  # no epoch stands for two attempts
+
+
+def test_only_what_was_loaded_last_can_be_published() -> None:
+    cluster = Weighted(1)
+    with pytest.raises(ProtocolError, match="load them first"):
+        cluster.coordinator.publish(1)
+    epoch = cluster.coordinator.load("3", "new")
+    cluster.coordinator.retire()
+    with pytest.raises(ProtocolError, match="load them first"):
+        cluster.coordinator.publish(epoch)
+    epoch = cluster.coordinator.load("3", "new")
+    cluster.coordinator.publish(epoch)
+    cluster.coordinator.publish(epoch)
+    assert RoutingTable.from_json(cluster.coordinator.table().to_json()).weights == "new"
+
+
+def test_a_step_that_began_with_weights_that_are_gone_fails_and_is_not_mixed() -> None:
+    cluster = Weighted(2)
+    late = cluster.replica("late")
+    before = computed(late)
+    cluster.coordinator.publish(cluster.coordinator.load("3", "new"))
+    cluster.coordinator.retire()
+    with pytest.raises(StaleEpoch):
+        computed(late, LAYERS[1])
+    late.set_table(cluster.coordinator.table())
+    torch.testing.assert_close(computed(late), 3 * before, **EXACT)

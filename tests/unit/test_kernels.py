@@ -1,0 +1,154 @@
+"""Compiled functions against the tensor operations that they stand in for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import decode
+from model.experts import ExpertShard, experts_forward
+from model.routing import affinity, gate_values, select_experts
+
+PAGE = 4
+LATENT, ROPE, HEAD_IN = 8, 4, 12  # C, R, width of a cache's row
+
+
+def rand(*shape: int, seed: int = 0, dtype: type = np.float64) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-12), (np.float32, 1e-4)])
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_products_and_norm(rows: int, dtype: type, bound: float) -> None:
+    x, weight, norm = rand(rows, 24, dtype=dtype), rand(10, 24, dtype=dtype), rand(24, dtype=dtype)
+    out = np.empty((rows, 10), dtype)
+    decode.project(x, weight, out)
+    np.testing.assert_allclose(out, x @ weight.T, rtol=bound, atol=bound)
+    normed = np.empty_like(x)
+    decode.rms_norm(x, norm, 1e-6, normed)
+    reference = torch.nn.functional.rms_norm(torch.from_numpy(x), (24,), torch.from_numpy(norm), 1e-6)
+    np.testing.assert_allclose(normed, reference.numpy(), rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("by_bias", [True, False])
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (8, 3)])
+@pytest.mark.parametrize("shift", [0.0, -5.0])
+def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shift: float) -> None:
+    """Biases so low that a dropped group would win if it were masked with zeros are among them."""
+    x, weight, bias = rand(40, 16), rand(32, 16), 0.3 * rand(32) + shift
+    idx, gates = np.empty((40, 4), np.int64), np.empty((40, 4))
+    decode.route(x, weight, bias, 4, n_group, topk_group, by_bias, True, 2.5, idx, gates)
+    scores = affinity(torch.from_numpy(x), torch.from_numpy(weight))
+    chosen = select_experts(
+        scores,
+        torch.from_numpy(bias),
+        top_k=4,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score="biased" if by_bias else "affinity",
+    )
+    assert np.array_equal(idx, chosen.numpy())
+    expected = gate_values(scores, chosen, normalize=True, factor=2.5)
+    np.testing.assert_allclose(gates, expected.numpy(), rtol=1e-12)
+
+
+def test_of_equal_experts_the_first_is_chosen() -> None:
+    idx, gates = np.empty((1, 3), np.int64), np.empty((1, 3))
+    decode.route(np.ones((1, 4)), np.ones((8, 4)), np.zeros(8), 3, 4, 2, True, False, 1.0, idx, gates)
+    assert idx.tolist() == [[0, 1, 2]]
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_experts_of_any_routing(rows: int, seed: int) -> None:
+    source = np.random.default_rng(seed)
+    width, size, n_experts = 6, 8, 5
+    counts = source.integers(0, n_experts + 1, rows)
+    row_ptr = np.concatenate(([0], counts.cumsum()))
+    expert = np.concatenate([source.permutation(n_experts)[:count] for count in counts]).astype(np.int64)
+    gate = source.standard_normal(expert.size)
+    x = source.standard_normal((rows, size))
+    w13 = source.standard_normal((n_experts, 2 * width, size))
+    w2 = source.standard_normal((n_experts, size, width))
+    out = np.zeros_like(x)
+    decode.mix_experts(x, row_ptr, expert, gate, w13, w2, out)
+    expected = np.zeros_like(x)
+    for n in range(rows):
+        for p in range(row_ptr[n], row_ptr[n + 1]):
+            a, u = np.split(w13[expert[p]] @ x[n], 2)
+            expected[n] += gate[p] * (w2[expert[p]] @ (a / (1 + np.exp(-a)) * u))
+    np.testing.assert_allclose(out, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_row_is_the_same_in_any_company() -> None:
+    shard = ExpertShard(torch.randn(8, 12, 16), torch.randn(8, 16, 6))
+    rows, gate = torch.randn(7, 16), torch.rand(21)
+    expert = torch.stack([torch.randperm(8)[:3] for _ in range(7)]).flatten().int()
+    row_ptr = torch.arange(0, 22, 3, dtype=torch.int32)
+    together, _ = experts_forward(shard, rows, row_ptr, expert, gate, keep=False)
+    for n in range(7):
+        pairs = slice(3 * n, 3 * n + 3)
+        alone, _ = experts_forward(
+            shard, rows[n : n + 1], row_ptr[:2], expert[pairs], gate[pairs], keep=False
+        )
+        torch.testing.assert_close(alone[0], together[n], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("heads", [2, 3])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-11), (np.float32, 2e-4)])
+def test_attention(merged: bool, compressed: bool, heads: int, dtype: type, bound: float) -> None:
+    """Three sequences of different lengths, one of them with two positions, against plain products."""
+    size, rank, nope, v_size = 16, 10 if compressed else 0, 6, 5
+    own = HEAD_IN if merged else nope + ROPE
+    norm, latent_norm = 1 + 0.1 * rand(size, dtype=dtype), 1 + 0.1 * rand(LATENT, dtype=dtype)
+    query_norm = 1 + 0.1 * rand(rank, seed=1, dtype=dtype)
+    down = rand(rank + HEAD_IN, size, dtype=dtype)
+    query = 0.2 * rand(heads * own, rank or size, dtype=dtype)
+    up_key = rand(*((0, 0, 0) if merged else (heads, nope, LATENT)), dtype=dtype)
+    up_value = rand(*((0, 0, 0) if merged else (heads, LATENT, v_size)), dtype=dtype)
+    back = rand(size, heads * (LATENT if merged else v_size), dtype=dtype)
+    cos, sin = np.cos(rand(20, ROPE // 2)).astype(dtype), np.sin(rand(20, ROPE // 2)).astype(dtype)
+    cache = rand(60, HEAD_IN, dtype=dtype)
+    table = np.array([[3, 1, 0, 0], [5, 4, 2, 7], [6, 8, 0, 0]])
+    sequence, position = np.array([0, 1, 2, 2]), np.array([4, 15, 6, 7])
+    slot = np.array([table[s, p // PAGE] * PAGE + p % PAGE for s, p in zip(sequence, position, strict=True)])
+    x = rand(4, size, dtype=dtype)
+    expected = x.astype(np.float64)
+    entries = cache.astype(np.float64)
+
+    def rms(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return values / np.sqrt((values**2).mean(-1, keepdims=True) + 1e-6) * weight
+
+    def turn(values: np.ndarray, at: int) -> np.ndarray:
+        pairs = values[..., ::2] + 1j * values[..., 1::2]
+        turned = pairs * (cos[at] + 1j * sin[at])
+        return np.stack((turned.real, turned.imag), -1).reshape(values.shape)
+
+    normed = rms(expected, norm)
+    low = normed @ down.T
+    queries = ((rms(low[:, :rank], query_norm) if rank else normed) @ query.T).reshape(4, heads, own)
+    for n in range(4):
+        entry = low[n, rank:]
+        entries[slot[n]] = np.concatenate(
+            (rms(entry[:LATENT], latent_norm), turn(entry[LATENT:], position[n]))
+        )
+    for n in range(4):
+        seen = [table[sequence[n], t // PAGE] * PAGE + t % PAGE for t in range(position[n] + 1)]
+        said = []
+        for h in range(heads):
+            plain = queries[n, h, :LATENT] if merged else queries[n, h, :nope] @ up_key[h]
+            q = np.concatenate((plain, turn(queries[n, h, -ROPE:], position[n])))
+            weights = np.exp(entries[seen] @ q - (entries[seen] @ q).max())
+            value = weights / weights.sum() @ entries[seen, :LATENT]
+            said.append(value if merged else value @ up_value[h])
+        expected[n] += back @ np.concatenate(said)
+    decode.attend(
+        x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, 1e-6, heads,
+        cache, PAGE, cos, sin, position, slot, sequence, table, x,
+    )  # fmt: skip
+    np.testing.assert_allclose(x, expected, rtol=bound, atol=bound)
+    np.testing.assert_allclose(cache, entries, rtol=bound, atol=bound)
