@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from actors.mail import Boxes, MailCall
+from actors.mail import Array, Boxes, MailCall
 from channels.base import Channel, Phase, Request, RequestId, Ticket
+from channels.mailbox import MAX_ROWS
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError, StaleEpoch
 from model.dispatch import HostSlice, plan_dispatch
@@ -69,16 +70,30 @@ class Lane:
         """
         keep = torch.is_grad_enabled() and (rows.requires_grad or gates.requires_grad)
         if not keep:
-            placement = self._router.placement
-            boxes = self._boxes.for_call(placement, rows, idx)
-            if boxes is not None:
-                mail = MailCall(self, placement, boxes, (self._step, layer), rows, idx, gates)
-                self._open[mail.key] = mail
-                return mail
+            few = rows.shape[0] <= MAX_ROWS and rows.dtype in (torch.float32, torch.float64)
+            if few and rows.device.type == "cpu":
+                arrays = rows.detach().contiguous().numpy(), idx.numpy(), gates.detach().numpy()
+                mail = self.dispatch_arrays(layer, *arrays)
+                if mail is not None:
+                    return mail
             return self.send(layer, rows, idx, gates)
         call = Call(self, layer, idx, keep=keep, step=self._step, microbatch=self._microbatch)
         self._open[call.key] = call
         return _Sent(call, _Dispatch.apply(rows, gates, call))  # type: ignore[no-untyped-call]
+
+    def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailCall | None:
+        """See `model.experts.ArrayExperts.dispatch_arrays`: by mail, where every host looks into a mailbox.
+
+        Raises:
+            ChannelError: a host cannot be reached (here or in `add_to`), naming it.
+        """
+        placement = self._router.placement
+        boxes = self._boxes.for_call(placement, rows, idx)
+        if boxes is None:
+            return None
+        mail = MailCall(self, placement, boxes, (self._step, layer), rows, idx, gates)
+        self._open[mail.key] = mail
+        return mail
 
     def send(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Call:
         """Send a call of inference over the channels."""

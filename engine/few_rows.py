@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.batch import Stretch
 from engine.weights import LatentProjections, Layer, Mixed, TrunkWeights
 from kernels import decode
-from model.experts import Experts
+from model.experts import ArrayExperts, Experts
 
 MOST_ROWS = 16
 """Beyond, matrix products of many rows at a time are faster."""
@@ -86,6 +86,7 @@ class FewRows:
     ) -> None:
         config = weights.config
         self._experts = experts
+        self._arrays = experts if isinstance(experts, ArrayExperts) else None
         self._page_size = page_size
         self._eps = config.rms_norm_eps
         self._heads = config.num_attention_heads
@@ -186,10 +187,17 @@ class FewRows:
         idx = np.empty((x.shape[0], self._routing[0]), np.int64)
         gates = np.empty(idx.shape, x.dtype)
         decode.route(normed, layer.gate, layer.bias, *self._routing, idx, gates)
-        rows = torch.from_numpy(normed)
-        pending = self._experts.dispatch(layer.index, rows, torch.from_numpy(idx), torch.from_numpy(gates))
+        arrays = None
+        if self._arrays is not None:
+            arrays = self._arrays.dispatch_arrays(layer.index, normed, idx, gates)
+        if arrays is None:
+            tensors = torch.from_numpy(normed), torch.from_numpy(idx), torch.from_numpy(gates)
+            pending = self._experts.dispatch(layer.index, *tensors)
         decode.swiglu(normed, layer.gate_up, layer.down, x)
-        x += pending.combine().numpy()
+        if arrays is None:
+            x += pending.combine().numpy()
+        else:
+            arrays.add_to(x)
 
 
 class _Attention(NamedTuple):

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def serve(
             )
             stop.wait()
         finally:
-            ray_serve.delete(NAME)
+            with suppress(TimeoutError):  # Serve's controller goes on with it, if the cluster stays
+                ray_serve.delete(NAME)
 
 
 def _is_loopback(host: str) -> bool:

@@ -40,12 +40,19 @@ def project(x, weight, out):
                 d += w * x[n + 3, k]
             out[n, j], out[n + 1, j], out[n + 2, j], out[n + 3, j] = a, b, c, d
             n += 4
-        while n < rows:
+        while n + 2 <= rows:
+            a = b = x.dtype.type(0)
+            for k in range(size):
+                w = weight[j, k]
+                a += w * x[n, k]
+                b += w * x[n + 1, k]
+            out[n, j], out[n + 1, j] = a, b
+            n += 2
+        if n < rows:
             a = x.dtype.type(0)
             for k in range(size):
                 a += weight[j, k] * x[n, k]
             out[n, j] = a
-            n += 1
 
 
 @_compiled

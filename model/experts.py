@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.decode import mix_experts
 
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}  # what compiled functions take
 _FEW_ROWS = 16  # up to here, reading weights in one sweep beats sorting pairs for products of many rows
 
 
@@ -39,6 +42,26 @@ class Experts(Protocol):
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
         """Send rows [N, D] to the experts idx [N, K] of a layer, with gates [N, K]."""
+        ...
+
+
+Array = npt.NDArray[Any]
+
+
+class ArrayPending(Protocol):
+    """The routed experts' answer to a dispatch of arrays."""
+
+    def add_to(self, out: Array) -> None:
+        """Wait for it and add the gate-weighted sums to `out` [N, D]."""
+        ...
+
+
+@runtime_checkable
+class ArrayExperts(Protocol):
+    """Experts that take few rows as arrays too, for callers that have no tensors."""
+
+    def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> ArrayPending | None:
+        """`Experts.dispatch` for inference, or None where it has to be that."""
         ...
 
 
@@ -126,7 +149,8 @@ def experts_forward(
     """
     gate = gate.to(rows.dtype)
     if rows.shape[0] <= _FEW_ROWS and not keep and _compiles(rows):
-        return _few_rows(shard, rows, row_ptr, local_expert, gate), None
+        pointers = row_ptr.numpy().astype(np.int64, copy=False)
+        return _few_rows(shard.w13, shard.w2, rows, pointers, local_expert, gate), None
     pairs = _sort_pairs(row_ptr, local_expert, shard.n_experts)
     width = shard.w2.shape[2]
     x = rows.index_select(0, pairs.token)
@@ -179,23 +203,31 @@ def experts_backward(shard: ExpertShard, saved: Saved, d_partial: Tensor) -> tup
     return d_rows, d_gate
 
 
-def _few_rows(shard: ExpertShard, rows: Tensor, row_ptr: Tensor, expert: Tensor, gate: Tensor) -> Tensor:
+def _few_rows(
+    w13: Tensor, w2: Tensor, rows: Tensor, row_ptr: npt.NDArray[np.int64], expert: Tensor, gate: Tensor
+) -> Tensor:
     """The forward pass of a few rows: one sweep over the weights of the experts that they need."""
-    partial = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    partial = np.zeros(rows.shape, _NUMPY[rows.dtype])
     mix_experts(
         rows.contiguous().numpy(),
-        row_ptr.numpy().astype(np.int64, copy=False),
+        row_ptr,
         expert.numpy().astype(np.int64, copy=False),
         gate.contiguous().numpy(),
-        shard.w13.detach().numpy(),
-        shard.w2.detach().numpy(),
-        partial.numpy(),
+        w13.detach().numpy(),
+        w2.detach().numpy(),
+        partial,
     )
-    return partial
+    return torch.from_numpy(partial)
+
+
+@cache
+def _even(rows: int, top_k: int) -> npt.NDArray[np.int64]:
+    """The row_ptr of rows with so many experts each; nobody writes to it."""
+    return np.arange(0, rows * top_k + 1, top_k)
 
 
 def _compiles(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
+    return rows.dtype in _NUMPY and rows.device.type == "cpu"
 
 
 def _sort_pairs(row_ptr: Tensor, local_expert: Tensor, n_experts: int) -> _Pairs:
@@ -280,6 +312,20 @@ class Done:
         return self.partial
 
 
+class _Mixed(NamedTuple):
+    """An `ArrayPending` that computes when it is waited for."""
+
+    w13: Array
+    w2: Array
+    rows: Array
+    idx: Array
+    gates: Array
+
+    def add_to(self, out: Array) -> None:
+        pointers = _even(*self.idx.shape)
+        mix_experts(self.rows, pointers, self.idx.ravel(), self.gates.ravel(), self.w13, self.w2, out)
+
+
 class LocalExperts(nn.Module):
     """All routed experts in this process, as parameters `layers.{layer}.w13` [E, 2I, D] and `.w2` [E, D, I].
 
@@ -329,8 +375,19 @@ class LocalExperts(nn.Module):
             return Done(partial)
         return Done(_GroupedExperts.apply(rows, gates, idx, w13, w2))  # type: ignore[no-untyped-call]
 
+    def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> ArrayPending | None:
+        """See `ArrayExperts.dispatch_arrays`."""
+        weights = self.layers[str(layer)]._parameters  # the public way takes longer than the products
+        w13, w2 = weights["w13"], weights["w2"]
+        assert w13 is not None and w2 is not None
+        if rows.shape[0] > _FEW_ROWS or not _compiles(w13):
+            return None
+        return _Mixed(w13.detach().numpy(), w2.detach().numpy(), rows, idx, gates)
+
 
 __all__ = [
+    "ArrayExperts",
+    "ArrayPending",
     "Done",
     "ExpertShard",
     "Experts",

@@ -26,13 +26,14 @@ class PoolLink:
     def __init__(self, pool: DeploymentHandle, name: str) -> None:
         self.name = name
         self._pool = pool
-        self._lease: Any = pool.lease.remote()
-        self._question: Any = None
+        self._calls: dict[str, Any] = {}
 
     async def join(self, timeout: float) -> tuple[Membership, CoordinatorClient | None, RoutingTable | None]:
         """Become a member: what to begin with, the coordinator, and its routing table of the same weights."""
         while True:
             member: Membership = await self._pool.join.remote(self.name)
+            if "lease" not in self._calls:
+                self._calls["lease"] = self._pool.lease.remote(self.name)
             if member.coordinator is None:
                 return member, None, None
             client = CoordinatorClient(member.coordinator, timeout=timeout)
@@ -48,8 +49,8 @@ class PoolLink:
 
     async def ask(self, known: int) -> Wanted:
         """See `Rollout.ask`."""
-        self._question = self._pool.ask.remote(self.name, known)
-        wanted: Wanted = await self._question
+        question = self._calls["question"] = self._pool.ask.remote(self.name, known)
+        wanted: Wanted = await question
         return wanted
 
     async def report(self, standing: Standing) -> None:
@@ -58,10 +59,9 @@ class PoolLink:
 
     def close(self) -> None:
         """End the membership; the pool may end now."""
-        if self._question is not None:
-            self._question.cancel()
         self._pool.leave.remote(self.name)
-        self._lease.cancel()
+        for call in self._calls.values():
+            call.cancel()
 
 
 __all__ = ["PoolLink"]

@@ -72,7 +72,7 @@ class Rollout:
 
     run: str
     version: Version
-    patience: float = 60.0
+    patience: float = 30.0
     clock: Callable[[], float] = time.monotonic
     _wanted: Wanted = field(init=False)
     _members: dict[str, _Member] = field(default_factory=dict)
@@ -102,6 +102,13 @@ class Rollout:
         """A replica ends."""
         self._members.pop(name, None)
         self._notify()
+
+    async def attend(self, name: str) -> None:
+        """Lasts as long as a replica is there."""
+        self._bury()
+        while name in self._members:
+            await self._news(_ASK_SECONDS, lambda: name not in self._members)
+            self._bury()
 
     async def ask(self, name: str, known: int) -> Wanted:
         """What is wanted, as soon as its serial is not the one that the replica knows, or after some time."""

@@ -58,10 +58,12 @@ def expected(models: dict[str, CausalLM]) -> dict[str, dict[str, str]]:
     }
 
 
-def reload(server: Server, directory: Path) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "jobs.cli", "reload", str(directory), "--address", server.ray, "--json")
+def reload(server: Server, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command,
+        [
+            *(sys.executable, "-m", "jobs.cli", "reload", str(directory), "--json"),
+            *("--address", server.ray, *options),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -236,19 +238,20 @@ def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
     assert answer.choices[0].text == expected["new"][PROMPT]
 
 
-def test_without_a_deployment_there_is_nothing_to_reload(directories: dict[str, Path]) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "jobs.cli", "reload", str(directories["old"])),
-            *("--address", "127.0.0.1:1"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--address", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1"),
+        (("--app", "other"), "the Serve application 'other' is not there"),
+    ],
+)
+def test_without_a_deployment_there_is_nothing_to_reload(
+    server: Server, directories: dict[str, Path], options: tuple[str, ...], said: str
+) -> None:
+    done = reload(server, directories["old"], *options)
     assert done.returncode == 1
-    assert "no Ray cluster at 127.0.0.1:1" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_experts_in_the_replica_are_reloaded_with_it(

@@ -54,13 +54,13 @@ class Mailed(TinyCluster):
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Mailed]:
     cluster = Mailed(getattr(request, "param", 2))
-    collect = MailCall.combine
+    add = MailCall.add_to
 
-    def counted(call: MailCall) -> Any:
+    def counted(call: MailCall, out: Any) -> None:
         cluster.mailed += 1
-        return collect(call)
+        add(call, out)
 
-    monkeypatch.setattr(MailCall, "combine", counted)
+    monkeypatch.setattr(MailCall, "add_to", counted)
     yield cluster
     cluster.router.close()
     for door in cluster.doors:
@@ -95,7 +95,7 @@ def test_a_host_that_sleeps_is_woken(cluster: Mailed) -> None:
     lane = cluster.ready_lane()
     rows, idx, gates = tokens(2)
     expected = lane.dispatch(LAYERS[0], rows, idx, gates).combine()
-    boxes = lane._boxes.for_call(cluster.router.placement, rows, idx)
+    boxes = lane._boxes.for_call(cluster.router.placement, rows.numpy(), idx.numpy())
     assert boxes is not None
     for _ in range(20):
         deadline = time.monotonic() + 30

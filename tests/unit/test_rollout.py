@@ -178,8 +178,12 @@ def test_a_replica_that_is_silent_for_too_long_holds_nobody_up() -> None:
             assert not prepare.done()
             now = 11.0
             rollout.report("alive", Standing(uses=0, ready=1))
+            attend = asyncio.create_task(rollout.attend("alive"))
+            await rollout.attend("dead")
             await prepare
             assert rollout.replicas == 1
+            assert not attend.done()
+        await asyncio.wait_for(attend, 20)
 
     asyncio.run(scene())
 
