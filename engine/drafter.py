@@ -18,18 +18,28 @@ from engine.batch import Stretch, by_length
 from engine.runner import Runner
 from engine.sequence import Sequence
 
+_MOST_HELD = 4096
+"""Positions of a sequence whose states wait for a module; were there more, older entries stay unmade, which
+makes drafts worse and nothing else."""
+
 
 @dataclass(slots=True)
 class _Progress:
     """One module's progress with one sequence: positions whose entries are certain, and states after them."""
 
     done: int
-    states: Tensor | None = None
+    held: list[Tensor] = field(default_factory=list)
+
+    def states(self) -> Tensor | None:
+        """[n, D], of the positions from `done` on."""
+        if len(self.held) > 1:
+            self.held = [torch.cat(self.held)]
+        return self.held[0] if self.held else None
 
 
 @dataclass(slots=True)
 class _Trail:
-    """All modules' progress with one sequence, and how far the trunk had come."""
+    """All modules' progress with one sequence, and how far the trunk has come."""
 
     end: int
     modules: list[_Progress]
@@ -72,17 +82,34 @@ class Drafter:
 
     def advance(self, advances: Items[Advance]) -> None:
         """Bring every module up to the trunk, and leave drafts with the sequences that want some."""
+        if not advances:
+            return
         for advance in advances:
-            advance.sequence.drafts.clear()
-            trail = self._trails.get(advance.sequence.id)
-            if trail is None or trail.end != advance.start:  # its first positions, again after a preemption
-                modules = [_Progress(done=advance.start) for _ in range(self.depth)]
-                self._trails[advance.sequence.id] = _Trail(advance.end, modules)
-            else:
-                trail.end = advance.end
+            self._follow(advance)
         states = {advance.sequence.id: (advance.start, advance.states) for advance in advances}
         for k in range(1, self.depth + 1):
             states = self._run(k, advances, states)
+
+    def hold(self, advances: Items[Advance]) -> None:
+        """Let the trunk go on without drafts: the modules' entries are made when drafts are wanted again."""
+        for advance in advances:
+            trail = self._follow(advance)
+            if advance.end - trail.modules[0].done > _MOST_HELD:
+                trail.modules = [_Progress(done=advance.end) for _ in trail.modules]
+                continue
+            # In a chain the first module's states are all that is needed to make the others'.
+            for progress in trail.modules[:1] if self.chain else trail.modules:
+                progress.held.append(advance.states.clone())
+
+    def _follow(self, advance: Advance) -> _Trail:
+        """The trail of a sequence, which the trunk has brought to `advance.end`."""
+        advance.sequence.drafts.clear()
+        trail = self._trails.get(advance.sequence.id)
+        if trail is None or trail.end != advance.start:  # its first positions, again after a preemption
+            modules = [_Progress(done=advance.start) for _ in range(self.depth)]
+            trail = self._trails[advance.sequence.id] = _Trail(advance.end, modules)
+        trail.end = advance.end
+        return trail
 
     def _run(
         self, k: int, advances: Items[Advance], before: dict[str, tuple[int, Tensor]]
@@ -117,8 +144,9 @@ class Drafter:
         """What module k computes of a sequence now: positions, tokens and the states it takes."""
         sequence = advance.sequence
         progress = self._trails[sequence.id].modules[k - 1]
-        if progress.done < first and progress.states is not None:
-            states = torch.cat((progress.states, states))
+        before = progress.states()
+        if progress.done < first and before is not None:
+            states = torch.cat((before, states))
             first = progress.done
         elif progress.done < first:  # the states of some positions are gone: their entries stay as they are
             progress.done = first
@@ -128,7 +156,7 @@ class Drafter:
         end = advance.end if advance.wants else min(advance.end, certain)
         start = progress.done
         progress.done = max(start, min(end, certain)) if self.chain else end
-        progress.states = states[progress.done - first :].clone() if progress.done < advance.end else None
+        progress.held = [states[progress.done - first :].clone()] if progress.done < advance.end else []
         if end <= start:
             return None
         tokens = sequence.tokens(start + shift, end + shift)

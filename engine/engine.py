@@ -6,6 +6,7 @@ then one through each MTP module. One thread uses an engine at a time.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from engine.batch import Stretch
 from engine.drafter import Advance, Drafter
+from engine.pacing import DraftPacer
 from engine.pages import PagePool
 from engine.params import SamplingParams
 from engine.runner import Runner
@@ -38,6 +40,7 @@ class EngineSettings:
         max_sequences: sequences that run at a time.
         prefix_caching: whether prompts that begin alike share pages.
         drafts: MTP modules to draft with; None takes all there are, 0 none.
+        pace_drafts: draft only where it pays, see `engine.pacing`.
     """
 
     cache_tokens: int = 32768
@@ -46,6 +49,7 @@ class EngineSettings:
     max_sequences: int = 64
     prefix_caching: bool = True
     drafts: int | None = None
+    pace_drafts: bool = True
 
 
 @dataclass(slots=True)
@@ -79,6 +83,7 @@ class Engine:
         end_of_text: tokens that end a text.
         vocabulary: tokens that there are; the model may have more rows.
         on_step: is told the number of each step before it begins.
+        clock: seconds.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Engine:
         end_of_text: Items[int] = (),
         vocabulary: int | None = None,
         on_step: Callable[[int], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         settings = settings or EngineSettings()
         self.settings = settings
@@ -105,6 +111,8 @@ class Engine:
         there = len(weights.modules)
         depth = there if settings.drafts is None else min(settings.drafts, there)
         self._drafter = Drafter(self._runner, depth, weights.config.mtp_mode == "chain") if depth else None
+        self.pacer = DraftPacer() if depth and settings.pace_drafts else None
+        self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self.stats = EngineStats()
 
@@ -176,6 +184,7 @@ class Engine:
         Returns:
             What it brought every sequence that it touched.
         """
+        began = self._clock()
         shares = sorted(self.scheduler.plan(), key=lambda share: share.end - share.start)
         if not shares:
             return []
@@ -210,10 +219,30 @@ class Engine:
             if self._drafter is not None:
                 states = (normed if chain else hidden)[first : first + certain - share.start]
                 advances.append(Advance(sequence, share.start, certain, states, wants=bool(new)))
-        if self._drafter is not None and advances:
-            self._drafter.advance(advances)
+        if self._drafter is not None:
+            self._draft(self._drafter, shares, advances, progress, began)
         self.stats.steps += 1
         return progress
+
+    def _draft(
+        self,
+        drafter: Drafter,
+        shares: Items[Share],
+        advances: list[Advance],
+        progress: list[Progress],
+        began: float,
+    ) -> None:
+        """Make the drafts of the next step, if they pay."""
+        generating = sum(share.samples for share in shares)
+        pays = self.pacer is None or self.pacer.wants(max(1, generating))
+        if pays:
+            drafter.advance(advances)
+        else:
+            drafter.hold(advances)
+        reads = any(share.end - share.start > 1 + share.drafts for share in shares)
+        if self.pacer is not None and generating and not reads:
+            tokens = sum(len(one.tokens) for one in progress)
+            self.pacer.note(sequences=generating, drafted=pays, seconds=self._clock() - began, tokens=tokens)
 
     def _logits(
         self, shares: Items[Share], ends: Items[int], normed: Tensor

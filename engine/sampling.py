@@ -19,6 +19,8 @@ from torch import Tensor
 
 from engine.params import SamplingParams
 
+_LARGEST = 1e30
+
 
 def adjusted(
     logits: Tensor,
@@ -51,7 +53,9 @@ def adjusted(
         logits[tokens] += torch.tensor(
             list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device
         )
-    if len(output) < params.min_tokens and ends:
+    # A penalty near zero overflows, or makes 0 / 0. One request's parameters must not stop the others.
+    logits = logits.nan_to_num(0.0).clamp(-_LARGEST, _LARGEST)
+    if len(output) < params.min_tokens and 0 < len(ends) < len(logits):  # if all end it, nothing else is left
         logits[torch.tensor(list(ends), device=logits.device)] = float("-inf")
     return logits
 

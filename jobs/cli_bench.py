@@ -9,7 +9,7 @@ import typer
 
 from errors import ConfigError
 from jobs.cli_options import ConfigFile, Debug, Json, Overrides, Preset, Result
-from jobs.console import finish, surfaced
+from jobs.console import finish, say, surfaced
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -52,6 +52,28 @@ def bench_decode(
         from jobs.bench import bench_decode as run
 
         return run(chosen, rounds=rounds)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("drafts")
+@surfaced
+def bench_drafts(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run or a Hugging Face directory.")],
+    data: Annotated[
+        str | None, typer.Option(help="Documents to continue; those that the run held out by default.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many documents.")] = 20,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a checkpoint's decoding with MTP drafts and without, experts in process and on hosts."""
+
+    def compute() -> Result:
+        from jobs.bench import bench_drafts as run
+
+        return run(checkpoint, data, prompts=prompts, temperature=temperature, note=say)
 
     finish(compute, as_json=as_json)
 
@@ -129,7 +151,7 @@ def bench_serve(
 
     if url is not None and (checkpoint or config or overrides):
         raise ConfigError(
-            "--checkpoint, --config and --set are for a server of its own; leave out them or URL"
+            "--checkpoint, --config and --set are for a server of its own; leave out URL"
         )
     load = Load(
         rate=rate_of(rate),

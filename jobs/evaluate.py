@@ -50,11 +50,7 @@ def evaluate(
         torch.set_num_threads(threads)
     directory = find_weights(checkpoint)
     run = _run_of(directory)
-    if data is None and run is None:
-        raise DataError(
-            f"{checkpoint} holds weights without a run, and so no held-out documents; give --data"
-        )
-    texts = _texts(data, text_field, run, note)
+    texts = documents_of(directory, data, text_field=text_field, note=note)
     model = load_model(directory)
     limit = model.transformer.config.max_position_embeddings
     length = sequence_length or min(run.training.sequence_length if run else _LENGTH, limit)
@@ -110,6 +106,20 @@ def judge(model: LoadedModel, texts: list[str], *, sequence_length: int, batch_s
     }
 
 
+def documents_of(
+    directory: Path, data: str | None, *, text_field: str | None = None, note: Callable[[str], None]
+) -> list[str]:
+    """The documents of `data`, or those that the run of a checkpoint held out.
+
+    Raises:
+        DataError: no such documents, or neither `data` nor a run that names them.
+    """
+    run = _run_of(directory)
+    if data is None and run is None:
+        raise DataError(f"{directory} holds weights without a run, and so no held-out documents; give --data")
+    return _texts(data, text_field, run, note)
+
+
 def _run_of(directory: Path) -> RunConfig | None:
     """The configuration of the run that wrote a checkpoint; None for weights alone."""
     try:
@@ -141,4 +151,4 @@ def _encoded(model: LoadedModel, texts: list[str]) -> Iterator[npt.ArrayLike]:
             yield one.ids
 
 
-__all__ = ["evaluate", "judge"]
+__all__ = ["documents_of", "evaluate", "judge"]

@@ -19,6 +19,7 @@ from jobs.serving.deployment import POOL
 from jobs.weights import find_weights
 
 _CONNECT_SECONDS = 10.0
+_ALIVE = (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY, ApplicationStatus.DEPLOYING)
 
 
 def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = False) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = Fa
     _check_answers(address)
     with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
         found = serve.status().applications.get(name)
-        if found is None or found.status is not ApplicationStatus.RUNNING:
+        if found is None or found.status not in _ALIVE:
             what = "is not there" if found is None else f"is {found.status.value}"
             raise ResourceError(
                 f"the Serve application {name!r} {what} on the Ray cluster at {address}; check --app and "

@@ -141,7 +141,7 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
         text = backend.chat.render([message.plain() for message in request.messages])
     except DataError as error:
         raise invalid(str(error), "messages") from error
-    prompt: list[int] = backend.tokenizer.encode(text, add_special_tokens=False).ids
+    prompt = backend.encode(text, "messages")
     wanted, param = request.max_completion_tokens, "max_completion_tokens"
     if wanted is None:
         wanted, param = request.max_tokens, "max_tokens"

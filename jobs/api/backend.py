@@ -93,6 +93,19 @@ class Backend:
                 code="model_not_found",
             )
 
+    def encode(self, text: str, param: str) -> list[int]:
+        """Tokens of a text.
+
+        Raises:
+            ApiError: it is none: it has halves of surrogate pairs.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise invalid(f"{param} has half of a surrogate pair, which is no character", param) from error
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
         """Tokens that may be generated after a prompt.
 

@@ -14,6 +14,8 @@ from jobs.api.backend import Backend
 from jobs.api.problems import invalid
 from jobs.api.schemas import CompletionRequest
 
+MAX_CHOICES = 1024  # of one request: the queue counts requests that wait, before it takes one
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -46,6 +48,9 @@ def completion_work(backend: Backend, request: CompletionRequest) -> Work:
     Raises:
         ApiError: a prompt is too long, or parameters do not go together.
     """
+    asked = len(request.prompt) if _several(request.prompt) else 1
+    if asked * request.n > MAX_CHOICES:
+        raise invalid(f"prompt and n make {asked * request.n} choices; {MAX_CHOICES} at most", "prompt")
     prompts = _prompts(backend, request.prompt)
     params: list[SamplingParams] = []
     for prompt in prompts:
@@ -86,19 +91,16 @@ def shown(backend: Backend, request: CompletionRequest, choice: Choice, *, first
     return Shown(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason)
 
 
+def _several(given: str | Sequence[Any]) -> bool:
+    """Whether there are several prompts, and not the text or the tokens of one."""
+    return bool(given) and not isinstance(given, str) and not isinstance(given[0], int)
+
+
 def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
     """Every prompt as tokens; an empty one begins where a text begins."""
-    if isinstance(given, str):
-        items: list[Any] = [given]
-    elif given and isinstance(given[0], int):
-        items = [given]
-    else:
-        items = list(given)
-    encoded = [
-        backend.tokenizer.encode(item, add_special_tokens=False).ids if isinstance(item, str) else list(item)
-        for item in items
-    ]
+    items = list(given) if _several(given) else [given]
+    encoded = [backend.encode(item, "prompt") if isinstance(item, str) else list(item) for item in items]
     return [tokens or [backend.end_of_text] for tokens in encoded]
 
 
-__all__ = ["Shown", "Work", "completion_work", "shown"]
+__all__ = ["MAX_CHOICES", "Shown", "Work", "completion_work", "shown"]

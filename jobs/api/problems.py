@@ -61,9 +61,11 @@ def of_validation(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
-    param = path[0] if path else None
     message = first["msg"].removeprefix("Value error, ")
+    param = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
+    if param is None and first["type"] == "value_error":  # of fields that do not agree: names the first
+        param = message.split()[0]
+        return invalid(message, param)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown parameter {param!r}", param=param, code="unknown_parameter")
     if first["type"] == "missing":
@@ -88,6 +90,8 @@ async def answer_validation_error(request: Request, error: Exception) -> JSONRes
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for unknown paths and methods."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # FastAPI's own, for what the JSON parser chokes on: depth, digits, bytes
+        return ApiError(400, "the body cannot be read as JSON", code="invalid_json").response()
     return ApiError(error.status_code, str(error.detail)).response()
 
 

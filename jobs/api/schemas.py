@@ -45,6 +45,14 @@ class _Generation(BaseModel):
     ignore_eos: bool = False
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """A null asks for the default, as OpenAI has it."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with what was used."""

@@ -93,12 +93,12 @@ def _contend(build: Build, values: dict[str, Any], pipe: Connection) -> None:
 
 @contextmanager
 def host_process(
-    serve: Callable[[dict[str, Any], int, Connection], None], config: RunConfig, index: int
+    serve: Callable[[dict[str, Any], int, Connection], None], values: dict[str, Any], index: int
 ) -> Iterator[Any]:
-    """An expert host in a process of its own, which `serve` runs; its `HostInfo`."""
+    """An expert host in a process of its own, which `serve` runs with these values; its `HostInfo`."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(config.to_dict(), index, theirs), daemon=True)
+    process = context.Process(target=serve, args=(values, index, theirs), daemon=True)
     process.start()
     theirs.close()
     try:

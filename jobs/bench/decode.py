@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any, Final
 
 import torch
 
-from jobs.bench.contenders import Contender, Step, has_transformers, host_process, until_closed
+from jobs.bench.contenders import Contender, Step, has_transformers
+from jobs.bench.expert_lane import expert_lane
 from jobs.config import RunConfig
 
 TOKENS: Final = 64
@@ -112,10 +112,7 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
     Args:
         alone: time the tokens after the first one, without reading the prompt.
     """
-    from actors.router import Router
-    from cluster.topology import RoutingTable
     from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
-    from jobs.hosts import connector, placement
     from model.causal_lm import CausalLM
     from model.experts import Experts
     from model.sources import RandomSource
@@ -127,21 +124,8 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
     with ExitStack() as stack:
         experts: Experts = whole.experts
         on_step = None
-        n_hosts = config.cluster.expert_hosts
-        if n_hosts:
-            hosts = [
-                stack.enter_context(host_process(_serve_host, config, index)) for index in range(n_hosts)
-            ]
-            router = Router(
-                "bench",
-                "bench",
-                model,
-                RoutingTable(epoch=0, hosts=tuple(hosts), owner=placement(model, n_hosts)),
-                connector(config.cluster),
-                timeout=config.cluster.call_timeout,
-            )
-            stack.callback(router.close)
-            lane = router.lane(0)
+        if config.cluster.expert_hosts:
+            lane = stack.enter_context(expert_lane(model, config.cluster, seed=config.training.seed))
             experts = lane
 
             def on_step(step: int) -> None:
@@ -167,19 +151,6 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
             return time.perf_counter() - began
 
         yield step
-
-
-def _serve_host(values: dict[str, Any], index: int, pipe: Connection) -> None:
-    from actors.expert_host import ExpertHost
-    from actors.serving import ExpertHostServer
-    from jobs.hosts import experts_of, host_threads
-    from model.sources import RandomSource
-
-    config = RunConfig.from_dict(values)
-    owned = experts_of(config.model, config.cluster, index)
-    source = RandomSource(config.model, config.training.seed)
-    host = ExpertHost(f"host-{index}", config.model, owned, source, threads=host_threads(config.cluster))
-    until_closed(ExpertHostServer(host), pipe)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 PERCENTILES = (50, 90, 99)
@@ -101,11 +102,7 @@ def figures(outcomes: Sequence[Outcome], *, began: float) -> dict[str, Any]:
             for outcome in good
             if outcome.chunks and outcome.output_tokens > 1
         ],
-        "itl": [
-            after - before
-            for outcome in good
-            for before, after in zip(outcome.chunks, outcome.chunks[1:], strict=False)
-        ],
+        "itl": [after - before for outcome in good for before, after in pairwise(outcome.chunks)],
         "e2el": [outcome.ended - outcome.due for outcome in good],
         "slip": [outcome.sent - outcome.due for outcome in outcomes],
     }

@@ -47,7 +47,7 @@ def ours(config: RunConfig) -> Iterator[Step]:
         )
         stack.callback(coordinator.close)
         for index in range(config.cluster.expert_hosts):
-            coordinator.register_host(stack.enter_context(host_process(_serve_host, config, index)))
+            coordinator.register_host(stack.enter_context(host_process(_serve_host, config.to_dict(), index)))
         made = assemble_worker(
             config,
             data,

@@ -27,6 +27,7 @@ class ServingConfig(Section):
         max_sequences: requests that a replica runs at a time.
         prefix_caching: whether prompts that begin alike share pages.
         drafts: MTP modules to draft with; null takes all that the model has, 0 none.
+        pace_drafts: draft only where it pays; false drafts always.
         max_queue: requests that may wait at a replica; one more gets 429.
         max_prompt: tokens of a prompt; null takes what the model takes.
         max_tokens: tokens that a request may ask for; null takes what the model takes.
@@ -45,6 +46,7 @@ class ServingConfig(Section):
     max_sequences: Size = 64
     prefix_caching: bool = True
     drafts: CountOrZero | None = None
+    pace_drafts: bool = True
     max_queue: CountOrZero = 256
     max_prompt: Size | None = None
     max_tokens: Size | None = None
@@ -63,6 +65,7 @@ class ServingConfig(Section):
             max_sequences=self.max_sequences,
             prefix_caching=self.prefix_caching,
             drafts=self.drafts,
+            pace_drafts=self.pace_drafts,
         )
 
     def limits(self) -> Limits:

@@ -81,8 +81,8 @@ class ExpertPool:
         self._rollout.leave(name)
 
     async def lease(self, name: str) -> None:
-        """Lasts as long as a replica is a member. Serve ends nobody with a call under way: so the pool outlives
-        the trunk replicas, each of which is a member until its last request has ended."""
+        """Lasts as long as a replica is a member. Serve ends nobody with a call under way: so the pool
+        outlives the trunk replicas, each of which is a member until its last request has ended."""
         await self._rollout.attend(name)
 
     async def ask(self, name: str, known: int) -> Wanted:

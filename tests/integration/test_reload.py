@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
 from openai import AsyncOpenAI
@@ -214,28 +215,44 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_is_served_on(
     assert again["version"] == again["previous"]
 
 
+def replica_processes(server: Server, deployment: str) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(server.process.pid).children(recursive=True)
+        if f"ServeReplica:raymoe:{deployment}" in " ".join(child.cmdline())
+    ]
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+
+
+def answer_in_time(server: Server, seconds: float = 120) -> tuple[str, str]:
+    """Text and version of an answer, once there is one again."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            answer = server.client.completions.create(
+                model="old", prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
+            )
+            return answer.choices[0].text, str(answer.system_fingerprint)
+        except openai.APIError:
+            assert time.monotonic() < deadline
+
+
 def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
     server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
     reloaded(server, directories["new"])
-    replicas = [
-        child
-        for child in psutil.Process(server.process.pid).children(recursive=True)
-        if "ServeReplica:raymoe:trunk" in " ".join(child.cmdline())
-    ]
+    replicas = replica_processes(server, "trunk")
     assert len(replicas) == 2
-    for replica in replicas:
-        replica.kill()
-    psutil.wait_procs(replicas, timeout=30)
-    deadline = time.monotonic() + 120
-    body = {"model": "old", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0}
-    while True:
-        try:
-            answer = server.client.completions.create(**body, extra_body={"ignore_eos": True})
-            break
-        except Exception:
-            assert time.monotonic() < deadline
-    assert answer.choices[0].text == expected["new"][PROMPT]
+    kill(replicas)
+    text, version = answer_in_time(server)
+    assert text == expected["new"][PROMPT]
+    assert version.startswith("new-")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +269,24 @@ def test_without_a_deployment_there_is_nothing_to_reload(
     assert done.returncode == 1
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_pool_that_crashes_comes_back_with_the_checkpoint_of_the_deployment(
+    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+) -> None:
+    """The last one with this server."""
+    reloaded(server, directories["new"])
+    pool = replica_processes(server, "experts")
+    assert len(pool) == 1
+    kill(pool)
+    text, version = answer_in_time(server)
+    while not version.startswith("old-"):  # a replica may answer until it has heard of the new pool
+        text, version = answer_in_time(server)
+    assert text == expected["old"][PROMPT]
+    reloaded(server, directories["new"])
+    text, version = answer_in_time(server)
+    assert version.startswith("new-")
+    assert text == expected["new"][PROMPT]
 
 
 def test_experts_in_the_replica_are_reloaded_with_it(

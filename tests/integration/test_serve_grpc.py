@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -104,6 +106,25 @@ def test_calls_from_other_machines_are_refused(server: Server) -> None:
     with grpc.insecure_channel(f"{own}:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
         list(call(channel))
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(server: Server) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "jobs.cli", "serve", str(server.directory)),
+                *("--grpc-port", str(port)),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert f"--grpc-port {port} cannot be had" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_cancelled_call_frees_its_pages(server: Server, channel: grpc.Channel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Items
+from typing import Literal
 
 import pytest
 import torch
@@ -44,10 +45,11 @@ SHAPES = {
     "odd latent": {"kv_lora_rank": 15},
 }
 SETTINGS = {
-    "mixed batch": EngineSettings(),
-    "chunked prefill": EngineSettings(max_batch_tokens=7),
-    "preemption": EngineSettings(cache_tokens=96, page_size=4),
-    "one by one": EngineSettings(max_sequences=1),
+    "mixed batch": EngineSettings(pace_drafts=False),
+    "chunked prefill": EngineSettings(max_batch_tokens=7, pace_drafts=False),
+    "preemption": EngineSettings(cache_tokens=96, page_size=4, pace_drafts=False),
+    "one by one": EngineSettings(max_sequences=1, pace_drafts=False),
+    "drafts where they pay": EngineSettings(),
     "no drafts": EngineSettings(page_size=4, drafts=0),
 }
 
@@ -213,3 +215,40 @@ def test_what_cannot_be_run_is_refused(prompt: list[int], params: SamplingParams
     with pytest.raises(ConfigError, match=message):
         engine.add("a", prompt, params)
     assert not engine.has_work
+
+
+class Alternating:
+    """A pacer that wants drafts in some stretches of steps and none in others."""
+
+    def __init__(self, *stretches: tuple[bool, int]) -> None:
+        self._plan = [wants for wants, steps in stretches for _ in range(steps)]
+
+    def wants(self, sequences: int) -> bool:
+        return self._plan.pop(0) if len(self._plan) > 1 else self._plan[0]
+
+    def note(self, **_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("mode", ["chain", "parallel"])
+def test_drafts_that_were_paused_go_on_as_if_they_had_not_been(mode: Literal["chain", "parallel"]) -> None:
+    model = build(num_nextn_predict_layers=2, mtp_mode=mode)
+    always = engine_of(model, EngineSettings(pace_drafts=False))
+    paused = engine_of(model, EngineSettings())
+    paused.pacer = Alternating((True, 3), (False, 20), (True, 4), (False, 3), (True, 1))  # type: ignore[assignment]
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    plain = run(engine_of(model, EngineSettings(drafts=0)), prompts()[:3], params)[0]
+    made: list[dict[int, list[int]]] = []
+    for engine in (always, paused):
+        sequences = [engine.add(str(at), prompt, params) for at, prompt in enumerate(prompts()[:3])]
+        drafts: dict[int, list[int]] = {}
+        while engine.has_work:
+            engine.step()
+            if sequences[0].drafts:
+                drafts[len(sequences[0])] = list(sequences[0].drafts)
+        made.append(drafts)
+        assert sequences[0].output == plain.output
+    common = made[0].keys() & made[1].keys()
+    assert max(common) - min(common) > 30
+    assert len(made[1]) < 60
+    assert all(made[0][at] == made[1][at] for at in common)

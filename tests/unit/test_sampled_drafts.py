@@ -1,4 +1,4 @@
-"""Sampling with drafts is sampling: the distribution is the model's own, and the tokens those of plain decoding.
+"""Sampling with drafts is sampling: the distribution is the model's own, the tokens those of plain decoding.
 
 What is tested is the joint distribution of the first three tokens. The first comes with the prompt; the
 second and the third are drafted, so that every outcome goes through drafts accepted and drafts refused.
