@@ -33,7 +33,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not soak"
 
 soak: setup
-	$(BIN)/python -m pytest -m soak --timeout 3600
+	$(BIN)/python -m pytest -m soak --timeout 3600 -rP
 
 protos: setup
 	$(BIN)/python -m protos.generate

@@ -302,6 +302,7 @@ def _look(query, cache, pages, page_size, length, out):
     heads, width = query.shape
     latent = out.shape[1]
     weights = np.zeros((heads, length + 3), query.dtype)
+    scale = np.empty(heads, query.dtype)
     zero = query.dtype.type(0)
     for start in range(0, length, page_size):
         base = pages[start // page_size] * page_size
@@ -330,31 +331,30 @@ def _look(query, cache, pages, page_size, length, out):
                 weights[h, at + 2], weights[h + 1, at + 2] = a2, b2
                 weights[h, at + 3], weights[h + 1, at + 3] = a3, b3
     for h in range(heads):
-        _softmax(weights[h], length)
+        scale[h] = _exponentiate(weights[h], length)
         for c in range(latent):
             out[h, c] = 0
     for start in range(0, length, page_size):
         base = pages[start // page_size] * page_size
-        for h in range(0, heads, 2):
-            for t in range(0, min(page_size, length - start), 4):
-                at = start + t
-                k0, k1, k2, k3 = (
-                    cache[base + t],
-                    cache[base + t + 1],
-                    cache[base + t + 2],
-                    cache[base + t + 3],
-                )
+        for t in range(0, min(page_size, length - start), 4):
+            at, row = start + t, base + t
+            for h in range(heads):
                 a0, a1, a2, a3 = weights[h, at], weights[h, at + 1], weights[h, at + 2], weights[h, at + 3]
-                b0, b1 = weights[h + 1, at], weights[h + 1, at + 1]
-                b2, b3 = weights[h + 1, at + 2], weights[h + 1, at + 3]
                 for k in range(latent):
-                    out[h, k] += a0 * k0[k] + a1 * k1[k] + a2 * k2[k] + a3 * k3[k]
-                    out[h + 1, k] += b0 * k0[k] + b1 * k1[k] + b2 * k2[k] + b3 * k3[k]
+                    out[h, k] += (
+                        a0 * cache[row, k]
+                        + a1 * cache[row + 1, k]
+                        + a2 * cache[row + 2, k]
+                        + a3 * cache[row + 3, k]
+                    )
+    for h in range(heads):
+        for c in range(latent):
+            out[h, c] *= scale[h]
 
 
 @_compiled
-def _softmax(values, length):
-    """Softmax of values[:length] in place; zeros after them."""
+def _exponentiate(values, length):
+    """Softmax's numerators of values[:length] in place, zeros after them; one over its denominator."""
     top = values[0]
     for t in range(1, length):
         top = max(top, values[t])
@@ -379,11 +379,9 @@ def _softmax(values, length):
             power = (np.int32(n) + np.int32(127)) << np.int32(23)
             values[t] = p * np.int32(power).view(np.float32)
             total += values[t]
-    scale = values.dtype.type(1) / total
-    for t in range(length):
-        values[t] *= scale
     for t in range(length, values.shape[0]):
         values[t] = 0
+    return values.dtype.type(1) / total
 
 
 __all__ = ["attend", "mix_experts", "project", "rms_norm", "route", "swiglu"]

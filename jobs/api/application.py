@@ -7,16 +7,18 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from engine.service import Delta
 from errors import ConfigError, DataError
 from jobs.api.answers import Choice, Envelope, Usage, chat_logprobs, completion_logprobs
 from jobs.api.backend import Backend
+from jobs.api.body_limit import BodyLimit
 from jobs.api.completions import completion_work, shown
 from jobs.api.problems import (
     ApiError,
+    ErrorBody,
     answer_api_error,
     answer_failure,
     answer_http_error,
@@ -26,12 +28,16 @@ from jobs.api.problems import (
 from jobs.api.schemas import ChatRequest, CompletionRequest
 
 _DONE = "data: [DONE]\n\n"
+_STREAM = {
+    200: {"description": "The answer, or a stream of its chunks.", "content": {"text/event-stream": {}}}
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
+    status: {"description": text, "model": ErrorBody}
     for status, text in {
         400: "A parameter cannot be.",
         401: "No valid API key.",
         404: "No such model.",
+        413: "The body is too large.",
         429: "The queue is full; come back after Retry-After seconds.",
         503: "The experts cannot be reached.",
     }.items()
@@ -45,6 +51,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
     api.add_exception_handler(RequestValidationError, answer_validation_error)
     api.add_exception_handler(HTTPException, answer_http_error)
     api.add_exception_handler(Exception, answer_failure)
+    api.add_middleware(BodyLimit)
 
     def allowed(authorization: Annotated[str | None, Header()] = None) -> Backend:
         backend = find()
@@ -53,7 +60,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
 
     Allowed = Annotated[Backend, Depends(allowed)]
 
-    @api.get("/health")
+    @api.get("/health", responses={503: _ERRORS[503]})
     def health() -> Response:
         """200 when every expert has a live host, else 503 with the reason."""
         reason = find().health()
@@ -61,7 +68,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
             return ApiError(503, reason, retry_after=1).response()
         return JSONResponse({"status": "ok"})
 
-    @api.get("/metrics")
+    @api.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """For Prometheus."""
         return Response(find().metrics.exposition(), media_type="text/plain; version=0.0.4")
@@ -77,18 +84,29 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
         backend.check_model(name)
         return _card(backend)
 
-    @api.post("/v1/completions", responses=_ERRORS)
+    @api.post("/v1/completions", responses={**_STREAM, **_ERRORS})
     async def completions(request: CompletionRequest, backend: Allowed) -> Response:
         """Go on with a text."""
         backend.check_model(request.model)
         return await _complete(backend, request)
 
-    @api.post("/v1/chat/completions", responses=_ERRORS)
+    @api.post("/v1/chat/completions", responses={**_STREAM, **_ERRORS})
     async def chat(request: ChatRequest, backend: Allowed) -> Response:
         """Answer in a conversation."""
         backend.check_model(request.model)
         return await _chat(backend, request)
 
+    document = api.openapi
+
+    def truthful() -> dict[str, Any]:
+        """The document without 422, which FastAPI writes down and our handlers answer as 400."""
+        made = document()
+        for operations in made["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return made
+
+    api.openapi = truthful  # type: ignore[method-assign]  # FastAPI's own way to change the document
     return api
 
 

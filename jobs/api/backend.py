@@ -59,6 +59,10 @@ class Backend:
     health: Callable[[], str | None]
     metrics: ServingMetrics
     created: int = field(default_factory=lambda: int(time.time()))
+    _longest_token: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def version(self) -> str:
@@ -97,12 +101,14 @@ class Backend:
         """Tokens of a text.
 
         Raises:
-            ApiError: it is none: it has halves of surrogate pairs.
+            ApiError: it has halves of surrogate pairs, or is too long by far.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise invalid(f"{param} has half of a surrogate pair, which is no character", param) from error
+        if len(text) > self.longest * self._longest_token:  # not to spend seconds on what cannot fit
+            raise invalid(f"{param} has {len(text)} characters, too many for {self.longest} tokens", param)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 
@@ -51,6 +52,21 @@ class ApiError(Exception):
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
 def invalid(message: str, param: str | None = None) -> ApiError:
     """A parameter that cannot be."""
     return ApiError(400, message, param=param, code="invalid_value")
@@ -92,7 +108,9 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:  # FastAPI's own, for what the JSON parser chokes on: depth, digits, bytes
         return ApiError(400, "the body cannot be read as JSON", code="invalid_json").response()
-    return ApiError(error.status_code, str(error.detail)).response()
+    answer = ApiError(error.status_code, str(error.detail)).response()
+    answer.headers.update(error.headers or {})  # Allow, with 405
+    return answer
 
 
 async def answer_failure(request: Request, error: Exception) -> JSONResponse:
@@ -112,6 +130,8 @@ def _kind(status: int) -> str:
 
 __all__ = [
     "ApiError",
+    "ErrorBody",
+    "ErrorDetail",
     "answer_api_error",
     "answer_failure",
     "answer_http_error",

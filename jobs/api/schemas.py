@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,10 +48,15 @@ class _Generation(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """A null asks for the default, as OpenAI has it."""
+        """A null asks for the default, as OpenAI has it, where it has no meaning of its own."""
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None}
+        fields = cls.model_fields
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in fields or type(None) in get_args(fields[name].annotation)
+        }
 
     @property
     def include_usage(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import ValidationError, field_validator
+
 from cluster.config import ClusterConfig, Reserved
 from engine.engine import EngineSettings
 from errors import ConfigError
@@ -55,6 +57,25 @@ class ServingConfig(Section):
     autoscaling: dict[str, Any] | None = None
     cpus_per_replica: Reserved = 1.0
     threads: Threads | None = None
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _as_serve_takes_it(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        from ray.serve.config import AutoscalingConfig  # slow to import, and few use it
+
+        if value is None:
+            return None
+        unknown = sorted(set(value) - set(AutoscalingConfig.model_fields))
+        if unknown:  # Serve passes over them
+            raise ValueError(f"Ray Serve's autoscaling_config has no field {', '.join(unknown)}; remove it")
+        try:
+            AutoscalingConfig(**value)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            field = ".".join(map(str, wrong["loc"]))
+            text = wrong["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{field}: {text}" if field else text) from None
+        return value
 
     def engine_settings(self) -> EngineSettings:
         """Of each replica's engine."""

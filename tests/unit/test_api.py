@@ -184,12 +184,24 @@ def test_log_probabilities_in_both_forms_and_with_echo(served: Served) -> None:
         ({"temperature": "hot"}, "temperature", 400),
         ({"top_p": 0}, "top_p", 400),
         ({"n": 0}, "n", 400),
-        ({"max_tokens": 0}, None, 400),
+        ({"max_tokens": 0}, "max_tokens", 400),
         ({"max_tokens": 1000}, "max_tokens", 400),
         ({"prompt": "the cat " * 60}, "prompt", 400),
         ({"prompt": [9999]}, "prompt", 400),
-        ({"prompt": []}, None, 400),
+        ({"prompt": []}, "prompt", 400),
         ({"prompt": None}, "prompt", 400),
+        ({"prompt": "\ud800"}, "prompt", 400),
+        ({"prompt": ["a", "\udfff"]}, "prompt", 400),
+        ({"prompt": "a" * 1_000_000}, "prompt", 400),
+        ({"prompt": ["a"] * 17, "n": 64}, "prompt", 400),
+        ({"best_of": 3}, "best_of", 400),
+        ({"top_p": float("nan")}, "top_p", 400),
+        ({"min_p": float("inf")}, "min_p", 400),
+        ({"temperature": 10**400}, "temperature", 400),
+        ({"seed": 10**30}, "seed", 400),
+        ({"stop": "\ud800"}, "stop", 400),
+        ({"stop_token_ids": [10**30]}, "stop_token_ids", 400),
+        ({"two-words": 1}, "two-words", 400),
         ({"logit_bias": {"5": 1000}}, "logit_bias", 400),
         ({"logit_bias": {"299": 1}}, "logit_bias", 400),
         ({"stop": [""]}, "stop", 400),
@@ -203,7 +215,11 @@ def test_a_wrong_parameter_is_named(
     served: Served, body: dict[str, Any], param: str | None, status: int
 ) -> None:
     for stream in (False, True):
-        response = served.complete(**{"max_tokens": 4, **body, "stream": stream})
+        # Not the client's `json`, which refuses NaN.
+        text = json.dumps({"prompt": PROMPT, "max_tokens": 4, **body, "stream": stream})
+        response = served.client.post(
+            "/v1/completions", content=text, headers={"Content-Type": "application/json"}
+        )
         assert response.status_code == status, response.text
         error = response.json()["error"]
         assert error["param"] == param, error

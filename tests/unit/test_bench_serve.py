@@ -204,7 +204,7 @@ async def fake_server(answer: Answer, *, longest: int = 64) -> AsyncIterator[str
 
     server = web.Application()
     server.add_routes([web.get("/v1/models", models), web.post("/v1/completions", completions)])
-    runner = web.AppRunner(server)
+    runner = web.AppRunner(server, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -104,6 +104,7 @@ def test_what_is_too_large_is_refused_in_one_line(
     check_serving(config, model, torch.float32, free=10**15)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's own
 def test_autoscaling_needs_room_for_the_fewest_replicas() -> None:
     model = preset("bench-20m").model
     one = serving_need(model, torch.float32, cache_tokens=32768, hosts=2).total

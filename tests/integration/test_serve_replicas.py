@@ -1,0 +1,133 @@
+"""Several replicas of the trunk in front of the same expert hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from openai.types import Completion
+from serving import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
+
+from errors import ConfigError
+from jobs.serving.config import ServeConfig
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray's own code warns of its own settings.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+REQUESTS = 24
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tiny_model(), tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    settings = ("--set", "serving.replicas=2", "--set", "serving.cpus_per_replica=0.5")
+    with running(tiny_model(), directory, log, *settings) as server:
+        yield server
+
+
+def processes(server: Server, title: str) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(server.process.pid).children(recursive=True)
+        if title in " ".join(child.cmdline())
+    ]
+
+
+def answered(server: Server) -> int:
+    """Requests that one of the replicas, whichever is asked, has answered."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return round(
+        sum(
+            float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("raymoe_request_success_total")
+        )
+    )
+
+
+def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
+    assert len(processes(server, "ServeReplica:raymoe:trunk")) == 2
+    assert len(server.hosts()) == 2
+
+    async def ask_all() -> list[Completion]:
+        async with server.async_client as client:
+            return await asyncio.gather(
+                *(
+                    client.completions.create(
+                        model="tiny",
+                        prompt=PROMPT,
+                        max_tokens=20,
+                        temperature=0,
+                        extra_body={"ignore_eos": True},
+                    )
+                    for _ in range(REQUESTS)
+                )
+            )
+
+    answers = asyncio.run(ask_all())
+    tokenizer, _ = tiny_tokenizer()
+    assert {answer.choices[0].text for answer in answers} == {tokenizer.decode(server.greedy(20))}
+    assert len({answer.system_fingerprint for answer in answers}) == 1
+    # Each replica knows of its own requests: both have some, and all together are theirs.
+    seen: set[int] = set()
+    deadline = time.monotonic() + 60
+    while not (sum(seen) == REQUESTS or 2 * sum(seen) == REQUESTS):
+        assert time.monotonic() < deadline, seen
+        seen.add(answered(server))
+    assert 0 not in seen
+
+
+def test_autoscaling_is_handed_to_serve(directory: Path) -> None:
+    from jobs.serving.deployment import build_application  # Ray's warnings are let pass in tests alone
+
+    wanted = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 7}
+    config = ServeConfig.from_dict({"serving": {"autoscaling": wanted}})
+    deployment: Any = build_application(config, directory)._bound_deployment
+    given = deployment._deployment_config.autoscaling_config
+    assert {name: getattr(given, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas (2) must be greater"),
+        ({"max_replicas": "many"}, "max_replicas: "),
+        ({"min_replica": 1}, "no field min_replica"),
+        (5, "dictionary"),
+    ],
+)
+def test_autoscaling_that_cannot_be_is_one_line(value: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServeConfig.from_dict({"serving": {"autoscaling": value}})
+    assert str(caught.value).startswith("serving.autoscaling: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_says_so_before_anything_starts(directory: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "jobs.cli", "serve", str(directory)),
+            *("--set", "serving.autoscaling={max_replicas: many}"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith("error: serving.autoscaling: ")
+    assert len(done.stderr.strip().splitlines()) == 1
