@@ -1,8 +1,11 @@
-# The commands of a developer and of a first visitor. `make setup` is all that the others need.
+# The commands of a developer and of a first visitor. `make demo` installs what raymoe itself needs;
+# the others need `make setup`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-base
 STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: setup demo lint format test soak bench protos clean
 
@@ -10,13 +13,17 @@ setup: $(STAMP)
 
 # Any change of the pinned set rebuilds what is installed; torch goes first and alone, since every
 # other package that needs torch would otherwise pull a build of its own.
-$(STAMP): constraints.txt pyproject.toml
+$(BASE): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
-	touch $(STAMP)
+	$(INSTALL) torch
+	$(INSTALL) --editable .
+	touch $@
 
-demo: setup
+$(STAMP): $(BASE)
+	$(INSTALL) --editable '.[test,lint]'
+	touch $@
+
+demo: $(BASE)
 	$(BIN)/python -m jobs.demo
 
 lint: setup

@@ -29,6 +29,9 @@ from errors import ConfigError
 from model.experts import Experts
 
 
+_WARM_UP = 6  # tokens, some with drafts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """Room for sequences, and what to do with it.
@@ -168,6 +171,22 @@ class Engine:
         sequence = self._sequences.get(id)
         if sequence is not None:
             self._end(sequence, reason)
+
+    def warm_up(self) -> None:
+        """Generate a few tokens for nobody: what is compiled, mapped or opened at its first use is then there.
+
+        Raises:
+            RaymoeError: the experts cannot be reached; nothing is left of the attempt.
+        """
+        id = "warm-up"
+        self.add(id, [0], SamplingParams(max_tokens=_WARM_UP, temperature=0.0, ignore_eos=True))
+        try:
+            while self.has_work:
+                self.step()
+        finally:
+            self.cancel(id)
+            self.stats.proposed.clear()
+            self.stats.accepted.clear()
 
     def replace(self, weights: TrunkWeights, experts: Experts) -> None:
         """Go on with other weights, between two steps; what is in the cache is computed again."""

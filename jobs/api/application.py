@@ -28,7 +28,7 @@ from jobs.api.problems import (
 from jobs.api.schemas import ChatRequest, CompletionRequest
 
 _DONE = "data: [DONE]\n\n"
-_STREAM = {
+_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or a stream of its chunks.", "content": {"text/event-stream": {}}}
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {

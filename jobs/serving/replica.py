@@ -83,6 +83,11 @@ class Replica:
             vocabulary=tokenizer.get_vocab_size(),
             on_step=None if lane is None else lambda step: lane.begin(step, 0),
         )
+        try:
+            self._engine.warm_up()
+        except RaymoeError:  # of a host that does not answer, /health tells; requests will try again
+            if lane is not None:
+                lane.abandon()
         service = EngineService(
             self._engine, tokenizer, version=version.name, abandon=None if lane is None else lane.abandon
         )

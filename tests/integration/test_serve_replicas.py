@@ -107,7 +107,7 @@ def test_autoscaling_is_handed_to_serve(directory: Path) -> None:
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas (2) must be greater"),
         ({"max_replicas": "many"}, "max_replicas: "),
         ({"min_replica": 1}, "no field min_replica"),
-        (5, "dictionary"),
+        (5, "not a mapping"),
     ],
 )
 def test_autoscaling_that_cannot_be_is_one_line(value: Any, said: str) -> None:

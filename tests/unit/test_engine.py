@@ -252,3 +252,13 @@ def test_drafts_that_were_paused_go_on_as_if_they_had_not_been(mode: Literal["ch
     assert max(common) - min(common) > 30
     assert len(made[1]) < 60
     assert all(made[0][at] == made[1][at] for at in common)
+
+
+def test_warming_up_leaves_nothing_and_changes_nothing() -> None:
+    model = build(num_nextn_predict_layers=1)
+    engine = engine_of(model)
+    engine.warm_up()
+    assert not engine.has_work
+    assert engine.pool.held == 0
+    assert not engine.stats.proposed
+    assert [s.output for s in run(engine, prompts())] == [continued(model, prompt) for prompt in prompts()]
