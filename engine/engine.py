@@ -28,7 +28,6 @@ from engine.weights import TrunkWeights
 from errors import ConfigError
 from model.experts import Experts
 
-
 _WARM_UP = 6  # tokens, some with drafts
 
 
@@ -173,7 +172,7 @@ class Engine:
             self._end(sequence, reason)
 
     def warm_up(self) -> None:
-        """Generate a few tokens for nobody: what is compiled, mapped or opened at its first use is then there.
+        """Generate a few tokens for nobody, so that what is compiled or opened at its first use is there.
 
         Raises:
             RaymoeError: the experts cannot be reached; nothing is left of the attempt.

@@ -17,13 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.assistant import Assistant
 from engine.batch import Stretch
 from engine.weights import LatentProjections, Layer, Mixed, TrunkWeights
 from kernels import decode
+from kernels.team import Desk
 from model.experts import ArrayExperts, Experts
 
 MOST_ROWS = 16
 """Beyond, matrix products of many rows at a time are faster."""
+
+_LONG = 384  # positions that all rows see together
 
 Array = npt.NDArray[Any]
 
@@ -39,6 +43,7 @@ class FewBatch:
         sequence: [N] int64, row of the table.
         table: [S, P] int64, pages of each sequence; those that none of its positions sees are 0.
         ends: row after the last one of each stretch, in the order of the stretches.
+        long: whether so much of the cache is looked at that it pays to share the work.
     """
 
     tokens: list[int]
@@ -47,6 +52,7 @@ class FewBatch:
     sequence: Array
     table: Array
     ends: tuple[int, ...]
+    long: bool
 
 
 def collect_few(stretches: Sequence[Stretch], *, page_size: int) -> FewBatch:
@@ -66,7 +72,13 @@ def collect_few(stretches: Sequence[Stretch], *, page_size: int) -> FewBatch:
         ends.append(len(tokens))
     position, slot, sequence = np.ascontiguousarray(np.array(rows, np.int64).T)
     return FewBatch(
-        tokens=tokens, position=position, slot=slot, sequence=sequence, table=table, ends=tuple(ends)
+        tokens=tokens,
+        position=position,
+        slot=slot,
+        sequence=sequence,
+        table=table,
+        ends=tuple(ends),
+        long=sum(row[0] for row in rows) >= _LONG,
     )
 
 
@@ -104,7 +116,18 @@ class FewRows:
             )
             for module in weights.modules
         ]
-        self._cache = list(cache.numpy())
+        self._caches = cache.numpy()
+        self._desk = Desk.of(
+            rows=MOST_ROWS,
+            heads=self._heads,
+            width=cache.shape[2],
+            latent=config.kv_lora_rank,
+            pages=-(-config.max_position_embeddings // page_size),
+            dtype=self._caches.dtype,
+        )
+        self._assistant = (
+            Assistant(self._desk, self._caches, page_size) if torch.get_num_threads() > 1 else None
+        )
         self._routing = (
             config.num_experts_per_tok,
             config.n_group,
@@ -129,8 +152,8 @@ class FewRows:
     def forward(self, batch: FewBatch) -> Tensor:
         """Hidden states [N, D] after the last layer, before the final norm."""
         x = self._embedding[batch.tokens]
-        for layer, cache in zip(self._layers, self._cache, strict=False):
-            self._block(x, layer, cache, batch)
+        for at, layer in enumerate(self._layers):
+            self._block(x, layer, at, batch)
         return torch.from_numpy(x)
 
     def draft(self, depth: int, batch: FewBatch, hidden: Tensor) -> Tensor:
@@ -146,7 +169,7 @@ class FewRows:
             both[:, size:] = self._norm(hidden.numpy(), module.hidden_norm)
             x = np.empty((len(batch.tokens), size), self._embedding.dtype)
             decode.project(both, module.join, x)
-        self._block(x, module.layer, self._cache[len(self._layers) + depth - 1], batch)
+        self._block(x, module.layer, len(self._layers) + depth - 1, batch)
         return torch.from_numpy(self._norm(x, module.norm))
 
     def normed(self, hidden: Tensor) -> Tensor:
@@ -164,13 +187,15 @@ class FewRows:
         decode.rms_norm(x, weight, self._eps, out)
         return out
 
-    def _block(self, x: Array, layer: _Layer, cache: Array, batch: FewBatch) -> None:
+    def _block(self, x: Array, layer: _Layer, at: int, batch: FewBatch) -> None:
+        shared = batch.long and self._assistant is not None and self._assistant.ready()
         decode.attend(
             x,
             *layer.attention,
             self._eps,
             self._heads,
-            cache,
+            at,
+            self._caches,
             self._page_size,
             self._cos,
             self._sin,
@@ -178,6 +203,8 @@ class FewRows:
             batch.slot,
             batch.sequence,
             batch.table,
+            self._desk,
+            shared,
             x,
         )
         normed = self._norm(x, layer.mlp_norm)

@@ -150,9 +150,7 @@ def bench_serve(
     from jobs.bench.serve_progress import ProgressLine
 
     if url is not None and (checkpoint or config or overrides):
-        raise ConfigError(
-            "--checkpoint, --config and --set are for a server of its own; leave out URL"
-        )
+        raise ConfigError("--checkpoint, --config and --set are for a server of its own; leave out URL")
     load = Load(
         rate=rate_of(rate),
         share=share,

@@ -16,6 +16,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from kernels.atomics import add as _add
+from kernels.atomics import let_others_run as _let_others_run
+from kernels.atomics import load as _load
+from kernels.atomics import store as _store
+from kernels.team import DONE, LAYER, NEXT, PIECES
+
 _LATENT_EPS = 1e-6  # as in training, see model.attention
 _TINY = 1e-20  # as in model.routing
 
@@ -204,8 +210,8 @@ def mix_experts(x, row_ptr, expert, gate, w13, w2, out):
 
 @_compiled
 def attend(
-    x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, eps, heads,
-    cache, page_size, cos, sin, position, slot, sequence, table, out,
+    x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, eps, heads, layer,
+    caches, page_size, cos, sin, position, slot, sequence, table, desk, shared, out,
 ):  # fmt: skip
     """out += latent attention of rows x [N, D] after their norm; their entries go into the cache first.
 
@@ -213,16 +219,19 @@ def attend(
 
     Args:
         norm: [D].
-        cache: [slots, W], of this layer.
+        layer: whose cache it is.
+        caches: [layers, slots, W].
         cos, sin: [positions, R / 2].
         position: [N], which each row sees the cache up to.
         slot: [N], where its entry goes.
         sequence: [N], its row of the table.
         table: [S, P], pages of each sequence.
+        desk: a `kernels.team.Desk`.
+        shared: let the desk's assistant take a part.
     """
     rows = x.shape[0]
     latent, half = latent_norm.shape[0], cos.shape[1]
-    width, rank = latent + 2 * half, query_norm.shape[0]
+    rank = query_norm.shape[0]
     normed = np.empty_like(x)
     rms_norm(x, norm, eps, normed)
     low = np.empty((rows, down.shape[0]), x.dtype)
@@ -234,8 +243,7 @@ def attend(
         project(compressed, query, flat)
     else:
         project(normed, query, flat)
-    even = heads + heads % 2
-    queries = np.zeros((rows, even, width), x.dtype)
+    queries, seen, cache = desk.queries, desk.seen, caches[layer]
     nope = up_key.shape[1]
     own = flat.shape[1] // heads  # of a head: W where `up_key` is merged
     for n in range(rows):
@@ -257,27 +265,29 @@ def attend(
             else:
                 for c in range(latent):
                     queries[n, h, c] = flat[n, h * own + c]
-            _turn(
-                flat[n], (h + 1) * own - 2 * half, cos[position[n]], sin[position[n]], queries[n, h], latent
-            )
-    seen = np.empty((rows, even, latent), x.dtype)
-    for n in range(rows):
-        _look(queries[n], cache, table[sequence[n]], page_size, position[n] + 1, seen[n])
+            _turn(flat[n], (h + 1) * own - 2 * half, c_n, s_n, queries[n, h], latent)
+        desk.length[n] = position[n] + 1
+        for p in range(position[n] // page_size + 1):
+            desk.pages[n, p] = table[sequence[n], p]
+    _look_together(desk, caches, layer, rows, page_size, shared)
     size = up_value.shape[2]
     if size:
-        values = np.empty((rows, heads, size), x.dtype)
+        values = np.empty((rows, heads * size), x.dtype)
         for n in range(rows):
             for h in range(heads):
                 for v in range(size):
-                    values[n, h, v] = 0
+                    values[n, h * size + v] = 0
                 for c in range(latent):
                     for v in range(size):
-                        values[n, h, v] += seen[n, h, c] * up_value[h, c, v]
-        project(values.reshape(rows, heads * size), back, normed)
-    elif even == heads:
-        project(seen.reshape(rows, heads * latent), back, normed)
+                        values[n, h * size + v] += seen[n, h, c] * up_value[h, c, v]
+        project(values, back, normed)
     else:
-        project(seen[:, :heads].copy().reshape(rows, heads * latent), back, normed)
+        values = np.empty((rows, heads * latent), x.dtype)
+        for n in range(rows):
+            for h in range(heads):
+                for c in range(latent):
+                    values[n, h * latent + c] = seen[n, h, c]
+        project(values, back, normed)
     for n in range(rows):
         for k in range(x.shape[1]):
             out[n, k] += normed[n, k]
@@ -293,63 +303,101 @@ def _turn(source, start, cos, sin, target, at):
 
 
 @_compiled
-def _look(query, cache, pages, page_size, length, out):
-    """One position's attention to the first `length` entries of a sequence: [H', W] to [H', C].
+def _look_together(desk, caches, layer, rows, page_size, shared):
+    """All rows' heads look into the cache, two heads a piece of work, which an assistant may help with."""
+    pairs = desk.queries.shape[1] // 2
+    if not shared:
+        for piece in range(rows * pairs):
+            _look(desk, caches[layer], page_size, piece // pairs, piece % pairs)
+        return
+    words = desk.words
+    words[LAYER] = layer
+    _store(words, DONE, 0)
+    _store(words, PIECES, rows * pairs)
+    _store(words, NEXT, 0)  # from here on pieces can be taken
+    _take_pieces(desk, caches, page_size)
+    while _load(words, DONE) != rows * pairs:
+        _let_others_run()
 
-    H' is even and pages hold a multiple of four positions: two heads and four positions are done at a time,
-    which halves what is loaded. So up to three entries beyond the last are read, and weigh nothing.
+
+@_compiled
+def _take_pieces(desk, caches, page_size):
+    """Do pieces until all are taken. What a piece is, is read after it was taken: until it is done, nobody
+    changes that."""
+    words = desk.words
+    pairs = desk.queries.shape[1] // 2
+    while True:
+        piece = _add(words, NEXT, 1)
+        if piece >= _load(words, PIECES):
+            return
+        _look(desk, caches[words[LAYER]], page_size, piece // pairs, piece % pairs)
+        _add(words, DONE, 1)
+
+
+@_compiled
+def assist(desk, caches, page_size, looks):
+    """Take pieces as they come, until none has come for so many looks; whether any has."""
+    words = desk.words
+    any_came = False
+    left = looks
+    while left > 0:
+        if _load(words, NEXT) < _load(words, PIECES):
+            _take_pieces(desk, caches, page_size)
+            any_came, left = True, looks
+        else:
+            left -= 1
+            _let_others_run()
+    return any_came
+
+
+@_compiled
+def _look(desk, cache, page_size, row, pair):
+    """Two heads of one position look at the entries of its sequence: [2, W] to [2, C].
+
+    Pages hold a multiple of four positions, and four are done at a time, which halves what is loaded. So up
+    to three entries beyond the last are read, and weigh nothing.
     """
-    heads, width = query.shape
-    latent = out.shape[1]
-    weights = np.zeros((heads, length + 3), query.dtype)
-    scale = np.empty(heads, query.dtype)
+    query, out = desk.queries[row, 2 * pair : 2 * pair + 2], desk.seen[row, 2 * pair : 2 * pair + 2]
+    pages, length = desk.pages[row], desk.length[row]
+    width, latent = query.shape[1], out.shape[1]
     zero = query.dtype.type(0)
-    for start in range(0, length, page_size):
-        base = pages[start // page_size] * page_size
-        for h in range(0, heads, 2):
-            for t in range(0, min(page_size, length - start), 4):
-                k0, k1, k2, k3 = (
-                    cache[base + t],
-                    cache[base + t + 1],
-                    cache[base + t + 2],
-                    cache[base + t + 3],
-                )
-                a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
-                for k in range(width):
-                    a, b = query[h, k], query[h + 1, k]
-                    a0 += a * k0[k]
-                    a1 += a * k1[k]
-                    a2 += a * k2[k]
-                    a3 += a * k3[k]
-                    b0 += b * k0[k]
-                    b1 += b * k1[k]
-                    b2 += b * k2[k]
-                    b3 += b * k3[k]
-                at = start + t
-                weights[h, at], weights[h + 1, at] = a0, b0
-                weights[h, at + 1], weights[h + 1, at + 1] = a1, b1
-                weights[h, at + 2], weights[h + 1, at + 2] = a2, b2
-                weights[h, at + 3], weights[h + 1, at + 3] = a3, b3
-    for h in range(heads):
-        scale[h] = _exponentiate(weights[h], length)
-        for c in range(latent):
-            out[h, c] = 0
+    weights = np.zeros((2, length + 3), query.dtype)
     for start in range(0, length, page_size):
         base = pages[start // page_size] * page_size
         for t in range(0, min(page_size, length - start), 4):
-            at, row = start + t, base + t
-            for h in range(heads):
-                a0, a1, a2, a3 = weights[h, at], weights[h, at + 1], weights[h, at + 2], weights[h, at + 3]
-                for k in range(latent):
-                    out[h, k] += (
-                        a0 * cache[row, k]
-                        + a1 * cache[row + 1, k]
-                        + a2 * cache[row + 2, k]
-                        + a3 * cache[row + 3, k]
-                    )
-    for h in range(heads):
-        for c in range(latent):
-            out[h, c] *= scale[h]
+            k0, k1 = cache[base + t], cache[base + t + 1]
+            k2, k3 = cache[base + t + 2], cache[base + t + 3]
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
+            for k in range(width):
+                a, b = query[0, k], query[1, k]
+                a0 += a * k0[k]
+                a1 += a * k1[k]
+                a2 += a * k2[k]
+                a3 += a * k3[k]
+                b0 += b * k0[k]
+                b1 += b * k1[k]
+                b2 += b * k2[k]
+                b3 += b * k3[k]
+            at = start + t
+            weights[0, at], weights[0, at + 1], weights[0, at + 2], weights[0, at + 3] = a0, a1, a2, a3
+            weights[1, at], weights[1, at + 1], weights[1, at + 2], weights[1, at + 3] = b0, b1, b2, b3
+    scale_a, scale_b = _exponentiate(weights[0], length), _exponentiate(weights[1], length)
+    for c in range(latent):
+        out[0, c] = out[1, c] = 0
+    for start in range(0, length, page_size):
+        base = pages[start // page_size] * page_size
+        for t in range(0, min(page_size, length - start), 4):
+            at = start + t
+            k0, k1 = cache[base + t], cache[base + t + 1]
+            k2, k3 = cache[base + t + 2], cache[base + t + 3]
+            a0, a1, a2, a3 = weights[0, at], weights[0, at + 1], weights[0, at + 2], weights[0, at + 3]
+            b0, b1, b2, b3 = weights[1, at], weights[1, at + 1], weights[1, at + 2], weights[1, at + 3]
+            for k in range(latent):
+                out[0, k] += a0 * k0[k] + a1 * k1[k] + a2 * k2[k] + a3 * k3[k]
+                out[1, k] += b0 * k0[k] + b1 * k1[k] + b2 * k2[k] + b3 * k3[k]
+    for c in range(latent):
+        out[0, c] *= scale_a
+        out[1, c] *= scale_b
 
 
 @_compiled
@@ -384,4 +432,4 @@ def _exponentiate(values, length):
     return values.dtype.type(1) / total
 
 
-__all__ = ["attend", "mix_experts", "project", "rms_norm", "route", "swiglu"]
+__all__ = ["assist", "attend", "mix_experts", "project", "rms_norm", "route", "swiglu"]

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from numba import njit, types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+from numba import njit
+
+from kernels.atomics import let_others_run as _let_others_run
+from kernels.atomics import load as _load
+from kernels.atomics import store as _store
 
 # Words of a box's head, each in a cache line of its own where both ends write.
 REQUEST: Final = 0
@@ -28,26 +30,6 @@ NOTHING, MAIL, PACKET = (0, 1, 2)
 PENDING, ANSWERED, REFUSED = (0, 1, 2)
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
-_let_others_run = types.ExternalFunction("sched_yield", types.int32())
-
-
-@intrinsic
-def _load(context, words, index):
-    def generate(context, builder, signature, arguments):
-        array = make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.load_atomic(builder.gep(array.data, [arguments[1]]), "seq_cst", 8)
-
-    return types.int64(words, types.intp), generate
-
-
-@intrinsic
-def _store(context, words, index, value):
-    def generate(context, builder, signature, arguments):
-        array = make_array(signature.args[0])(context, builder, arguments[0])
-        builder.store_atomic(arguments[2], builder.gep(array.data, [arguments[1]]), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return types.void(words, types.intp, types.int64), generate
 
 
 @_compiled

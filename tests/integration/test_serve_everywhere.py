@@ -24,7 +24,9 @@ PROMPTS = [f"{PROMPT} the {'mat and the hat ' * (number % 5)}{'cat'[: number % 4
 def by_transformers(directory: Path) -> list[str]:
     """The text that follows each prompt, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     said = []

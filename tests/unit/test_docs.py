@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from jobs.api.schemas import ChatRequest, CompletionRequest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,3 +36,16 @@ def test_the_architecture_lists_every_module_and_no_other() -> None:
     }
     assert sorted(listed) == sorted(there)
     assert packages == {file.parent.name for file in ROOT.glob("*/__init__.py")}
+
+
+def test_the_parameters_are_those_that_the_server_takes() -> None:
+    _, _, text = (
+        (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").partition("Against vLLM's server:\n")
+    )
+    rows = [line.strip("| ").split(" | ") for line in text.strip().split("\n\n")[0].splitlines()[2:]]
+    taken, refused = set[str](), set[str]()
+    for names, here in rows:
+        assert here == "refused" or here.startswith(("supported", "differs: ")), here
+        (refused if here == "refused" else taken).update(re.findall(r"`(\w+)`", names))
+    assert taken == {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    assert not taken & refused

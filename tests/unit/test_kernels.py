@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import decode
+from kernels.team import Desk
 from model.experts import ExpertShard, experts_forward
 from model.routing import affinity, gate_values, select_experts
 
@@ -100,8 +101,11 @@ def test_a_row_is_the_same_in_any_company() -> None:
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("heads", [2, 3])
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-11), (np.float32, 2e-4)])
-def test_attention(merged: bool, compressed: bool, heads: int, dtype: type, bound: float) -> None:
+def test_attention(
+    merged: bool, compressed: bool, heads: int, shared: bool, dtype: type, bound: float
+) -> None:
     """Three sequences of different lengths, one of them with two positions, against plain products."""
     size, rank, nope, v_size = 16, 10 if compressed else 0, 6, 5
     own = HEAD_IN if merged else nope + ROPE
@@ -147,9 +151,10 @@ def test_attention(merged: bool, compressed: bool, heads: int, dtype: type, boun
             value = weights / weights.sum() @ entries[seen, :LATENT]
             said.append(value if merged else value @ up_value[h])
         expected[n] += back @ np.concatenate(said)
+    desk = Desk.of(rows=4, heads=heads, width=HEAD_IN, latent=LATENT, pages=5, dtype=dtype)
     decode.attend(
-        x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, 1e-6, heads,
-        cache, PAGE, cos, sin, position, slot, sequence, table, x,
+        x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, 1e-6, heads, 0,
+        cache[None], PAGE, cos, sin, position, slot, sequence, table, desk, shared, x,
     )  # fmt: skip
     np.testing.assert_allclose(x, expected, rtol=bound, atol=bound)
     np.testing.assert_allclose(cache, entries, rtol=bound, atol=bound)
