@@ -1,6 +1,8 @@
 """Words of memory that several threads or processes read and write, for compiled functions.
 
 All are sequentially consistent: what was written before a word is seen by whoever sees the word.
+
+Whoever changes this file removes `kernels/__pycache__`: Numba's caches of the files that use it do not notice.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Decoding one token reads every active weight once and does little with it. Some 
 layer cost more than that, and a matrix-vector product of BLAS reads several rows of a matrix at a time,
 where one after the other is what the memory is fast at. Float32 and float64, in C order.
 
-All compiled functions are in this one file on purpose: Numba's cache on disk knows when a function's own
-file has changed, and not when that of a function it calls has.
+Functions that call one another are in one file on purpose: Numba's cache on disk knows when a function's own
+file has changed, and not when that of a function it calls has (see `kernels.atomics`).
 
 Shapes: N rows, D hidden, H heads, C kv_lora_rank, R rotary dimensions, W = C + R width of a cache's row,
 Q rank of the queries' compression (0 without), E experts, I their width, K experts per row, S sequences.

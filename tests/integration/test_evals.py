@@ -35,7 +35,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [
         {"question": sentence[:cut], "choices": [sentence[cut:], " the hat", " zebra"], "answer": number % 3}
         for number, sentence in enumerate(SENTENCES * 3)
-        for cut in [4 + number]
+        for cut in [4 + number % 5]
     ]
     (directory / "documents.json").write_text("\n".join(map(json.dumps, documents)))
     common: dict[str, Any] = {
