@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 _LEND_FROM: Final = 1 << 18
 """Bytes from which a reply is lent and not copied: below, the copy is the cheaper one."""
 _EMPTY: Final = headers.layout(())
-_LOOKS: Final = 200  # into a mailbox between two looks at the clock
+_LOOKS: Final = 1000  # into a mailbox between two looks at the clock
 _RESTLESS: Final = 2e-3
 """Seconds without mail after which a host sleeps: longer than between two layers of a token, so that it
 sleeps between requests and not within them."""

@@ -12,7 +12,7 @@ import weakref
 from kernels.decode import assist
 from kernels.team import Array, Desk
 
-_LOOKS = 200  # for work, between two looks at the clock
+_LOOKS = 4000  # for work, between two looks at the clock: for those it needs the interpreter's lock
 _RESTLESS = 2e-3  # seconds without work after which it sleeps
 
 
