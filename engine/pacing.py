@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 _SPAN = 64  # steps over which the speed of the present mode is averaged
 _SURPRISE = 0.02  # standard error that no trial is better than, relative
-_KEPT = 0.7  # weight that earlier trials keep at each new one
+_KEPT = 0.8  # weight that earlier trials keep at each new one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +35,8 @@ class PacingSettings:
     trial: int = 8
     budget: float = 0.025
     first_trials: int = 4
-    margin: float = 0.03
-    certainty: float = 2.5
+    margin: float = 0.02
+    certainty: float = 2.0
     patience: int = 4
 
 
