@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.batch import Stretch, by_length
 from engine.runner import Runner
+from engine.sampling import likeliest
 from engine.sequence import Sequence
 
 _MOST_HELD = 4096
@@ -134,8 +135,9 @@ class Drafter:
                 drafting.append((advance.sequence, end - 1))
             row = end
         if drafting:
-            rows = torch.tensor([at for _, at in drafting], device=hidden.device)
-            tokens = self.runner.logits(hidden.index_select(0, rows)).argmax(-1).tolist()
+            rows = [at for _, at in drafting]
+            last = hidden[rows[0] : rows[0] + 1] if len(rows) == 1 else hidden[rows]
+            tokens = likeliest(self.runner.logits(last))
             for (sequence, _), token in zip(drafting, tokens, strict=True):
                 sequence.drafts.append(token)
         return after if self.chain else before

@@ -21,7 +21,7 @@ from engine.pacing import DraftPacer
 from engine.pages import PagePool
 from engine.params import SamplingParams
 from engine.runner import Runner
-from engine.sampling import adjusted, choose, log_probabilities
+from engine.sampling import adjusted, choose, likeliest, log_probabilities
 from engine.scheduler import Scheduler, Share
 from engine.sequence import Sequence, TokenLogprobs
 from engine.weights import TrunkWeights
@@ -224,9 +224,9 @@ class Engine:
         chain = self._runner.weights.config.mtp_mode == "chain"
         normed = self._runner.normed(hidden)
         logits = self._logits(shares, batch.ends, normed)
-        for share, end, (rows, likeliest) in zip(shares, batch.ends, logits, strict=True):
+        for share, end, (rows, best) in zip(shares, batch.ends, logits, strict=True):
             sequence = share.sequence
-            new = self._accept(share, rows, likeliest)
+            new = self._accept(share, rows, best)
             certain = share.end - share.drafts + max(0, len(new) - 1)
             first = end - (share.end - share.start)
             progress.append(Progress(sequence, new))
@@ -279,19 +279,21 @@ class Engine:
             return [(normed[:0], [])] * len(shares)
         picked = normed if len(rows) == len(normed) else normed[torch.tensor(rows, device=normed.device)]
         logits = self._runner.logits(picked)[:, : self._vocabulary]
-        likeliest = iter(logits.argmax(-1).tolist())
+        best = iter(likeliest(logits))
+        if len(counts) == 1:
+            return [(logits, list(best))]
         return [
-            (part, [next(likeliest) for _ in range(count)])
+            (part, [next(best) for _ in range(count)])
             for part, count in zip(torch.split(logits, counts), counts, strict=True)
         ]
 
-    def _accept(self, share: Share, logits: Tensor, likeliest: list[int]) -> list[int]:
+    def _accept(self, share: Share, logits: Tensor, greedy: list[int]) -> list[int]:
         """Draw a sequence's next tokens: one, and one more for each draft that is what is drawn."""
         sequence = share.sequence
         params = sequence.params
         if params.prompt_logprobs and share.start < len(sequence.prompt):
             self._note_prompt(share, logits)
-            logits, likeliest = logits[-1 - share.drafts :], likeliest[-1 - share.drafts :]
+            logits, greedy = logits[-1 - share.drafts :], greedy[-1 - share.drafts :]
         if not share.samples:
             return []
         drafts = sequence.drafts[: share.drafts]
@@ -299,7 +301,7 @@ class Engine:
         new: list[int] = []
         for at in range(len(drafts) + 1):
             if plain:
-                token = likeliest[at]
+                token = greedy[at]
             else:
                 row = adjusted(logits[at], params, sequence.prompt, sequence.output, sequence.ends)
                 token = choose(row, params, sequence.rng.random())
