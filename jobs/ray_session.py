@@ -55,7 +55,7 @@ def ray_session(needs: Needs, *, address: str | None, debug: bool = False) -> It
             ray.init(
                 address="local",  # without it, Ray would join whatever cluster runs on this machine
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needs.cpus) + 1),
-                _node_ip_address="127.0.0.1",  # nothing of an embedded cluster listens elsewhere
+                _node_ip_address="127.0.0.1",  # of the node; some of Ray's own ports listen elsewhere
                 include_dashboard=False,
                 log_to_driver=debug,
                 logging_level=level,

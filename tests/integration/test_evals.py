@@ -32,11 +32,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One task that chooses by log probability, and one that generates; their documents beside them."""
     directory = tmp_path_factory.mktemp("tasks")
-    documents = [
-        {"question": sentence[:cut], "choices": [sentence[cut:], " the hat", " zebra"], "answer": number % 3}
-        for number, sentence in enumerate(SENTENCES * 3)
-        for cut in [4 + number % 5]
-    ]
+    documents = []
+    for number, sentence in enumerate(SENTENCES * 3):
+        words = sentence.split()
+        cut = 1 + number % (len(words) - 1)  # between words: lm-eval wants a token for each side
+        rest = " " + " ".join(words[cut:])
+        choices = [rest, " the hat", " zebra"]
+        documents.append({"question": " ".join(words[:cut]), "choices": choices, "answer": number % 3})
     (directory / "documents.json").write_text("\n".join(map(json.dumps, documents)))
     common: dict[str, Any] = {
         "dataset_path": "json",
