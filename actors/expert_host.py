@@ -331,7 +331,7 @@ class ExpertHost:
         )
 
     def _forward(self, layer: _Layer, request: Request) -> tuple[Tensor, ...]:
-        rows, row_ptr, _, gate = self._payload(request, 4)
+        rows, _, _, gate = self._payload(request, 4)
         if rows.dtype != self.dtype or rows.ndim != 2 or rows.shape[1] != self.config.hidden_size:
             raise ProtocolError(
                 f"expert host {self.id} takes rows [n, {self.config.hidden_size}] of {self.dtype}, "
@@ -340,7 +340,7 @@ class ExpertHost:
         keep = request.id.phase is Phase.FORWARD
         if keep and layer.optimizer is None:
             raise ProtocolError(f"expert host {self.id} holds no optimizer: it answers INFER, not FORWARD")
-        local = self._local(layer, request)
+        row_ptr, local = self._local(layer, request)
         partial, saved = experts_forward(layer.shard, rows, row_ptr, local, gate, keep=keep)
         if saved is not None:
             self._ledger.keep(request.id, saved)
@@ -389,9 +389,13 @@ class ExpertHost:
         if step != self._step:
             raise ProtocolError(f"expert host {self.id} is at step {self._step}, not at step {step}")
 
-    def _local(self, layer: _Layer, request: Request) -> Tensor:
-        """[nnz] int32, the request's experts as indices into the shard; what a peer sent is checked here."""
+    def _local(self, layer: _Layer, request: Request) -> tuple[Tensor, Tensor]:
+        """row_ptr [n + 1], and the request's experts as indices into the shard [nnz]; both int32.
+
+        What a peer sent is checked here, and copied: it may still write to memory that it shares.
+        """
         rows, row_ptr, expert, gate = request.tensors
+        row_ptr = row_ptr.clone()
         whole = row_ptr.numel() == rows.shape[0] + 1 and expert.numel() == gate.numel()
         flat = row_ptr.ndim == expert.ndim == gate.ndim == 1
         integers = row_ptr.dtype == expert.dtype == torch.int32
@@ -412,7 +416,7 @@ class ExpertHost:
                 f"expert host {self.id} does not hold experts {foreign} of layer {request.id.layer}; it "
                 f"holds {len(here)}: {sorted(here)[:8]}…"
             )
-        return local.to(self._device)
+        return row_ptr.to(self._device), local.to(self._device)
 
     def _payload(self, request: Request, n: int) -> tuple[Tensor, ...]:
         if len(request.tensors) != n:

@@ -58,7 +58,9 @@ class MailCall:
             try:
                 sent = box.post(*self._asked, host_of, host, (placement.epoch, *call))
             except RaymoeError as error:
-                raise lane.lost(placement.hosts[host], error) from error
+                lost = lane.lost(placement.hosts[host], error)
+                self.abandon()  # nobody has this call yet who could
+                raise lost from error
             if sent:
                 self._out.append(host)
                 counters.rows += sent

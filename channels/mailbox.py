@@ -189,7 +189,7 @@ class HostBox:
         self.box = box_at(memory, width, pairs, dtype)
         self.row_ptr = np.zeros(MAX_ROWS + 1, np.int64)
         self.expert = np.zeros(pairs, np.int64)
-        self._answered = self._packets = 0
+        self._asked = self._answered = self._packets = 0
 
     def open(self) -> None:
         """Tell the client that requests will be answered."""
@@ -202,9 +202,14 @@ class HostBox:
         return int(words[words_of.EPOCH]), int(words[words_of.LAYER])
 
     def watch(self, looks: int) -> int:
-        """`kernels.mailbox.watch` for this box."""
-        found: int = words_of.watch(self.box.words, self._answered, self._packets, looks)
-        return found
+        """`kernels.mailbox.watch` for this box; with mail, the next `reply` is to the request there is now.
+
+        A client that has given one up may send another at any time, for which that reply must not pass.
+        """
+        found, asked = words_of.watch(self.box.words, self._answered, self._packets, looks)
+        if found == words_of.MAIL:
+            self._asked = asked
+        return int(found)
 
     def accept(self, local_of: Array) -> tuple[int, int]:
         """Rows and pairs of the request, checked into `row_ptr` and `expert`; none where it cannot be."""
@@ -215,7 +220,7 @@ class HostBox:
     def reply(self, *, answered: bool) -> None:
         """The reply is in the box, or there is none."""
         words = self.box.words
-        self._answered = words_of.load(words, words_of.REQUEST)
+        self._answered = self._asked
         words[words_of.STATUS] = words_of.ANSWERED if answered else words_of.REFUSED
         words_of.store(words, words_of.REPLY, self._answered)
 

@@ -181,7 +181,7 @@ class ShmServer:
         try:
             while True:
                 if bell.box is not None and self._postman is not None:
-                    _deliver(bell.box, self._postman)
+                    self._deliver(bell.box, self._postman)
                 self._answer(bell)
         except ProtocolError as error:
             _log.warning("%s: hung up on pid %d: %s", self._address, bell.peer, str(error))
@@ -191,6 +191,19 @@ class ShmServer:
             bell.close()
             with self._guard:
                 self._open.pop(bell, None)
+
+    def _deliver(self, box: HostBox, postman: Postman) -> None:
+        """Answer what comes into a box, until there is a packet to read or nothing comes for a while."""
+        last = time.monotonic()
+        while True:
+            found = box.watch(_LOOKS)
+            if found == MAIL:
+                postman(box)
+                if self._closed:  # the socket says so, which nobody looks at while mail comes
+                    return
+                last = time.monotonic()
+            elif found == PACKET or (time.monotonic() - last > _RESTLESS and box.rest()):
+                return
 
     def _answer(self, bell: Doorbell) -> None:
         packet = bell.receive()
@@ -209,18 +222,6 @@ class ShmServer:
             bell.send(headers.error_text(error), _EMPTY)
             return
         bell.send(headers.reply_text(payload), payload, outcome)
-
-
-def _deliver(box: HostBox, postman: Postman) -> None:
-    """Answer what comes into a box, until there is a packet to read or nothing comes for a while."""
-    last = time.monotonic()
-    while True:
-        found = box.watch(_LOOKS)
-        if found == MAIL:
-            postman(box)
-            last = time.monotonic()
-        elif found == PACKET or (time.monotonic() - last > _RESTLESS and box.rest()):
-            return
 
 
 def serve(handler: Handler, postman: Postman | None = None) -> ShmServer:

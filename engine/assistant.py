@@ -52,7 +52,8 @@ def _assist(
             last = time.monotonic()
         elif time.monotonic() - last > _RESTLESS:
             awake.clear()
-            awake.wait()
+            if not ended.is_set():  # or `_end` has been and gone: nobody would wake this thread again
+                awake.wait()
             last = time.monotonic()
 
 

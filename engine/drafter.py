@@ -148,7 +148,8 @@ class Drafter:
         progress = self._trails[sequence.id].modules[k - 1]
         before = progress.states()
         if progress.done < first and before is not None:
-            states = torch.cat((before, states))
+            # Of positions in both, what was known before was made with drafts.
+            states = torch.cat((before[: first - progress.done], states))
             first = progress.done
         elif progress.done < first:  # the states of some positions are gone: their entries stay as they are
             progress.done = first

@@ -255,6 +255,9 @@ class Engine:
         pays = self.pacer is None or self.pacer.wants(max(1, generating))
         if pays:
             drafter.advance(advances)
+            for advance in advances:  # no position is beyond the last there may be
+                sequence = advance.sequence
+                del sequence.drafts[self.longest - len(sequence) :]
         else:
             drafter.hold(advances)
         reads = any(share.end - share.start > 1 + share.drafts for share in shares)

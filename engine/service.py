@@ -114,6 +114,8 @@ class EngineService:
         done: Future[_T] = Future()
 
         def command() -> None:
+            if not done.set_running_or_notify_cancel():  # whoever wanted it has gone
+                return
             try:
                 done.set_result(work())
             except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import signal
 import socket
@@ -88,6 +89,8 @@ def serve(
         check_serving(config, model, serving_dtype(config, directory))
         if grpc_port is not None:
             _check_free(grpc_port)
+    if not debug:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_session(_needs(config), address=address, debug=debug) as embedded:
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})

@@ -20,7 +20,7 @@ from kernels.atomics import add as _add
 from kernels.atomics import let_others_run as _let_others_run
 from kernels.atomics import load as _load
 from kernels.atomics import store as _store
-from kernels.team import DONE, LAYER, NEXT, PIECES
+from kernels.team import DONE, LAYER, NEXT, PIECES, ROUND
 
 _LATENT_EPS = 1e-6  # as in training, see model.attention
 _TINY = 1e-20  # as in model.routing
@@ -311,10 +311,11 @@ def _look_together(desk, caches, layer, rows, page_size, shared):
             _look(desk, caches[layer], page_size, piece // pairs, piece % pairs)
         return
     words = desk.words
+    start = (words[PIECES] // ROUND + 1) * ROUND
     words[LAYER] = layer
     _store(words, DONE, 0)
-    _store(words, PIECES, rows * pairs)
-    _store(words, NEXT, 0)  # from here on pieces can be taken
+    _store(words, PIECES, start + rows * pairs)
+    _store(words, NEXT, start)  # from here on pieces can be taken
     _take_pieces(desk, caches, page_size)
     while _load(words, DONE) != rows * pairs:
         _let_others_run()
@@ -327,11 +328,18 @@ def _take_pieces(desk, caches, page_size):
     words = desk.words
     pairs = desk.queries.shape[1] // 2
     while True:
-        piece = _add(words, NEXT, 1)
-        if piece >= _load(words, PIECES):
+        taken = _add(words, NEXT, 1)
+        if not _is_piece(taken, _load(words, PIECES)):
             return
+        piece = taken % ROUND
         _look(desk, caches[words[LAYER]], page_size, piece // pairs, piece % pairs)
         _add(words, DONE, 1)
+
+
+@_compiled
+def _is_piece(number, pieces):
+    """Whether a number from `NEXT` is that of a piece of the round that `PIECES` is of."""
+    return number // ROUND == pieces // ROUND and number < pieces
 
 
 @_compiled
@@ -341,7 +349,7 @@ def assist(desk, caches, page_size, looks):
     any_came = False
     left = looks
     while left > 0:
-        if _load(words, NEXT) < _load(words, PIECES):
+        if _is_piece(_load(words, NEXT), _load(words, PIECES)):
             _take_pieces(desk, caches, page_size)
             any_came, left = True, looks
         else:
@@ -354,8 +362,9 @@ def assist(desk, caches, page_size, looks):
 def _look(desk, cache, page_size, row, pair):
     """Two heads of one position look at the entries of its sequence: [2, W] to [2, C].
 
-    Pages hold a multiple of four positions, and four are done at a time, which halves what is loaded. So up
-    to three entries beyond the last are read, and weigh nothing.
+    Pages hold a multiple of four positions, and four are done at a time, which halves what is loaded. In
+    place of entries beyond the last, the last one is read again and weighs nothing: what another sequence
+    has left there may be no number, which times nothing is none either.
     """
     query, out = desk.queries[row, 2 * pair : 2 * pair + 2], desk.seen[row, 2 * pair : 2 * pair + 2]
     pages, length = desk.pages[row], desk.length[row]
@@ -364,9 +373,10 @@ def _look(desk, cache, page_size, row, pair):
     weights = np.zeros((2, length + 3), query.dtype)
     for start in range(0, length, page_size):
         base = pages[start // page_size] * page_size
+        last = base + min(page_size, length - start) - 1
         for t in range(0, min(page_size, length - start), 4):
-            k0, k1 = cache[base + t], cache[base + t + 1]
-            k2, k3 = cache[base + t + 2], cache[base + t + 3]
+            k0, k1 = cache[base + t], cache[min(base + t + 1, last)]
+            k2, k3 = cache[min(base + t + 2, last)], cache[min(base + t + 3, last)]
             a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
             for k in range(width):
                 a, b = query[0, k], query[1, k]
@@ -386,10 +396,11 @@ def _look(desk, cache, page_size, row, pair):
         out[0, c] = out[1, c] = 0
     for start in range(0, length, page_size):
         base = pages[start // page_size] * page_size
+        last = base + min(page_size, length - start) - 1
         for t in range(0, min(page_size, length - start), 4):
             at = start + t
-            k0, k1 = cache[base + t], cache[base + t + 1]
-            k2, k3 = cache[base + t + 2], cache[base + t + 3]
+            k0, k1 = cache[base + t], cache[min(base + t + 1, last)]
+            k2, k3 = cache[min(base + t + 2, last)], cache[min(base + t + 3, last)]
             a0, a1, a2, a3 = weights[0, at], weights[0, at + 1], weights[0, at + 2], weights[0, at + 3]
             b0, b1, b2, b3 = weights[1, at], weights[1, at + 1], weights[1, at + 2], weights[1, at + 3]
             for k in range(latent):

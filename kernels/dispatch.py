@@ -80,9 +80,10 @@ def localize(row_ptr, expert, local_of, local):
         if row_ptr[i] > row_ptr[i + 1]:
             return MALFORMED
     for p in range(expert.shape[0]):
-        if expert[p] < 0 or expert[p] >= local_of.shape[0] or local_of[expert[p]] < 0:
+        e = expert[p]  # once: the peer may write to it still
+        if e < 0 or e >= local_of.shape[0] or local_of[e] < 0:
             return FOREIGN
-        local[p] = local_of[expert[p]]
+        local[p] = local_of[e]
     return FINE
 
 

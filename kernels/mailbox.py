@@ -106,15 +106,16 @@ def watch(words, answered, packets, looks):
     """Wait as a host for a request beyond the last one answered, or for word of a packet on the socket.
 
     Returns:
-        NOTHING after so many looks, MAIL or PACKET.
+        NOTHING after so many looks, MAIL or PACKET, and the number of the newest request.
     """
     while True:
-        if _load(words, REQUEST) != answered:
-            return MAIL
+        asked = _load(words, REQUEST)
+        if asked != answered:
+            return MAIL, asked
         if _load(words, RING) != packets:
-            return PACKET
+            return PACKET, asked
         if looks == 0:
-            return NOTHING
+            return NOTHING, asked
         looks -= 1
         _let_others_run()
 

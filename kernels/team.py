@@ -10,11 +10,14 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 # Words of a desk, each in a cache line of its own where both threads write.
-NEXT: Final = 0  # piece that nobody has taken yet
+NEXT: Final = 0  # round · ROUND + the piece that nobody has taken yet
 DONE: Final = 8  # pieces that are done
-PIECES: Final = 16
+PIECES: Final = 16  # round · ROUND + number of pieces
 LAYER: Final = 17
 _WORDS: Final = 24
+ROUND: Final = 1 << 20
+"""More than the pieces of a round. Whoever has counted `NEXT` up and then loses the core for a while holds a
+number of an earlier round, which must not pass for a piece of this one."""
 
 
 class Desk(NamedTuple):
@@ -47,4 +50,4 @@ class Desk(NamedTuple):
         )
 
 
-__all__ = ["DONE", "LAYER", "NEXT", "PIECES", "Desk"]
+__all__ = ["DONE", "LAYER", "NEXT", "PIECES", "ROUND", "Desk"]

@@ -209,10 +209,10 @@ def _few_rows(
     """The forward pass of a few rows: one sweep over the weights of the experts that they need."""
     partial = np.zeros(rows.shape, _NUMPY[rows.dtype])
     mix_experts(
-        rows.contiguous().numpy(),
+        rows.detach().contiguous().numpy(),
         row_ptr,
         expert.numpy().astype(np.int64, copy=False),
-        gate.contiguous().numpy(),
+        gate.detach().contiguous().numpy(),
         w13.detach().numpy(),
         w2.detach().numpy(),
         partial,

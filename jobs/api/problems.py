@@ -83,7 +83,10 @@ def of_validation(error: RequestValidationError) -> ApiError:
         param = message.split()[0]
         return invalid(message, param)
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown parameter {param!r}", param=param, code="unknown_parameter")
+        path = ".".join(map(str, first["loc"][1:]))
+        return ApiError(400, f"unknown parameter {path!r}", param=path, code="unknown_parameter")
+    if len(first["loc"]) == 1 and first["type"] in ("model_attributes_type", "dict_type"):
+        return invalid("the body is no JSON object; send one with Content-Type: application/json")
     if first["type"] == "missing":
         return ApiError(
             400, f"{param or 'the body'} is missing", param=param, code="missing_required_parameter"

@@ -8,10 +8,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from errors import ChannelError
+from errors import ChannelError, ConfigError
 from jobs.bench.serve_figures import Outcome
 from jobs.bench.serve_mix import Ask
 
@@ -147,9 +148,11 @@ async def connected(
         timeout: seconds that a request may take.
 
     Raises:
+        ConfigError: it is no URL.
         ChannelError: nobody answers at the URL, or something that is not OpenAI's interface.
     """
     base = url.rstrip("/").removesuffix("/v1")
+    _check_url(base)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with aiohttp.ClientSession(
         base_url=base,
@@ -159,6 +162,16 @@ async def connected(
     ) as session:
         card = await _model_card(session, base)
         yield Client(session, str(card["id"]), longest=card.get("max_model_len"), ignore_eos=ignore_eos)
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        good = False
+    if not good:
+        raise ConfigError(f"URL is {url!r}; give http://HOST:PORT of a server, or leave it out")
 
 
 async def _model_card(session: aiohttp.ClientSession, base: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from cluster.config import ClusterConfig, Reserved
 from engine.engine import EngineSettings
@@ -76,6 +76,15 @@ class ServingConfig(Section):
             text = wrong["msg"].removeprefix("Value error, ")
             raise ValueError(f"{field}: {text}" if field else text) from None
         return value
+
+    @model_validator(mode="after")
+    def _a_page_fits(self) -> Self:
+        if self.page_size > self.cache_tokens:
+            raise ValueError(
+                f"page_size ({self.page_size}) is more than serving.cache_tokens "
+                f"({self.cache_tokens}): the cache would hold no page; lower the one or raise the other"
+            )
+        return self
 
     def engine_settings(self) -> EngineSettings:
         """Of each replica's engine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from engine import Engine, EngineSettings, TrunkWeights
-from engine.service import EngineService
+from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
+from engine.service import Delta, EngineService
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
 from jobs.api.chat import ChatTemplate
@@ -232,6 +233,11 @@ def test_what_is_no_request_is_refused(served: Served) -> None:
     broken = post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
     assert broken.status_code == 400
     assert broken.json()["error"]["code"] == "invalid_json"
+    bare = post("/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert bare.status_code == 400
+    assert "Content-Type: application/json" in bare.json()["error"]["message"]
+    nested = served.complete(stream=True, stream_options={"usage": True}).json()["error"]
+    assert nested["param"] == "stream_options.usage"
     assert served.client.get("/nowhere").status_code == 404
     assert "error" in served.client.get("/v1/completions").json()
     assert served.chat(messages=[]).json()["error"]["param"] == "messages"
@@ -294,5 +300,20 @@ def test_a_failure_of_the_engine_is_an_error_and_never_an_end(monkeypatch: pytes
         assert answer.json()["error"]["code"] == "engine_failed"
         assert served.complete(max_tokens=3).status_code == 200
         assert served.engine.pool.held == 0
+    finally:
+        served.service.close()
+
+
+def test_who_goes_away_before_the_engine_has_the_request_stops_nobody_else() -> None:
+    served = Served()
+    try:
+        busy = threading.Event()
+        served.service.call(busy.wait)
+        heard: list[Delta] = []
+        request = served.service.submit("gone", [1, 2], SamplingParams(max_tokens=4), heard.append)
+        assert request.cancel()
+        busy.set()
+        assert served.complete(max_tokens=3).status_code == 200
+        assert not heard
     finally:
         served.service.close()

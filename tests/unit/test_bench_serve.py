@@ -361,6 +361,17 @@ def test_a_server_that_answers_nothing_ends_it_with_its_words() -> None:
         asyncio.run(run())
 
 
+@pytest.mark.parametrize("url", ["nonsense", "127.0.0.1:8000", "ftp://host", "http://", "http://a:port", ""])
+def test_what_is_no_url_is_one_line(url: str) -> None:
+    async def run() -> None:
+        async with connected(url):
+            pass
+
+    with pytest.raises(ConfigError, match="give http://HOST:PORT") as caught:
+        asyncio.run(run())
+    assert "\n" not in str(caught.value)
+
+
 def test_no_server_is_one_line() -> None:
     async def run(url: str) -> None:
         async with connected(url):

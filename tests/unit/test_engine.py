@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import Engine, EngineSettings, SamplingParams, Sequence, TrunkWeights
+from engine.few_rows import collect_few
 from errors import ConfigError
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
@@ -252,6 +253,44 @@ def test_drafts_that_were_paused_go_on_as_if_they_had_not_been(mode: Literal["ch
     assert max(common) - min(common) > 30
     assert len(made[1]) < 60
     assert all(made[0][at] == made[1][at] for at in common)
+
+
+@pytest.mark.parametrize("mode", ["chain", "parallel"])
+def test_drafts_while_decoding_are_those_after_reading_the_same_text(
+    mode: Literal["chain", "parallel"],
+) -> None:
+    model = build(num_nextn_predict_layers=3, mtp_mode=mode)
+    settings = EngineSettings(pace_drafts=False)
+    text = prompts()[0]
+    engine = engine_of(model, settings)
+    sequence = engine.add("whole", text, greedy(12))
+    while engine.has_work:
+        engine.step()
+        if engine.has_work:
+            known = list(sequence.all_tokens)
+            fresh = engine_of(model, settings)
+            again = fresh.add("again", known[:-1], greedy())
+            fresh.step()
+            assert again.output == known[-1:]
+            assert sequence.drafts == again.drafts
+
+
+@pytest.mark.parametrize("mode", ["chain", "parallel"])
+def test_no_draft_lies_beyond_the_longest_text(
+    mode: Literal["chain", "parallel"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(num_nextn_predict_layers=3, mtp_mode=mode, max_position_embeddings=32)
+    last: list[int] = []
+    monkeypatch.setattr(
+        "engine.few_rows.collect_few",
+        lambda stretches, **sizes: (
+            last.append(max(stretch.end for stretch in stretches)) or collect_few(stretches, **sizes)
+        ),
+    )
+    engine = engine_of(model, EngineSettings(page_size=4, pace_drafts=False))
+    (sequence,) = run(engine, [[1, 2, 3]], greedy(100))
+    assert len(sequence) == 32
+    assert max(last) <= 32
 
 
 def test_warming_up_leaves_nothing_and_changes_nothing() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from actors.expert_host import ExpertHost
 from channels.base import Phase, Request, RequestId
 from errors import ProtocolError, RaymoeError, StaleEpoch
+from model.experts import experts_forward
 
 LAYER = LAYERS[0]
 
@@ -142,6 +144,21 @@ def test_a_malformed_request_says_what_is_wrong(
     with pytest.raises(ProtocolError, match=message):
         host.handle(change(forward()))
     assert host.stats().kept == 0
+
+
+def test_what_is_written_to_a_request_after_its_check_does_not_count(
+    host: ExpertHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = host.handle(forward(phase=Phase.INFER))[0]
+    request = forward(phase=Phase.INFER)
+
+    def late(*arguments: Any, keep: bool) -> Any:
+        request.tensors[1].fill_(1 << 20)
+        request.tensors[2].fill_(1 << 20)
+        return experts_forward(*arguments, keep=keep)
+
+    monkeypatch.setattr("actors.expert_host.experts_forward", late)
+    assert torch.equal(host.handle(request)[0], expected)
 
 
 def test_a_foreign_expert_is_named() -> None:

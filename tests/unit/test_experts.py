@@ -225,6 +225,8 @@ def test_local_experts_without_gradients_agree() -> None:
         for n in (1, 4):
             served = experts.dispatch(1, rows[:n], idx[:n], gates[:n]).combine()
             torch.testing.assert_close(served, trained[:n].detach(), rtol=1e-12, atol=1e-12)
+        leaf = experts.dispatch(1, rows.clone().requires_grad_(), idx, gates.clone().requires_grad_())
+        torch.testing.assert_close(leaf.combine(), trained.detach(), rtol=1e-12, atol=1e-12)
     assert trained.requires_grad
     assert sorted(dict(experts.named_parameters())) == [
         "layers.1.w13",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import decode
-from kernels.team import Desk
+from kernels.team import DONE, NEXT, PIECES, Desk
 from model.experts import ExpertShard, experts_forward
 from model.routing import affinity, gate_values, select_experts
 
@@ -117,10 +117,13 @@ def test_attention(
     up_value = rand(*((0, 0, 0) if merged else (heads, LATENT, v_size)), dtype=dtype)
     back = rand(size, heads * (LATENT if merged else v_size), dtype=dtype)
     cos, sin = np.cos(rand(20, ROPE // 2)).astype(dtype), np.sin(rand(20, ROPE // 2)).astype(dtype)
-    cache = rand(60, HEAD_IN, dtype=dtype)
+    cache = np.full((60, HEAD_IN), np.nan, dtype)  # of entries that nobody sees
     table = np.array([[3, 1, 0, 0], [5, 4, 2, 7], [6, 8, 0, 0]])
     sequence, position = np.array([0, 1, 2, 2]), np.array([4, 15, 6, 7])
     slot = np.array([table[s, p // PAGE] * PAGE + p % PAGE for s, p in zip(sequence, position, strict=True)])
+    for n in range(4):
+        for t in range(position[n] + 1):
+            cache[table[sequence[n], t // PAGE] * PAGE + t % PAGE] = rand(HEAD_IN, seed=t, dtype=dtype)
     x = rand(4, size, dtype=dtype)
     expected = x.astype(np.float64)
     entries = cache.astype(np.float64)
@@ -158,3 +161,17 @@ def test_attention(
     )  # fmt: skip
     np.testing.assert_allclose(x, expected, rtol=bound, atol=bound)
     np.testing.assert_allclose(cache, entries, rtol=bound, atol=bound)
+
+
+def test_a_number_of_an_earlier_round_is_no_piece_of_a_later_one() -> None:
+    """As an assistant holds it that lost the core between taking a number and looking what it is."""
+    desk = Desk.of(rows=3, heads=2, width=HEAD_IN, latent=LATENT, pages=1, dtype=np.float64)
+    desk.length[:] = 1
+    caches = rand(1, PAGE, HEAD_IN)
+    decode._look_together(desk, caches, 0, 1, PAGE, True)
+    stale = int(desk.words[NEXT]) - 1
+    assert not decode._is_piece(stale, desk.words[PIECES])
+    decode._look_together(desk, caches, 0, 3, PAGE, True)
+    assert desk.words[DONE] == 3
+    assert not decode._is_piece(stale, desk.words[PIECES])
+    assert decode._is_piece(desk.words[PIECES] - 1, desk.words[PIECES])

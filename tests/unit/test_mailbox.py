@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -137,6 +138,34 @@ def test_a_host_that_goes_is_named_and_others_are_read(cluster: Mailed) -> None:
     lane.abandon()
 
 
+def test_a_host_ends_though_mail_keeps_coming(cluster: Mailed, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = cluster.ready_lane()
+    rows, idx, gates = tokens(8)
+    errors: list[RaymoeError] = []
+
+    def keep_asking() -> None:
+        try:
+            while True:
+                lane.dispatch(LAYERS[0], rows, idx, gates).combine()
+        except RaymoeError as error:
+            errors.append(error)
+
+    client = threading.Thread(target=keep_asking, daemon=True)
+    client.start()
+    mailed, deadline = cluster.mailed, time.monotonic() + 30
+    while cluster.mailed < mailed + 10:
+        assert time.monotonic() < deadline
+    host = threading.Thread(target=cluster.doors[0].close, daemon=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(shm, "_RESTLESS", 3600.0)  # however slow this machine is, there is always mail
+        host.start()
+        host.join(10)
+        assert not host.is_alive()
+    client.join(10)
+    assert "host-0" in str(errors[0])
+    lane.abandon()
+
+
 def test_what_is_abandoned_is_not_mistaken_for_what_follows(cluster: Mailed) -> None:
     lane = cluster.ready_lane()
     rows, idx, gates = tokens(4)
@@ -164,6 +193,43 @@ def test_no_reply_in_time() -> None:
         mailbox.collect(np.zeros((1, 4)), timeout=0.05)
 
 
+def test_a_late_reply_is_none_to_the_next_request() -> None:
+    mailbox, host, _ = pair()
+    local_of = np.array([0, -1, 1], np.int32)
+    posted(mailbox)
+    assert host.watch(0) == words_of.MAIL
+    assert host.accept(local_of) == (1, 2)
+    posted(mailbox)  # the first one was given up while the host computes it
+    host.reply(answered=True)
+    with pytest.raises(ChannelTimeout):
+        mailbox.collect(np.zeros((1, 4)), timeout=0.05)
+    assert host.watch(0) == words_of.MAIL
+    host.reply(answered=True)
+    assert mailbox.collect(np.zeros((1, 4)), timeout=None)
+    assert host.watch(0) == words_of.NOTHING
+
+
+def test_a_call_that_cannot_be_sent_to_all_leaves_no_box_pending(
+    cluster: Mailed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = cluster.ready_lane()
+    rows, idx, gates = tokens(8)
+    expected = lane.dispatch(LAYERS[0], rows, idx, gates).combine()
+    boxes = lane._boxes._ready
+    assert boxes is not None
+    first, second = boxes[1]
+
+    def fails(*_: object) -> int:
+        raise ChannelError("hung up")
+
+    monkeypatch.setattr(second, "post", fails)
+    with pytest.raises(ChannelError, match="host-1"):
+        lane.dispatch(LAYERS[0], rows, idx, gates)
+    words = first._box.words
+    assert words[words_of.REPLY] == words[words_of.REQUEST]
+    assert torch.equal(lane.dispatch(LAYERS[0], rows, idx, gates).combine(), expected)
+
+
 @pytest.mark.parametrize(
     ("part", "at", "value"),
     [
@@ -182,6 +248,7 @@ def test_a_box_that_lies_is_refused(part: str, at: int, value: int) -> None:
     mailbox, host, _ = pair()
     posted(mailbox)
     local_of = np.array([0, -1, 1], np.int32)
+    assert host.watch(0) == words_of.MAIL
     assert host.call == (3, 1)
     assert host.accept(local_of) == (1, 2)
     getattr(mailbox._box, part)[at] = value

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.weights import TrunkWeights
-from errors import ResourceError
+from errors import ConfigError, ResourceError
 from jobs import weights as loading
 from jobs.presets import preset
 from jobs.serving import memory
@@ -190,3 +190,10 @@ def test_cgroups_of_version_1(tmp_path: Path) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert free_memory() > 0
+
+
+def test_a_page_larger_than_the_cache_is_refused() -> None:
+    fits = {"cache_tokens": 16, "page_size": 16}
+    assert ServeConfig.from_dict({"serving": fits}).serving.page_size == 16
+    with pytest.raises(ConfigError, match=r"^serving\.page_size \(17\) is more than serving\.cache_tokens"):
+        ServeConfig.from_dict({"serving": {**fits, "page_size": 17}})
