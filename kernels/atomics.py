@@ -2,7 +2,7 @@
 
 All are sequentially consistent: what was written before a word is seen by whoever sees the word.
 
-Whoever changes this file removes `kernels/__pycache__`: Numba's caches of the files that use it do not notice.
+Whoever changes this file removes `kernels/__pycache__`: Numba's caches of what uses it do not notice.
 """
 
 from __future__ import annotations
