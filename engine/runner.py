@@ -39,7 +39,9 @@ class Runner:
         like = weights.embedding
         width = config.kv_lora_rank + config.qk_rope_head_dim
         n_layers = len(weights.layers) + len(weights.modules)
-        self._cache = torch.zeros(n_layers, n_pages * page_size, width, dtype=like.dtype, device=like.device)
+        # Written once, so that the memory is there from the beginning and does not grow with use.
+        self._cache = torch.empty(n_layers, n_pages * page_size, width, dtype=like.dtype, device=like.device)
+        self._cache.zero_()
         angles = rotation(config, config.max_position_embeddings, dtype=like.dtype, device=like.device)
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         self._turns = torch.complex(angles.cos.to(wide), angles.sin.to(wide))
