@@ -133,13 +133,16 @@ class Boxes:
         self._kind = kind
         found = []
         for host in placement.hosts:
-            channel = self._lane.channel(host)
-            if not isinstance(channel, ShmChannel):
+            try:
+                channel = self._lane.channel(host)
+                if not isinstance(channel, ShmChannel):
+                    return None
+                known = self._of.get(host.id)
+                if known is None or known[0] is not channel:
+                    mailbox = channel.open_mailbox(rows.shape[1], MAX_ROWS * idx.shape[1], rows.dtype)
+                    known = self._of[host.id] = (channel, mailbox)
+            except RaymoeError:  # the call may want nothing of this host; if it does, its channel will tell
                 return None
-            known = self._of.get(host.id)
-            if known is None or known[0] is not channel:
-                mailbox = channel.open_mailbox(rows.shape[1], MAX_ROWS * idx.shape[1], rows.dtype)
-                known = self._of[host.id] = (channel, mailbox)
             found.append(known[1])
         if not all(mailbox.ready for mailbox in found):
             return None

@@ -37,7 +37,7 @@ class ServingConfig(Section):
         replicas: of the trunk; they share the expert hosts.
         autoscaling: Ray Serve's autoscaling_config for the replicas, in place of `replicas`.
         cpus_per_replica: CPUs that Ray reserves for each.
-        threads: compute threads of a replica; null shares out the machine's cores.
+        threads: compute threads of a replica; null takes as many as CPUs are reserved, one at least.
     """
 
     name: str | None = None

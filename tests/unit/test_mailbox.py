@@ -166,6 +166,21 @@ def test_a_host_ends_though_mail_keeps_coming(cluster: Mailed, monkeypatch: pyte
     lane.abandon()
 
 
+def test_a_host_that_is_gone_matters_only_to_calls_that_want_it(cluster: Mailed) -> None:
+    cluster.doors[1].close()
+    lane = cluster.lane()
+    rows, idx, gates = tokens(1)
+    owner = torch.tensor(cluster.owner[0])
+    idx[:] = torch.nonzero(owner == 0).flatten()[: idx.shape[1]]
+    with torch.no_grad():
+        expected = local_experts().dispatch(LAYERS[0], rows, idx, gates).combine()
+    for _ in range(3):
+        torch.testing.assert_close(lane.dispatch(LAYERS[0], rows, idx, gates).combine(), expected)
+    idx[0, 0] = int(torch.nonzero(owner == 1)[0])
+    with pytest.raises(ChannelError, match="host-1"):
+        lane.dispatch(LAYERS[0], rows, idx, gates).combine()
+
+
 def test_what_is_abandoned_is_not_mistaken_for_what_follows(cluster: Mailed) -> None:
     lane = cluster.ready_lane()
     rows, idx, gates = tokens(4)
