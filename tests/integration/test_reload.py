@@ -243,6 +243,7 @@ def answer_in_time(server: Server, seconds: float = 120) -> tuple[str, str]:
             assert time.monotonic() < deadline
 
 
+@pytest.mark.soak
 def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
     server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
@@ -271,6 +272,7 @@ def test_without_a_deployment_there_is_nothing_to_reload(
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+@pytest.mark.soak
 def test_a_pool_that_crashes_comes_back_with_the_checkpoint_of_the_deployment(
     server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
