@@ -99,7 +99,6 @@ class Mailbox:
         knock: Callable[[], object],
         alive: Callable[[], object],
     ) -> None:
-        self.width, self.pairs, self.dtype = width, pairs, dtype
         self._box = box_at(memory, width, pairs, dtype)
         self._box.words[[_WIDTH, _PAIRS, _SIZE]] = width, pairs, dtype.itemsize
         self._token = np.zeros(MAX_ROWS, np.int64)

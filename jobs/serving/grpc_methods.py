@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
@@ -55,9 +56,9 @@ class GrpcMethods:
     _loopback: bool
 
     @property
+    @abstractmethod
     def backend(self) -> Backend:
         """What the methods work with."""
-        raise NotImplementedError
 
     async def Generate(
         self, request: GenerateRequest, grpc_context: RayServegRPCContext
