@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from actors.steps import HostControl, HostStats, StepDecision, StepMetrics, StepReport, TrainingPlan
-from cluster.placement import Owner
-from cluster.topology import HostInfo, RoutingTable
+from cluster.topology import Holders, HostInfo, RoutingTable
 from errors import CheckpointError, ProtocolError, RaymoeError
 from model.balance import max_violation, update_bias
 from model.schedule import learning_rate, value_at
@@ -37,7 +36,7 @@ class Coordinator:
 
     Args:
         plan: schedules and sizes.
-        owner: `[L][E]` -> host index (`cluster.placement.plan_placement`); no hosts, no rows: in process.
+        holders: of every expert (`cluster.placement.plan_placement`); no hosts, no rows: in process.
         n_layers: L.
         n_experts: E.
         n_hosts: expert hosts that will register; 0 with experts in the workers' processes.
@@ -52,7 +51,7 @@ class Coordinator:
         self,
         plan: TrainingPlan,
         *,
-        owner: Owner,
+        holders: Holders,
         n_layers: int,
         n_experts: int,
         n_hosts: int,
@@ -63,7 +62,7 @@ class Coordinator:
         weights: str = "",
     ) -> None:
         self._plan = plan
-        self._owner = owner
+        self._holders = holders
         self._shape = (n_layers, n_experts)
         self._n_hosts = n_hosts
         self._control = control
@@ -140,7 +139,7 @@ class Coordinator:
                     f"({sorted(self._hosts)}): wait for the others to start, or look for their errors"
                 )
             hosts = tuple(self._hosts[id][0] for id in self._order())
-            return RoutingTable(epoch=self._epoch, hosts=hosts, owner=self._owner, weights=self._weights)
+            return RoutingTable(epoch=self._epoch, hosts=hosts, holders=self._holders, weights=self._weights)
 
     def load(self, directory: str, version: str) -> int:
         """Let all hosts load other weights beside those in use; the epoch of requests to them.

@@ -22,17 +22,17 @@ class Placement:
     """A routing table as a lane uses it: per layer the host of every expert, as a tensor."""
 
     def __init__(self, table: RoutingTable, config: ModelConfig) -> None:
-        if len(table.owner) != len(config.moe_layers):
+        if len(table.holders) != len(config.moe_layers):
             raise ProtocolError(
-                f"the routing table of epoch {table.epoch} has {len(table.owner)} layers, the model "
+                f"the routing table of epoch {table.epoch} has {len(table.holders)} layers, the model "
                 f"{len(config.moe_layers)} with routed experts"
             )
         self.epoch = table.epoch
         self.weights = table.weights
         self.hosts = table.hosts
         self._host_of = {
-            layer: torch.tensor(row, dtype=torch.int64)
-            for layer, row in zip(config.moe_layers, table.owner, strict=True)
+            layer: torch.tensor([hosts[0] for hosts in row], dtype=torch.int64)
+            for layer, row in zip(config.moe_layers, table.holders, strict=True)
         }
         self._trained = -1
 

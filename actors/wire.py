@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,12 @@ def table_to(table: RoutingTable) -> coordinator_pb2.RoutingTable:
     return coordinator_pb2.RoutingTable(
         epoch=table.epoch,
         hosts=[host_to(host) for host in table.hosts],
-        n_layers=len(table.owner),
-        n_experts=len(table.owner[0]) if table.owner else 0,
-        owner=[host for row in table.owner for host in row],
+        n_layers=len(table.holders),
+        n_experts=len(table.holders[0]) if table.holders else 0,
+        holders=[host for row in table.holders for hosts in row for host in hosts],
+        replicas=[len(hosts) for row in table.holders for hosts in row],
         weights=table.weights,
+        serial=table.serial,
     )
 
 
@@ -69,19 +73,23 @@ def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
     """The inverse of `table_to`.
 
     Raises:
-        ProtocolError: another number of owners than layers times experts.
+        ProtocolError: the numbers of layers, experts, replicas and hosts do not go together.
     """
     n_layers, n_experts = message.n_layers, message.n_experts
-    if len(message.owner) != n_layers * n_experts:
+    counts, flat = list(message.replicas), iter(message.holders)
+    fits = len(counts) == n_layers * n_experts and sum(counts) == len(message.holders)
+    if not fits or any(not 0 <= host < len(message.hosts) for host in message.holders):
         raise ProtocolError(
-            f"a routing table of {n_layers} layers and {n_experts} experts names {len(message.owner)} owners"
+            f"a routing table of {n_layers} layers, {n_experts} experts and {len(message.hosts)} hosts names "
+            f"{len(message.holders)} holders of {len(counts)} experts"
         )
-    rows = (message.owner[row * n_experts : (row + 1) * n_experts] for row in range(n_layers))
+    holders = [tuple(islice(flat, count)) for count in counts]
     return RoutingTable(
         epoch=message.epoch,
         hosts=tuple(host_from(host) for host in message.hosts),
-        owner=tuple(tuple(row) for row in rows),
+        holders=tuple(tuple(holders[row * n_experts : (row + 1) * n_experts]) for row in range(n_layers)),
         weights=message.weights,
+        serial=message.serial,
     )
 
 

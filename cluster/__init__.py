@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from cluster.config import ChannelKind, ClusterConfig
-from cluster.placement import Owner, plan_placement
-from cluster.topology import HostInfo, RoutingTable, experts_owned
+from cluster.placement import plan_placement
+from cluster.topology import Holders, HostInfo, RoutingTable, experts_held
 
 __all__ = [
     "ChannelKind",
     "ClusterConfig",
+    "Holders",
     "HostInfo",
-    "Owner",
     "RoutingTable",
-    "experts_owned",
+    "experts_held",
     "plan_placement",
 ]

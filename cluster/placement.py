@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from cluster.topology import Holders
 from errors import ConfigError
 
-Owner = tuple[tuple[int, ...], ...]
-"""`[n_layers][n_experts]` -> host index."""
 
-
-def plan_placement(n_layers: int, n_experts: int, n_group: int, n_hosts: int) -> Owner:
+def plan_placement(n_layers: int, n_experts: int, n_group: int, n_hosts: int) -> Holders:
     """Place the experts of every layer on hosts, groups kept together.
 
     With at most as many hosts as groups a group never leaves one host, so a token that node-limited
@@ -24,7 +22,7 @@ def plan_placement(n_layers: int, n_experts: int, n_group: int, n_hosts: int) ->
         n_hosts: hosts, 1 or more.
 
     Returns:
-        `[n_layers][n_experts]` -> host index; every host owns at least one expert of every layer.
+        One holder of each expert; every host holds at least one expert of every layer.
 
     Raises:
         ConfigError: no host, more hosts than experts, or groups of unequal size.
@@ -43,7 +41,7 @@ def plan_placement(n_layers: int, n_experts: int, n_group: int, n_hosts: int) ->
     slots = _host_slots(n_experts, n_group, n_hosts)
     even = len({slots.count(host) for host in range(n_hosts)}) == 1
     return tuple(
-        tuple(slot if even else (slot + layer) % n_hosts for slot in slots) for layer in range(n_layers)
+        tuple((slot if even else (slot + layer) % n_hosts,) for slot in slots) for layer in range(n_layers)
     )
 
 
@@ -60,4 +58,4 @@ def _host_slots(n_experts: int, n_group: int, n_hosts: int) -> tuple[int, ...]:
     return tuple(slots)
 
 
-__all__ = ["Owner", "plan_placement"]
+__all__ = ["plan_placement"]

@@ -6,6 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+Holders = tuple[tuple[tuple[int, ...], ...], ...]
+"""`[n_layers][n_experts]` -> indices of the hosts that hold the expert, in the order of its replicas.
+
+The first is the primary; none at all means that no live host holds the expert.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostInfo:
@@ -26,20 +32,21 @@ class HostInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
-    """One version of the experts: which host owns which of which layer, and with which weights.
+    """One version of the experts: which hosts hold which of which layer, and with which weights.
 
     Attributes:
-        epoch: version of the table; a host refuses requests of an epoch that it does not hold.
-        hosts: the hosts; `owner` points into this tuple.
-        owner: `[n_moe_layers][n_routed_experts]` -> index into `hosts`; rows are the MoE layers in the
-            order of `ModelConfig.moe_layers`.
+        epoch: what the hosts hold; a host refuses requests of an epoch that it does not hold.
+        hosts: the hosts; `holders` points into this tuple.
+        holders: of every expert; rows are the MoE layers in the order of `ModelConfig.moe_layers`.
         weights: version of the weights; epochs with equal ones compute the same.
+        serial: grows with every change that a router should know; within an epoch hosts only go.
     """
 
     epoch: int
     hosts: tuple[HostInfo, ...]
-    owner: tuple[tuple[int, ...], ...]
+    holders: Holders
     weights: str = ""
+    serial: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON keeps without loss."""
@@ -48,8 +55,9 @@ class RoutingTable:
             "hosts": [
                 {"id": h.id, "node": h.node, "pid": h.pid, "addresses": dict(h.addresses)} for h in self.hosts
             ],
-            "owner": [list(row) for row in self.owner],
+            "holders": [[list(hosts) for hosts in row] for row in self.holders],
             "weights": self.weights,
+            "serial": self.serial,
         }
 
     @classmethod
@@ -58,25 +66,22 @@ class RoutingTable:
         return cls(
             epoch=int(value["epoch"]),
             hosts=tuple(HostInfo(**host) for host in value["hosts"]),
-            owner=tuple(tuple(row) for row in value["owner"]),
-            weights=str(value.get("weights", "")),
+            holders=tuple(tuple(tuple(hosts) for hosts in row) for row in value["holders"]),
+            weights=str(value["weights"]),
+            serial=int(value["serial"]),
         )
 
 
-def experts_owned(
-    owner: tuple[tuple[int, ...], ...], layers: Sequence[int], host: int
-) -> dict[int, tuple[int, ...]]:
+def experts_held(holders: Holders, layers: Sequence[int], host: int) -> dict[int, tuple[int, ...]]:
     """The experts of the host at index `host`: model layer index -> expert ids, ascending (maybe none).
 
     Args:
-        owner: see `RoutingTable.owner`.
-        layers: model layer index of each row of `owner`.
-        host: index of the host.
+        layers: model layer index of each row of `holders`.
     """
     return {
-        layer: tuple(expert for expert, at in enumerate(row) if at == host)
-        for layer, row in zip(layers, owner, strict=True)
+        layer: tuple(expert for expert, hosts in enumerate(row) if host in hosts)
+        for layer, row in zip(layers, holders, strict=True)
     }
 
 
-__all__ = ["HostInfo", "RoutingTable", "experts_owned"]
+__all__ = ["Holders", "HostInfo", "RoutingTable", "experts_held"]

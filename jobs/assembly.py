@@ -177,7 +177,7 @@ def assemble_worker(
             step=start.step,
         )
         server = local.serve(host.handle)
-        table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), owner=placement(model_config, 0))
+        table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0))
 
         def connect(_: HostInfo) -> Channel:
             return local.connect(server.address)

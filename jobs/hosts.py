@@ -16,19 +16,19 @@ from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
 from channels.base import Channel
 from channels.choose import connect, pick
 from cluster.config import ClusterConfig
-from cluster.placement import Owner, plan_placement
-from cluster.topology import HostInfo, experts_owned
+from cluster.placement import plan_placement
+from cluster.topology import Holders, HostInfo, experts_held
 from model.config import ModelConfig
 
 
-def placement(model: ModelConfig, hosts: int) -> Owner:
+def placement(model: ModelConfig, hosts: int) -> Holders:
     """`[L][E]` -> host; one host for experts in process."""
     return plan_placement(len(model.moe_layers), model.n_routed_experts, model.n_group, max(1, hosts))
 
 
 def experts_of(model: ModelConfig, cluster: ClusterConfig, index: int) -> dict[int, tuple[int, ...]]:
     """Model layer index -> ids of the experts of host number `index`."""
-    return experts_owned(placement(model, cluster.expert_hosts), model.moe_layers, index)
+    return experts_held(placement(model, cluster.expert_hosts), model.moe_layers, index)
 
 
 def host_threads(cluster: ClusterConfig) -> int:

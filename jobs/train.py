@@ -323,7 +323,7 @@ class _Watch:
 def _build_coordinator(config: RunConfig, begin: Start) -> Coordinator:
     return Coordinator(
         training_plan(config),
-        owner=placement(config.model, config.cluster.expert_hosts),
+        holders=placement(config.model, config.cluster.expert_hosts),
         n_layers=len(config.model.moe_layers),
         n_experts=config.model.n_routed_experts,
         n_hosts=config.cluster.expert_hosts,

@@ -64,18 +64,28 @@ class RoutingTable(google.protobuf.message.Message):
     HOSTS_FIELD_NUMBER: builtins.int
     N_LAYERS_FIELD_NUMBER: builtins.int
     N_EXPERTS_FIELD_NUMBER: builtins.int
-    OWNER_FIELD_NUMBER: builtins.int
+    HOLDERS_FIELD_NUMBER: builtins.int
     WEIGHTS_FIELD_NUMBER: builtins.int
+    SERIAL_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     n_layers: builtins.int
     n_experts: builtins.int
     weights: builtins.str
     """Version of the weights: epochs with equal ones compute the same."""
+    serial: builtins.int
+    """Grows with every change that a router should know."""
     @property
     def hosts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___HostInfo]: ...
     @property
-    def owner(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """[n_layers, n_experts], row-major: index into hosts. Rows are the MoE layers in their order."""
+    def holders(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Indices into hosts, of all replicas of [n_layers, n_experts], row-major, the primary first. Rows are the MoE
+        layers in their order.
+        """
+
+    @property
+    def replicas(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """How many holders each expert has, row-major."""
 
     def __init__(
         self,
@@ -84,10 +94,12 @@ class RoutingTable(google.protobuf.message.Message):
         hosts: collections.abc.Iterable[global___HostInfo] | None = ...,
         n_layers: builtins.int = ...,
         n_experts: builtins.int = ...,
-        owner: collections.abc.Iterable[builtins.int] | None = ...,
+        holders: collections.abc.Iterable[builtins.int] | None = ...,
         weights: builtins.str = ...,
+        serial: builtins.int = ...,
+        replicas: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "hosts", b"hosts", "n_experts", b"n_experts", "n_layers", b"n_layers", "owner", b"owner", "weights", b"weights"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "holders", b"holders", "hosts", b"hosts", "n_experts", b"n_experts", "n_layers", b"n_layers", "replicas", b"replicas", "serial", b"serial", "weights", b"weights"]) -> None: ...
 
 global___RoutingTable = RoutingTable
 

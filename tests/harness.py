@@ -154,15 +154,15 @@ def train(
     """Run a training job to its end; raises what a worker raised."""
     start = start or Start(run="test")
     workers, n_hosts = config.training.workers, config.cluster.expert_hosts
-    owner = placement(config.model, config.cluster.expert_hosts)
+    holders = placement(config.model, config.cluster.expert_hosts)
     layers = config.model.moe_layers
     hosts = [
         ExpertHost(
             f"host-{i}",
             config.model,
             {
-                layer: [e for e, host in enumerate(row) if host == i]
-                for layer, row in zip(layers, owner, strict=True)
+                layer: [e for e, hosts in enumerate(row) if i in hosts]
+                for layer, row in zip(layers, holders, strict=True)
             },
             weight_source(config, start),
             optimizer=optimizer_settings(config),
@@ -180,7 +180,7 @@ def train(
             bias = gate_biases(weight_source(config, start), config.model)
         coordinator = Coordinator(
             training_plan(config),
-            owner=owner,
+            holders=holders,
             n_layers=len(layers),
             n_experts=config.model.n_routed_experts,
             n_hosts=n_hosts,

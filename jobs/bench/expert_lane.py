@@ -37,7 +37,7 @@ def expert_lane(
         hosts = [
             stack.enter_context(host_process(_serve, values, index)) for index in range(cluster.expert_hosts)
         ]
-        table = RoutingTable(epoch=0, hosts=tuple(hosts), owner=placement(model, len(hosts)))
+        table = RoutingTable(epoch=0, hosts=tuple(hosts), holders=placement(model, len(hosts)))
         router = Router("bench", "bench", model, table, connector(cluster), timeout=cluster.call_timeout)
         stack.callback(router.close)
         yield router.lane(0)

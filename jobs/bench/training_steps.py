@@ -39,7 +39,7 @@ def ours(config: RunConfig) -> Iterator[Step]:
         output = stack.enter_context(tempfile.TemporaryDirectory(prefix="raymoe-bench-"))
         coordinator = Coordinator(
             training_plan(config),
-            owner=placement(config.model, config.cluster.expert_hosts),
+            holders=placement(config.model, config.cluster.expert_hosts),
             n_layers=len(config.model.moe_layers),
             n_experts=config.model.n_routed_experts,
             n_hosts=config.cluster.expert_hosts,

@@ -180,7 +180,7 @@ def _coordinator(model: ModelConfig, hosts: int, weights: str) -> Coordinator:
     """A coordinator that knows hosts, placement and weights, and no steps."""
     return Coordinator(
         TrainingPlan(steps=0, workers=1, learning_rate=0.0),
-        owner=placement(model, hosts),
+        holders=placement(model, hosts),
         n_layers=len(model.moe_layers),
         n_experts=model.n_routed_experts,
         n_hosts=hosts,

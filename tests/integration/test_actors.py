@@ -26,7 +26,7 @@ from actors.router import Router
 from actors.steps import OptimizerSettings, StepReport, TrainingPlan
 from channels.base import Channel
 from channels.choose import connect, pick
-from cluster import HostInfo, RoutingTable, experts_owned, plan_placement
+from cluster import HostInfo, RoutingTable, experts_held, plan_placement
 from errors import ChannelError, ChannelTimeout, CheckpointError, RaymoeError, ResourceError
 from model.config import ModelConfig
 from model.experts import LocalExperts
@@ -52,7 +52,7 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
 )
 LAYERS = CONFIG.moe_layers
-OWNER = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, 2)
+HOLDERS = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, 2)
 SETTINGS = OptimizerSettings()
 PLAN = TrainingPlan(steps=4, workers=1, learning_rate=1e-2, clip_norm=0.5)
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -64,11 +64,11 @@ def source() -> RandomSource:
 
 
 def build_host(index: int, n_hosts: int = 2) -> ExpertHost:
-    owner = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
+    holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
     return ExpertHost(
         f"host-{index}",
         CONFIG,
-        experts_owned(owner, LAYERS, index),
+        experts_held(holders, LAYERS, index),
         source(),
         optimizer=SETTINGS,
         dtype=torch.float64,
@@ -79,7 +79,7 @@ def build_host(index: int, n_hosts: int = 2) -> ExpertHost:
 def build_coordinator() -> Coordinator:
     return Coordinator(
         PLAN,
-        owner=OWNER,
+        holders=HOLDERS,
         n_layers=len(LAYERS),
         n_experts=CONFIG.n_routed_experts,
         n_hosts=2,
@@ -129,8 +129,8 @@ class Hosts:
             ask(actor.info.remote(), what=f"expert host {index}", timeout=PATIENCE)
             for index, actor in enumerate(self.actors)
         )
-        owner = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n)
-        self.table = RoutingTable(epoch=0, hosts=self.infos, owner=owner)
+        holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n)
+        self.table = RoutingTable(epoch=0, hosts=self.infos, holders=holders)
 
     def close(self) -> None:
         for actor in self.actors:

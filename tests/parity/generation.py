@@ -17,7 +17,7 @@ from torch import Tensor
 from actors.expert_host import ExpertHost
 from actors.router import Router
 from channels.choose import connect
-from cluster import RoutingTable, experts_owned
+from cluster import RoutingTable, experts_held
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from engine import Sequence as Request
 from jobs.hosts import placement
@@ -127,12 +127,12 @@ def engine_over(
     if hosts == 0:
         yield Engine(weights, model.experts, settings)
         return
-    config, owner = model.config, placement(model.config, hosts)
+    config, holders = model.config, placement(model.config, hosts)
     made = [
         ExpertHost(
             f"host-{index}",
             config,
-            experts_owned(owner, config.moe_layers, index),
+            experts_held(holders, config.moe_layers, index),
             _Source(model),
             dtype=torch.float64,
         )
@@ -140,7 +140,7 @@ def engine_over(
     ]
     with ExitStack() as stack:
         infos = tuple(stack.enter_context(serving(host, channel)) for host in made)
-        table = RoutingTable(epoch=0, hosts=infos, owner=owner)
+        table = RoutingTable(epoch=0, hosts=infos, holders=holders)
         router = Router(
             "replica", "serve", config, table, lambda info: connect(info.addresses[channel]), timeout=60
         )

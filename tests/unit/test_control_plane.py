@@ -35,7 +35,7 @@ def stack() -> Iterator[ExitStack]:
 def serve_coordinator(stack: ExitStack, cluster: TinyCluster) -> CoordinatorClient:
     coordinator = Coordinator(
         PLAN,
-        owner=cluster.owner,
+        holders=cluster.holders,
         n_layers=len(LAYERS),
         n_experts=CONFIG.n_routed_experts,
         n_hosts=len(cluster.hosts),
@@ -73,7 +73,7 @@ def test_a_step_over_grpc(stack: ExitStack) -> None:
         client.register_host(server.info)
     table = client.table()
     assert table.hosts == tuple(server.info for server in servers)
-    assert table.owner == cluster.owner
+    assert table.holders == cluster.holders
     rows, idx, gates = tokens(6, grad=True)
     cluster.lane().dispatch(LAYERS[0], rows, idx, gates).combine().sum().backward()
     squared = sum(float(g.square().sum()) for host in cluster.hosts for g in host.gradients())

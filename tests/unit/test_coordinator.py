@@ -57,7 +57,7 @@ class Run:
         control: Callable[[HostInfo], HostControl] = lambda info: names[info.id]  # noqa: E731
         self.coordinator = Coordinator(
             plan,
-            owner=plan_placement(L, E, 1, max(1, n_hosts)),
+            holders=plan_placement(L, E, 1, max(1, n_hosts)),
             n_layers=L,
             n_experts=E,
             n_hosts=n_hosts,
@@ -257,7 +257,7 @@ def test_without_hosts_the_workers_experts_count_once() -> None:
 def test_the_table_needs_all_hosts_and_has_them_in_the_order_of_their_numbers() -> None:
     coordinator = Coordinator(
         PLAN,
-        owner=plan_placement(L, 12, 1, 11),
+        holders=plan_placement(L, 12, 1, 11),
         n_layers=L,
         n_experts=12,
         n_hosts=11,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.expert_host import ExpertHost
 from actors.expert_state import SavedMoments
-from cluster import experts_owned, plan_placement
+from cluster import experts_held, plan_placement
 from errors import CheckpointError
 from model.shards import ShardReader
 
@@ -49,12 +49,12 @@ def test_another_placement_goes_on_from_the_files_to_the_bit(tmp_path: Path) -> 
     files = [name for host in two.hosts for name in host.save(str(tmp_path))]
     assert sorted(files) == sorted(path.name for path in tmp_path.iterdir())
     three = TinyCluster(3, step=2)
-    owner = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, 3)
+    holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, 3)
     three.hosts[:] = [
         ExpertHost(
             f"host-{index}",
             CONFIG,
-            experts_owned(owner, LAYERS, index),
+            experts_held(holders, LAYERS, index),
             Weights(tmp_path),
             optimizer=SETTINGS,
             moments=SavedMoments(tmp_path),

@@ -16,7 +16,7 @@ from actors.expert_host import ExpertHost
 from actors.router import Router
 from actors.steps import TrainingPlan
 from channels.base import Phase, Request, RequestId
-from cluster import RoutingTable, experts_owned
+from cluster import RoutingTable, experts_held
 from errors import CheckpointError, ProtocolError, RaymoeError, StaleEpoch
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -36,8 +36,8 @@ class Scaled(SeededSource):
 def serving_host(
     open_source: Callable[[str], SeededSource] | None = Scaled, index: int = 0, hosts: int = 1
 ) -> ExpertHost:
-    owner = TinyCluster(hosts).owner
-    experts = experts_owned(owner, LAYERS, index)
+    holders = TinyCluster(hosts).holders
+    experts = experts_held(holders, LAYERS, index)
     return ExpertHost(
         f"host-{index}", CONFIG, experts, SeededSource(), open_source=open_source, dtype=torch.float64
     )
@@ -140,7 +140,7 @@ class Weighted(TinyCluster):
         by_id = {host.id: host for host in self.hosts}
         self.coordinator = Coordinator(
             TrainingPlan(steps=0, workers=1, learning_rate=0.0),
-            owner=self.owner,
+            holders=self.holders,
             n_layers=len(LAYERS),
             n_experts=CONFIG.n_routed_experts,
             n_hosts=n_hosts,

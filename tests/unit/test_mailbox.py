@@ -88,8 +88,8 @@ def test_counters_tell_of_mail_too(cluster: Mailed) -> None:
     rows, idx, gates = tokens(3)
     lane.dispatch(LAYERS[0], rows, idx, gates).combine()
     assert lane.counters.tokens - before[0] == 3
-    owner = np.array(cluster.owner[0])
-    assert lane.counters.rows - before[1] == sum(len(set(owner[chosen])) for chosen in idx.tolist())
+    holders = np.array(cluster.holders[0])[:, 0]
+    assert lane.counters.rows - before[1] == sum(len(set(holders[chosen])) for chosen in idx.tolist())
 
 
 def test_a_host_that_sleeps_is_woken(cluster: Mailed) -> None:
@@ -170,13 +170,13 @@ def test_a_host_that_is_gone_matters_only_to_calls_that_want_it(cluster: Mailed)
     cluster.doors[1].close()
     lane = cluster.lane()
     rows, idx, gates = tokens(1)
-    owner = torch.tensor(cluster.owner[0])
-    idx[:] = torch.nonzero(owner == 0).flatten()[: idx.shape[1]]
+    holders = torch.tensor(cluster.holders[0])[:, 0]
+    idx[:] = torch.nonzero(holders == 0).flatten()[: idx.shape[1]]
     with torch.no_grad():
         expected = local_experts().dispatch(LAYERS[0], rows, idx, gates).combine()
     for _ in range(3):
         torch.testing.assert_close(lane.dispatch(LAYERS[0], rows, idx, gates).combine(), expected)
-    idx[0, 0] = int(torch.nonzero(owner == 1)[0])
+    idx[0, 0] = int(torch.nonzero(holders == 1)[0])
     with pytest.raises(ChannelError, match="host-1"):
         lane.dispatch(LAYERS[0], rows, idx, gates).combine()
 

@@ -124,8 +124,8 @@ def test_counters_tell_hosts_per_token() -> None:
     cluster = TinyCluster(4)
     rows, idx, gates = tokens(10)
     cluster.lane().dispatch(LAYERS[0], rows, idx, gates).combine()
-    owner = torch.tensor(cluster.owner[0])
-    touched = sum(len(set(owner[row].tolist())) for row in idx)
+    holders = torch.tensor(cluster.holders[0])[:, 0]
+    touched = sum(len(set(holders[row].tolist())) for row in idx)
     counters = cluster.router.counters()
     assert (counters.tokens, counters.rows) == (10, touched)
     sent = touched * CONFIG.hidden_size * 8 + 30 * (4 + 8) + (touched + 4) * 4
@@ -214,6 +214,6 @@ def test_a_layer_without_experts_is_refused() -> None:
 def test_a_table_of_another_model_is_refused() -> None:
     cluster = TinyCluster(2)
     table = cluster.table(0)
-    shorter = type(table)(epoch=0, hosts=table.hosts, owner=table.owner[:1])
+    shorter = type(table)(epoch=0, hosts=table.hosts, holders=table.holders[:1])
     with pytest.raises(ProtocolError, match="has 1 layers, the model 2"):
         Router("r", "run", CONFIG, shorter, cluster.connect)

@@ -11,7 +11,7 @@ from actors.router import Router
 from actors.steps import OptimizerSettings
 from channels import local
 from channels.base import Channel
-from cluster import HostInfo, RoutingTable, experts_owned, plan_placement
+from cluster import HostInfo, RoutingTable, experts_held, plan_placement
 from model.config import ModelConfig
 from model.experts import LocalExperts
 
@@ -84,12 +84,12 @@ class TinyCluster:
     def __init__(
         self, n_hosts: int, *, lanes: int = 1, train: bool = True, epoch: int = 0, step: int = 0
     ) -> None:
-        self.owner = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
+        self.holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
         self.hosts = [
             ExpertHost(
                 f"host-{index}",
                 CONFIG,
-                experts_owned(self.owner, LAYERS, index),
+                experts_held(self.holders, LAYERS, index),
                 SeededSource(),
                 optimizer=SETTINGS if train else None,
                 dtype=torch.float64,
@@ -109,7 +109,7 @@ class TinyCluster:
         )
 
     def table(self, epoch: int) -> RoutingTable:
-        return RoutingTable(epoch=epoch, hosts=self.infos, owner=self.owner)
+        return RoutingTable(epoch=epoch, hosts=self.infos, holders=self.holders)
 
     def refresh(self) -> RoutingTable:
         return self.table(max(host.epoch for host in self.hosts))
