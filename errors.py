@@ -6,6 +6,7 @@
     │   ├── DataError         a corpus, a file or a tokenizer
     │   └── CheckpointError   a checkpoint that is missing, damaged or of another shape
     ├── ResourceError         the cluster cannot give what the configuration asks for
+    ├── Interrupted           a training step is given up, to begin again at a common one
     ├── ChannelError          a peer could not be reached, or hung up
     │   ├── ChannelTimeout    no answer before the deadline
     │   └── RemoteError       the peer answered with an error of its own
@@ -46,6 +47,10 @@ class ResourceError(RaymoeError):
     """The cluster cannot give what the configuration asks for."""
 
 
+class Interrupted(RaymoeError):
+    """A training step is given up since something that it needs is lost; join the run again."""
+
+
 class ChannelError(RaymoeError):
     """A peer could not be reached, or hung up in the middle of a call."""
 
@@ -74,16 +79,23 @@ class ProtocolError(RaymoeError):
     """A malformed frame, or a call that is out of its order."""
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that a peer is gone or out of reach, and not that it has refused."""
+    return isinstance(error, ChannelError) and not isinstance(error, RemoteError)
+
+
 __all__ = [
     "ChannelError",
     "ChannelTimeout",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Interrupted",
     "ProtocolError",
     "RaymoeError",
     "RemoteError",
     "ResourceError",
     "StaleEpoch",
     "UsageError",
+    "is_loss",
 ]

@@ -23,6 +23,7 @@ class ControlServer:
     Args:
         register: adds the services to the server.
         host: the interface to listen on.
+        port: to listen on; 0 takes a free one.
         threads: calls that may be blocked at once.
 
     Raises:
@@ -30,14 +31,14 @@ class ControlServer:
     """
 
     def __init__(
-        self, register: Callable[[grpc.Server], None], *, host: str = "127.0.0.1", threads: int = 8
+        self, register: Callable[[grpc.Server], None], *, host: str = "127.0.0.1", port: int = 0, threads: int = 8
     ) -> None:
         self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="control"), options=OPTIONS)
         register(self._server)
         try:
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise ResourceError(f"cannot listen on {host}: {error}") from error
+            raise ResourceError(f"cannot listen on {host}:{port}: {error}") from error
         self._server.start()
         self.address = f"grpc:{host}:{port}"
 

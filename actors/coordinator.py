@@ -1,406 +1,337 @@
-"""The coordinator: control plane of a training run. No rows, weights or gradients pass through it.
+"""The coordinator: control plane of a job. No rows, weights or gradients pass through it.
 
-A step ends in two phases. When every worker has reported, the hosts `prepare`: they seal their gradients
-and say how large they are. From that follow one clip factor, learning rate and bias: the decision. Then the
-hosts `commit` while the workers, who have the decision, already apply their own optimizer; the next step
-is not decided before every host has committed this one.
-
-Shapes: L MoE layers, E routed experts.
+It knows the hosts and what they hold (`actors.elastic`), in training it decides the steps
+(`actors.training_steps`), it looks after the hosts' health, and it answers those who operate the job. It can be
+lost: hosts and routers go on without it, and the next one begins with `state()` and with what hosts tell.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+from actors.elastic import Elastic, Shape, nothing
+from actors.steps import HostControl
+from actors.training_steps import TrainingSteps
+from actors.versions import Version, Versions
+from cluster.membership import Event, Membership, Orders, Scaling
+from cluster.placement import Placement, plan
+from cluster.topology import HostInfo, RoutingTable
+from errors import ProtocolError, RaymoeError, ResourceError
 
-from actors.steps import HostControl, HostStats, StepDecision, StepMetrics, StepReport, TrainingPlan
-from cluster.topology import Holders, HostInfo, RoutingTable
-from errors import CheckpointError, ProtocolError, RaymoeError
-from model.balance import max_violation, update_bias
-from model.schedule import learning_rate, value_at
+_PER_DEATH = 4  # times that a host is asked before it is taken for dead
+_LONGEST_WAIT = 60.0  # of a call that waits for news; whoever waits longer asks again
 
-_HISTORY = 1024  # steps of metrics that are kept
-_T = TypeVar("_T")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a coordinator that takes over begins with.
+
+    Attributes:
+        wanted: hosts that there should be.
+        versions: what hosts held, as far as was known.
+    """
+
+    wanted: int
+    versions: tuple[Version, ...]
+    serial: int
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> State:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        return cls(
+            wanted=values["wanted"],
+            serial=values["serial"],
+            versions=tuple(
+                Version(
+                    name=one["name"],
+                    epoch=one["epoch"],
+                    directory=one["directory"],
+                    placement=Placement(
+                        sites=tuple(one["placement"]["sites"]),
+                        holders=tuple(tuple(map(tuple, row)) for row in one["placement"]["holders"]),
+                    ),
+                )
+                for one in values["versions"]
+            ),
+        )
 
 
 class Coordinator:
-    """One per training run. All methods may be called from several threads at once.
+    """One of a job. All methods may be called from several threads at once.
 
     Args:
-        plan: schedules and sizes.
-        holders: of every expert (`cluster.placement.plan_placement`); no hosts, no rows: in process.
-        n_layers: L.
-        n_experts: E.
-        n_hosts: expert hosts that will register; 0 with experts in the workers' processes.
-        control: HostInfo -> how to command that host.
-        state: from `state()` of an earlier run; None starts at step 0.
-        bias: `[L, E]` float32 of that run; None for zeros.
-        epoch: placement epoch.
-        weights: version of the weights that the hosts start with.
+        shape: what is placed.
+        hosts: expert hosts that there should be.
+        control: how to command a host.
+        weights: name of the weights to begin with.
+        directory: where hosts read them; empty for what a run begins with.
+        steps: makes the steps of a training run, given the hosts; None in serving.
+        dead_after: seconds of silence after which a host is taken for dead.
+        state: of the coordinator before; None for a job that begins.
     """
 
     def __init__(
         self,
-        plan: TrainingPlan,
+        shape: Shape,
         *,
-        holders: Holders,
-        n_layers: int,
-        n_experts: int,
-        n_hosts: int,
+        hosts: int,
         control: Callable[[HostInfo], HostControl],
-        state: dict[str, Any] | None = None,
-        bias: Tensor | None = None,
-        epoch: int = 0,
         weights: str = "",
+        directory: str = "",
+        moments: bool = False,
+        step: int | None = None,
+        steps: Callable[[Elastic], TrainingSteps] | None = None,
+        dead_after: float = 5.0,
+        state: State | None = None,
     ) -> None:
-        self._plan = plan
-        self._holders = holders
-        self._shape = (n_layers, n_experts)
-        self._n_hosts = n_hosts
-        self._control = control
-        self._epoch = epoch
-        self._weights = weights
-        self._loaded: tuple[int, str] | None = None  # epoch and version, not published yet
-        self._last_epoch = epoch
-        self._hosts: dict[str, tuple[HostInfo, HostControl]] = {}
-        self._changed = threading.Condition()
-        self._failure: str | None = None
-        self._stop = False
-        self._step = 0 if state is None else int(state["step"])
-        self._bias = torch.zeros(n_layers, n_experts) if bias is None else bias.clone()
-        if self._bias.shape != self._shape or self._bias.dtype != torch.float32:
-            raise CheckpointError(
-                f"the gates' bias is {list(self._bias.shape)} of {self._bias.dtype}, "
-                f"the model needs {list(self._shape)} of float32"
-            )
-        self._reports: dict[int, StepReport] = {}
-        self._decision: StepDecision | None = None
-        self._commits: list[tuple[HostInfo, Future[None]]] = []
-        self._pool = ThreadPoolExecutor(max(1, 2 * n_hosts), thread_name_prefix="coordinator")
-        self._metrics: deque[StepMetrics] = deque(maxlen=_HISTORY)
+        self._weights, self._directory, self._moments, self._step = weights, directory, moments, step
+        self._dead_after = dead_after
+        self._state = state
+        self._membership = Membership(wanted=hosts if state is None else state.wanted, most=shape.n_experts)
+        versions = Versions(serial=0 if state is None else state.serial + 1000)
+        self.elastic = Elastic(
+            shape,
+            self._membership,
+            versions,
+            control,
+            reloadable=steps is None,
+            on_lost=self._lost,
+        )
+        self.training = None if steps is None else steps(self.elastic)
+        self._closing = threading.Event()
+        self._threads = [threading.Thread(target=self._watch, name="health", daemon=True)]
+        if self.training is None:
+            self._threads.append(threading.Thread(target=self._keep_in_place, name="placement", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     @property
-    def step(self) -> int:
-        """The step whose reports are awaited."""
-        return self._step
+    def steps(self) -> TrainingSteps:
+        """Of a training run.
+
+        Raises:
+            ProtocolError: nothing is trained here.
+        """
+        if self.training is None:
+            raise ProtocolError("this job serves a model; it has no training steps")
+        return self.training
 
     @property
     def workers(self) -> int:
-        """Workers that report each step."""
-        return self._plan.workers
-
-    @property
-    def epoch(self) -> int:
-        """Version of the placement."""
-        return self._epoch
-
-    @property
-    def failure(self) -> str | None:
-        """What ended the run; None while it goes on."""
-        return self._failure
+        """Workers that may wait here at a time."""
+        return 1 if self.training is None else self.training.workers
 
     def register_host(self, info: HostInfo) -> None:
-        """Take in a host; the order of the hosts' ids is the order of the placement. A repeat is fine.
+        """Take in a host, which holds nothing yet; a repeat is fine.
 
         Raises:
-            ProtocolError: more hosts than the placement has.
+            ProtocolError: a host of this name has been there and is gone.
         """
-        with self._changed:
-            if info.id not in self._hosts and len(self._hosts) == self._n_hosts:
-                raise ProtocolError(
-                    f"expert host {info.id} is one too many: the placement is for {self._n_hosts} hosts"
-                )
-            self._hosts[info.id] = (info, self._control(info))
-            self._changed.notify_all()
+        self.elastic.register(info)
 
-    def table(self, timeout: float | None = 0.0) -> RoutingTable:
-        """The routing table, once all hosts have registered.
-
-        Args:
-            timeout: seconds to wait for them; None waits for ever.
+    def found(self, timeout: float = 0.0) -> None:
+        """Place all experts on the hosts that have registered; again, nothing.
 
         Raises:
-            ProtocolError: hosts are missing.
+            RaymoeError: what a host failed with, or there is none.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._hosts) == self._n_hosts or self._failure, timeout)
-            self._raise_failure()
-            if len(self._hosts) != self._n_hosts:
-                raise ProtocolError(
-                    f"{len(self._hosts)} of {self._n_hosts} expert hosts have registered "
-                    f"({sorted(self._hosts)}): wait for the others to start, or look for their errors"
-                )
-            hosts = tuple(self._hosts[id][0] for id in self._order())
-            return RoutingTable(epoch=self._epoch, hosts=hosts, holders=self._holders, weights=self._weights)
+        elastic = self.elastic
+        if elastic.versions.current is not None:
+            return
+        if self._state is not None:
+            self._take_over(self._state)
+            return
+        sites = elastic.await_sites(timeout)
+        placement = plan(
+            sites,
+            n_layers=len(elastic.shape.layers),
+            n_experts=elastic.shape.n_experts,
+            n_group=elastic.shape.n_group,
+            replicas=elastic.shape.replicas,
+            redundant=elastic.shape.redundant,
+        )
+        version = Version(
+            name=self._weights,
+            epoch=elastic.versions.next_epoch(),
+            directory=self._directory,
+            placement=placement,
+        )
+        elastic.install(version, nothing(placement), step=self._step, moments=self._moments)
 
-    def load(self, directory: str, version: str) -> int:
-        """Let all hosts load other weights beside those in use; the epoch of requests to them.
-
-        When one host cannot, all of them drop what they have loaded.
+    def table(self, weights: str | None = None, timeout: float = 0.0) -> RoutingTable:
+        """The routing table of these weights (None: in use), once there is one and every expert has a host.
 
         Raises:
-            RaymoeError: what a host failed with.
+            ResourceError: that takes longer than so many seconds.
         """
-        with self._changed:
-            self._raise_failure()
-            self._last_epoch += 1
-            epoch = self._last_epoch
-        try:
-            self._on_hosts("load the weights", lambda host: host.load(epoch, directory))
-        except RaymoeError:
-            with suppress(RaymoeError):  # the hosts that are there do, whatever has become of the others
-                self.retire()
-            raise
-        with self._changed:
-            self._loaded = (epoch, version)
-        return epoch
+        versions = self.elastic.versions
+        found = versions.table(weights) if weights else versions.complete(min(timeout, _LONGEST_WAIT))
+        if found is None:
+            raise ResourceError(
+                "experts are without a host"
+                if weights is None
+                else f"the expert hosts hold no weights {weights!r} any more"
+            )
+        return found
+
+    def table_after(self, serial: int, weights: str | None, timeout: float) -> RoutingTable | None:
+        """The newest table once its serial is another one; None when that takes longer."""
+        return self.elastic.versions.after(serial, weights or None, min(timeout, _LONGEST_WAIT))
+
+    def suspect(self, host: str, why: str) -> None:
+        """A router cannot reach a host."""
+        self.elastic.suspect(host, why)
+
+    def orders(
+        self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str]
+    ) -> tuple[Orders, int]:
+        """What whoever runs the hosts has to do, and how many hosts are wanted."""
+        return self.elastic.orders(starting=starting, failed=failed, stopped=stopped)
+
+    def state(self) -> State:
+        """What the next coordinator begins with."""
+        versions = self.elastic.versions
+        return State(wanted=self._membership.wanted, versions=versions.live, serial=versions.serial)
+
+    def scale(self, hosts: int, timeout: float) -> Scaling:
+        """Want another number of expert hosts, and wait until they are there, so many seconds at most.
+
+        Raises:
+            ConfigError: so many cannot be.
+            ResourceError: it had to be given up, or another change is under way.
+        """
+        return self._ended(self.elastic.scale(hosts), timeout)
+
+    def drain(self, host: str, timeout: float, *, replace: bool = False) -> Scaling:
+        """Let a host give its experts away and go; see `scale`."""
+        return self._ended(self.elastic.drain(host, replace=replace), timeout)
+
+    def load(self, directory: str, name: str) -> int:
+        """See `Elastic.load`."""
+        return self.elastic.load(directory, name)
 
     def publish(self, epoch: int) -> None:
-        """Make loaded weights those of the routing table; hosts answer requests of the old epoch too.
-
-        Raises:
-            ProtocolError: they are not the last ones loaded.
-        """
-        with self._changed:
-            if epoch == self._epoch:
-                return
-            if self._loaded is None or self._loaded[0] != epoch:
-                raise ProtocolError(f"no weights have been loaded for epoch {epoch}: load them first")
-            (self._epoch, self._weights), self._loaded = self._loaded, None
+        """See `Elastic.use`."""
+        self.elastic.use(epoch)
 
     def retire(self) -> None:
-        """Let all hosts drop the weights of every epoch but the routing table's.
+        """See `Elastic.retire`."""
+        self.elastic.retire()
 
-        Raises:
-            RaymoeError: a host cannot be reached; the others have dropped theirs.
-        """
-        with self._changed:
-            epoch, self._loaded = self._epoch, None
-        self._on_hosts("drop weights", lambda host: host.retain(epoch))
+    def status(self) -> dict[str, Any]:
+        """How the job stands, for people and programs that operate it."""
+        elastic, training = self.elastic, self.training
+        current = elastic.versions.current
+        holders = () if current is None else current.placement.holders
+        copies = [len(ids) for row in holders for ids in row]
+        return {
+            "mode": "serve" if training is None else "train",
+            "epoch": -1 if current is None else current.epoch,
+            "serial": elastic.versions.serial,
+            "weights": "" if current is None else current.name,
+            "bias_version": 0 if training is None else training.step,
+            "step": None if training is None else training.step,
+            "attempt": None if training is None else training.attempt,
+            "wanted": self._membership.wanted,
+            "hosts": elastic.describe(),
+            "replicas_min": min(copies, default=0),
+            "replicas_max": max(copies, default=0),
+            "pauses": []
+            if training is None
+            else [{"why": why, "seconds": seconds} for why, seconds in training.pauses],
+            "events": [asdict(event) for event in self.events()],
+        }
 
-    def report(self, report: StepReport) -> StepDecision:
-        """End a step: blocks until every worker has reported it, then gives each the same decision.
-
-        A repeat of a report, while the step is open or after it, has no effect and gets that decision.
-
-        Raises:
-            ProtocolError: another step than the current one or the last, an unknown worker, or loads of
-                another shape.
-            RaymoeError: a host or another worker failed, or the gradient is not finite.
-        """
-        self._check(report)
-        with self._changed:
-            self._raise_failure()
-            last = self._decision
-            if last is not None and report.step == last.step:
-                return last
-            if report.step != self._step:
-                raise ProtocolError(
-                    f"worker {report.worker} reports step {report.step}, but the run is at step {self._step}"
-                )
-            mine = report.worker not in self._reports
-            self._reports[report.worker] = report
-            if not mine or len(self._reports) < self._plan.workers:
-                self._changed.wait_for(lambda: self._step > report.step or self._failure is not None)
-                self._raise_failure()
-                if self._decision is None or self._decision.step != report.step:
-                    raise ProtocolError(
-                        f"worker {report.worker} waits for step {report.step}, but the run is at {self._step}"
-                    )
-                return self._decision
-            reports = [self._reports[worker] for worker in sorted(self._reports)]
-        try:
-            return self._decide(reports)
-        except RaymoeError as error:
-            self.fail(str(error))
-            raise
-        except Exception as error:
-            text = f"the coordinator failed at step {report.step}: {type(error).__name__}: {error}"
-            self.fail(text)
-            raise RaymoeError(text) from error
-
-    def fail(self, text: str) -> None:
-        """End the run: every waiting and every later call raises an error with this text."""
-        with self._changed:
-            if self._failure is None:
-                self._failure = text
-            self._changed.notify_all()
-
-    def request_stop(self) -> int:
-        """Stop, with a checkpoint, at the next step boundary; the step that will be the last."""
-        with self._changed:
-            self._stop = True
-            return self._step
-
-    def save(self, directory: str, step: int) -> list[str]:
-        """Let all hosts write their part of the checkpoint after `step` steps; the files' names.
-
-        Raises:
-            ProtocolError: the run is at another step.
-            RaymoeError: a host failed to commit or to write.
-        """
-        with self._changed:
-            self._raise_failure()
-            if step != self._step:
-                raise ProtocolError(
-                    f"a checkpoint after {step} steps was asked for, the run is at {self._step}"
-                )
-            commits = self._commits
-        self._finish(commits)
-        return [name for names in self._on_hosts("save", lambda host: host.save(directory)) for name in names]
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the bias: a dictionary that JSON keeps without loss."""
-        with self._changed:
-            return {"step": self._step, "epoch": self._epoch}
-
-    def bias(self) -> Tensor:
-        """[L, E] float32, the gates' bias of the current step."""
-        with self._changed:
-            return self._bias.clone()
-
-    def metrics(self, since_step: int = -1) -> list[StepMetrics]:
-        """Committed steps after `since_step`, oldest first, as far back as they are kept."""
-        with self._changed:
-            return [one for one in self._metrics if one.step > since_step]
-
-    def host_stats(self) -> list[HostStats]:
-        """Every host's counters, in the order of the placement."""
-        return self._on_hosts("stats", lambda host: host.stats())
+    def events(self) -> Sequence[Event]:
+        """What happened, oldest first, as far back as it is kept."""
+        with self.elastic.changed:
+            return tuple(self._membership.events)
 
     def close(self) -> None:
         """Wake every waiter with an error and end the threads."""
-        self.fail("the coordinator has been closed")
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._closing.set()
+        with self.elastic.changed:
+            self.elastic.changed.notify_all()
+        if self.training is not None:
+            self.training.close()
+        self.elastic.close()
+        for thread in self._threads:
+            thread.join()
 
-    def _decide(self, reports: Sequence[StepReport]) -> StepDecision:
-        step, first, plan = reports[0].step, reports[0], self._plan
-        self._finish(self._commits)
-        squared = first.trunk_squared_norm + first.local_expert_squared_norm
-        squared += sum(self._on_hosts("prepare", lambda host: host.prepare(step)))
-        norm = math.sqrt(squared) if squared >= 0 else math.nan
-        if not math.isfinite(norm):
-            raise RaymoeError(
-                f"the gradient of step {step} is not finite (norm {norm}): lower training.learning_rate, "
-                "or go on from an earlier checkpoint"
+    def _take_over(self, state: State) -> None:
+        """Go on with what hosts hold; what is not whole is put together anew."""
+        elastic = self.elastic
+        if self.training is not None:  # it brings the hosts to a common step by itself
+            self.training.interrupt("the coordinator was started anew")
+            return
+        hosts = elastic.hosts()
+        held = {id: set(host.stats().epochs) for id, (_, host) in hosts.items()}
+        elastic.versions.next_epoch(above=max((e for epochs in held.values() for e in epochs), default=-1))
+        whole = all(
+            version.epoch in held.get(site, ()) for version in state.versions for site in version.placement.sites
+        )
+        if whole and state.versions:
+            elastic.adopt(state.versions)
+            return
+        version = state.versions[-1] if state.versions else None
+        self._weights = self._weights if version is None else version.name
+        self._directory = self._directory if version is None else version.directory or ""
+        self._state = None
+        self.found(self._dead_after)
+
+    def _ended(self, scaling: Scaling, timeout: float) -> Scaling:
+        with self.elastic.changed:
+            self.elastic.changed.wait_for(
+                lambda: scaling.ended is not None or scaling.failure is not None or self._closing.is_set(),
+                timeout,
             )
-        load = torch.stack([report.loads for report in reports]).sum(0)
-        rate = value_at(plan.update_rate, step) if plan.strategy == "bias" else 0.0
-        bias = update_bias(self._bias, load, rate, center=plan.center_update) if rate else self._bias
-        with self._changed:
-            self._raise_failure()
-            last = self._stop or step + 1 >= plan.steps
-            due = plan.checkpoint_interval > 0 and (step + 1) % plan.checkpoint_interval == 0
-            decision = StepDecision(
-                step=step,
-                learning_rate=learning_rate(
-                    step,
-                    peak=plan.learning_rate,
-                    warmup_steps=plan.warmup_steps,
-                    total_steps=plan.steps,
-                    min_ratio=plan.min_learning_rate_ratio,
-                ),
-                # As torch.nn.utils.clip_grad_norm_ has it.
-                scale=min(1.0, plan.clip_norm / (norm + 1e-6)) if plan.clip_norm > 0 else 1.0,
-                grad_norm=norm,
-                bias=bias,
-                epoch=self._epoch,
-                checkpoint=due or last,
-                stop=last,
+        if scaling.failure is not None:
+            raise ResourceError(
+                f"the change to {scaling.target} expert hosts was given up, {scaling.before} are wanted as "
+                f"before: {scaling.failure}"
             )
-            self._commits = [
-                (info, self._pool.submit(self._commit, info, host, decision))
-                for info, host in self._members()
-            ]
-            self._decision, self._bias, self._step = decision, bias, step + 1
-            self._reports.clear()
-            self._metrics.append(_merge(reports, load, decision))
-            self._changed.notify_all()
-        return decision
+        return scaling
 
-    def _commit(self, info: HostInfo, host: HostControl, decision: StepDecision) -> None:
-        """Commit on one host. One that does not ends the run at once: its peers have moved on without it."""
-        try:
-            host.commit(decision.step, decision.learning_rate, decision.scale)
-        except Exception as error:
-            self.fail(f"expert host {info.id} did not commit step {decision.step}: {error}")
-            raise
+    def _lost(self, host: str, why: str) -> None:
+        if self.training is not None:
+            self.training.interrupt(f"expert host {host}: {why}")
 
-    def _finish(self, commits: Sequence[tuple[HostInfo, Future[None]]]) -> None:
-        """Wait until every host has committed the step before."""
-        for info, commit in commits:
-            error = commit.exception()
-            if error is not None:
-                raise RaymoeError(f"expert host {info.id} did not commit the last step: {error}") from error
+    def _watch(self) -> None:
+        """Ask every host, several times before its silence counts as death."""
+        pause = self._dead_after / _PER_DEATH
+        while not self._closing.wait(pause):
+            self.elastic.ping_all(self._dead_after)
+            for id in self.elastic.silent(self._dead_after):
+                self.elastic.lose(id, f"silent for {self._dead_after:g} s")
 
-    def _on_hosts(self, what: str, call: Callable[[HostControl], _T]) -> list[_T]:
-        """Call every host at once; the results in the order of the placement."""
-        with self._changed:
-            members = self._members()
-        calls = [(info, self._pool.submit(call, host)) for info, host in members]
-        results, errors = [], []
-        for info, pending in calls:
+    def _keep_in_place(self) -> None:
+        """In serving: move experts whenever they are to, without a pause."""
+        elastic, failures = self.elastic, 0
+        while not self._closing.is_set():
+            why = elastic.due()
+            if why is None or failures:
+                with elastic.changed:
+                    elastic.changed.wait(min(0.1 * 2**failures, 5.0))
+            if why is None:
+                failures = 0
+                continue
             try:
-                results.append(pending.result())
-            except Exception as error:
-                errors.append((info, error))
-        if errors:
-            text = "; ".join(f"expert host {info.id} failed to {what}: {error}" for info, error in errors)
-            raise RaymoeError(text) from errors[0][1]
-        return results
-
-    def _members(self) -> list[tuple[HostInfo, HostControl]]:
-        if len(self._hosts) != self._n_hosts:
-            raise ProtocolError(f"{len(self._hosts)} of {self._n_hosts} expert hosts have registered")
-        return [self._hosts[id] for id in self._order()]
-
-    def _order(self) -> list[str]:
-        """Host ids by length, then text: host-2 before host-10."""
-        return sorted(self._hosts, key=lambda id: (len(id), id))
-
-    def _check(self, report: StepReport) -> None:
-        if not 0 <= report.worker < self._plan.workers:
-            raise ProtocolError(
-                f"worker {report.worker} is unknown: the run has {self._plan.workers} workers"
-            )
-        if tuple(report.loads.shape) != self._shape or report.loads.dtype != torch.int64:
-            raise ProtocolError(
-                f"worker {report.worker} reports loads {list(report.loads.shape)} of {report.loads.dtype}, "
-                f"not {list(self._shape)} of int64"
-            )
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise RaymoeError(self._failure)
+                elastic.reshape(why)
+                failures = 0
+            except RaymoeError:  # noted; tried again, less and less often
+                failures += 1
+            except RuntimeError:
+                if not self._closing.is_set():
+                    raise
 
 
-def _merge(reports: Sequence[StepReport], load: Tensor, decision: StepDecision) -> StepMetrics:
-    """The workers' sums as one step's metrics."""
-    targets = max(1, sum(report.n_targets for report in reports))
-    rows = max(1, sum(report.n_rows for report in reports))
-    routed = max(1, sum(report.tokens_routed for report in reports))
-    return StepMetrics(
-        step=decision.step,
-        loss=sum(report.main_sum for report in reports) / targets,
-        mtp_loss=sum(report.mtp_sum for report in reports) / targets,
-        balance_loss=sum(report.balance_sum for report in reports) / rows,
-        learning_rate=decision.learning_rate,
-        grad_norm=decision.grad_norm,
-        scale=decision.scale,
-        max_violation=tuple(max_violation(load).tolist()),
-        tokens=sum(report.tokens for report in reports),
-        seconds=max(report.seconds for report in reports),
-        hosts_per_token=sum(report.rows_sent for report in reports) / routed,
-        bytes=sum(report.bytes for report in reports),
-    )
-
-
-__all__ = ["Coordinator"]
+__all__ = ["Coordinator", "State"]

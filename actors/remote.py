@@ -6,9 +6,11 @@ they are used. A build that fails is kept and raised by the first call, with its
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import grpc
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
@@ -16,11 +18,12 @@ from actors.control_server import ControlServer
 from actors.coordinator import Coordinator
 from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter
-from actors.servicers import CoordinatorServicer, RouterServicer
+from actors.coordinator_servicer import AdminServicer, CoordinatorServicer
+from actors.servicers import RouterServicer
 from actors.serving import ExpertHostServer
 from cluster.topology import HostInfo
 from errors import RaymoeError, ResourceError
-from protos import coordinator_pb2_grpc, router_pb2_grpc
+from protos import admin_pb2_grpc, coordinator_pb2_grpc, router_pb2_grpc
 
 _T = TypeVar("_T")
 
@@ -28,8 +31,9 @@ _T = TypeVar("_T")
 class _Process(Generic[_T]):
     """Builds once; remembers the error if that fails."""
 
-    def __init__(self, build: Callable[[], _T], interface: str | None = None) -> None:
+    def __init__(self, build: Callable[[], _T], interface: str | None = None, port: int = 0) -> None:
         self._interface = interface or _node_ip()
+        self._port = port
         self._error: Exception | None = None
         self._built: Any = None
         try:
@@ -50,6 +54,13 @@ class _Process(Generic[_T]):
         if self._built is not None:
             self._built.close()
 
+    def ping(self) -> None:
+        """Answers."""
+
+    def lease(self) -> None:
+        """Lasts as long as the process: whoever waits for it hears of its end."""
+        threading.Event().wait()
+
 
 class _ExpertHostProcess(_Process[ExpertHost]):
     def _open(self, plain: ExpertHost) -> ExpertHostServer:
@@ -63,14 +74,14 @@ class _ExpertHostProcess(_Process[ExpertHost]):
 
 class _CoordinatorProcess(_Process[Coordinator]):
     def _open(self, plain: Coordinator) -> ControlServer:
-        servicer = CoordinatorServicer(plain)
         self._coordinator = plain
-        return ControlServer(
-            lambda server: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server),
-            host=self._interface,
-            # Every worker may wait in a report, with room for the driver and the hosts.
-            threads=plain.workers + 16,
-        )
+
+        def register(server: grpc.Server) -> None:
+            coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorServicer(plain), server)
+            admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(plain), server)
+
+        # Every worker and router may wait for news, with room for whoever runs the hosts and the job.
+        return ControlServer(register, host=self._interface, port=self._port, threads=plain.workers + 64)
 
     def address(self) -> str:
         """What `CoordinatorClient` takes."""
@@ -98,8 +109,8 @@ class _RouterProcess(_Process[GateRouter]):
         return address
 
 
-ExpertHostActor = ray.remote(max_restarts=0)(_ExpertHostProcess)
-CoordinatorActor = ray.remote(max_restarts=0)(_CoordinatorProcess)
+ExpertHostActor = ray.remote(max_restarts=0, max_concurrency=4)(_ExpertHostProcess)
+CoordinatorActor = ray.remote(max_restarts=0, max_concurrency=4)(_CoordinatorProcess)
 RouterActor = ray.remote(max_restarts=0)(_RouterProcess)
 
 
@@ -108,6 +119,7 @@ def start(
     build: Callable[[], Any],
     *,
     interface: str | None = None,
+    port: int = 0,
     cpus: float = 0,
     gpus: float = 0,
     **options: Any,
@@ -117,11 +129,12 @@ def start(
     Args:
         build: makes the plain class; called in the actor's process.
         interface: that it listens on; None takes the address that Ray knows its node by.
+        port: that it listens on, where it has one for control calls alone; 0 takes a free one.
         cpus, gpus: what Ray reserves.
         options: further options of Ray, as `runtime_env`.
     """
-    chosen = actor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD", **options)
-    return chosen.remote(build, interface)
+    placed = {"scheduling_strategy": "SPREAD", **options}
+    return actor.options(num_cpus=cpus, num_gpus=gpus, **placed).remote(build, interface, port)
 
 
 def ask(reference: Any, *, what: str, timeout: float | None = None) -> Any:

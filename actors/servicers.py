@@ -79,98 +79,6 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         not_served(context)  # channels.grpc serves it, on the same server
 
 
-class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
-    """The coordinator's calls."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-
-    def RegisterHost(
-        self, request: coordinator_pb2.RegisterHostRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.RegisterHostReply:
-        with refusing(context):
-            self._coordinator.register_host(host_from(request.host))
-            return coordinator_pb2.RegisterHostReply()
-
-    def GetRoutingTable(
-        self, request: coordinator_pb2.GetRoutingTableRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.RoutingTable:
-        with refusing(context):
-            return table_to(self._coordinator.table())
-
-    def ReportStep(
-        self, request: coordinator_pb2.StepReport, context: grpc.ServicerContext
-    ) -> coordinator_pb2.StepDecision:
-        with refusing(context):
-            return decision_to(self._coordinator.report(report_from(request)))
-
-    def GetMetrics(
-        self, request: coordinator_pb2.GetMetricsRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.GetMetricsReply:
-        with refusing(context):
-            steps = self._coordinator.metrics(request.since)
-            return coordinator_pb2.GetMetricsReply(steps=[metrics_to(step) for step in steps])
-
-    def RequestStop(
-        self, request: coordinator_pb2.RequestStopRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.RequestStopReply:
-        with refusing(context):
-            return coordinator_pb2.RequestStopReply(step=self._coordinator.request_stop())
-
-    def Fail(
-        self, request: coordinator_pb2.FailRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.FailReply:
-        with refusing(context):
-            self._coordinator.fail(request.text)
-            return coordinator_pb2.FailReply()
-
-    def SaveHosts(
-        self, request: coordinator_pb2.SaveHostsRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.SaveHostsReply:
-        with refusing(context):
-            files = self._coordinator.save(request.directory, request.step)
-            return coordinator_pb2.SaveHostsReply(files=files)
-
-    def LoadWeights(
-        self, request: coordinator_pb2.LoadWeightsRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.LoadWeightsReply:
-        with refusing(context):
-            epoch = self._coordinator.load(request.directory, request.version)
-            return coordinator_pb2.LoadWeightsReply(epoch=epoch)
-
-    def PublishWeights(
-        self, request: coordinator_pb2.PublishWeightsRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.PublishWeightsReply:
-        with refusing(context):
-            self._coordinator.publish(request.epoch)
-            return coordinator_pb2.PublishWeightsReply()
-
-    def RetireWeights(
-        self, request: coordinator_pb2.RetireWeightsRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.RetireWeightsReply:
-        with refusing(context):
-            self._coordinator.retire()
-            return coordinator_pb2.RetireWeightsReply()
-
-    def GetState(
-        self, request: coordinator_pb2.GetStateRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.GetStateReply:
-        with refusing(context):
-            return coordinator_pb2.GetStateReply(
-                state=json.dumps(self._coordinator.state()), bias=tensor_to(self._coordinator.bias())
-            )
-
-    def GetStatus(
-        self, request: coordinator_pb2.GetStatusRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.GetStatusReply:
-        with refusing(context):
-            return coordinator_pb2.GetStatusReply(
-                step=self._coordinator.step,
-                epoch=self._coordinator.epoch,
-                failure=self._coordinator.failure or "",
-            )
-
-
 class RouterServicer(router_pb2_grpc.RouterServicer):
     """MoE layers for callers outside; an error ends only its own request, not the stream."""
 
@@ -194,4 +102,4 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             yield reply
 
 
-__all__ = ["CoordinatorServicer", "ExpertServicer", "RouterServicer"]
+__all__ = ["ExpertServicer", "RouterServicer"]

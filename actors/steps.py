@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from cluster.topology import HostInfo
 from model.schedule import Schedule
 
 
@@ -39,6 +40,7 @@ class TrainingPlan:
         update_rate: γ of the bias update (arXiv 2408.15664), over steps.
         center_update: take the mean off the bias update (torchtitan's way, not the paper's).
         checkpoint_interval: steps between checkpoints; 0 writes none but the last.
+        snapshot_interval: steps between snapshots in hosts' memory; 0 takes none.
     """
 
     steps: int
@@ -51,6 +53,7 @@ class TrainingPlan:
     update_rate: Schedule = 0.001
     center_update: bool = False
     checkpoint_interval: int = 0
+    snapshot_interval: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,6 +108,7 @@ class StepDecision:
         epoch: placement epoch of the next step.
         checkpoint: write a checkpoint now, after this step.
         stop: leave the training loop after this step (and its checkpoint).
+        snapshot: keep the state after this step in memory.
     """
 
     step: int
@@ -115,6 +119,24 @@ class StepDecision:
     epoch: int
     checkpoint: bool
     stop: bool
+    snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Where a worker begins, for the first time or again.
+
+    Attributes:
+        attempt: that it is part of from now on: how often the run has been interrupted.
+        step: the first step.
+        trunk: hosts that keep the trunk's state of that step.
+        directory: a checkpoint that has it, where no host does; empty for what the run began with.
+    """
+
+    attempt: int
+    step: int
+    trunk: tuple[HostInfo, ...]
+    directory: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +222,7 @@ __all__ = [
     "HostControl",
     "HostStats",
     "OptimizerSettings",
+    "Resume",
     "StepDecision",
     "StepMetrics",
     "StepReport",

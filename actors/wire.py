@@ -147,6 +147,7 @@ def decision_to(decision: StepDecision) -> coordinator_pb2.StepDecision:
         epoch=decision.epoch,
         checkpoint=decision.checkpoint,
         stop=decision.stop,
+        snapshot=decision.snapshot,
     )
 
 
@@ -161,6 +162,7 @@ def decision_from(message: coordinator_pb2.StepDecision) -> StepDecision:
         epoch=message.epoch,
         checkpoint=message.checkpoint,
         stop=message.stop,
+        snapshot=message.snapshot,
     )
 
 

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
-import ray
-
-from actors.clients import CoordinatorClient
-from actors.coordinator import Coordinator
-from actors.expert_host import ExpertHost
-from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
+from actors.elastic import Shape
 from channels.base import Channel
 from channels.choose import connect, pick
 from cluster.config import ClusterConfig
@@ -29,6 +22,17 @@ def placement(model: ModelConfig, hosts: int) -> Holders:
 def experts_of(model: ModelConfig, cluster: ClusterConfig, index: int) -> dict[int, tuple[int, ...]]:
     """Model layer index -> ids of the experts of host number `index`."""
     return experts_held(placement(model, cluster.expert_hosts), model.moe_layers, index)
+
+
+def shape_of(model: ModelConfig, cluster: ClusterConfig) -> Shape:
+    """What is placed on the hosts, and how often."""
+    return Shape(
+        layers=model.moe_layers,
+        n_experts=model.n_routed_experts,
+        n_group=model.n_group,
+        replicas=cluster.replicas,
+        redundant=cluster.redundant_experts,
+    )
 
 
 def host_threads(cluster: ClusterConfig) -> int:
@@ -50,37 +54,4 @@ def connector(cluster: ClusterConfig) -> Callable[[HostInfo], Channel]:
     return open_channel
 
 
-@contextmanager
-def running_hosts(
-    cluster: ClusterConfig, coordinator: Callable[[], Coordinator], hosts: Sequence[Callable[[], ExpertHost]]
-) -> Iterator[str]:
-    """A coordinator and its expert hosts as actors, which do not outlive the block; its address.
-
-    Args:
-        coordinator, hosts: build the plain classes, in the actors' processes.
-
-    Raises:
-        RaymoeError: what one of them failed with.
-    """
-    actors: list[Any] = []
-    try:
-        # All start at once, then each is waited for.
-        actors.append(start(CoordinatorActor, coordinator, interface=cluster.interface))
-        for build in hosts:
-            reserved = {"cpus": cluster.cpus_per_host, "gpus": cluster.gpus_per_host}
-            actors.append(start(ExpertHostActor, build, interface=cluster.interface, **reserved))
-        patience = cluster.start_timeout
-        address: str = ask(actors[0].address.remote(), what="the coordinator", timeout=patience)
-        client = CoordinatorClient(address, timeout=cluster.call_timeout)
-        try:
-            for index, actor in enumerate(actors[1:]):
-                client.register_host(ask(actor.info.remote(), what=f"expert host {index}", timeout=patience))
-        finally:
-            client.close()
-        yield address
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-__all__ = ["connector", "experts_of", "host_threads", "on_loopback", "placement", "running_hosts"]
+__all__ = ["connector", "experts_of", "host_threads", "on_loopback", "placement", "shape_of"]

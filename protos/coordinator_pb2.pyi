@@ -141,17 +141,228 @@ global___RegisterHostReply = RegisterHostReply
 class GetRoutingTableRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    KNOWN_EPOCH_FIELD_NUMBER: builtins.int
-    known_epoch: builtins.int
-    """The epoch that the caller has; with it current, the table comes without hosts and owners."""
+    KNOWN_SERIAL_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    known_serial: builtins.int
+    """The caller's serial: the reply waits for another one; -1 asks for what there is."""
+    weights: builtins.str
+    """Version of the weights; empty takes those in use."""
+    seconds: builtins.float
+    """To wait for another serial, or for every expert to have a host."""
     def __init__(
         self,
         *,
-        known_epoch: builtins.int = ...,
+        known_serial: builtins.int = ...,
+        weights: builtins.str = ...,
+        seconds: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["known_epoch", b"known_epoch"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["known_serial", b"known_serial", "seconds", b"seconds", "weights", b"weights"]) -> None: ...
 
 global___GetRoutingTableRequest = GetRoutingTableRequest
+
+@typing.final
+class GetRoutingTableReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: builtins.int
+    @property
+    def table(self) -> global___RoutingTable:
+        """Absent when there is nothing new."""
+
+    def __init__(
+        self,
+        *,
+        table: global___RoutingTable | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_table", b"_table", "table", b"table"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_table", b"_table", "table", b"table"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_table", b"_table"]) -> typing.Literal["table"] | None: ...
+
+global___GetRoutingTableReply = GetRoutingTableReply
+
+@typing.final
+class SuspectRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    host: builtins.str
+    why: builtins.str
+    def __init__(
+        self,
+        *,
+        host: builtins.str = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["host", b"host", "why", b"why"]) -> None: ...
+
+global___SuspectRequest = SuspectRequest
+
+@typing.final
+class SuspectReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___SuspectReply = SuspectReply
+
+@typing.final
+class OrdersRequest(google.protobuf.message.Message):
+    """How the hosts of whoever runs them stand."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class FailedEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    STARTING_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    STOPPED_FIELD_NUMBER: builtins.int
+    starting: builtins.int
+    """Started, not registered yet."""
+    @property
+    def failed(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Host id -> why it did not start, or how it ended."""
+
+    @property
+    def stopped(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Have been ended, as ordered."""
+
+    def __init__(
+        self,
+        *,
+        starting: builtins.int = ...,
+        failed: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        stopped: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failed", b"failed", "starting", b"starting", "stopped", b"stopped"]) -> None: ...
+
+global___OrdersRequest = OrdersRequest
+
+@typing.final
+class OrdersReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    START_FIELD_NUMBER: builtins.int
+    STOP_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    start: builtins.int
+    """To start now."""
+    wanted: builtins.int
+    """Hosts that there should be."""
+    state: builtins.str
+    """A JSON object: what a coordinator that takes over begins with."""
+    @property
+    def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """To end now."""
+
+    def __init__(
+        self,
+        *,
+        start: builtins.int = ...,
+        stop: collections.abc.Iterable[builtins.str] | None = ...,
+        wanted: builtins.int = ...,
+        state: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["start", b"start", "state", b"state", "stop", b"stop", "wanted", b"wanted"]) -> None: ...
+
+global___OrdersReply = OrdersReply
+
+@typing.final
+class FoundRequest(google.protobuf.message.Message):
+    """Begins: places all experts on the hosts that have registered."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___FoundRequest = FoundRequest
+
+@typing.final
+class FoundReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___FoundReply = FoundReply
+
+@typing.final
+class JoinRequest(google.protobuf.message.Message):
+    """A worker begins, or begins again after it gave up a step."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    workers: builtins.int
+    attempt: builtins.int
+    """That it was part of; -1 for a process that begins."""
+    why: builtins.str
+    def __init__(
+        self,
+        *,
+        rank: builtins.int = ...,
+        workers: builtins.int = ...,
+        attempt: builtins.int = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "rank", b"rank", "why", b"why", "workers", b"workers"]) -> None: ...
+
+global___JoinRequest = JoinRequest
+
+@typing.final
+class JoinReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    TRUNK_FIELD_NUMBER: builtins.int
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
+    step: builtins.int
+    directory: builtins.str
+    """A checkpoint that has it, where no host does."""
+    @property
+    def trunk(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___HostInfo]:
+        """Hosts that keep the trunk's state of that step."""
+
+    def __init__(
+        self,
+        *,
+        attempt: builtins.int = ...,
+        step: builtins.int = ...,
+        trunk: collections.abc.Iterable[global___HostInfo] | None = ...,
+        directory: builtins.str | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_directory", b"_directory", "directory", b"directory"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_directory", b"_directory", "attempt", b"attempt", "directory", b"directory", "step", b"step", "trunk", b"trunk"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_directory", b"_directory"]) -> typing.Literal["directory"] | None: ...
+
+global___JoinReply = JoinReply
 
 @typing.final
 class StepReport(google.protobuf.message.Message):
@@ -297,6 +508,7 @@ class StepDecision(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     MAX_VIOLATION_FIELD_NUMBER: builtins.int
     step: builtins.int
@@ -310,6 +522,8 @@ class StepDecision(google.protobuf.message.Message):
     stop: builtins.bool
     checkpoint: builtins.bool
     """Write a checkpoint after this step."""
+    snapshot: builtins.bool
+    """Keep the state after this step in memory."""
     @property
     def bias(self) -> protos.tensor_pb2.Tensor:
         """fp32 [n_layers, n_experts], for the next step."""
@@ -332,11 +546,12 @@ class StepDecision(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         stop: builtins.bool = ...,
         checkpoint: builtins.bool = ...,
+        snapshot: builtins.bool = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         max_violation: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["bias", b"bias"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bias", b"bias", "bias_version", b"bias_version", "checkpoint", b"checkpoint", "epoch", b"epoch", "grad_norm", b"grad_norm", "lr", b"lr", "max_violation", b"max_violation", "metrics", b"metrics", "scale", b"scale", "step", b"step", "stop", b"stop"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bias", b"bias", "bias_version", b"bias_version", "checkpoint", b"checkpoint", "epoch", b"epoch", "grad_norm", b"grad_norm", "lr", b"lr", "max_violation", b"max_violation", "metrics", b"metrics", "scale", b"scale", "snapshot", b"snapshot", "step", b"step", "stop", b"stop"]) -> None: ...
 
 global___StepDecision = StepDecision
 

@@ -42,7 +42,27 @@ class CoordinatorStub(object):
         self.GetRoutingTable = channel.unary_unary(
                 '/raymoe.v1.Coordinator/GetRoutingTable',
                 request_serializer=protos_dot_coordinator__pb2.GetRoutingTableRequest.SerializeToString,
-                response_deserializer=protos_dot_coordinator__pb2.RoutingTable.FromString,
+                response_deserializer=protos_dot_coordinator__pb2.GetRoutingTableReply.FromString,
+                _registered_method=True)
+        self.Suspect = channel.unary_unary(
+                '/raymoe.v1.Coordinator/Suspect',
+                request_serializer=protos_dot_coordinator__pb2.SuspectRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.SuspectReply.FromString,
+                _registered_method=True)
+        self.Orders = channel.unary_unary(
+                '/raymoe.v1.Coordinator/Orders',
+                request_serializer=protos_dot_coordinator__pb2.OrdersRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.OrdersReply.FromString,
+                _registered_method=True)
+        self.Found = channel.unary_unary(
+                '/raymoe.v1.Coordinator/Found',
+                request_serializer=protos_dot_coordinator__pb2.FoundRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.FoundReply.FromString,
+                _registered_method=True)
+        self.Join = channel.unary_unary(
+                '/raymoe.v1.Coordinator/Join',
+                request_serializer=protos_dot_coordinator__pb2.JoinRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.JoinReply.FromString,
                 _registered_method=True)
         self.ReportStep = channel.unary_unary(
                 '/raymoe.v1.Coordinator/ReportStep',
@@ -106,7 +126,33 @@ class CoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetRoutingTable(self, request, context):
+        """Waits, see the request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Suspect(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Orders(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Found(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Join(self, request, context):
+        """Returns when everything is ready for the worker.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -183,7 +229,27 @@ def add_CoordinatorServicer_to_server(servicer, server):
             'GetRoutingTable': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRoutingTable,
                     request_deserializer=protos_dot_coordinator__pb2.GetRoutingTableRequest.FromString,
-                    response_serializer=protos_dot_coordinator__pb2.RoutingTable.SerializeToString,
+                    response_serializer=protos_dot_coordinator__pb2.GetRoutingTableReply.SerializeToString,
+            ),
+            'Suspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Suspect,
+                    request_deserializer=protos_dot_coordinator__pb2.SuspectRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.SuspectReply.SerializeToString,
+            ),
+            'Orders': grpc.unary_unary_rpc_method_handler(
+                    servicer.Orders,
+                    request_deserializer=protos_dot_coordinator__pb2.OrdersRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.OrdersReply.SerializeToString,
+            ),
+            'Found': grpc.unary_unary_rpc_method_handler(
+                    servicer.Found,
+                    request_deserializer=protos_dot_coordinator__pb2.FoundRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.FoundReply.SerializeToString,
+            ),
+            'Join': grpc.unary_unary_rpc_method_handler(
+                    servicer.Join,
+                    request_deserializer=protos_dot_coordinator__pb2.JoinRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.JoinReply.SerializeToString,
             ),
             'ReportStep': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportStep,
@@ -289,7 +355,115 @@ class Coordinator(object):
             target,
             '/raymoe.v1.Coordinator/GetRoutingTable',
             protos_dot_coordinator__pb2.GetRoutingTableRequest.SerializeToString,
-            protos_dot_coordinator__pb2.RoutingTable.FromString,
+            protos_dot_coordinator__pb2.GetRoutingTableReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Suspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/Suspect',
+            protos_dot_coordinator__pb2.SuspectRequest.SerializeToString,
+            protos_dot_coordinator__pb2.SuspectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Orders(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/Orders',
+            protos_dot_coordinator__pb2.OrdersRequest.SerializeToString,
+            protos_dot_coordinator__pb2.OrdersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Found(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/Found',
+            protos_dot_coordinator__pb2.FoundRequest.SerializeToString,
+            protos_dot_coordinator__pb2.FoundReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Join(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/Join',
+            protos_dot_coordinator__pb2.JoinRequest.SerializeToString,
+            protos_dot_coordinator__pb2.JoinReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,8 +26,30 @@ class CoordinatorStub:
 
     GetRoutingTable: grpc.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.GetRoutingTableRequest,
-        protos.coordinator_pb2.RoutingTable,
+        protos.coordinator_pb2.GetRoutingTableReply,
     ]
+    """Waits, see the request."""
+
+    Suspect: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.SuspectRequest,
+        protos.coordinator_pb2.SuspectReply,
+    ]
+
+    Orders: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.OrdersRequest,
+        protos.coordinator_pb2.OrdersReply,
+    ]
+
+    Found: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.FoundRequest,
+        protos.coordinator_pb2.FoundReply,
+    ]
+
+    Join: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.JoinRequest,
+        protos.coordinator_pb2.JoinReply,
+    ]
+    """Returns when everything is ready for the worker."""
 
     ReportStep: grpc.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.StepReport,
@@ -88,8 +110,30 @@ class CoordinatorAsyncStub:
 
     GetRoutingTable: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.GetRoutingTableRequest,
-        protos.coordinator_pb2.RoutingTable,
+        protos.coordinator_pb2.GetRoutingTableReply,
     ]
+    """Waits, see the request."""
+
+    Suspect: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.SuspectRequest,
+        protos.coordinator_pb2.SuspectReply,
+    ]
+
+    Orders: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.OrdersRequest,
+        protos.coordinator_pb2.OrdersReply,
+    ]
+
+    Found: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.FoundRequest,
+        protos.coordinator_pb2.FoundReply,
+    ]
+
+    Join: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.JoinRequest,
+        protos.coordinator_pb2.JoinReply,
+    ]
+    """Returns when everything is ready for the worker."""
 
     ReportStep: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.StepReport,
@@ -155,7 +199,37 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         self,
         request: protos.coordinator_pb2.GetRoutingTableRequest,
         context: _ServicerContext,
-    ) -> typing.Union[protos.coordinator_pb2.RoutingTable, collections.abc.Awaitable[protos.coordinator_pb2.RoutingTable]]: ...
+    ) -> typing.Union[protos.coordinator_pb2.GetRoutingTableReply, collections.abc.Awaitable[protos.coordinator_pb2.GetRoutingTableReply]]:
+        """Waits, see the request."""
+
+    @abc.abstractmethod
+    def Suspect(
+        self,
+        request: protos.coordinator_pb2.SuspectRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.SuspectReply, collections.abc.Awaitable[protos.coordinator_pb2.SuspectReply]]: ...
+
+    @abc.abstractmethod
+    def Orders(
+        self,
+        request: protos.coordinator_pb2.OrdersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.OrdersReply, collections.abc.Awaitable[protos.coordinator_pb2.OrdersReply]]: ...
+
+    @abc.abstractmethod
+    def Found(
+        self,
+        request: protos.coordinator_pb2.FoundRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.FoundReply, collections.abc.Awaitable[protos.coordinator_pb2.FoundReply]]: ...
+
+    @abc.abstractmethod
+    def Join(
+        self,
+        request: protos.coordinator_pb2.JoinRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.JoinReply, collections.abc.Awaitable[protos.coordinator_pb2.JoinReply]]:
+        """Returns when everything is ready for the worker."""
 
     @abc.abstractmethod
     def ReportStep(

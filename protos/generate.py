@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 TOOLS = {"grpcio-tools": "1.72.2", "mypy-protobuf": "3.6.0"}
-MESSAGES = ("coordinator", "expert", "generation", "router", "tensor")
-SERVICES = ("coordinator", "expert", "generation", "router")
+MESSAGES = ("admin", "coordinator", "expert", "generation", "router", "tensor")
+SERVICES = ("admin", "coordinator", "expert", "generation", "router")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -11,17 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.clients import CoordinatorClient, HostClient
-from actors.coordinator import Coordinator
+from actors.clients import HostClient
+from actors.coordinator import Coordinator, State
+from actors.coordinator_client import CoordinatorClient
 from actors.expert_host import ExpertHost
-from actors.steps import TrainingPlan
 from errors import RaymoeError
-from jobs.hosts import experts_of, host_threads, placement, running_hosts
+from jobs.fleet import Fleet
+from jobs.hosts import host_threads, shape_of
 from jobs.serving.config import ServeConfig
 from jobs.serving.rollout import Rollout, Standing, Wanted
-from jobs.serving.weights import Kind, Version, require_room, serving_dtype, weights_version
+from jobs.serving.weights import Kind, Version, serving_dtype, weights_version
 from model.checkpoint import PretrainedSource
-from model.config import ModelConfig
 
 _CONTROL_SECONDS = 30.0
 
@@ -66,9 +66,13 @@ class ExpertPool:
         self._address: str | None = None
         self._coordinator: CoordinatorClient | None = None
         if cluster.expert_hosts:
-            hosts = [partial(build_serving_host, config, weights, i) for i in range(cluster.expert_hosts)]
-            coordinator = partial(_coordinator, self._kind.model, cluster.expert_hosts, version.name)
-            self._address = self._actors.enter_context(running_hosts(cluster, coordinator, hosts))
+            fleet = Fleet(
+                cluster,
+                coordinator=partial(build_serving_coordinator, config, version),
+                host=partial(build_serving_host, config, weights),
+            )
+            self._actors.callback(fleet.close)
+            self._address = fleet.open()
             self._coordinator = CoordinatorClient(self._address, timeout=_CONTROL_SECONDS)
             self._actors.callback(self._coordinator.close)
 
@@ -153,22 +157,23 @@ class ExpertPool:
         self._actors.close()
 
 
-def build_serving_host(config: ServeConfig, directory: Path, index: int) -> ExpertHost:
-    """Expert host number `index`, in its own process."""
+def build_serving_host(config: ServeConfig, directory: Path, id: str) -> ExpertHost:
+    """An expert host of this name, in its own process; it holds nothing yet.
+
+    Args:
+        directory: with weights of the served shape.
+    """
     dtype = serving_dtype(config, directory)
     source = PretrainedSource(directory, dtype=dtype)
     model = source.config
-    name, experts = f"host-{index}", experts_of(model, config.cluster, index)
 
     def open_source(other: str) -> PretrainedSource:
-        each = 3 * model.hidden_size * model.moe_intermediate_size * dtype.itemsize
-        require_room(sum(map(len, experts.values())) * each, f"expert host {name}")
         return PretrainedSource(other, model, dtype=dtype)
 
     return ExpertHost(
-        name,
+        id,
         model,
-        experts,
+        {},
         source,
         open_source=open_source,
         dtype=dtype,
@@ -176,17 +181,23 @@ def build_serving_host(config: ServeConfig, directory: Path, index: int) -> Expe
     )
 
 
-def _coordinator(model: ModelConfig, hosts: int, weights: str) -> Coordinator:
-    """A coordinator that knows hosts, placement and weights, and no steps."""
+def build_serving_coordinator(config: ServeConfig, version: Version, state: State | None) -> Coordinator:
+    """A coordinator that knows hosts, placement and weights, and no steps.
+
+    Args:
+        version: of the weights to begin with.
+        state: of the coordinator before.
+    """
+    cluster = config.cluster
     return Coordinator(
-        TrainingPlan(steps=0, workers=1, learning_rate=0.0),
-        holders=placement(model, hosts),
-        n_layers=len(model.moe_layers),
-        n_experts=model.n_routed_experts,
-        n_hosts=hosts,
+        shape_of(PretrainedSource(version.directory).config, cluster),
+        hosts=cluster.expert_hosts,
         control=partial(HostClient, timeout=_CONTROL_SECONDS),
-        weights=weights,
+        weights=version.name,
+        directory=version.directory,
+        dead_after=cluster.dead_after,
+        state=state,
     )
 
 
-__all__ = ["ExpertPool", "Membership", "build_serving_host"]
+__all__ = ["ExpertPool", "Membership", "build_serving_coordinator", "build_serving_host"]

@@ -1,0 +1,259 @@
+"""The actors of a job: its coordinator and its expert hosts, started, watched, and ended as the coordinator orders.
+
+A fleet lives in the process that owns the job: the driver of a training run, the pool of a deployment. What it
+starts ends with it. It tells the coordinator how its hosts stand and does what it is told, again and again,
+so that nothing is lost with a coordinator: a new one at the same address goes on from the state of the last.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.coordinator import Coordinator, State
+from actors.coordinator_client import CoordinatorClient
+from actors.expert_host import ExpertHost
+from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
+from cluster.config import ClusterConfig
+from cluster.topology import HostInfo
+from errors import RaymoeError
+
+_PAUSE = 0.1  # seconds between two reports
+_CALL_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class _Host:
+    """An expert host of this fleet.
+
+    Attributes:
+        info: its answer to where it is, awaited until it is there.
+        lease: ends with it.
+    """
+
+    actor: Any
+    asked: Any
+    lease: Any
+    began: float
+    info: HostInfo | None = None
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Runs a job's actors until `close`.
+
+    Args:
+        cluster: how many hosts, and what each gets.
+        coordinator: builds one in its own process, from the state of the one before.
+        host: builds a host of this name in its own process.
+    """
+
+    cluster: ClusterConfig
+    coordinator: Callable[[State | None], Coordinator]
+    host: Callable[[str], ExpertHost]
+    address: str = ""
+    _coordinator: Any = None
+    _client: CoordinatorClient | None = None
+    _state: State | None = None
+    _hosts: dict[str, _Host] = field(default_factory=dict)
+    _failed: dict[str, str] = field(default_factory=dict)
+    _stopped: list[str] = field(default_factory=list)
+    _next: int = 0
+    _closing: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def open(self) -> str:
+        """Bring coordinator and hosts up, and all experts into place; the coordinator's address.
+
+        Raises:
+            RaymoeError: what one of them failed with; nothing is left of the others.
+        """
+        try:
+            self._start_coordinator()
+            for _ in range(self.cluster.expert_hosts):
+                self._start_host()
+            patience = self.cluster.start_timeout
+            self._await_coordinator(patience)
+            assert self._client is not None
+            for id, host in self._hosts.items():
+                host.info = ask(host.asked, what=f"expert host {id}", timeout=patience)
+                self._client.register_host(host.info)
+            if self._hosts:
+                self._client.found()
+        except BaseException:
+            self.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
+        self._thread.start()
+        return self.address
+
+    def close(self) -> None:
+        """End all actors."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._client is not None:
+            self._client.close()
+        for actor in [self._coordinator, *(host.actor for host in self._hosts.values())]:
+            if actor is not None:
+                with suppress(RayError):
+                    ray.kill(actor)
+        self._hosts.clear()
+
+    # --- the loop
+
+    def _run(self) -> None:
+        while not self._closing.wait(_PAUSE):
+            try:
+                self._look()
+                self._obey()
+            except RaymoeError:
+                if not self._alive(self._coordinator):
+                    self._replace_coordinator()
+            except RayError:  # the cluster itself is going; whoever owns this fleet finds out
+                continue
+
+    def _look(self) -> None:
+        """Find out what has become of the hosts."""
+        assert self._client is not None
+        leases = {host.lease: id for id, host in self._hosts.items()}
+        ended, _ = ray.wait(list(leases), num_returns=max(1, len(leases)), timeout=0) if leases else ([], [])
+        for lease in ended:
+            id = leases[lease]
+            self._failed[id] = self._why(self._hosts.pop(id))
+        for id, host in list(self._hosts.items()):
+            if host.info is not None:
+                continue
+            ready, _ = ray.wait([host.asked], timeout=0)
+            try:
+                if ready:
+                    host.info = ask(host.asked, what=f"expert host {id}")
+                    self._client.register_host(host.info)
+                elif time.monotonic() - host.began > self.cluster.start_timeout:
+                    raise RaymoeError(
+                        f"it did not come up within {self.cluster.start_timeout:g} s: the cluster may lack "
+                        f"the {self.cluster.cpus_per_host:g} CPUs that cluster.cpus_per_host asks for"
+                    )
+            except RaymoeError as error:
+                if host.info is not None and self._alive(host.actor):  # the coordinator is away
+                    host.info = None
+                    raise
+                self._failed[id] = str(error)
+                self._end(id)
+
+    def _obey(self) -> None:
+        """Report, and do what is ordered."""
+        assert self._client is not None
+        starting = sum(host.info is None for host in self._hosts.values())
+        failed, stopped = dict(self._failed), list(self._stopped)
+        orders, _, self._state = self._client.orders(starting=starting, failed=failed, stopped=stopped)
+        for id in failed:
+            self._failed.pop(id)
+        self._stopped = [id for id in self._stopped if id not in stopped]
+        for id in orders.stop:
+            self._end(id)
+            self._stopped.append(id)
+        for _ in range(orders.start):
+            self._start_host()
+
+    def _start_host(self) -> None:
+        id = f"host-{self._next}"
+        self._next += 1
+        actor = start(
+            ExpertHostActor,
+            _Named(self.host, id),
+            interface=self.cluster.interface,
+            cpus=self.cluster.cpus_per_host,
+            gpus=self.cluster.gpus_per_host,
+        )
+        self._hosts[id] = _Host(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
+
+    def _end(self, id: str) -> None:
+        host = self._hosts.pop(id, None)
+        if host is not None:
+            with suppress(RayError):
+                ray.kill(host.actor)
+
+    def _why(self, host: _Host) -> str:
+        try:
+            ray.get(host.lease)
+        except RayActorError:
+            return "its process ended"
+        except RayError as error:
+            return str(error).strip().splitlines()[0]
+        return "it ended"
+
+    # --- the coordinator
+
+    def _start_coordinator(self) -> None:
+        port = int(self.address.rpartition(":")[2]) if self.address else 0
+        here = ray.get_runtime_context().get_node_id()
+        self._coordinator = start(
+            CoordinatorActor,
+            _Succeeding(self.coordinator, self._state),
+            interface=self.cluster.interface,
+            port=port,
+            # Where the fleet is: so its address stays as long as there is somebody to start it anew.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        )
+
+    def _await_coordinator(self, timeout: float) -> None:
+        self.address = ask(self._coordinator.address.remote(), what="the coordinator", timeout=timeout)
+        if self._client is None:
+            self._client = CoordinatorClient(self.address, timeout=_CALL_SECONDS)
+
+    def _replace_coordinator(self) -> None:
+        """Start another one at the same address, and introduce the hosts to it."""
+        while not self._closing.wait(_PAUSE):
+            try:
+                ray.kill(self._coordinator)  # it may hang, and hold the port
+                self._start_coordinator()
+                self._await_coordinator(self.cluster.start_timeout)
+                assert self._client is not None
+                for host in self._hosts.values():
+                    if host.info is not None:
+                        self._client.register_host(host.info)
+                self._client.found()
+                return
+            except (RaymoeError, RayError):
+                continue
+
+    def _alive(self, actor: Any) -> bool:
+        try:
+            ray.get(actor.ping.remote(), timeout=_CALL_SECONDS)
+        except RayError:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Builds a host of a name."""
+
+    build: Callable[[str], ExpertHost]
+    id: str
+
+    def __call__(self) -> ExpertHost:
+        return self.build(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Succeeding:
+    """Builds a coordinator after another."""
+
+    build: Callable[[State | None], Coordinator]
+    state: State | None
+
+    def __call__(self) -> Coordinator:
+        return self.build(self.state)
+
+
+__all__ = ["Fleet"]
