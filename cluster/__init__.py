@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from cluster.config import ChannelKind, ClusterConfig
-from cluster.placement import plan_placement
+from cluster.config import AutoscalingSettings, ChannelKind, ClusterConfig
+from cluster.placement import Holding, Placement, Site, balancedness, moves, plan, plan_placement
+from cluster.spread import spread
 from cluster.topology import Holders, HostInfo, RoutingTable, experts_held
 
 __all__ = [
+    "AutoscalingSettings",
     "ChannelKind",
     "ClusterConfig",
     "Holders",
+    "Holding",
     "HostInfo",
+    "Placement",
     "RoutingTable",
+    "Site",
+    "balancedness",
     "experts_held",
+    "moves",
+    "plan",
     "plan_placement",
+    "spread",
 ]

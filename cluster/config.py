@@ -4,11 +4,59 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 ChannelKind = Literal["auto", "local", "shm", "grpc"]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Reserved = Annotated[float, Field(ge=0, le=65536)]
+Delay = Annotated[float, Field(ge=0, le=86400)]
+
+
+class AutoscalingSettings(BaseModel):
+    """When expert hosts are added and retired by load.
+
+    Attributes:
+        min_hosts: never fewer hosts.
+        max_hosts: never more hosts.
+        target_utilization: share of the time that hosts should be busy, on average.
+        target_waiting: rows that may wait or be in flight at each host, on average, before there are more
+            hosts; null looks at utilisation alone.
+        tolerance: how far from its target the load may be, as a share of the target, before anything happens.
+        upscale_delay: seconds for which the load must have been too high.
+        downscale_delay: seconds for which the load must have been too low.
+        cooldown: seconds after a change of the number of hosts in which it does not change again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    min_hosts: int = Field(default=1, ge=1, le=(1 << 31) - 1)
+    max_hosts: int = Field(default=4, ge=1, le=(1 << 31) - 1)
+    target_utilization: float = Field(default=0.6, gt=0, le=1)
+    target_waiting: float | None = Field(default=None, gt=0)
+    tolerance: float = Field(default=0.1, ge=0, lt=1)
+    upscale_delay: Delay = 5.0
+    downscale_delay: Delay = 60.0
+    cooldown: Delay = 10.0
+
+    @field_validator("max_hosts")
+    @classmethod
+    def _not_below_the_minimum(cls, value: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_hosts", 1)
+        if value < least:
+            raise ValueError(f"should be at least min_hosts ({least})")
+        return value
+
+    @field_validator("tolerance")
+    @classmethod
+    def _reachable(cls, value: float, info: ValidationInfo) -> float:
+        # Utilisation never exceeds 1: beyond that the load would never count as too high.
+        target = info.data.get("target_utilization", 1.0)
+        if target * (1 + value) >= 1:
+            raise ValueError(
+                f"leaves no utilisation that is too high: target_utilization ({target}) x "
+                f"(1 + tolerance) should be below 1"
+            )
+        return value
 
 
 class ClusterConfig(BaseModel):
@@ -24,6 +72,14 @@ class ClusterConfig(BaseModel):
         gpus_per_host: GPUs that Ray reserves for each host; 0 so far, as hosts compute on CPUs.
         call_timeout: seconds a router waits for one reply of a host.
         start_timeout: seconds the actors have to start and to load their weights.
+        replicas: least number of hosts that hold each expert, as far as there are that many hosts.
+        redundant_experts: further replicas in each layer, which go to the experts with the highest load.
+        dead_after: seconds without a sign of life after which a host counts as dead.
+        hedge_after: seconds that inference waits for one host before it asks other replicas too; null never does.
+        rebalance_below: balancedness (mean over highest load of the hosts) below which serving places the
+            experts anew; null never does.
+        snapshot_interval: training steps between snapshots in the memory of other hosts; 0 takes none.
+        autoscaling: when serving adds and retires expert hosts by load; null leaves their number alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,6 +92,13 @@ class ClusterConfig(BaseModel):
     gpus_per_host: Reserved = 0
     call_timeout: Seconds = 120.0
     start_timeout: Seconds = 180.0
+    replicas: int = Field(default=1, ge=1, le=1024)
+    redundant_experts: int = Field(default=0, ge=0, le=(1 << 20))
+    dead_after: Seconds = 5.0
+    hedge_after: Seconds | None = None
+    rebalance_below: float | None = Field(default=None, gt=0, le=1)
+    snapshot_interval: int = Field(default=10, ge=0, le=(1 << 31) - 1)
+    autoscaling: AutoscalingSettings | None = None
 
     @field_validator("gpus_per_host")
     @classmethod
@@ -45,4 +108,4 @@ class ClusterConfig(BaseModel):
         return value
 
 
-__all__ = ["ChannelKind", "ClusterConfig", "Reserved"]
+__all__ = ["AutoscalingSettings", "ChannelKind", "ClusterConfig", "Reserved"]

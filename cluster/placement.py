@@ -2,8 +2,159 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cluster.packing import pack
+from cluster.repair import repair
 from cluster.topology import Holders
 from errors import ConfigError
+
+Holding = Mapping[str, tuple[tuple[int, ...], ...]]
+"""Host id -> for each layer row the ids of the experts that it holds, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A live host that may hold experts.
+
+    Attributes:
+        id: of the host.
+        node: the machine that it runs on, with which it fails.
+    """
+
+    id: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Who is to hold which experts.
+
+    Attributes:
+        sites: ids of the hosts.
+        holders: `[L][E]` -> ids of the hosts that hold the expert, in the order of its replicas.
+    """
+
+    sites: tuple[str, ...]
+    holders: tuple[tuple[tuple[str, ...], ...], ...]
+
+    def indices(self) -> Holders:
+        """`holders` as indices into `sites`, as a routing table has them."""
+        index = {site: at for at, site in enumerate(self.sites)}
+        return tuple(tuple(tuple(index[host] for host in hosts) for hosts in row) for row in self.holders)
+
+    def holding(self) -> Holding:
+        """The same, host by host."""
+        held: dict[str, list[list[int]]] = {site: [[] for _ in self.holders] for site in self.sites}
+        for layer, row in enumerate(self.holders):
+            for expert, hosts in enumerate(row):
+                for host in hosts:
+                    held[host][layer].append(expert)
+        return {site: tuple(tuple(experts) for experts in rows) for site, rows in held.items()}
+
+
+def plan(
+    sites: Sequence[Site],
+    *,
+    n_layers: int,
+    n_experts: int,
+    n_group: int,
+    replicas: int = 1,
+    redundant: int = 0,
+    loads: ArrayLike | None = None,
+    held: Holding | None = None,
+) -> Placement:
+    """Place every expert on `replicas` hosts, and the hottest ones on more.
+
+    Never two replicas of an expert on one host, nor all of them on one node while there are two.
+
+    Without loads the placement goes by counts, groups kept together as in `plan_placement`, and nobody
+    is known to be hot: `redundant` waits for loads. With loads the hosts of a layer hold equally many
+    experts (give or take one), chosen so that the highest load is as low as can be; groups stay on one
+    host or node where that costs no balance.
+
+    With `held` what is held stays where it is: a host that joins takes its share, of a host that has
+    gone only what it held moves. With loads too, experts change places until the hosts are as balanced
+    as in a placement from nothing. Moves come before groups: joined hosts may split them.
+
+    Args:
+        sites: live hosts with different ids; the order counts.
+        n_layers: layers with routed experts.
+        n_experts: routed experts of a layer, a multiple of `n_group`.
+        n_group: expert groups of the model.
+        replicas: hosts that hold each expert; no more than there are sites.
+        redundant: further replicas of a layer, as far as hosts are left to take them.
+        loads: `[L, E]` tokens of each expert, or anything proportional to it.
+        held: what hosts hold now; those that are not among `sites` have gone.
+
+    Raises:
+        ConfigError: no site, more sites than experts, or groups of unequal size.
+        ValueError: sites of equal id, or `loads` or `held` of another shape.
+    """
+    home = plan_placement(n_layers, n_experts, n_group, len(sites))
+    ids, nodes = tuple(site.id for site in sites), [site.node for site in sites]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"sites share an id: {', '.join(ids)}")
+    holding = None if held is None else _held_by_index(held, ids, n_layers, n_experts)
+    replicas = min(replicas, len(sites))
+    if loads is None:
+        holders = repair(home, holding, n_group=n_group, nodes=nodes, replicas=replicas)
+    else:
+        weights = np.asarray(loads, dtype=np.float64)
+        if weights.shape != (n_layers, n_experts) or not np.isfinite(weights).all() or (weights < 0).any():
+            raise ValueError(f"loads must be [{n_layers}, {n_experts}] finite numbers, none below 0")
+        holders = pack(
+            weights, n_group=n_group, nodes=nodes, replicas=replicas, redundant=redundant, held=holding
+        )
+    return Placement(
+        sites=ids,
+        holders=tuple(tuple(tuple(ids[host] for host in hosts) for hosts in row) for row in holders),
+    )
+
+
+def moves(placement: Placement, held: Holding | None = None) -> dict[str, dict[int, tuple[int, ...]]]:
+    """What hosts must fetch: host id -> layer row -> expert ids, ascending; nothing to fetch, no entry."""
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    for host, rows in placement.holding().items():
+        before = (held or {}).get(host, ())
+        for layer, experts in enumerate(rows):
+            there = set(before[layer]) if layer < len(before) else set()
+            if fetched := tuple(expert for expert in experts if expert not in there):
+                found.setdefault(host, {})[layer] = fetched
+    return found
+
+
+def host_loads(placement: Placement, loads: ArrayLike) -> NDArray[np.float64]:
+    """`[L, H]` load of every host, an expert's split evenly among its replicas."""
+    weights = np.asarray(loads, dtype=np.float64)
+    index = {site: at for at, site in enumerate(placement.sites)}
+    found = np.zeros((len(placement.holders), len(placement.sites)))
+    for layer, row in enumerate(placement.holders):
+        for expert, hosts in enumerate(row):
+            for host in hosts:
+                found[layer, index[host]] += weights[layer, expert] / len(hosts)
+    return found
+
+
+def balancedness(placement: Placement, loads: ArrayLike) -> NDArray[np.float64]:
+    """`[L]` mean over highest load of the hosts: 1 is balanced, 1 / H all on one; without load 1."""
+    found = host_loads(placement, loads)
+    highest = found.max(axis=1, initial=0.0)
+    return np.divide(found.mean(axis=1), highest, out=np.ones_like(highest), where=highest > 0)
+
+
+def _held_by_index(
+    held: Holding, ids: tuple[str, ...], n_layers: int, n_experts: int
+) -> list[tuple[tuple[int, ...], ...]]:
+    """What each site holds; a host that is not in `held` holds nothing."""
+    for host, rows in held.items():
+        if len(rows) != n_layers or any(not 0 <= e < n_experts for row in rows for e in row):
+            raise ValueError(f"held[{host!r}] must name experts below {n_experts} of {n_layers} layers")
+    return [held.get(host, ((),) * n_layers) for host in ids]
 
 
 def plan_placement(n_layers: int, n_experts: int, n_group: int, n_hosts: int) -> Holders:
@@ -58,4 +209,13 @@ def _host_slots(n_experts: int, n_group: int, n_hosts: int) -> tuple[int, ...]:
     return tuple(slots)
 
 
-__all__ = ["plan_placement"]
+__all__ = [
+    "Holding",
+    "Placement",
+    "Site",
+    "balancedness",
+    "host_loads",
+    "moves",
+    "plan",
+    "plan_placement",
+]

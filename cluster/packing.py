@@ -1,0 +1,151 @@
+"""Placement by load: hot experts get more replicas, and hosts are filled so that the highest load is low.
+
+The idea is that of deepseek-ai/EPLB: replicate the expert with the highest load per replica, then give
+the heaviest replica to the lightest host. What is added: any counts, faults (hosts and nodes), what
+hosts already hold, and an exchange of replicas between hosts until the highest load falls no more.
+
+All layers are packed at once; L layers, E experts, H hosts, N nodes, K slots of a host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.exchange import exchange
+from cluster.shelves import Shelves
+from cluster.topology import Holders
+
+_KEEP = 1.1
+"""A replica that is there may be this much less useful than one that is not."""
+
+
+def pack(
+    loads: NDArray[np.float64],
+    *,
+    n_group: int,
+    nodes: Sequence[str],
+    replicas: int,
+    redundant: int,
+    held: Sequence[Sequence[Sequence[int]]] | None = None,
+) -> Holders:
+    """Holders of each expert, in the order of replicas.
+
+    Args:
+        loads: `[L, E]`, 0 or more.
+        n_group: expert groups of a layer.
+        nodes: `[H]` node of each host.
+        replicas: least number of holders of each expert, at most H.
+        redundant: further replicas of each layer.
+        held: `[H][L]` expert ids that each host holds.
+    """
+    n_layers, n_experts = loads.shape
+    node_of = np.unique(np.asarray(nodes), return_inverse=True)[1].astype(np.int64)
+    hold = _held(held, n_layers, n_experts, len(nodes)) if held is not None else None
+    copies = count_replicas(loads, len(nodes), replicas, redundant, hold)
+    # The placement from nothing says what balance can be had, and is the answer when nothing is held.
+    free = Shelves(loads, copies, node_of)
+    free.fill()
+    greedy = free.load.max(axis=1)
+    exchange(free, np.zeros(n_layers))
+    if hold is not None:
+        kept = Shelves(loads, copies, node_of, hold)
+        kept.fill()
+        exchange(kept, greedy)
+        return _holders(kept)
+    best = free
+    for domain in _domains(node_of, n_group):
+        local = Shelves(loads, copies, node_of)
+        local.fill(_homes(loads, domain, n_group), domain)
+        # Half of what the exchange gains is given up for groups that stay together, never more.
+        exchange(local, (greedy + free.load.max(axis=1)) / 2)
+        best = best.replaced_by(local, local.load.max(axis=1) <= (greedy + free.load.max(axis=1)) / 2)
+    return _holders(best)
+
+
+def count_replicas(
+    loads: NDArray[np.float64],
+    n_hosts: int,
+    replicas: int,
+    redundant: int,
+    hold: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int64]:
+    """`[L, E]` replicas: `replicas` each, and each further one to the highest load per replica."""
+    n_layers, n_experts = loads.shape
+    copies = np.full((n_layers, n_experts), replicas, dtype=np.int64)
+    # Equal loads, and none at all, are dealt out evenly.
+    weight = loads + np.maximum(loads.mean(axis=1, keepdims=True), 1.0) * 1e-9
+    before = np.zeros_like(copies) if hold is None else hold.sum(axis=2)
+    layers = np.arange(n_layers)
+    for _ in range(min(redundant, n_experts * (n_hosts - replicas))):
+        use = np.where(copies < n_hosts, weight / copies * np.where(copies < before, _KEEP, 1.0), -1.0)
+        copies[layers, use.argmax(axis=1)] += 1
+    return copies
+
+
+def _held(
+    held: Sequence[Sequence[Sequence[int]]], n_layers: int, n_experts: int, n_hosts: int
+) -> NDArray[np.bool_]:
+    """`[L, E, H]` who holds what."""
+    hold = np.zeros((n_layers, n_experts, n_hosts), dtype=np.bool_)
+    for host, rows in enumerate(held):
+        for layer, experts in enumerate(rows):
+            hold[layer, list(experts), host] = True
+    return hold
+
+
+def _domains(node_of: NDArray[np.int64], n_group: int) -> list[NDArray[np.int64]]:
+    """`[H]` -> what a group may stay within, the widest first: a node, a host."""
+    found = []
+    if 1 < len(np.unique(node_of)) <= n_group:
+        found.append(node_of)
+    if len(node_of) <= n_group and len(node_of) > len(np.unique(node_of)):
+        found.append(np.arange(len(node_of)))
+    return found
+
+
+def _homes(loads: NDArray[np.float64], domain: NDArray[np.int64], n_group: int) -> NDArray[np.int64]:
+    """`[L, E]` domain of each expert: whole groups, the heaviest first, to the lightest for its size."""
+    n_layers, n_experts = loads.shape
+    hosts = np.bincount(domain)
+    heavy = loads.reshape(n_layers, n_group, -1).sum(axis=2)
+    home = np.zeros((n_layers, n_group), dtype=np.int64)
+    load, count = np.zeros((n_layers, len(hosts))), np.zeros((n_layers, len(hosts)), dtype=np.int64)
+    room = np.ceil(n_group * hosts / len(domain))
+    layers = np.arange(n_layers)
+    for group in np.argsort(-heavy, axis=1, kind="stable").T:
+        to = np.where(count < room, load / hosts, np.inf).argmin(axis=1)
+        home[layers, group] = to
+        load[layers, to] += heavy[layers, group]
+        count[layers, to] += 1
+    return np.repeat(home, n_experts // n_group, axis=1)
+
+
+def _holders(shelves: Shelves) -> Holders:
+    """Holders in the order of replicas: primaries are balanced, as training uses them alone."""
+    hold = shelves.hold[:, : shelves.n_experts]
+    n_layers, n_experts, n_hosts = hold.shape
+    layers = np.arange(n_layers)
+    primary = hold.argmax(axis=2)
+    single = shelves.copies[:, :n_experts] == 1
+    load = np.einsum("leh,le->lh", hold, shelves.loads * single)
+    order = np.argsort(np.where(single, np.inf, -shelves.loads), axis=1, kind="stable")
+    for expert in order[:, : int((~single).sum(axis=1).max(initial=0))].T:
+        several = ~single[layers, expert]
+        to = np.where(hold[layers, expert], load, np.inf).argmin(axis=1)
+        primary[layers, expert] = np.where(several, to, primary[layers, expert])
+        load[layers, to] += np.where(several, shelves.loads[layers, expert], 0.0)
+    rows: list[tuple[tuple[int, ...], ...]] = []
+    for layer in range(n_layers):
+        lists: list[list[int]] = [[host] for host in primary[layer].tolist()]
+        experts, hosts = np.nonzero(hold[layer])
+        for expert, host in zip(experts.tolist(), hosts.tolist(), strict=True):
+            if host != lists[expert][0]:
+                lists[expert].append(host)
+        rows.append(tuple(map(tuple, lists)))
+    return tuple(rows)
+
+
+__all__ = ["count_replicas", "pack"]

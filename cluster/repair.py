@@ -1,0 +1,267 @@
+"""Placement by counts: from what hosts hold to what they should, with few moves and groups kept together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.topology import Holders
+
+
+@dataclass(slots=True)
+class _Part:
+    """Experts of one group with the same holders, which move together."""
+
+    group: int
+    experts: list[int]
+    hosts: list[int]
+
+
+def repair(
+    home: Holders,
+    held: Sequence[Sequence[Sequence[int]]] | None,
+    *,
+    n_group: int,
+    nodes: Sequence[str],
+    replicas: int,
+) -> Holders:
+    """Holders by counts: those of `held` (none: of `home`), with what is missing added and evened out.
+
+    Args:
+        home: `[L][E]` one holder of each expert, the placement from nothing without replicas.
+        held: `[H][L]` expert ids that each host holds.
+        n_group: expert groups of a layer.
+        nodes: `[H]` node of each host.
+        replicas: holders of each expert, at most H.
+    """
+    rows: list[tuple[tuple[int, ...], ...]] = []
+    known: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
+    for layer, row in enumerate(home):
+        now = row
+        if held is not None:
+            lists: list[list[int]] = [[] for _ in row]
+            for host, layers in enumerate(held):
+                for expert in layers[layer]:
+                    lists[expert].append(host)
+            now = tuple(map(tuple, lists))
+        if held is None and replicas == 1:
+            rows.append(now)
+            continue
+        # Layers that look alike and whose turn is the same come out alike.
+        key = (now, row, layer % len(nodes))
+        if key not in known:
+            known[key] = _Layer(now, row, n_group, nodes, replicas, layer % len(nodes)).result(
+                held is not None
+            )
+        rows.append(known[key])
+    return tuple(rows)
+
+
+class _Layer:
+    """One layer's parts on their way to a placement."""
+
+    def __init__(
+        self,
+        now: Sequence[Sequence[int]],
+        home: Sequence[Sequence[int]],
+        n_group: int,
+        nodes: Sequence[str],
+        replicas: int,
+        turn: int,
+    ) -> None:
+        self.nodes, self.replicas, self.turn = nodes, replicas, turn
+        self.n_experts, self.hosts = len(now), range(len(nodes))
+        self.several_nodes = len(set(nodes)) > 1
+        size = len(now) // n_group
+        parts: dict[tuple[int, tuple[int, ...]], _Part] = {}
+        for expert, hosts in enumerate(now):
+            at = (expert // size, tuple(hosts))
+            parts.setdefault(at, _Part(at[0], [], list(hosts))).experts.append(expert)
+        self.parts = list(parts.values())
+        self.count = [0] * len(nodes)
+        for part in self.parts:
+            for host in part.hosts:
+                self.count[host] += len(part.experts)
+        # The placement from nothing, shifted by one host for every replica: its counts are the bounds.
+        shares = [0] * len(nodes)
+        for (host,) in home:
+            shares[host] += 1
+        sums = [sum(shares[(h + j) % len(nodes)] for j in range(replicas)) for h in self.hosts]
+        self.least, self.most = min(sums), max(sums)
+
+    def result(self, was_held: bool) -> tuple[tuple[int, ...], ...]:
+        """Holders of each expert, in the order of replicas."""
+        self._drop()
+        self._add()
+        self._even_out()
+        if was_held:
+            self._choose_primaries()
+        found: list[tuple[int, ...]] = [()] * self.n_experts
+        for part in self.parts:
+            for expert in part.experts:
+                found[expert] = tuple(part.hosts)
+        return tuple(found)
+
+    def _drop(self) -> None:
+        """Take away holders beyond `replicas`, and one of those that share the only node."""
+        for part in self.parts:
+            while len(part.hosts) > self.replicas or (
+                len(part.hosts) == self.replicas and self._exposed(part.hosts)
+            ):
+                may_go = [host for host in part.hosts if self._safe_without(part, host)] or part.hosts
+                self._remove(part, max(may_go, key=lambda host: (self.count[host], self._rank(host))))
+
+    def _add(self) -> None:
+        """Give missing replicas to the hosts with the fewest experts, whole parts where they fit."""
+        queue = sorted(self.parts, key=lambda part: len(part.hosts))
+        while queue:
+            part = queue.pop(0)
+            if len(part.hosts) >= self.replicas:
+                continue
+            allowed = [host for host in self.hosts if self._may_take(part, host)]
+            need = len(part.experts)
+            room = {host: self.most - self.count[host] for host in allowed}
+
+            def order(host: int) -> tuple[object, ...]:
+                return (
+                    room[host] < need,  # noqa: B023
+                    self.count[host],
+                    self._shared(part, host),  # noqa: B023
+                    -self._of_group(part.group, host),  # noqa: B023
+                    self._rank(host),
+                )
+
+            host = min(allowed, key=order)
+            if room[host] < need and max(room.values()) > 0:
+                host = max(allowed, key=lambda host: (room[host], -self._rank(host)))
+                queue.insert(0, self._split(part, room[host]))
+            part.hosts.append(host)
+            self.count[host] += len(part.experts)
+            queue.insert(0, part)
+
+    def _even_out(self) -> None:
+        """Move parts from hosts with too many experts, and to hosts with too few."""
+        while True:
+            for donor, taker, amount in self._transfers():
+                if self._transfer(donor, taker, amount):
+                    break
+            else:
+                return
+
+    def _transfers(self) -> list[tuple[int, int, int]]:
+        """Who could give how many experts to whom, the most pressing first."""
+        found = []
+        for donor in self.hosts:
+            for taker in self.hosts:
+                surplus, lack = self.count[donor] - self.most, self.least - self.count[taker]
+                wanted = max(surplus, lack)
+                possible = min(self.count[donor] - self.least, self.most - self.count[taker])
+                if min(wanted, possible) > 0:
+                    pressing = (-self.count[donor], self.count[taker], self._rank(donor), self._rank(taker))
+                    found.append((pressing, (donor, taker, min(wanted, possible))))
+        return [transfer for _, transfer in sorted(found)]
+
+    def _transfer(self, donor: int, taker: int, amount: int) -> bool:
+        """Move at most `amount` experts, as one part."""
+        may_go = [
+            part
+            for part in self.parts
+            if donor in part.hosts
+            and taker not in part.hosts
+            and not self._exposed([taker if host == donor else host for host in part.hosts])
+        ]
+        if not may_go:
+            return False
+        fits = [part for part in may_go if len(part.experts) <= amount]
+        part = max(
+            fits or may_go,
+            key=lambda part: (
+                len(part.experts) if fits else 0,
+                self._of_group(part.group, taker),
+                -part.experts[0],
+            ),
+        )
+        if len(part.experts) > amount:
+            self._split(part, amount)
+        part.hosts[part.hosts.index(donor)] = taker
+        self.count[donor] -= len(part.experts)
+        self.count[taker] += len(part.experts)
+        return True
+
+    def _choose_primaries(self) -> None:
+        """Order each part's holders so that hosts are primaries of equally many experts, as far as they can."""
+        primaries = [0] * len(self.nodes)
+        for part in sorted(self.parts, key=lambda part: (len(part.hosts), -len(part.experts), part.experts)):
+            part.hosts.sort(key=lambda host: (primaries[host], self._rank(host)))
+            primaries[part.hosts[0]] += len(part.experts)
+        while path := self._relief(primaries):
+            for part, host in path:
+                primaries[part.hosts[0]] -= len(part.experts)
+                primaries[host] += len(part.experts)
+                part.hosts.remove(host)
+                part.hosts.insert(0, host)
+
+    def _relief(self, primaries: Sequence[int]) -> list[tuple[_Part, int]]:
+        """Parts and their new primaries that take experts from a host with many to one with fewer."""
+        for start in sorted(self.hosts, key=lambda host: -primaries[host]):
+            came: dict[int, tuple[_Part, int] | None] = {start: None}
+            queue = [start]
+            for here in queue:
+                for part in self.parts:
+                    if part.hosts[0] != here:
+                        continue
+                    for there in part.hosts[1:]:
+                        if there in came:
+                            continue
+                        came[there] = (part, here)
+                        queue.append(there)
+                        if primaries[start] - primaries[there] > len(part.experts):
+                            path, at = [], there
+                            while (step := came[at]) is not None:
+                                path.append((step[0], at))
+                                at = step[1]
+                            if len({len(part.experts) for part, _ in path}) == 1:
+                                return path
+        return []
+
+    def _rank(self, host: int) -> int:
+        """Ties go to other hosts in other layers."""
+        return (host - self.turn) % len(self.nodes)
+
+    def _exposed(self, hosts: Sequence[int]) -> bool:
+        """Whether the replicas would all fail with one node though there are others."""
+        return self.several_nodes and len(hosts) > 1 and len({self.nodes[host] for host in hosts}) == 1
+
+    def _safe_without(self, part: _Part, host: int) -> bool:
+        return not self._exposed([other for other in part.hosts if other != host])
+
+    def _may_take(self, part: _Part, host: int) -> bool:
+        last = len(part.hosts) + 1 == self.replicas
+        return host not in part.hosts and not (last and self._exposed([*part.hosts, host]))
+
+    def _shared(self, part: _Part, host: int) -> tuple[int, int]:
+        """How much a host shares with the part's holders: replicas on its node, experts held by both."""
+        near = sum(self.nodes[other] == self.nodes[host] for other in part.hosts)
+        both = sum(
+            len(other.experts)
+            for other in self.parts
+            if host in other.hosts and not set(other.hosts).isdisjoint(part.hosts)
+        )
+        return near, both
+
+    def _of_group(self, group: int, host: int) -> int:
+        return sum(len(part.experts) for part in self.parts if part.group == group and host in part.hosts)
+
+    def _remove(self, part: _Part, host: int) -> None:
+        part.hosts.remove(host)
+        self.count[host] -= len(part.experts)
+
+    def _split(self, part: _Part, keep: int) -> _Part:
+        """Cut a part after `keep` experts; the rest."""
+        rest = _Part(part.group, part.experts[keep:], list(part.hosts))
+        part.experts = part.experts[:keep]
+        self.parts.append(rest)
+        return rest
+
+
+__all__ = ["repair"]
