@@ -16,7 +16,7 @@ from typing import Any
 from actors.elastic import Elastic, Shape, nothing
 from actors.steps import HostControl
 from actors.training_steps import TrainingSteps
-from actors.versions import Version, Versions
+from actors.published import Placed, Published
 from cluster.membership import Event, Membership, Orders, Scaling
 from cluster.placement import Placement, plan
 from cluster.topology import HostInfo, RoutingTable
@@ -36,7 +36,7 @@ class State:
     """
 
     wanted: int
-    versions: tuple[Version, ...]
+    versions: tuple[Placed, ...]
     serial: int
 
     def to_json(self) -> str:
@@ -51,7 +51,7 @@ class State:
             wanted=values["wanted"],
             serial=values["serial"],
             versions=tuple(
-                Version(
+                Placed(
                     name=one["name"],
                     epoch=one["epoch"],
                     directory=one["directory"],
@@ -97,7 +97,7 @@ class Coordinator:
         self._dead_after = dead_after
         self._state = state
         self._membership = Membership(wanted=hosts if state is None else state.wanted, most=shape.n_experts)
-        versions = Versions(serial=0 if state is None else state.serial + 1000)
+        versions = Published(serial=0 if state is None else state.serial + 1000)
         self.elastic = Elastic(
             shape,
             self._membership,
@@ -159,7 +159,7 @@ class Coordinator:
             replicas=elastic.shape.replicas,
             redundant=elastic.shape.redundant,
         )
-        version = Version(
+        version = Placed(
             name=self._weights,
             epoch=elastic.versions.next_epoch(),
             directory=self._directory,

@@ -18,7 +18,7 @@ from typing import Any
 
 from actors.moves import Assembly, Origin
 from actors.steps import HostControl
-from actors.versions import Version, Versions, holding, without
+from actors.published import Placed, Published, holding, without
 from cluster.membership import Membership, Orders, Scaling, Stage
 from cluster.placement import Placement, Site, plan
 from cluster.topology import HostInfo
@@ -67,7 +67,7 @@ class Elastic:
         self,
         shape: Shape,
         membership: Membership,
-        versions: Versions,
+        versions: Published,
         control: Callable[[HostInfo], HostControl],
         *,
         reloadable: bool = True,
@@ -85,7 +85,7 @@ class Elastic:
         self._changing = threading.Lock()  # one change at a time
         self._controls: dict[str, HostControl] = {}
         self._asked: set[str] = set()
-        self._loaded: Version | None = None
+        self._loaded: Placed | None = None
         self._pool = ThreadPoolExecutor(32, thread_name_prefix="hosts")
 
     # --- who is there
@@ -223,7 +223,7 @@ class Elastic:
         current = self.versions.current
         return None if current is None else holding(current.placement)
 
-    def adopt(self, versions: Sequence[Version]) -> None:
+    def adopt(self, versions: Sequence[Placed]) -> None:
         """Hosts hold these already: a coordinator before this one has seen to it."""
         with self._changing:
             infos = self._infos()
@@ -284,7 +284,7 @@ class Elastic:
             return seconds
 
     def install(
-        self, version: Version, sources: Sources, *, step: int | None = None, moments: bool = False
+        self, version: Placed, sources: Sources, *, step: int | None = None, moments: bool = False
     ) -> None:
         """Let the hosts assemble a version and publish it as the only one.
 
@@ -311,7 +311,7 @@ class Elastic:
             current = self.versions.current
             if current is None:
                 raise ResourceError("no experts are served yet; wait until they are")
-            version = Version(
+            version = Placed(
                 name=name,
                 epoch=self.versions.next_epoch(),
                 directory=directory,
@@ -362,7 +362,7 @@ class Elastic:
         with self.changed:
             sites = self._membership.sites()
         self._loaded = None  # it was placed on other hosts
-        work: list[tuple[Version, Sources, int | None]] = []
+        work: list[tuple[Placed, Sources, int | None]] = []
         moved = 0
         for version in self.versions.live:
             held = holding(version.placement)
@@ -375,7 +375,7 @@ class Elastic:
                 redundant=self.shape.redundant,
                 held=held,
             )
-            new = Version(
+            new = Placed(
                 name=version.name,
                 epoch=self.versions.next_epoch(),
                 directory=version.directory,
@@ -391,7 +391,7 @@ class Elastic:
 
     def _assemble(
         self,
-        work: Sequence[tuple[Version, Sources, int | None]],
+        work: Sequence[tuple[Placed, Sources, int | None]],
         step: int | None,
         *,
         moments: bool = False,
@@ -413,7 +413,7 @@ class Elastic:
 
         self._on(members, "assemble its experts", obey)
 
-    def _publish(self, versions: Sequence[Version]) -> None:
+    def _publish(self, versions: Sequence[Placed]) -> None:
         """Make these the live ones; hosts drop all others, and those that hold nothing are let go."""
         if not self._reloadable:
             versions = [replace(version, directory=None) for version in versions]
@@ -506,7 +506,7 @@ class Elastic:
 def assembly(
     id: str,
     rows: Sequence[Sequence[int]],
-    version: Version,
+    version: Placed,
     sources: Sources,
     infos: Mapping[str, HostInfo],
     layers: Sequence[int],

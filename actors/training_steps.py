@@ -32,7 +32,7 @@ from actors.common_snapshot import DECISIONS, CommonSnapshot, buddies, newest_co
 from actors.elastic import Elastic, nothing
 from actors.moves import Blob
 from actors.steps import HostControl, Resume, StepDecision, StepMetrics, StepReport, TrainingPlan
-from actors.versions import Version
+from actors.published import Placed
 from cluster.placement import plan as plan_placement
 from cluster.topology import HostInfo
 from errors import ChannelError, CheckpointError, Interrupted, ProtocolError, RaymoeError, is_loss
@@ -447,7 +447,7 @@ class TrainingSteps:
             n_group=elastic.shape.n_group,
             held=elastic.held(),
         )
-        version = Version(
+        version = Placed(
             name="",
             epoch=elastic.versions.next_epoch(above=max(epochs, default=-1)),
             directory=None if found is not None else beginning.directory,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from actors.lane import LaneCounters
 from actors.steps import StepDecision, StepReport
+from errors import Interrupted, RaymoeError, is_loss
 from model.balance_loss import BalanceWeights
 from model.experts import Experts
 from model.losses import Evaluation, Losses, evaluation_loss, training_loss
@@ -173,13 +174,25 @@ class TrunkWorker:
 
         Returns:
             The report for the coordinator; the gradients wait for `apply`.
+
+        Raises:
+            ChannelError: a host is out of reach.
+            Interrupted: it is for another worker.
         """
         start = time.perf_counter()
         shape = (len(self._layers), self._model.config.n_routed_experts)
         sums = _Sums(loads=torch.zeros(shape, dtype=torch.int64))
         before = self._counted()
-        for losses, loads in self._over_lanes(inputs.step, inputs.microbatches, partial(self._train, inputs)):
-            sums.add(losses, loads, self._layers)
+        loss: RaymoeError | None = None
+        try:
+            work = partial(self._train, inputs)
+            for losses, loads in self._over_lanes(inputs.step, inputs.microbatches, work):
+                sums.add(losses, loads, self._layers)
+        except RaymoeError as error:
+            if not is_loss(error):
+                raise
+            loss = error
+        self._agree(loss)
         after = self._counted()
         gradients = list(self._optimizer.gradient_buffers())
         if self._experts is not None:
@@ -230,6 +243,15 @@ class TrunkWorker:
         """End the lanes' threads."""
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
+
+    def _agree(self, loss: RaymoeError | None) -> None:
+        """Whoever lost a host says so before all wait for one another's gradients."""
+        lost = torch.tensor([0.0 if loss is None else 1.0])
+        self._reducer.all_reduce([lost])
+        if loss is not None:
+            raise loss
+        if float(lost):
+            raise Interrupted("another worker has lost an expert host")
 
     def _counted(self) -> LaneCounters:
         total = LaneCounters()

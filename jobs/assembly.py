@@ -5,24 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from actors.clients import HostClient
+from actors.coordinator import Coordinator, State
+from actors.elastic import Elastic
 from actors.expert_host import ExpertHost
 from actors.expert_state import MomentSource, SavedMoments
 from actors.router import Router
 from actors.steps import OptimizerSettings, TrainingPlan
+from actors.training_steps import Beginning, TrainingSteps
 from actors.trunk import Reducer, TrunkWorker
+from actors.trunk_snapshots import Keeper, TrunkSnapshots
 from channels import local
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
 from jobs.config import RunConfig
 from jobs.data import PreparedData
-from jobs.hosts import experts_of, host_threads, placement
+from jobs.checkpoint_store import CheckpointStore, read_state
+from jobs.hosts import host_threads, placement, shape_of
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.worker import Steps, TrainingWorker
-from model.checkpoint import PretrainedSource, RandomSource, WeightSource
+from model.checkpoint import PretrainedSource, RandomSource, WeightSource, gate_biases
 from model.optimizer import AdamW
 from model.transformer import Transformer
 
@@ -36,9 +43,12 @@ class Assembled:
     worker: TrainingWorker
     trunk: TrunkWorker
     router: Router
+    snapshots: TrunkSnapshots | None = None
 
     def close(self) -> None:
         """End the lanes' threads and hang up on the hosts."""
+        if self.snapshots is not None:
+            self.snapshots.close()
         self.trunk.close()
         self.router.close()
 
@@ -58,6 +68,13 @@ class Start:
     step: int = 0
     weights: Path | None = None
     moments: bool = False
+
+    def at(self, directory: str) -> Start:
+        """The same run begun with another checkpoint of its own; this one for an empty name."""
+        if not directory:
+            return self
+        path = Path(directory)
+        return Start(run=self.run, step=read_state(path).step, weights=path, moments=True)
 
 
 def resolve_dtype(config: RunConfig) -> torch.dtype:
@@ -102,6 +119,7 @@ def training_plan(config: RunConfig) -> TrainingPlan:
         update_rate=config.balance.update_rate,
         center_update=config.balance.center_update,
         checkpoint_interval=config.checkpoint.interval,
+        snapshot_interval=config.cluster.snapshot_interval,
     )
 
 
@@ -112,18 +130,76 @@ def compute_threads(config: RunConfig) -> int:
     return max(1, cores // training.microbatches_in_flight)
 
 
-def build_host(config: RunConfig, start: Start, index: int) -> ExpertHost:
-    """Expert host number `index`, in its own process."""
+def build_host(config: RunConfig, start: Start, id: str) -> ExpertHost:
+    """An expert host of this name, in its own process; it holds nothing yet."""
+
+    def open_source(directory: str) -> WeightSource:
+        return weight_source(config, start.at(directory))
+
+    def open_moments(directory: str) -> MomentSource:
+        source = moment_source(start.at(directory))
+        assert source is not None
+        return source
+
     return ExpertHost(
-        f"host-{index}",
+        id,
         config.model,
-        experts_of(config.model, config.cluster, index),
+        {},
         weight_source(config, start),
+        open_source=open_source,
+        open_moments=open_moments,
         optimizer=optimizer_settings(config),
-        moments=moment_source(start),
         dtype=resolve_dtype(config),
         threads=host_threads(config.cluster),
         step=start.step,
+    )
+
+
+def build_coordinator(
+    config: RunConfig, start: Start, output: Path, state: State | None = None
+) -> Coordinator:
+    """The coordinator of a run, in its own process.
+
+    Args:
+        output: the run's directory.
+        state: of the coordinator before.
+    """
+    model, cluster = config.model, config.cluster
+
+    def beginning() -> Beginning:
+        """The newest checkpoint of this run, or what the run began with."""
+        latest = start
+        for checkpoint in reversed(CheckpointStore(output / "checkpoints").complete()):
+            step = read_state(checkpoint).step
+            if step >= start.step:
+                latest = Start(run=start.run, step=step, weights=checkpoint, moments=True)
+            break
+        return Beginning(
+            directory="" if latest is start else str(latest.weights),
+            step=latest.step,
+            moments=latest.moments,
+            bias=gate_biases(weight_source(config, latest), model),
+        )
+
+    def steps(hosts: Elastic) -> TrainingSteps:
+        return TrainingSteps(
+            training_plan(config),
+            (len(model.moe_layers), model.n_routed_experts),
+            hosts if cluster.expert_hosts else None,
+            beginning=beginning,
+            step=start.step,
+            bias=gate_biases(weight_source(config, start), model),
+        )
+
+    return Coordinator(
+        shape_of(model, cluster),
+        hosts=cluster.expert_hosts,
+        control=partial(HostClient, timeout=cluster.call_timeout),
+        moments=start.moments,
+        step=start.step,
+        steps=steps,
+        dead_after=cluster.dead_after,
+        state=state,
     )
 
 
@@ -138,10 +214,14 @@ def assemble_worker(
     table: RoutingTable | None,
     connect: Callable[[HostInfo], Channel],
     reducer: Reducer | None = None,
+    workers: int | None = None,
+    reach: Callable[[HostInfo], Keeper] = HostClient,
 ) -> Assembled:
     """Build worker number `rank`.
 
     Args:
+        workers: that there are; None takes what the configuration says.
+        reach: opens a host's memory.
         table: of the expert hosts; None keeps the experts in this process.
         connect: opens a channel to a host.
 
@@ -163,6 +243,14 @@ def assemble_worker(
     )
     if start.moments and start.weights is not None:
         load_trunk_moments(start.weights, optimizer, step=start.step)
+
+    def begin_again(directory: str) -> None:
+        at = start.at(directory)
+        model.load_state_dict(weight_source(config, at).trunk())
+        optimizer.reset(at.step)
+        if at.moments and at.weights is not None:
+            load_trunk_moments(at.weights, optimizer, step=at.step)
+
     host: ExpertHost | None = None
     if table is None:
         everything = range(model_config.n_routed_experts)
@@ -177,7 +265,9 @@ def assemble_worker(
             step=start.step,
         )
         server = local.serve(host.handle)
-        table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0))
+        table = RoutingTable(
+            epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0)
+        )
 
         def connect(_: HostInfo) -> Channel:
             return local.connect(server.address)
@@ -200,26 +290,34 @@ def assemble_worker(
         experts=host,
         recompute=training.recompute,
     )
+    snapshots = None
+    if host is None and config.cluster.snapshot_interval:
+        snapshots = TrunkSnapshots(model, optimizer, reach, leaves=rank == 0)
     worker = TrainingWorker(
         config,
         data,
         rank=rank,
-        workers=training.workers,
+        workers=workers or training.workers,
         first_step=start.step,
         output=output,
         trunk=trunk,
         coordinator=coordinator,
         save_trunk=lambda directory: save_trunk(directory, model, optimizer),
         save_experts=None if host is None else lambda directory: host.save(str(directory)),
+        router=None if host is not None else router,
+        snapshots=snapshots,
+        begin_again=begin_again if host is None else None,
         reducer=reducer,
+        patience=config.cluster.start_timeout,
     )
-    return Assembled(worker=worker, trunk=trunk, router=router)
+    return Assembled(worker=worker, trunk=trunk, router=router, snapshots=snapshots)
 
 
 __all__ = [
     "Assembled",
     "Start",
     "assemble_worker",
+    "build_coordinator",
     "build_host",
     "compute_threads",
     "moment_source",

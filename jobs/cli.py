@@ -1,4 +1,4 @@
-"""The command line: `raymoe train | serve | reload | generate | eval | export | import | config | bench`.
+"""The command line: `raymoe train | serve | reload | status | scale | drain | generate | eval | export | …`.
 
 What a command needs is imported when it runs, so that `raymoe --help` is fast.
 """
@@ -13,6 +13,7 @@ import typer
 
 from errors import ConfigError, DataError
 from jobs.cli_bench import bench
+from jobs.cli_operate import add_to
 from jobs.cli_options import (
     Address,
     Checkpoint,
@@ -358,6 +359,9 @@ def _training_config(
             "and use --set for what differs"
         )
     return resumed_config(resume, overrides)
+
+
+add_to(app)
 
 
 def main() -> None:

@@ -62,6 +62,8 @@ class TrainingConfig(Section):
         seed: seeds the weights and the order of the rows.
         workers: trunk workers (data parallel); every one gets at least one microbatch of a step.
         threads: compute threads of a worker; null shares out the machine's cores.
+        min_workers: with which a run goes on when nodes are lost; null waits for all of them.
+        max_failures: worker processes that may die in the course of a run; each is started anew.
         cpus_per_worker: CPUs that Ray reserves for each worker.
         eval_interval: steps between evaluations on the held-out documents; 0 evaluates only at the end.
         eval_rows: held-out rows of an evaluation on the way; null takes all, as the last one does.
@@ -85,6 +87,8 @@ class TrainingConfig(Section):
     dtype: DTypeName = "auto"
     seed: CountOrZero = 0
     workers: Size = 1
+    min_workers: Size | None = None
+    max_failures: CountOrZero = 100
     threads: Threads | None = None
     cpus_per_worker: Reserved = 1.0
     eval_interval: CountOrZero = 50
@@ -171,6 +175,17 @@ def _conflicts(config: RunConfig) -> list[str]:
             f"training.workers ({training.workers}) is more than the {config.microbatches} microbatches of a "
             "step (batch_size / microbatch_size); lower it, or lower training.microbatch_size"
         )
+    if training.min_workers is not None and training.min_workers > training.workers:
+        problems.append(
+            f"training.min_workers ({training.min_workers}) is more than training.workers "
+            f"({training.workers}); lower it"
+        )
+    for field, value, usual in (("replicas", cluster.replicas, 1), ("redundant_experts", cluster.redundant_experts, 0)):
+        if value != usual:
+            problems.append(
+                f"cluster.{field} ({value}) is for serving: in training every expert has one host, whose "
+                f"state another host keeps a copy of (cluster.snapshot_interval); leave it at {usual}"
+            )
     if training.sequence_length > model.max_position_embeddings:
         problems.append(
             f"training.sequence_length ({training.sequence_length}) is beyond model.max_position_embeddings "

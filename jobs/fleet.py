@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
 from cluster.config import ClusterConfig
 from cluster.topology import HostInfo
 from errors import RaymoeError
+
+NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
+"""Where the actors of coordinators are found, and what their names begin with."""
 
 _PAUSE = 0.1  # seconds between two reports
 _CALL_SECONDS = 10.0
@@ -203,6 +207,8 @@ class Fleet:
             port=port,
             # Where the fleet is: so its address stays as long as there is somebody to start it anew.
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            name=f"{COORDINATOR}{uuid.uuid4().hex[:8]}",
+            namespace=NAMESPACE,
         )
 
     def _await_coordinator(self, timeout: float) -> None:
@@ -256,4 +262,4 @@ class _Succeeding:
         return self.build(self.state)
 
 
-__all__ = ["Fleet"]
+__all__ = ["COORDINATOR", "NAMESPACE", "Fleet"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import ray
 
 from errors import ResourceError
 
+_CONNECT_SECONDS = 10.0
 _ADDRESS = "RAY_ADDRESS"  # Ray's own convention, set inside `ray job submit`
 
 
@@ -90,4 +92,19 @@ def check_resources(needs: Needs) -> None:
         )
 
 
-__all__ = ["Needs", "check_resources", "embeds", "ray_session"]
+def check_answers(address: str) -> None:
+    """Ray tries for minutes to reach a cluster that is not there.
+
+    Raises:
+        ResourceError: nothing listens at HOST:PORT; an address of another form is Ray's to find.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(f"no Ray cluster at {address} ({error}); check --address") from None
+
+
+__all__ = ["Needs", "check_answers", "check_resources", "embeds", "ray_session"]

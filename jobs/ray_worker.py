@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from actors.clients import CoordinatorClient
+from actors.coordinator_client import CoordinatorClient
 from actors.trunk import Reducer, SingleWorker
 from errors import RaymoeError
 from jobs.assembly import Start, assemble_worker, compute_threads
@@ -70,6 +69,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             table=coordinator.table() if config.cluster.expert_hosts else None,
             connect=connector(config.cluster),
             reducer=reducer,
+            workers=workers,
         )
         try:
             made.worker.run()
@@ -78,9 +78,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     except Exception as error:
         # The others wait in the coordinator for this worker's report: tell them that none will come.
         text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
-        with suppress(RaymoeError):  # the coordinator may be gone too; the first error is the one to raise
+        # Ray Train would start this worker anew, to fail again: the driver hears of it from the coordinator.
+        try:
             coordinator.fail(f"worker {rank} (process {os.getpid()}): {text}")
-        raise
+        except RaymoeError:
+            raise error from None
     finally:
         coordinator.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from errors import RaymoeError, ResourceError
-from jobs.ray_session import Needs, ray_session
+from jobs.ray_session import Needs, check_answers, ray_session
 from jobs.serving.deployment import POOL
 from jobs.weights import find_weights
 
-_CONNECT_SECONDS = 10.0
 _ALIVE = (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY, ApplicationStatus.DEPLOYING)
 
 
@@ -39,7 +37,7 @@ def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = Fa
     if not debug:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    _check_answers(address)
+    check_answers(address)
     with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
         found = serve.status().applications.get(name)
         if found is None or found.status not in _ALIVE:
@@ -60,21 +58,6 @@ def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = Fa
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RaymoeError(f"the deployment {name!r} does not answer: {first}") from None
     return done
-
-
-def _check_answers(address: str) -> None:
-    """Ray tries for minutes to reach a cluster that is not there.
-
-    Raises:
-        ResourceError: nothing listens at HOST:PORT; an address of another form is Ray's to find.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or "/" in address or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ResourceError(f"no Ray cluster at {address} ({error}); check --address") from None
 
 
 __all__ = ["reload"]

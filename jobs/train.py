@@ -19,21 +19,16 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
 
-from actors.clients import CoordinatorClient, HostClient
-from actors.coordinator import Coordinator
+from actors.coordinator_client import CoordinatorClient
 from errors import CheckpointError, ConfigError, RaymoeError
-from jobs.assembly import (
-    Start,
-    build_host,
-    training_plan,
-    weight_source,
-)
+from jobs.assembly import Start, build_coordinator, build_host
 from jobs.checkpoint_store import CheckpointStore, find_checkpoint, read_state
 from jobs.config import RunConfig
 from jobs.config_file import write_config
 from jobs.console import Progress
 from jobs.data import PreparedData, prepare
-from jobs.hosts import on_loopback, placement, running_hosts
+from jobs.fleet import Fleet
+from jobs.hosts import on_loopback
 from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.precision import check_dtype
 from jobs.ray_session import Needs, ray_session
@@ -41,7 +36,7 @@ from jobs.ray_worker import WorkerSettings, train_worker
 from jobs.run_directory import run_directory
 from jobs.worker import VALIDATION_FILE
 from model.config import ModelConfig
-from model.sources import gate_biases, read_hf_config
+from model.sources import read_hf_config
 
 _POLL_SECONDS = 0.5
 
@@ -200,10 +195,13 @@ def _run(
 ) -> bool:
     """Bring everything up, train, and take everything down; whether Ctrl-C ended it."""
     with ExitStack() as stack:
-        hosts = [partial(build_host, config, begin, i) for i in range(config.cluster.expert_hosts)]
-        address = stack.enter_context(
-            running_hosts(config.cluster, partial(_build_coordinator, config, begin), hosts)
+        fleet = Fleet(
+            config.cluster,
+            coordinator=partial(build_coordinator, config, begin, output),
+            host=partial(build_host, config, begin),
         )
+        stack.callback(fleet.close)
+        address = fleet.open()
         coordinator = CoordinatorClient(address, timeout=config.cluster.call_timeout)
         stack.callback(coordinator.close)
         settings = WorkerSettings(
@@ -214,14 +212,16 @@ def _run(
             train_worker,
             train_loop_config={"worker": settings},
             scaling_config=ScalingConfig(
-                num_workers=training.workers,
+                num_workers=training.workers
+                if training.min_workers is None
+                else (training.min_workers, training.workers),
                 resources_per_worker={"CPU": training.cpus_per_worker},
                 placement_strategy="SPREAD",
             ),
             run_config=TrainRunConfig(
                 name=output.name,
                 storage_path=str(output / "ray_train"),
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=training.max_failures),
             ),
         )
         return _Watch(trainer, coordinator, begin.step, progress).until_done()
@@ -261,8 +261,9 @@ class _Watch:
                     raise KeyboardInterrupt
                 self._show()
         self._show()
-        if self._error is not None:
-            raise self._reason() from self._error
+        reason = self._reason()
+        if reason is not None:
+            raise reason from self._error
         return stopping
 
     def _fit(self, trainer: TorchTrainer) -> None:
@@ -288,13 +289,16 @@ class _Watch:
                 max_violation=sum(steps[-1].max_violation) / max(1, len(steps[-1].max_violation)),
             )
 
-    def _reason(self) -> RaymoeError:
+    def _reason(self) -> RaymoeError | None:
+        """What ended the run; None when it came to its end."""
         try:
             failure = self._coordinator.failure
         except RaymoeError as error:
-            return error
+            return None if self._error is None else error
         if failure is not None:
             return RaymoeError(failure)
+        if self._error is None:
+            return None
         text = str(self._error).strip().splitlines()
         return RaymoeError(f"training failed: {text[-1] if text else type(self._error).__name__}")
 
@@ -318,19 +322,6 @@ class _Watch:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _build_coordinator(config: RunConfig, begin: Start) -> Coordinator:
-    return Coordinator(
-        training_plan(config),
-        holders=placement(config.model, config.cluster.expert_hosts),
-        n_layers=len(config.model.moe_layers),
-        n_experts=config.model.n_routed_experts,
-        n_hosts=config.cluster.expert_hosts,
-        control=partial(HostClient, timeout=config.cluster.call_timeout),
-        state={"step": begin.step},
-        bias=gate_biases(weight_source(config, begin), config.model),
-    )
 
 
 __all__ = ["summary", "train"]

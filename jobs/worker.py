@@ -15,8 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from actors.steps import StepDecision, StepMetrics, StepReport
+from actors.router import Router
+from actors.steps import Resume, StepDecision, StepMetrics, StepReport
 from actors.trunk import Microbatch, Reducer, SingleWorker, StepInputs, TrunkWorker
+from actors.trunk_snapshots import TrunkSnapshots
+from cluster.topology import RoutingTable
+from errors import Interrupted, RaymoeError, is_loss
 from jobs.batches import microbatch_rows, microbatches_of_worker, rows_of_step
 from jobs.checkpoint_store import CheckpointStore, TrainingState
 from jobs.config import RunConfig
@@ -29,10 +33,15 @@ from model.schedule import value_at
 
 VALIDATION_FILE = "validation.json"
 _EVALUATED_AT_ONCE = 2048  # tokens
+_AWAY_SECONDS = 0.05  # between two calls of a coordinator that does not answer
 
 
 class Steps(Protocol):
     """What a worker asks of the coordinator; `Coordinator` itself, or a client of one."""
+
+    def join(self, rank: int, workers: int, attempt: int, why: str) -> Resume: ...
+
+    def table(self) -> RoutingTable: ...
 
     def report(self, report: StepReport) -> StepDecision: ...
 
@@ -66,6 +75,10 @@ class TrainingWorker:
         output: the run's directory; worker 0 writes metrics, validation and the trunk's checkpoints.
         save_trunk: writes the trunk into a directory.
         save_experts: writes experts that live in this process; None when hosts do that themselves.
+        router: the way to the hosts; None with experts in this process.
+        snapshots: the trunk's states in memory; None with experts in this process.
+        begin_again: goes back to a checkpoint, or with an empty name to what the run began with.
+        patience: seconds to wait for a coordinator that is away.
     """
 
     def __init__(
@@ -81,7 +94,11 @@ class TrainingWorker:
         coordinator: Steps,
         save_trunk: Callable[[Path], None],
         save_experts: Callable[[Path], object] | None = None,
+        router: Router | None = None,
+        snapshots: TrunkSnapshots | None = None,
+        begin_again: Callable[[str], None] | None = None,
         reducer: Reducer | None = None,
+        patience: float = 120.0,
     ) -> None:
         self._config = config
         self._data = data
@@ -92,18 +109,60 @@ class TrainingWorker:
         self._coordinator = coordinator
         self._save_trunk = save_trunk
         self._save_experts = save_experts
+        self._router, self._snapshots, self._begin_again = router, snapshots, begin_again
+        self._patience = patience
         self._reducer = reducer or SingleWorker()
         self._store = CheckpointStore(output / "checkpoints", keep=config.checkpoint.keep)
         self._validation: Validation | None = None
 
     def run(self) -> None:
-        """Train until the coordinator says stop. Worker 0 writes down what happened."""
+        """Train until the coordinator says stop; whatever is lost on the way, from the last common step on."""
+        attempt, why = -1, ""
+        while True:
+            attempt = self._join(attempt, why)
+            try:
+                self._train()
+                return
+            except RaymoeError as error:
+                if not is_loss(error) and not isinstance(error, Interrupted):
+                    raise
+                why = str(error)
+
+    def _join(self, attempt: int, why: str) -> int:
+        """Become part of the run, and what the run is at: the attempt."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                resume = self._coordinator.join(self._rank, self._workers, attempt, why)
+                table = None if self._router is None else self._coordinator.table()
+                break
+            except RaymoeError as error:
+                if not is_loss(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_AWAY_SECONDS)  # the coordinator is away, and will be back
+        if self._router is not None and table is not None:
+            self._router.set_table(table)
+        if self._snapshots is not None and resume.trunk:
+            self._snapshots.restore(resume.step, resume.trunk)
+        elif resume.directory is not None and self._begin_again is not None:
+            self._begin_again(resume.directory)
+        self._step = resume.step
+        self._keep()
+        return resume.attempt
+
+    def _train(self) -> None:
+        """Steps until the run stops. Worker 0 writes down what happened."""
         if self._rank:
             self._loop(None)
             return
         tensorboard = self._config.training.tensorboard
         with MetricsWriter(self._output, first_step=self._step, tensorboard=tensorboard) as writer:
             self._loop(writer)
+
+    def _keep(self) -> None:
+        """Keep the trunk in memory, so that the run can go back to here."""
+        if self._snapshots is not None and self._router is not None:
+            self._snapshots.keep(self._step, self._router.table.hosts)
 
     def _loop(self, writer: MetricsWriter | None) -> None:
         interval = self._config.training.eval_interval
@@ -114,6 +173,10 @@ class TrainingWorker:
             self._trunk.apply(decision)
             seconds = time.perf_counter() - start
             self._step, stop = decision.step + 1, decision.stop
+            if self._router is not None and decision.epoch != self._router.table.epoch:
+                self._router.set_table(self._coordinator.table())
+            if decision.snapshot:
+                self._keep()
             last = self._step >= self._config.training.steps
             if last or (interval and self._step % interval == 0):
                 self._evaluate(everything=last)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from actors.clients import CoordinatorClient
+from actors.coordinator_client import CoordinatorClient
 from cluster.topology import RoutingTable
 from jobs.serving.pool import Membership
 from jobs.serving.rollout import Standing, Wanted

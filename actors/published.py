@@ -1,4 +1,4 @@
-"""The versions of the weights that hosts hold, who holds which experts of them, and the tables that say so.
+"""What is published of the hosts: the versions of the weights that they hold, who holds which experts of them, and the tables that say so.
 
 Usually there is one; while weights are being exchanged there are two. A table is made anew with every change,
 under a serial that only grows: whoever missed one gets the newest, whole.
@@ -16,7 +16,7 @@ from errors import ProtocolError, ResourceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
+class Placed:
     """Weights under one epoch.
 
     Attributes:
@@ -31,7 +31,7 @@ class Version:
     placement: Placement
 
 
-class Versions:
+class Published:
     """What hosts hold; any thread may call.
 
     Args:
@@ -40,7 +40,7 @@ class Versions:
 
     def __init__(self, *, epoch: int = -1, serial: int = 0) -> None:
         self._changed = threading.Condition()
-        self._live: dict[str, Version] = {}  # the one in use last
+        self._live: dict[str, Placed] = {}  # the one in use last
         self._hosts: Mapping[str, HostInfo] = {}
         self._serial = serial
         self._epoch = epoch
@@ -52,13 +52,13 @@ class Versions:
         return self._serial
 
     @property
-    def live(self) -> tuple[Version, ...]:
-        """Versions that requests are answered of, the one in use last."""
+    def live(self) -> tuple[Placed, ...]:
+        """Published that requests are answered of, the one in use last."""
         with self._changed:
             return tuple(self._live.values())
 
     @property
-    def current(self) -> Version | None:
+    def current(self) -> Placed | None:
         """The one in use; None before there is one."""
         return next(reversed(self.live), None)
 
@@ -68,7 +68,7 @@ class Versions:
             self._epoch = max(self._epoch, above) + 1
             return self._epoch
 
-    def publish(self, versions: Iterable[Version], hosts: Mapping[str, HostInfo]) -> None:
+    def publish(self, versions: Iterable[Placed], hosts: Mapping[str, HostInfo]) -> None:
         """Make these, and no others, the live ones, the last of them the one in use."""
         with self._changed:
             self._live = {version.name: version for version in versions}
@@ -167,4 +167,4 @@ def holding(placement: Placement) -> dict[str, tuple[tuple[int, ...], ...]]:
     return {id: tuple(map(tuple, parts)) for id, parts in rows.items()}
 
 
-__all__ = ["Version", "Versions", "holding", "without"]
+__all__ = ["Placed", "Published", "holding", "without"]

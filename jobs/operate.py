@@ -1,0 +1,116 @@
+"""`raymoe status | scale | drain`: how a running job stands, and other expert hosts for it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from actors.coordinator_client import AdminClient
+from actors.remote import ask
+from errors import ResourceError
+from jobs.fleet import COORDINATOR, NAMESPACE
+from jobs.ray_session import Needs, check_answers, ray_session
+
+_ASK_SECONDS = 10.0
+_SHOWN_EVENTS = 12
+
+
+@contextmanager
+def operated(
+    *, coordinator: str | None, address: str | None, debug: bool = False
+) -> Iterator[AdminClient]:
+    """The job that a command is about.
+
+    Args:
+        coordinator: HOST:PORT of its coordinator; None looks for it on a Ray cluster.
+        address: of that cluster; None finds the one on this machine.
+
+    Raises:
+        ResourceError: there is no such job, or there are several.
+    """
+    at = coordinator or find_coordinator(address, debug=debug)
+    client = AdminClient(at if at.startswith("grpc:") else f"grpc:{at}")
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def find_coordinator(address: str | None, *, debug: bool = False) -> str:
+    """Address of the one coordinator on a Ray cluster.
+
+    Raises:
+        ResourceError: there is no cluster, no coordinator, or more than one.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    check_answers(address)
+    with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
+        names = [
+            actor["name"]
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if actor["namespace"] == NAMESPACE and actor["name"].startswith(COORDINATOR)
+        ]
+        found = []
+        for name in names:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+            found.append(ask(actor.address.remote(), what="the coordinator", timeout=_ASK_SECONDS))
+    if len(found) != 1:
+        what = f"{len(found)} jobs with a coordinator run" if found else "no job with a coordinator runs"
+        which = f": {', '.join(at.removeprefix('grpc:') for at in found)}" if found else ""
+        raise ResourceError(
+            f"{what} on the Ray cluster at {address}{which}; say which with --coordinator HOST:PORT, or give "
+            "--address"
+        )
+    return str(found[0])
+
+
+def shown(status: dict[str, Any]) -> Group:
+    """A job's status as people read it."""
+    hosts = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("host", "state", "node", "pid", "experts", "in flight", "rows", "channel"):
+        hosts.add_column(column, justify="right" if column in ("pid", "experts", "in flight", "rows") else "left")
+    for host in status["hosts"]:
+        state = host["state"] if host["answers"] else f"{host['state']}, silent"
+        hosts.add_row(
+            host["id"],
+            state,
+            host["node"][:8],
+            str(host["pid"]),
+            str(host["experts"]),
+            str(host["in_flight"]),
+            f"{host['rows']:,}",
+            host["channel"],
+        )
+    what = "serves" if status["mode"] == "serve" else f"trains, at step {status['step']}"
+    head = Text(
+        f"{what}; epoch {status['epoch']}, {len(status['hosts'])} of {status['wanted']} expert hosts, "
+        f"{status['replicas_min']} to {status['replicas_max']} replicas of an expert"
+    )
+    events = Table(box=None, pad_edge=False, show_header=False)
+    for event in status["events"][-_SHOWN_EVENTS:]:
+        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
+        events.add_row(at, event["kind"], event["text"])
+    return Group(head, Text(""), hosts, Text(""), events)
+
+
+def watch(ask: Callable[[], dict[str, Any]], *, every: float = 1.0) -> None:
+    """Show a job's status until Ctrl-C."""
+    with Live(shown(ask()), console=Console(highlight=False), auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(every)
+                live.update(shown(ask()), refresh=True)
+        except KeyboardInterrupt:
+            return
+
+
+__all__ = ["find_coordinator", "operated", "shown", "watch"]
