@@ -12,7 +12,7 @@ MOST: Final = 12
 
 
 def spread(holders: Holders, n_hosts: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """[R][L][E]: R complete choices of one replica of every expert, as indices of hosts; -1 where nobody holds it.
+    """[R][L][E]: R complete choices of one replica of every expert, as indices of hosts; -1 where none is.
 
     Choice r takes an expert's replica of rank r, so that a group's experts stay together where their
     replicas of one rank lie on one host. Without replicas R is 1.
