@@ -1,31 +1,33 @@
 """One lane of a router: a thread's calls to the expert hosts, over channels of its own.
 
-Shapes: N tokens, D hidden, K experts per token; n rows and nnz (row, expert) pairs for one host.
-
-Dispatch and combine are two autograd functions joined by an empty tensor, so that whatever the caller
-computes between the two (the shared expert) overlaps with the tokens' way, forward and backward.
+Shapes: N tokens, D hidden, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from actors.call import Call
+from actors.detour import MOST_HEDGED, Detour
 from actors.mail import Array, Boxes, MailCall
+from actors.opening import GONE, open_unless
+from actors.routes import Placement
+from actors.training_call import TrainingCall, dispatched
 from channels.base import Channel, Phase, Request, RequestId, Ticket
 from channels.mailbox import MAX_ROWS
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError, StaleEpoch
-from model.dispatch import HostSlice, plan_dispatch
 from model.experts import Pending
 
 if TYPE_CHECKING:
-    from actors.router import Placement, Router
+    from actors.router import Router
 
 
 @dataclass(slots=True)
@@ -47,25 +49,30 @@ class Lane:
     """Implements `model.experts.Experts` for one thread at a time; made by `Router.lane`."""
 
     def __init__(self, router: Router) -> None:
-        self._router = router
+        self.router = router
+        self.counters = LaneCounters()
         self._channels: dict[str, Channel] = {}
+        self._gone: set[str] = set()  # hosts that are in no table any more
+        self._ended: deque[str] = deque()  # of these, whose channels this thread has yet to close
         self._open: dict[tuple[int, int, int], Call | MailCall] = {}
         self._boxes = Boxes(self)
         self._step = 0
         self._microbatch = 0
-        self.counters = LaneCounters()
+        self._calls = 0
 
     def begin(self, step: int, microbatch: int) -> None:
         """Start a microbatch: calls from here on carry its number, unique within the step and router."""
         if self._open:
             self.abandon()
+        while self._ended:
+            self._hang_up(self._ended.popleft())
         self._step, self._microbatch = step, microbatch
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
         """See `model.experts.Experts.dispatch`. Hosts keep activations only when a gradient can come back.
 
         Raises:
-            ChannelError: a host cannot be reached (here or in `combine`), naming it.
+            ChannelError: a host cannot be reached (here or in `combine`), naming it, nor others in its place.
             ProtocolError: a layer without routed experts.
         """
         keep = torch.is_grad_enabled() and (rows.requires_grad or gates.requires_grad)
@@ -76,28 +83,38 @@ class Lane:
                 mail = self.dispatch_arrays(layer, *arrays)
                 if mail is not None:
                     return mail
-            return self.send(layer, rows, idx, gates)
-        call = Call(self, layer, idx, keep=keep, step=self._step, microbatch=self._microbatch)
+            placement, detour = self._route(layer, idx)
+            return self.send(layer, rows, idx, gates, placement, detour)
+        placement = self.router.pin(self._step)
+        call = TrainingCall(self, layer, idx, placement, step=self._step, microbatch=self._microbatch)
         self._open[call.key] = call
-        return _Sent(call, _Dispatch.apply(rows, gates, call))  # type: ignore[no-untyped-call]
+        return dispatched(call, rows, gates)
 
     def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailCall | None:
         """See `model.experts.ArrayExperts.dispatch_arrays`: by mail, where every host looks into a mailbox.
 
         Raises:
-            ChannelError: a host cannot be reached (here or in `add_to`), naming it.
+            ChannelError: a host cannot be reached (here or in `add_to`), naming it, nor others in its place.
         """
-        placement = self._router.placement
+        placement, detour = self._route(layer, idx)
         boxes = self._boxes.for_call(placement, rows, idx)
         if boxes is None:
             return None
-        mail = MailCall(self, placement, boxes, (self._step, layer), rows, idx, gates)
+        mail = MailCall(self, placement, boxes, (self._step, layer), rows, idx, gates, detour)
         self._open[mail.key] = mail
         return mail
 
-    def send(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Call:
+    def send(
+        self,
+        layer: int,
+        rows: Tensor,
+        idx: Tensor,
+        gates: Tensor,
+        placement: Placement,
+        detour: Detour | None,
+    ) -> Call:
         """Send a call of inference over the channels."""
-        call = Call(self, layer, idx, keep=False, step=self._step, microbatch=self._microbatch)
+        call = Call(self, layer, idx, placement, step=self._step, microbatch=self._microbatch, detour=detour)
         self._open[call.key] = call
         call.send(rows, gates)
         return call
@@ -116,6 +133,15 @@ class Lane:
             channel.close()
         self._channels.clear()
 
+    def cut(self, gone: Collection[str], there: Collection[str]) -> None:
+        """End whatever waits for hosts that are gone. Any thread."""
+        self._gone = (self._gone | set(gone)) - set(there)
+        for host_id in gone:
+            channel = self._channels.get(host_id)
+            if channel is not None:
+                channel.cut(GONE)
+                self._ended.append(host_id)
+
     def submit(self, host: HostInfo, request: Request) -> Ticket:
         """Send one request to a host, over this lane's channel to it."""
         try:
@@ -123,8 +149,7 @@ class Lane:
             self.counters.bytes += _bytes(request.tensors)
             return channel.submit(request)
         except RaymoeError as error:
-            self.hang_up(host)
-            raise _named(error, host) from error
+            raise self.lost(host, error) from error
 
     def channel(self, host: HostInfo) -> Channel:
         """The channel to a host, opened if there is none."""
@@ -133,50 +158,48 @@ class Lane:
         except RaymoeError as error:
             raise _named(error, host) from error
 
-    def lost(self, host: HostInfo, error: RaymoeError) -> RaymoeError:
-        """Hang up after an error, which comes back with the host's name."""
-        self.hang_up(host)
-        return _named(error, host)
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds to wait for a reply."""
-        return self._router.timeout
-
-    def _connect(self, host: HostInfo) -> Channel:
-        channel = self._channels[host.id] = self._router.connect(host)
-        return channel
-
-    def wait(self, host: HostInfo, ticket: Ticket) -> tuple[Tensor, ...]:
+    def wait(self, host: HostInfo, ticket: Ticket, timeout: float | None) -> tuple[Tensor, ...]:
         """The reply of a host."""
         try:
-            reply = ticket.result(self._router.timeout)
-        except RaymoeError as error:
-            if not isinstance(error, RemoteError):
-                self.hang_up(host)
+            reply = ticket.result(timeout)
+        except RemoteError as error:
             raise _named(error, host) from error
+        except RaymoeError as error:
+            raise self.lost(host, error) from error
         self.counters.bytes += _bytes(reply)
         return reply
+
+    def lost(self, host: HostInfo, error: RaymoeError) -> RaymoeError:
+        """Hang up after an error, which comes back with the host's name."""
+        self._hang_up(host.id)
+        return _named(error, host)
 
     def reaches(self, host: HostInfo) -> bool:
         """Whether there is a channel to a host."""
         return host.id in self._channels
 
-    def hang_up(self, host: HostInfo) -> None:
-        """Close the channel to a host; the next request opens a new one."""
-        channel = self._channels.pop(host.id, None)
-        self._boxes.forget(host)
-        if channel is not None:
-            with suppress(RaymoeError):
-                channel.close()
+    def limit(self, placement: Placement, layer: int, detour: Detour | None) -> tuple[float | None, bool]:
+        """Seconds to wait for a reply, and whether others are asked after them."""
+        timeout, hedge_after = self.router.timeout, self.router.hedge_after
+        if hedge_after is None or not placement.spare(layer):
+            return timeout, False
+        enough = detour is not None and detour.hedged >= MOST_HEDGED
+        if enough or (timeout is not None and timeout <= hedge_after):
+            return timeout, False
+        return hedge_after, True
 
     def placement(self) -> Placement:
         """The placement that new calls use."""
-        return self._router.placement
+        return self.router.placement
 
-    def replan(self, error: StaleEpoch, call: Call) -> Placement:
-        """A newer placement than the call's, which a host refused."""
-        return self._router.replan(error, call.placement, step=call.step if call.keep else None)
+    def next_shift(self) -> int:
+        """Which replicas the next call begins with: in turns, whatever the number of layers.
+
+        Multiples of the golden ratio are spread evenly, and so is every k-th of them: with a mere count, a
+        layer would have the same replicas in every step where the number of layers is a multiple of theirs.
+        """
+        self._calls += 1
+        return (self._calls * 0x9E3779B1 & 0xFFFFFFFF) * 27720 >> 32
 
     def done(self, call: Call | MailCall) -> None:
         """Nothing more will come of a call."""
@@ -185,202 +208,41 @@ class Lane:
     def request_id(self, call: Call, phase: Phase, epoch: int) -> RequestId:
         """The id of one phase of a call."""
         return RequestId(
-            run=self._router.run,
+            run=self.router.run,
             epoch=epoch,
             step=call.step,
             microbatch=call.microbatch,
             layer=call.layer,
             phase=phase,
-            router=self._router.name,
+            router=self.router.name,
         )
 
+    def _route(self, layer: int, idx: Tensor | Array) -> tuple[Placement, Detour | None]:
+        """A placement for a new call of inference, and the search for it, if it took one."""
+        placement = self.router.route()
+        if placement.covers(layer, idx):
+            return placement, None
+        detour = Detour(self.router, layer, idx)
+        return detour.begin(), detour
 
-class Call:
-    """One MoE layer's way to the hosts and back, for one microbatch."""
+    def _connect(self, host: HostInfo) -> Channel:
+        def gone() -> bool:
+            return host.id in self._gone
 
-    def __init__(
-        self, lane: Lane, layer: int, idx: Tensor, *, keep: bool, step: int, microbatch: int
-    ) -> None:
-        self._lane = lane
-        self._idx = idx
-        self.keep = keep
-        self.layer, self.step, self.microbatch = layer, step, microbatch
-        self.placement = lane.placement()
-        self._slices: tuple[HostSlice | None, ...] = ()
-        self._tickets: dict[int, Ticket] = {}
-        self._sent: tuple[Tensor, Tensor] | None = (
-            None  # rows and gates, to send again until the reply is there
-        )
-        self._like: tuple[Tensor, Tensor]  # empty tensors of the rows' and gates' kind
+        connect = self.router.connect
+        channel = open_unless(gone, connect, host) if self.router.watches else connect(host)
+        self._channels[host.id] = channel
+        if gone():  # in the meantime, so that nobody has cut the channel
+            raise ChannelError(GONE)
+        return channel
 
-    @property
-    def key(self) -> tuple[int, int, int]:
-        return (self.step, self.microbatch, self.layer)
-
-    def send(self, rows: Tensor, gates: Tensor) -> None:
-        """Submit the rows to every host that owns an expert of theirs."""
-        held = self.placement
-        self._slices = plan_dispatch(self._idx, gates, held.host_of(self.layer), len(held.hosts))
-        self._sent = (rows, gates)
-        self._like = (rows.new_empty(0, rows.shape[1]), gates.new_empty(0))
-        id = self._lane.request_id(self, Phase.FORWARD if self.keep else Phase.INFER, held.epoch)
-        sent = 0
-        for host, part in enumerate(self._slices):
-            if part is not None:
-                payload = (_gather(rows, part), part.row_ptr, part.expert, part.gate)
-                self._submit(host, Request(id=id, tensors=payload))
-                sent += part.row.numel()
-        counters = self._lane.counters
-        counters.tokens += rows.shape[0]
-        counters.rows += sent
-
-    def combine(self) -> Tensor:
-        """Wait for the hosts' partial sums and add them up: [N, D]."""
-        while True:
-            try:
-                parts = self._collect()
-                break
-            except StaleEpoch as error:
-                self._send_again(error)
-        self._sent = None
-        if self.keep:
-            self.placement.trained(self.step)
-        else:
-            self._lane.done(self)
-        return self._sum([part[0] if part else None for part in parts], self._like[0])
-
-    def send_gradients(self, d_out: Tensor) -> None:
-        """Submit the gradient of the sum to every host that had rows."""
-        d_out = d_out.contiguous()
-        id = self._lane.request_id(self, Phase.BACKWARD, self.placement.epoch)
-        for host, part in enumerate(self._slices):
-            if part is not None:
-                self._submit(host, Request(id=id, tensors=(_gather(d_out, part),)))
-
-    def receive_gradients(self) -> tuple[Tensor, Tensor]:
-        """Wait for the gradients of rows [N, D] and gates [N, K]."""
-        parts = self._collect()
-        self._lane.done(self)
-        like, gates = self._like
-        d_rows = self._sum([part[0] if part else None for part in parts], like)
-        d_gates = gates.new_zeros(self._idx.numel())
-        for part, reply in zip(self._slices, parts, strict=True):
-            if part is not None and reply is not None:
-                d_gates[part.pair] = reply[1].to(d_gates.dtype)
-        return d_rows, d_gates.view(self._idx.shape)
-
-    def abandon(self) -> None:
-        """Read the replies that are out, and let the hosts drop what they keep for this call."""
-        with suppress(RaymoeError):
-            self._collect()
-        if self.keep:
-            self.release()
-
-    def release(self) -> None:
-        """Let the hosts drop what they keep for this call; a host that is gone has dropped it."""
-        id = self._lane.request_id(self, Phase.RELEASE, self.placement.epoch)
-        for host, part in enumerate(self._slices):
-            # Not over a new channel: reaching for a host that is gone would take its time, and one that
-            # is there drops everything at the end of the step.
-            if part is not None and self._lane.reaches(self.placement.hosts[host]):
-                with suppress(RaymoeError):
-                    self._submit(host, Request(id=id))
-        with suppress(RaymoeError):
-            self._collect()
-
-    def _send_again(self, error: StaleEpoch) -> None:
-        """Route again with the new placement; hosts that took the old request drop it."""
-        assert self._sent is not None
-        rows, gates = self._sent
-        if self.keep:
-            self.release()
-        self.placement = self._lane.replan(error, self)
-        self.send(rows, gates)
-
-    def _submit(self, host: int, request: Request) -> None:
-        self._tickets[host] = self._lane.submit(self.placement.hosts[host], request)
-
-    def _collect(self) -> list[tuple[Tensor, ...] | None]:
-        """The replies of all hosts, in their order. Every one is waited for, then the first error raised."""
-        replies: list[tuple[Tensor, ...] | None] = [None] * len(self._slices)
-        errors: list[RaymoeError] = []
-        tickets, self._tickets = self._tickets, {}
-        for host, ticket in tickets.items():
-            try:
-                replies[host] = self._lane.wait(self.placement.hosts[host], ticket)
-            except RaymoeError as error:
-                errors.append(error)
-        if errors:
-            # A stale epoch can be healed, so any other error goes first.
-            raise min(errors, key=lambda error: isinstance(error, StaleEpoch))
-        return replies
-
-    def _sum(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """[N, D]: the hosts' rows added up, in the order of the hosts."""
-        n = self._idx.shape[0]
-        out: Tensor | None = None
-        for part, rows in zip(self._slices, parts, strict=True):
-            if part is None or rows is None:
-                continue
-            if out is None:
-                out = (
-                    rows
-                    if rows.shape[0] == n
-                    else like.new_zeros(n, rows.shape[1]).index_add_(0, part.row, rows)
-                )
-            elif rows.shape[0] == n:
-                out += rows
-            else:
-                out.index_add_(0, part.row, rows)
-        return like.new_zeros(n, like.shape[-1]) if out is None else out
-
-
-class _Dispatch(torch.autograd.Function):
-    """rows [N, D], gates [N, K] -> [0], with the rows on their way."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, call: Call) -> Tensor:
-        ctx.call = call
-        call.send(rows, gates)
-        return rows.new_empty(0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        d_rows, d_gates = ctx.call.receive_gradients()
-        return d_rows, d_gates, None
-
-
-class _Combine(torch.autograd.Function):
-    """[0] -> [N, D], the sum over the hosts."""
-
-    @staticmethod
-    def forward(ctx: Any, sent: Tensor, call: Call) -> Tensor:
-        ctx.call = call
-        return call.combine()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
-        ctx.call.send_gradients(d_out)
-        return d_out.new_empty(0), None
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A `Pending` with a gradient: joins `_Dispatch` to `_Combine`."""
-
-    call: Call
-    sent: Tensor
-
-    def combine(self) -> Tensor:
-        out: Tensor = _Combine.apply(self.sent, self.call)  # type: ignore[no-untyped-call]
-        return out
-
-
-def _gather(rows: Tensor, part: HostSlice) -> Tensor:
-    """The rows of one host; all of them need no copy."""
-    return rows if part.row.numel() == rows.shape[0] else rows.index_select(0, part.row)
+    def _hang_up(self, host_id: str) -> None:
+        """Close the channel to a host; the next request opens a new one."""
+        channel = self._channels.pop(host_id, None)
+        self._boxes.forget(host_id)
+        if channel is not None:
+            with suppress(RaymoeError):
+                channel.close()
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -398,4 +260,4 @@ def _named(error: RaymoeError, host: HostInfo) -> RaymoeError:
     return ProtocolError(text) if isinstance(error, ProtocolError) else error
 
 
-__all__ = ["Call", "Lane", "LaneCounters"]
+__all__ = ["Lane", "LaneCounters"]

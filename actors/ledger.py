@@ -41,7 +41,8 @@ class Ledger:
     """Activations by key, and the last BACKWARD of each lane, a lane being a (router, microbatch).
 
     A router runs one microbatch's calls in order, so any later request of the lane says that the
-    reply of the BACKWARD before it has arrived.
+    reply of the BACKWARD before it has arrived. A repeat of an earlier request, which may come late from a
+    connection that the router has given up, says nothing.
     """
 
     def __init__(self) -> None:
@@ -56,9 +57,11 @@ class Ledger:
         A FORWARD whose BACKWARD has been applied (it was delayed, or is computed again) keeps nothing.
         """
         with self._lock:
-            self._acknowledge(id)
-            if id.key not in self._applied:
-                self._saved[id.key] = saved
+            if id.key in self._applied:
+                return
+            if id.key not in self._saved:
+                self._acknowledge(id)
+            self._saved[id.key] = saved
 
     def release(self, id: RequestId) -> None:
         """Drop the activations of a call, if there are any."""
@@ -73,10 +76,11 @@ class Ledger:
             ProtocolError: no FORWARD of this key, or a repeat of a BACKWARD whose reply is gone.
         """
         with self._lock:
-            self._acknowledge(id)
             last = self._last.get(_lane(id))
-            if last is not None:
+            if last is not None and last.key == id.key:
                 return last, None
+            if id.key not in self._applied:
+                self._acknowledge(id)
             saved = self._saved.pop(id.key, None)
             if saved is None:
                 known = (

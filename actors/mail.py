@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from actors.detour import Detour, Lost
+from actors.routes import Placement
 from channels.mailbox import MAX_ROWS, Mailbox
 from channels.shm import ShmChannel
-from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, RaymoeError
 
 if TYPE_CHECKING:
+    from actors.call import Call
     from actors.lane import Lane
-    from actors.router import Placement
 
 Array = npt.NDArray[Any]
 
@@ -31,9 +31,10 @@ class MailCall:
         boxes: of the placement's hosts, in their order.
         call: step and layer.
         rows, idx, gates: [N, D], [N, K] and [N, K]; N fits the boxes.
+        detour: the search that led to this placement, if it took one.
 
     Raises:
-        ChannelError: a host cannot be woken, naming it.
+        ChannelError: a host cannot be woken, naming it, nor others in its place.
     """
 
     def __init__(
@@ -45,22 +46,26 @@ class MailCall:
         rows: Array,
         idx: Array,
         gates: Array,
+        detour: Detour | None,
     ) -> None:
         self._lane, self._placement, self._boxes = lane, placement, boxes
         self._layer = call[1]
         self._asked = (rows, idx, gates)
         self._out: list[int] = []  # hosts whose replies are out
+        self._detour = detour
+        self._again: Call | None = None
         self.key = (call[0], -1, call[1])
-        host_of = placement.host_of(self._layer).numpy()
+        host_of, shift = placement.array(self._layer), lane.next_shift()
         counters = lane.counters
         counters.tokens += rows.shape[0]
         for host, box in enumerate(boxes):
             try:
-                sent = box.post(*self._asked, host_of, host, (placement.epoch, *call))
+                sent = box.post(rows, idx, gates, host_of, host, (placement.epoch, *call), shift)
             except RaymoeError as error:
-                lost = lane.lost(placement.hosts[host], error)
+                lost = Lost(placement.hosts[host], lane.lost(placement.hosts[host], error))
                 self.abandon()  # nobody has this call yet who could
-                raise lost from error
+                self._again = self._elsewhere([lost])
+                return
             if sent:
                 self._out.append(host)
                 counters.rows += sent
@@ -74,31 +79,45 @@ class MailCall:
 
     def add_to(self, out: Array) -> None:
         """Wait for the hosts' sums and add them to `out` [N, D], in the order of the hosts."""
-        sums = np.zeros_like(out)  # apart: where one host refuses, none of them counts
-        answered = self._collect(sums)
+        if self._again is None:
+            sums = np.zeros_like(out)  # apart: where one host refuses, none of them counts
+            answered, lost = self._collect(sums)
+            if lost:
+                self._again = self._elsewhere(lost)
+            elif not answered:
+                self._again = self._over_channels(self._placement)
         self._lane.done(self)
-        if not answered:
-            sums = self._lane.send(self._layer, *map(torch.from_numpy, self._asked)).combine().numpy()
+        if self._again is not None:
+            sums = self._again.combine().numpy()
         out += sums
 
     def abandon(self) -> None:
         """Read the replies that are out."""
-        with suppress(RaymoeError):
-            self._collect(np.zeros_like(self._asked[0]))
+        self._collect(np.zeros_like(self._asked[0]))
 
-    def _collect(self, total: Array) -> bool:
-        """Whether all hosts have answered. Every one is waited for, then the first error raised."""
+    def _collect(self, total: Array) -> tuple[bool, list[Lost]]:
+        """Whether all hosts but the lost ones have answered, and those. Every one is waited for."""
         answered = True
-        errors: list[RaymoeError] = []
+        lost: list[Lost] = []
         waiting, self._out = self._out, []
         for host in waiting:
+            limit, hedging = self._lane.limit(self._placement, self._layer, self._detour)
             try:
-                answered &= self._boxes[host].collect(total, self._lane.timeout)
-            except (ChannelError, ChannelTimeout) as error:
-                errors.append(self._lane.lost(self._placement.hosts[host], error))
-        if errors:
-            raise errors[0]
-        return answered
+                answered &= self._boxes[host].collect(total, limit)
+            except ChannelError as error:
+                info = self._placement.hosts[host]
+                slow = hedging and isinstance(error, ChannelTimeout)
+                lost.append(Lost(info, self._lane.lost(info, error), slow))
+        return answered, lost
+
+    def _elsewhere(self, lost: Sequence[Lost]) -> Call:
+        """The whole call again, on another placement."""
+        self._detour = self._detour or Detour(self._lane.router, self._layer, self._asked[1])
+        return self._over_channels(self._detour.around(lost, self._placement))
+
+    def _over_channels(self, placement: Placement) -> Call:
+        rows, idx, gates = map(torch.from_numpy, self._asked)
+        return self._lane.send(self._layer, rows, idx, gates, placement, self._detour)
 
 
 class Boxes:
@@ -116,9 +135,9 @@ class Boxes:
             return self._ready[1] if self._kind == (rows.shape[1], idx.shape[1], rows.dtype) else None
         return self._open(placement, rows, idx)
 
-    def forget(self, host: HostInfo) -> None:
+    def forget(self, host_id: str) -> None:
         """The channel to a host is closed."""
-        self._of.pop(host.id, None)
+        self._of.pop(host_id, None)
         self._ready = None
 
     def clear(self) -> None:

@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import Final
 
 from actors.lane import Lane, LaneCounters
+from actors.routes import Placement
+from actors.tables import Tables
+from actors.watch import Watch
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
-from errors import ProtocolError, StaleEpoch
+from errors import RaymoeError, StaleEpoch
 from model.config import ModelConfig
 
 Connect = Callable[[HostInfo], Channel]
-Refresh = Callable[[], RoutingTable]
 
-
-class Placement:
-    """A routing table as a lane uses it: per layer the host of every expert, as a tensor."""
-
-    def __init__(self, table: RoutingTable, config: ModelConfig) -> None:
-        if len(table.holders) != len(config.moe_layers):
-            raise ProtocolError(
-                f"the routing table of epoch {table.epoch} has {len(table.holders)} layers, the model "
-                f"{len(config.moe_layers)} with routed experts"
-            )
-        self.epoch = table.epoch
-        self.weights = table.weights
-        self.hosts = table.hosts
-        self._host_of = {
-            layer: torch.tensor([hosts[0] for hosts in row], dtype=torch.int64)
-            for layer, row in zip(config.moe_layers, table.holders, strict=True)
-        }
-        self._trained = -1
-
-    def host_of(self, layer: int) -> Tensor:
-        """[E] int64, index into `hosts` of each expert of a layer.
-
-        Raises:
-            ProtocolError: the layer has no routed experts.
-        """
-        try:
-            return self._host_of[layer]
-        except KeyError:
-            raise ProtocolError(
-                f"layer {layer} has no routed experts; these have: {sorted(self._host_of)}"
-            ) from None
-
-    def trained(self, step: int) -> None:
-        """Hosts have taken a FORWARD of this step under this placement."""
-        self._trained = max(self._trained, step)
-
-    def has_trained(self, step: int) -> bool:
-        """Whether a step has begun under this placement: then it has to end under it."""
-        return self._trained == step
+_SHUNNED: Final = 5.0
+"""Seconds that calls go around a host that was lost to one, while the coordinator still counts on it."""
 
 
 class Router:
@@ -68,8 +32,12 @@ class Router:
         table: the routing table to start with.
         connect: opens a channel to a host; called in the thread of the lane that uses it.
         lanes: microbatches in flight.
-        refresh: fetches the current routing table after a host has refused an epoch; None: that is an error.
+        tables: where newer routing tables come from; None: there are none.
         timeout: seconds to wait for one reply; None waits for ever.
+        patience: seconds that a call of inference looks for hosts that hold its experts, after one was lost.
+        hedge_after: seconds after which a call of inference turns from a host to the replicas of its
+            experts, where all of a layer have some; None: it waits.
+        watch: a thread waits for newer tables, routes by them, and ends what waits for hosts that are gone.
     """
 
     def __init__(
@@ -81,19 +49,25 @@ class Router:
         connect: Connect,
         lanes: int = 1,
         *,
-        refresh: Refresh | None = None,
+        tables: Tables | None = None,
         timeout: float | None = None,
+        patience: float = 0.0,
+        hedge_after: float | None = None,
+        watch: bool = False,
     ) -> None:
         self.name = name
         self.run = run
         self.config = config
         self.connect = connect
-        self.timeout = timeout
-        self._refresh = refresh
+        self.timeout, self.patience, self.hedge_after = timeout, patience, hedge_after
+        self._tables = tables
         self._lock = threading.Lock()
         self._table = table
-        self._placement = Placement(table, config)
+        self._whole = self._placement = Placement(table, config)  # the second: without shunned hosts
+        self._readmit_at = 0.0
+        self._pinned: tuple[int, Placement] | None = None
         self._lanes = tuple(Lane(self) for _ in range(lanes))
+        self._watch = Watch(self, tables) if watch and tables is not None else None
 
     @property
     def table(self) -> RoutingTable:
@@ -105,6 +79,11 @@ class Router:
         """The routing table as tensors."""
         return self._placement
 
+    @property
+    def watches(self) -> bool:
+        """Whether tables change, and hosts go, while lanes work."""
+        return self._watch is not None
+
     def lane(self, index: int) -> Lane:
         """The lane of one microbatch in flight: an `Experts` that one thread uses at a time."""
         return self._lanes[index]
@@ -113,7 +92,33 @@ class Router:
         """Route with another table from the next call on; between steps only."""
         placement = Placement(table, self.config)
         with self._lock:
-            self._table, self._placement = table, placement
+            before = self._take(table, placement)
+        self._cut(before, table)
+
+    def install(self, table: RoutingTable) -> bool:
+        """Route with a newer table of the same weights; whether it is one. Any thread, at any time."""
+        with self._lock:
+            held = self._table
+            newer = (table.serial, table.epoch) > (held.serial, held.epoch)
+            if not newer or table.weights != held.weights:
+                return False
+            before = self._take(table, Placement(table, self.config))
+        self._cut(before, table)
+        return True
+
+    def route(self) -> Placement:
+        """The placement for a new call of inference."""
+        if self._placement is not self._whole and time.monotonic() > self._readmit_at:
+            with self._lock:
+                self._placement = self._whole
+        return self._placement
+
+    def pin(self, step: int) -> Placement:
+        """The placement for a training call: the same for all calls of a step."""
+        with self._lock:
+            if self._pinned is None or self._pinned[0] != step:
+                self._pinned = step, self._whole
+            return self._pinned[1]
 
     def replan(self, error: StaleEpoch, held: Placement, *, step: int | None) -> Placement:
         """A placement newer than the one that a host refused.
@@ -127,17 +132,49 @@ class Router:
             StaleEpoch: there is none, or the step has begun under the old one (a step is one version), or
                 the new one is of other weights, which the trunk's own have to change with.
         """
-        if self._refresh is None or (step is not None and held.has_trained(step)):
+        if self._tables is None or (step is not None and held.has_trained(step)):
             raise error
         with self._lock:
             if self._placement.epoch == held.epoch:
-                table = self._refresh()
+                table = self._tables.newest(held.weights)
                 if table.epoch == held.epoch or table.weights != held.weights:
                     raise error
-                self._table, self._placement = table, Placement(table, self.config)
+                self._take(table, Placement(table, self.config))
             if self._placement.weights != held.weights:
                 raise error
+            if step is not None:
+                self._pinned = step, self._whole
+                return self._whole
             return self._placement
+
+    def counts_on(self, host: HostInfo) -> bool:
+        """Whether the table has a host."""
+        return self._whole.has(host.id)
+
+    def suspect(self, host: HostInfo, why: str) -> None:
+        """Tell the coordinator of a lost call, unless it knows already that the host is gone."""
+        if self._tables is not None and self.counts_on(host):
+            self._tables.suspect(host.id, why)
+
+    def shun(self, host: HostInfo) -> None:
+        """Let the next calls of inference go around a host for a while, where every expert has another."""
+        with self._lock:
+            reduced = self._placement.without({host.id})
+            if reduced is not self._placement and reduced.lacking == self._whole.lacking:
+                self._placement = reduced
+                self._readmit_at = time.monotonic() + _SHUNNED
+
+    def look_for_newer(self, timeout: float) -> bool:
+        """Wait so many seconds for a newer table; whether one came, and is in use."""
+        if self._tables is None:
+            time.sleep(timeout)
+            return False
+        began, table = time.monotonic(), None
+        try:
+            table = self._tables.after(self._table.serial, self._table.weights, timeout)
+        except RaymoeError:  # the coordinator is away
+            time.sleep(max(0.0, began + timeout - time.monotonic()))
+        return table is not None and self.install(table)
 
     def counters(self) -> LaneCounters:
         """Sums over the lanes since the router was made."""
@@ -149,8 +186,21 @@ class Router:
 
     def close(self) -> None:
         """Hang up on all hosts."""
+        if self._watch is not None:
+            self._watch.close()
         for lane in self._lanes:
             lane.close()
 
+    def _take(self, table: RoutingTable, placement: Placement) -> RoutingTable:
+        """Under the lock: put a table in the place of another, which comes back."""
+        before, self._table = self._table, table
+        self._whole = self._placement = placement
+        return before
 
-__all__ = ["Connect", "Placement", "Refresh", "Router"]
+    def _cut(self, before: RoutingTable, now: RoutingTable) -> None:
+        gone = {host.id for host in before.hosts} - {host.id for host in now.hosts}
+        for lane in self._lanes:
+            lane.cut(gone, {host.id for host in now.hosts})
+
+
+__all__ = ["Connect", "Placement", "Router", "Tables"]

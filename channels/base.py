@@ -95,6 +95,13 @@ class Channel(Protocol):
         """Send a request without waiting for the reply."""
         ...
 
+    def cut(self, why: str) -> None:
+        """Whoever waits on this channel, or uses it from now on, has a `ChannelError` that says why.
+
+        Any thread; what belongs to the channel is freed by its user's `close`.
+        """
+        ...
+
     def close(self) -> None:
         """Hang up; tickets that are out raise `ChannelError`. Closing twice is fine."""
         ...

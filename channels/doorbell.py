@@ -84,6 +84,7 @@ class Doorbell:
         self._buffer = bytearray(_MAX_PACKET)
         self._patience = 0.0
         self._brief = False  # the wait before was short
+        self._shut = False
         self._posted: Mailbox | None = None
         self.box: HostBox | None = None  # that the peer has opened
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -161,8 +162,10 @@ class Doorbell:
         """See that the peer has not hung up.
 
         Raises:
-            ChannelError: it has.
+            ChannelError: it has, or this end was shut.
         """
+        if self._shut:  # what came before that can still be read
+            raise ChannelError(f"the connection to pid {self.peer} was shut")
         try:
             if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 return
@@ -279,6 +282,7 @@ class Doorbell:
 
     def shut(self) -> None:
         """Wake whoever waits at either end, with an error. Any thread."""
+        self._shut = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

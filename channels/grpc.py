@@ -92,6 +92,9 @@ class GrpcChannel(Pipe):
         self._channel.close()
         self._watchdog.close()
 
+    def _wake(self) -> None:
+        self._replies.cancel()
+
 
 class GrpcServer:
     """The host's end: a gRPC server with the stream of frames, and the control calls of `services`."""

@@ -57,13 +57,13 @@ class LocalChannel:
 
     def __init__(self, server: LocalServer) -> None:
         self._server = server
-        self._closed = False
+        self._closed: str | None = None
 
     def submit(self, request: Request) -> LocalTicket:
         """Call the handler; its error comes with the ticket."""
         handler = self._server.handler
         if self._closed or handler is None:
-            raise ChannelError(f"{self._server.address} is closed; connect again")
+            raise ChannelError(f"{self._server.address} {self._closed or 'is closed; connect again'}")
         headers.request_text(request.id, headers.layout(request.tensors))  # refuses what the wire would
         bare = tuple(tensor.detach() for tensor in request.tensors)
         try:
@@ -73,9 +73,13 @@ class LocalChannel:
         except Exception as error:
             return LocalTicket(_as_from_afar(error))
 
+    def cut(self, why: str) -> None:
+        """Refuse what comes from now on; a call of the handler cannot be woken from."""
+        self._closed = f"is cut: {why}"
+
     def close(self) -> None:
         """Hang up."""
-        self._closed = True
+        self._closed = self._closed or "is closed; connect again"
 
 
 def _as_from_afar(error: Exception) -> Exception:

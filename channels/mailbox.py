@@ -111,13 +111,20 @@ class Mailbox:
         return bool(words_of.load(self._box.words, _READY))
 
     def post(
-        self, x: Array, idx: Array, gates: Array, host_of: Array, host: int, call: tuple[int, int, int]
+        self,
+        x: Array,
+        idx: Array,
+        gates: Array,
+        host_of: Array,
+        host: int,
+        call: tuple[int, int, int],
+        shift: int = 0,
     ) -> int:
         """Send what rows x [N, D] want of a host; the reply to the last request must have been collected.
 
         Args:
             idx, gates: [N, K].
-            host_of: [E], and which of its values is this host.
+            host_of: [R, E], and which of its values is this host; token n goes by row (n + shift) % R.
             call: epoch, step and layer.
 
         Returns:
@@ -125,7 +132,7 @@ class Mailbox:
         """
         box = self._box
         sent, asleep = words_of.post(
-            *box[:5], self._token, x, idx, gates, host_of, host, *call, self._number + 1
+            *box[:5], self._token, x, idx, gates, host_of, host, shift, *call, self._number + 1
         )
         if sent:
             self._number += 1

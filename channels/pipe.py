@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from typing import Final
@@ -59,6 +60,8 @@ class Pipe:
         self.name = name
         self._flying: deque[PipeTicket] = deque()
         self._broken: RaymoeError | None = None
+        self._why: str | None = None  # it was cut
+        self._settling = threading.Lock()
 
     def submit(self, request: Request) -> PipeTicket:
         """See `channels.base.Channel`."""
@@ -66,6 +69,8 @@ class Pipe:
             self.wait_for(self._flying[0], None)
         if self._broken is not None:
             raise ChannelError(f"{self._broken}; connect again")
+        if self._why is not None:
+            raise ChannelError(f"{self.name}: {self._why}")
         ticket = PipeTicket(self)
         self._flying.append(ticket)
         try:
@@ -96,21 +101,30 @@ class Pipe:
                 return
             except (ChannelError, ProtocolError) as error:
                 self._fail(error)
-                return
-            # A close from another thread may have emptied the queue in the meantime.
-            if self._flying:
-                self._flying.popleft().settle(outcome)
+                break
+            # A close from another thread may be emptying the queue: this is a reply to none of what is left.
+            with self._settling:
+                if self._broken is None:
+                    self._flying.popleft().settle(outcome)
         if self._broken is not None:
             ticket.settle(self._broken)
+
+    def cut(self, why: str) -> None:
+        """See `channels.base.Channel`."""
+        self._why = why
+        self._wake()
 
     def close(self) -> None:
         """See `channels.base.Channel`."""
         self._fail(ChannelError(f"{self.name}: the channel was closed"))
 
     def _fail(self, error: RaymoeError) -> None:
-        if self._broken is not None:
-            return
-        self._broken = error
+        if self._why is not None:
+            error = ChannelError(f"{self.name}: {self._why}")
+        with self._settling:
+            if self._broken is not None:
+                return
+            self._broken = error
         self._hang_up()
         while self._flying:
             self._flying.popleft().settle(error)
@@ -128,6 +142,10 @@ class Pipe:
         raise NotImplementedError
 
     def _hang_up(self) -> None:
+        raise NotImplementedError
+
+    def _wake(self) -> None:
+        """Let `_receive` in another thread end with a ChannelError, and every later one."""
         raise NotImplementedError
 
 

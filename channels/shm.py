@@ -116,6 +116,9 @@ class ShmChannel(Pipe):
     def _hang_up(self) -> None:
         self._bell.close()
 
+    def _wake(self) -> None:
+        self._bell.shut()
+
 
 class ShmServer:
     """The host's end: a thread that accepts, and one for each connection."""

@@ -1,6 +1,7 @@
 """Routed pairs by host, and by a host's own experts: counting where tensor operations would sort.
 
-Shapes: N tokens, K experts per token, E experts, H hosts, nnz = N·K pairs, n rows over all hosts.
+Shapes: N tokens, K experts per token, E experts, H hosts, nnz = N·K pairs, n rows over all hosts; R ways
+to choose one replica of every expert.
 """
 
 from __future__ import annotations
@@ -14,29 +15,34 @@ FINE, MALFORMED, FOREIGN = 0, 1, 2
 
 
 @_compiled
-def split_by_host(idx, gates, host_of, n_hosts):
-    """Group (token, expert) pairs by the host that owns the expert, each host's by token.
+def split_by_host(idx, gates, host_of, n_hosts, shift):
+    """Group (token, expert) pairs by the host that computes them, each host's by token.
 
     Args:
         idx: [N, K] int64, experts.
         gates: [N, K].
-        host_of: [E] int64.
+        host_of: [R, E] int64; token n goes by row (n + shift) % R.
+        shift: 0 or more.
 
     Returns:
         row [n] int64, row_ptr [n + H] int32 (each host's begins with 0), expert [nnz] int32, pair [nnz]
         int64, gate [nnz], and where each host's rows and pairs begin, [H + 1] both.
     """
     n_tokens, top_k = idx.shape
+    ways = host_of.shape[0]
+    first = shift % ways
     rows = np.zeros(n_hosts + 1, np.int64)
     pairs = np.zeros(n_hosts + 1, np.int64)
     last = np.full(n_hosts, -1)  # token of each host's newest row
+    way = first
     for n in range(n_tokens):
         for k in range(top_k):
-            h = host_of[idx[n, k]]
+            h = host_of[way, idx[n, k]]
             pairs[h + 1] += 1
             if last[h] != n:
                 last[h] = n
                 rows[h + 1] += 1
+        way = way + 1 if way + 1 < ways else 0
     for h in range(n_hosts):
         rows[h + 1] += rows[h]
         pairs[h + 1] += pairs[h]
@@ -47,9 +53,10 @@ def split_by_host(idx, gates, host_of, n_hosts):
     gate = np.empty(n_tokens * top_k, gates.dtype)
     next_row, next_pair = rows[:-1].copy(), pairs[:-1].copy()
     last[:] = -1
+    way = first
     for n in range(n_tokens):
         for k in range(top_k):
-            h = host_of[idx[n, k]]
+            h = host_of[way, idx[n, k]]
             if last[h] != n:
                 last[h] = n
                 row[next_row[h]] = n
@@ -58,6 +65,7 @@ def split_by_host(idx, gates, host_of, n_hosts):
             expert[at], pair[at], gate[at] = idx[n, k], n * top_k + k, gates[n, k]
             next_pair[h] += 1
             row_ptr[next_row[h] + h] = next_pair[h] - pairs[h]
+        way = way + 1 if way + 1 < ways else 0
     return row, row_ptr, expert, pair, gate, rows, pairs
 
 

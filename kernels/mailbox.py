@@ -4,7 +4,8 @@ The client fills a box and raises its request's number, the host answers and rai
 by looking, and lets others run between two looks, since more processes may look than there are cores.
 What the other end writes is read once and checked against the box's own room.
 
-Shapes: n rows of D numbers, nnz (row, expert) pairs; a box has room for R rows and P pairs.
+Shapes: n rows of D numbers, nnz (row, expert) pairs; a box has room for B rows and P pairs; R ways to
+choose one replica of every expert.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ def store(words, index, value):
 
 @_compiled
 def post(
-    words, row_ptr, expert, gate, rows, token, x, idx, gates, host_of, host, epoch, step, layer, number
+    words, row_ptr, expert, gate, rows, token, x, idx, gates, host_of, host, shift, epoch, step, layer, number
 ):  # fmt: skip
     """Fill a box with what tokens want of one host, and send it.
 
     Args:
-        words, row_ptr [R + 1], expert [P], gate [P], rows [R, D]: the box.
-        token: [R] int64, the sender's note of which token each row is.
+        words, row_ptr [B + 1], expert [P], gate [P], rows [B, D]: the box.
+        token: [B] int64, the sender's note of which token each row is.
         x, idx, gates: [N, D], [N, K] and [N, K]; N fits the box.
-        host_of: [E] int64.
+        host_of: [R, E] int64; token n goes by row (n + shift) % R.
         number: of the request.
 
     Returns:
@@ -62,10 +63,12 @@ def post(
     """
     n = pairs = 0
     row_ptr[0] = 0
+    ways = host_of.shape[0]
+    way = shift % ways
     for i in range(x.shape[0]):
         before = pairs
         for k in range(idx.shape[1]):
-            if host_of[idx[i, k]] == host:
+            if host_of[way, idx[i, k]] == host:
                 expert[pairs], gate[pairs] = idx[i, k], gates[i, k]
                 pairs += 1
         if pairs > before:
@@ -74,6 +77,7 @@ def post(
             token[n] = i
             n += 1
             row_ptr[n] = pairs
+        way = way + 1 if way + 1 < ways else 0
     if n == 0:
         return 0, False
     words[EPOCH], words[STEP], words[LAYER], words[ROWS], words[PAIRS] = epoch, step, layer, n, pairs
@@ -126,7 +130,7 @@ def accept(words, row_ptr, expert, local_of, own_ptr, own_expert):
 
     Args:
         local_of: [E] int32, -1 for experts of other hosts.
-        own_ptr: [R + 1] int64, written.
+        own_ptr: [B + 1] int64, written.
         own_expert: [P] int64, written.
 
     Returns:

@@ -1,7 +1,7 @@
 """Splits routed tokens by host: what leaves for which expert host, and where it came from.
 
-Shapes: N tokens, K experts per token, E experts, H hosts; per host n rows and nnz (row, expert) pairs.
-A token costs one row per host that it touches, not one per expert.
+Shapes: N tokens, K experts per token, E experts, H hosts; per host n rows and nnz (row, expert) pairs; R ways
+to choose one replica of every expert. A token costs one row per host that it touches, not one per expert.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ class HostSlice:
 
 
 @torch.no_grad()
-def plan_dispatch(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> tuple[HostSlice | None, ...]:
-    """Group (token, expert) pairs by the host that owns the expert; every pair lands on exactly one.
+def plan_dispatch(
+    idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int, shift: int = 0
+) -> tuple[HostSlice | None, ...]:
+    """Group (token, expert) pairs by a host that holds the expert; every pair lands on exactly one.
 
     Args:
         idx: [N, K] int64 chosen experts.
         gates: [N, K].
-        host_of: [E] int64, the host of each expert.
+        host_of: [R, E] int64, a host of each expert; token n goes by row (n + shift) % R, so that load splits
+            among replicas.
         n_hosts: H.
+        shift: 0 or more.
 
     Returns:
         One slice per host, None where no token goes.
@@ -60,14 +64,18 @@ def plan_dispatch(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> 
         )
         return (everything,)
     if idx.device.type == "cpu" and gates.dtype in (torch.float32, torch.float64):
-        return _counted(idx, gates.detach(), host_of, n_hosts)
-    return _sorted(expert, gates.detach().reshape(-1), host_of, n_tokens, n_hosts)
+        return _counted(idx, gates.detach(), host_of, n_hosts, shift)
+    way = (torch.arange(n_tokens, device=idx.device) + shift).remainder(host_of.shape[0])
+    host = host_of[way.unsqueeze(1), idx].reshape(-1)
+    return _sorted(expert, gates.detach().reshape(-1), host, n_tokens, n_hosts)
 
 
-def _counted(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> tuple[HostSlice | None, ...]:
+def _counted(
+    idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int, shift: int
+) -> tuple[HostSlice | None, ...]:
     """In two passes over the pairs, on the machine's own memory."""
     *flat, first_row, first_pair = split_by_host(
-        idx.contiguous().numpy(), gates.contiguous().numpy(), host_of.numpy(), n_hosts
+        idx.contiguous().numpy(), gates.contiguous().numpy(), host_of.numpy(), n_hosts, shift
     )
     row, row_ptr, expert, pair, gate = map(torch.from_numpy, flat)
     rows, pairs = first_row.tolist(), first_pair.tolist()
@@ -86,11 +94,11 @@ def _counted(idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int) -> tuple
 
 
 def _sorted(
-    expert: Tensor, gate: Tensor, host_of: Tensor, n_tokens: int, n_hosts: int
+    expert: Tensor, gate: Tensor, host_of_pair: Tensor, n_tokens: int, n_hosts: int
 ) -> tuple[HostSlice | None, ...]:
     """By sorting, on any device."""
     top_k = expert.numel() // n_tokens
-    host, pair = host_of[expert].sort(stable=True)
+    host, pair = host_of_pair.sort(stable=True)
     # (host, token) ascending: one key per row that leaves, so that rows of all hosts are found in one pass.
     key, pairs_of_row = torch.unique_consecutive(
         host * n_tokens + pair.div(top_k, rounding_mode="floor"), return_counts=True

@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from actors.tables import CoordinatorTables
 from errors import RaymoeError
 from jobs.api import build_api
 from jobs.api.backend import Backend
@@ -74,7 +75,7 @@ class TrunkReplica(GrpcMethods):
             name=link.name,
             run=member.run,
             table=table,
-            refresh=None if client is None else client.table,
+            tables=None if client is None else CoordinatorTables(client),
         )
         self._closing.callback(self._replica.close)
         loaded.set_result(self._replica)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from actors.clients import HostClient
 from actors.router import Router
+from actors.tables import Tables
 from cluster.topology import RoutingTable
 from engine.engine import Engine
 from engine.service import EngineService
@@ -36,7 +36,7 @@ class Replica:
         name: of the replica, unique within the deployment.
         run: the deployment.
         table: of the expert hosts, of the same version; None loads the experts into this process.
-        refresh: fetches the current table.
+        tables: where newer ones come from.
 
     Raises:
         CheckpointError: the weights are incomplete or of another architecture.
@@ -52,12 +52,12 @@ class Replica:
         name: str,
         run: str,
         table: RoutingTable | None = None,
-        refresh: Callable[[], RoutingTable] | None = None,
+        tables: Tables | None = None,
     ) -> None:
         serving, directory = config.serving, Path(version.directory)
         if serving.threads is not None:
             torch.set_num_threads(serving.threads)
-        self._config, self._refresh = config, refresh
+        self._config, self._tables = config, tables
         self._prepared: tuple[Version, ReplicaWeights] | None = None
         weights = load_weights(config, directory, experts=table is None)
         self._router: Router | None = None
@@ -68,8 +68,10 @@ class Replica:
                 config=weights.trunk.config,
                 table=table,
                 connect=connector(config.cluster),
-                refresh=refresh,
+                tables=tables,
                 timeout=config.cluster.call_timeout,
+                patience=config.cluster.call_timeout,
+                watch=True,
             )
         lane = None if self._router is None else self._router.lane(0)
         experts = weights.experts or lane
@@ -101,7 +103,7 @@ class Replica:
             longest=self._engine.longest,
             end_of_text=end_of_text,
             limits=serving.limits(),
-            health=HostsHealth(table, timeout=5.0),
+            health=HostsHealth(self._router, timeout=5.0),
             metrics=metrics,
         )
 
@@ -123,8 +125,8 @@ class Replica:
         """
         assert self._prepared is not None and self._prepared[0] == version
         table = None
-        if self._refresh is not None:
-            table = await asyncio.to_thread(self._refresh)
+        if self._tables is not None:
+            table = await asyncio.to_thread(self._tables.newest, version.name)
             if table.weights != version.name:
                 raise ProtocolError(f"the hosts use {table.weights}, this replica was told {version.name}")
         done = self.backend.service.exchange(partial(self._use, self._prepared[1], table), version.name)
@@ -154,10 +156,11 @@ class Replica:
 
 
 class HostsHealth:
-    """Asks every expert host for a sign of life, at most once a second."""
+    """Asks every expert host that the router counts on for a sign of life, at most once a second."""
 
-    def __init__(self, table: RoutingTable | None, *, timeout: float) -> None:
-        self._clients = [HostClient(host, timeout=timeout) for host in table.hosts] if table else []
+    def __init__(self, router: Router | None, *, timeout: float) -> None:
+        self._router, self._timeout = router, timeout
+        self._clients: dict[str, HostClient] = {}
         self._asked = float("-inf")
         self._reason: str | None = None
 
@@ -169,9 +172,14 @@ class HostsHealth:
         return self._reason
 
     def _ask(self) -> str | None:
-        for client in self._clients:
+        hosts = () if self._router is None else self._router.table.hosts
+        for gone in self._clients.keys() - {host.id for host in hosts}:
+            self._clients.pop(gone).close()
+        for host in hosts:
             try:
-                client.stats()
+                if host.id not in self._clients:
+                    self._clients[host.id] = HostClient(host, timeout=self._timeout)
+                self._clients[host.id].stats()
             except RaymoeError as error:
                 return str(error)
         return None

@@ -40,7 +40,7 @@ def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, int]:
 @example(([], [0, 1], 2))  # no tokens
 def test_every_pair_exactly_once(case: Case) -> None:
     idx, gates, host_of, n_hosts = tensors(case)
-    slices = plan_dispatch(idx, gates, host_of, n_hosts)
+    slices = plan_dispatch(idx, gates, host_of[None], n_hosts)
     assert len(slices) == n_hosts
     seen: list[int] = []
     for host, part in enumerate(slices):
@@ -73,7 +73,7 @@ def test_hosts_together_compute_what_one_computes(case: Case) -> None:
         for shape in ((n_experts, 2 * width, hidden), (n_experts, hidden, width), (idx.shape[0], hidden))
     )
     total = torch.zeros_like(rows)
-    for host, part in enumerate(plan_dispatch(idx, gates, host_of, n_hosts)):
+    for host, part in enumerate(plan_dispatch(idx, gates, host_of[None], n_hosts)):
         if part is None:
             continue
         owned = (host_of == host).nonzero().view(-1)
@@ -98,5 +98,5 @@ def test_hosts_together_compute_what_one_computes(case: Case) -> None:
 def test_gates_carry_no_gradient() -> None:
     gates = torch.rand(2, 2, requires_grad=True)
     for n_hosts in (1, 2):
-        part = plan_dispatch(torch.tensor([[0, 1], [1, 0]]), gates, torch.tensor([0, 0]), n_hosts)[0]
+        part = plan_dispatch(torch.tensor([[0, 1], [1, 0]]), gates, torch.tensor([[0, 0]]), n_hosts)[0]
         assert part is not None and not part.gate.requires_grad

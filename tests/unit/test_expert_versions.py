@@ -15,6 +15,7 @@ from actors.coordinator import Coordinator
 from actors.expert_host import ExpertHost
 from actors.router import Router
 from actors.steps import TrainingPlan
+from actors.tables import CoordinatorTables
 from channels.base import Phase, Request, RequestId
 from cluster import RoutingTable, experts_held
 from errors import CheckpointError, ProtocolError, RaymoeError, StaleEpoch
@@ -152,7 +153,7 @@ class Weighted(TinyCluster):
 
     def replica(self, name: str) -> Router:
         table = self.coordinator.table()
-        return Router(name, "run", CONFIG, table, self.connect, refresh=self.coordinator.table)
+        return Router(name, "run", CONFIG, table, self.connect, tables=CoordinatorTables(self.coordinator))
 
 
 def computed(router: Router, layer: int = LAYERS[0]) -> Tensor:

@@ -198,7 +198,7 @@ def pair(width: int = 4, pairs: int = 8) -> tuple[Mailbox, HostBox, np.ndarray]:
 
 def posted(mailbox: Mailbox) -> None:
     idx, gates = np.array([[0, 2]]), np.ones((1, 2))
-    assert mailbox.post(np.ones((1, 4)), idx, gates, np.zeros(3, np.int64), 0, (3, 0, 1)) == 1
+    assert mailbox.post(np.ones((1, 4)), idx, gates, np.zeros((1, 3), np.int64), 0, (3, 0, 1)) == 1
 
 
 def test_no_reply_in_time() -> None:

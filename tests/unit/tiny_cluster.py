@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -104,15 +106,20 @@ class TinyCluster:
             HostInfo(id=host.id, addresses={"local": server.address})
             for host, server in zip(self.hosts, self.servers, strict=True)
         )
-        self.router = Router(
-            "worker-0", "run", CONFIG, self.table(epoch), self.connect, lanes, refresh=self.refresh
-        )
+        self.router = Router("worker-0", "run", CONFIG, self.table(epoch), self.connect, lanes, tables=self)
 
     def table(self, epoch: int) -> RoutingTable:
         return RoutingTable(epoch=epoch, hosts=self.infos, holders=self.holders)
 
-    def refresh(self) -> RoutingTable:
+    def newest(self, weights: str) -> RoutingTable:
         return self.table(max(host.epoch for host in self.hosts))
+
+    def after(self, serial: int, weights: str, timeout: float) -> RoutingTable | None:
+        threading.Event().wait(timeout)
+        return None
+
+    def suspect(self, host_id: str, why: str) -> None:
+        """A test's hosts have nobody who looks after them."""
 
     def connect(self, host: HostInfo) -> Channel:
         return local.connect(host.addresses["local"])

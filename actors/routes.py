@@ -1,0 +1,126 @@
+"""A routing table as lanes use it: tensors, and what is left of it without some of its hosts.
+
+Shapes: N tokens, K experts per token, E experts; R ways to choose one replica of every expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cluster.spread import spread
+from cluster.topology import RoutingTable
+from errors import ProtocolError
+from model.config import ModelConfig
+
+Array = npt.NDArray[Any]
+
+
+class Placement:
+    """Per layer the hosts of every expert.
+
+    Attributes:
+        hosts: what indices of hosts point into.
+        lacking: (layer, expert) pairs that no host holds.
+    """
+
+    def __init__(self, table: RoutingTable, config: ModelConfig) -> None:
+        if len(table.holders) != len(config.moe_layers):
+            raise ProtocolError(
+                f"the routing table of epoch {table.epoch} has {len(table.holders)} layers, the model "
+                f"{len(config.moe_layers)} with routed experts"
+            )
+        self.epoch = table.epoch
+        self.weights = table.weights
+        self.hosts = table.hosts
+        self.lacking = sum(not hosts for row in table.holders for hosts in row)
+        self._table, self._config = table, config
+        # Out of one array, so that a layer's is a view: [L, R, E].
+        ways = np.array(spread(table.holders, len(table.hosts)), np.int64).swapaxes(0, 1).copy()
+        self._arrays: dict[int, Array] = dict(zip(config.moe_layers, ways, strict=True))
+        self._host_of = {layer: torch.from_numpy(array) for layer, array in self._arrays.items()}
+        self._primary = {
+            layer: torch.tensor([[hosts[0] if hosts else -1 for hosts in row]], dtype=torch.int64)
+            for layer, row in zip(config.moe_layers, table.holders, strict=True)
+        }
+        self._spare = {
+            layer: all(len(hosts) > 1 for hosts in row)
+            for layer, row in zip(config.moe_layers, table.holders, strict=True)
+        }
+        self._trained = -1
+
+    def host_of(self, layer: int) -> Tensor:
+        """[R, E] int64, index into `hosts` of each expert of a layer; -1 where no host holds it.
+
+        Raises:
+            ProtocolError: the layer has no routed experts.
+        """
+        try:
+            return self._host_of[layer]
+        except KeyError:
+            raise ProtocolError(
+                f"layer {layer} has no routed experts; these have: {sorted(self._host_of)}"
+            ) from None
+
+    def primary(self, layer: int) -> Tensor:
+        """[1, E], the first holders alone: training's.
+
+        Raises:
+            ProtocolError: the layer has no routed experts.
+        """
+        self.host_of(layer)
+        return self._primary[layer]
+
+    def array(self, layer: int) -> Array:
+        """`host_of` as an array."""
+        self.host_of(layer)
+        return self._arrays[layer]
+
+    def covers(self, layer: int, idx: Tensor | Array) -> bool:
+        """Whether there is a host for every expert of idx [N, K]."""
+        if not self.lacking:
+            return True
+        chosen = idx.cpu().numpy() if isinstance(idx, Tensor) else idx
+        return bool((self.array(layer)[0, chosen] >= 0).all())
+
+    def spare(self, layer: int) -> bool:
+        """Whether every expert of a layer has a second holder."""
+        return self._spare[layer]
+
+    def has(self, host_id: str) -> bool:
+        """Whether a host is among these."""
+        return any(host.id == host_id for host in self.hosts)
+
+    def without(self, lost: Collection[str]) -> Placement:
+        """What is left when hosts of these ids are left out; itself, where none of them is here."""
+        left = [at for at, host in enumerate(self.hosts) if host.id not in lost]
+        if len(left) == len(self.hosts):
+            return self
+        place = {old: new for new, old in enumerate(left)}
+        table = RoutingTable(
+            epoch=self._table.epoch,
+            hosts=tuple(self.hosts[at] for at in left),
+            holders=tuple(
+                tuple(tuple(place[host] for host in hosts if host in place) for hosts in row)
+                for row in self._table.holders
+            ),
+            weights=self._table.weights,
+            serial=self._table.serial,
+        )
+        return Placement(table, self._config)
+
+    def trained(self, step: int) -> None:
+        """Hosts have taken a FORWARD of this step under this placement."""
+        self._trained = max(self._trained, step)
+
+    def has_trained(self, step: int) -> bool:
+        """Whether a step has begun under this placement: then it has to end under it."""
+        return self._trained == step
+
+
+__all__ = ["Placement"]
