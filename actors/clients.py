@@ -5,25 +5,15 @@ Errors come back as what they were, with the peer named; a peer that is gone is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
 
 from actors.control_server import control_channel, raising
-from actors.steps import HostStats, StepDecision, StepMetrics, StepReport
+from actors.steps import HostStats
 from actors.wire import (
-    decision_from,
-    host_to,
-    metrics_from,
-    report_to,
     stats_from,
-    table_from,
-    tensor_from,
 )
-from cluster.topology import HostInfo, RoutingTable
-from protos import coordinator_pb2, coordinator_pb2_grpc, expert_pb2, expert_pb2_grpc
+from cluster.topology import HostInfo
+from protos import expert_pb2, expert_pb2_grpc
 
 
 class HostClient:

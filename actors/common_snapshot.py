@@ -70,7 +70,7 @@ def _common(
 
 
 def buddies(hosts: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Who keeps a copy of whose state: the next host on another node, else the next host; nobody for one alone.
+    """Who keeps a copy of whose state: the next host on another node, else the next; nobody for one alone.
 
     Args:
         hosts: id and node of each.

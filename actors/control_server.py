@@ -31,7 +31,12 @@ class ControlServer:
     """
 
     def __init__(
-        self, register: Callable[[grpc.Server], None], *, host: str = "127.0.0.1", port: int = 0, threads: int = 8
+        self,
+        register: Callable[[grpc.Server], None],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        threads: int = 8,
     ) -> None:
         self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="control"), options=OPTIONS)
         register(self._server)

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actors.elastic import Elastic, Shape, nothing
+from actors.published import Placed, Published
 from actors.steps import HostControl
 from actors.training_steps import TrainingSteps
-from actors.published import Placed, Published
 from cluster.membership import Event, Membership, Orders, Scaling
 from cluster.placement import Placement, plan
 from cluster.topology import HostInfo, RoutingTable
@@ -277,7 +277,9 @@ class Coordinator:
         held = {id: set(host.stats().epochs) for id, (_, host) in hosts.items()}
         elastic.versions.next_epoch(above=max((e for epochs in held.values() for e in epochs), default=-1))
         whole = all(
-            version.epoch in held.get(site, ()) for version in state.versions for site in version.placement.sites
+            version.epoch in held.get(site, ())
+            for version in state.versions
+            for site in version.placement.sites
         )
         if whole and state.versions:
             elastic.adopt(state.versions)

@@ -73,9 +73,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: coordinator_pb2.JoinRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.JoinReply:
         with refusing(context):
-            resume = self._coordinator.steps.join(
-                request.rank, request.workers, request.attempt, request.why
-            )
+            resume = self._coordinator.steps.join(request.rank, request.workers, request.attempt, request.why)
             return coordinator_pb2.JoinReply(
                 attempt=resume.attempt,
                 step=resume.step,
@@ -163,15 +161,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         with refusing(context):
             return admin_pb2.StatusOfJobReply(status=json.dumps(self._coordinator.status()))
 
-    def Scale(
-        self, request: admin_pb2.ScaleRequest, context: grpc.ServicerContext
-    ) -> admin_pb2.ScaleReply:
+    def Scale(self, request: admin_pb2.ScaleRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):
             return _reply(self._coordinator.scale(request.hosts, request.seconds))
 
-    def Drain(
-        self, request: admin_pb2.DrainRequest, context: grpc.ServicerContext
-    ) -> admin_pb2.ScaleReply:
+    def Drain(self, request: admin_pb2.DrainRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):
             done = self._coordinator.drain(request.host, request.seconds, replace=request.replace)
             return _reply(done)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.moves import Assembly, Origin
-from actors.steps import HostControl
 from actors.published import Placed, Published, holding, without
+from actors.steps import HostControl
 from cluster.membership import Membership, Orders, Scaling, Stage
 from cluster.placement import Placement, Site, plan
 from cluster.topology import HostInfo
@@ -532,9 +532,7 @@ def assembly(
         base=base,
         step=step,
         origins=tuple(
-            Origin(
-                host=infos[peer], experts={layer: tuple(experts) for layer, experts in wanted.items()}
-            )
+            Origin(host=infos[peer], experts={layer: tuple(experts) for layer, experts in wanted.items()})
             for peer, wanted in pulls.items()
         ),
         directory=version.directory,

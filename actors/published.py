@@ -97,7 +97,9 @@ class Published:
         Raises:
             ResourceError: there will be none any more.
         """
-        return self._wait(lambda: self._serial != serial and self._table(weights) is not None, weights, timeout)
+        return self._wait(
+            lambda: self._serial != serial and self._table(weights) is not None, weights, timeout
+        )
 
     def complete(self, timeout: float | None) -> RoutingTable | None:
         """The table in use once every expert has a holder; None when that takes longer."""

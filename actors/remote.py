@@ -16,9 +16,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.control_server import ControlServer
 from actors.coordinator import Coordinator
+from actors.coordinator_servicer import AdminServicer, CoordinatorServicer
 from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter
-from actors.coordinator_servicer import AdminServicer, CoordinatorServicer
 from actors.servicers import RouterServicer
 from actors.serving import ExpertHostServer
 from cluster.topology import HostInfo

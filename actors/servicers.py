@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import grpc
 
 from actors.control_server import not_served, refusing
-from actors.coordinator import Coordinator
 from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter
 from actors.wire import (
-    decision_to,
-    host_from,
-    metrics_to,
-    report_from,
     stats_to,
-    table_to,
     tensor_from,
     tensor_to,
 )
 from errors import RaymoeError
 from protos import (
-    coordinator_pb2,
-    coordinator_pb2_grpc,
     expert_pb2,
     expert_pb2_grpc,
     router_pb2,

@@ -31,8 +31,8 @@ from torch import Tensor
 from actors.common_snapshot import DECISIONS, CommonSnapshot, buddies, newest_common
 from actors.elastic import Elastic, nothing
 from actors.moves import Blob
-from actors.steps import HostControl, Resume, StepDecision, StepMetrics, StepReport, TrainingPlan
 from actors.published import Placed
+from actors.steps import HostControl, Resume, StepDecision, StepMetrics, StepReport, TrainingPlan
 from cluster.placement import plan as plan_placement
 from cluster.topology import HostInfo
 from errors import ChannelError, CheckpointError, Interrupted, ProtocolError, RaymoeError, is_loss
@@ -194,11 +194,7 @@ class TrainingSteps:
             self._reports[report.worker] = report
             if not mine or len(self._reports) < self._workers:
                 self._changed.wait_for(
-                    lambda: (
-                        self._step > report.step
-                        or self._failure is not None
-                        or self._attempt != attempt
-                    )
+                    lambda: self._step > report.step or self._failure is not None or self._attempt != attempt
                 )
                 self._raise_failure()
                 self._raise_interrupted(attempt)
@@ -307,9 +303,7 @@ class TrainingSteps:
             stop=last,
             snapshot=kept and (step + 1) % plan.snapshot_interval == 0,
         )
-        commits = [
-            (info, self._pool.submit(self._commit, host, decision)) for info, host in self._members()
-        ]
+        commits = [(info, self._pool.submit(self._commit, host, decision)) for info, host in self._members()]
         decision = self._reshaped(decision, commits)
         with self._changed:
             self._raise_failure()

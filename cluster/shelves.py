@@ -190,7 +190,7 @@ class Shelves:
             while len(hosts) > allowed:
                 rest = [[other for other in hosts if other != host] for host in hosts]
                 spans = [len({int(self.node_of[other]) for other in others}) > 1 for others in rest]
-                host = max(range(len(hosts)), key=lambda i: (spans[i], load[layer, hosts[i]]))  # noqa: B023
+                host = max(range(len(hosts)), key=lambda i: (spans[i], load[layer, hosts[i]]))
                 drop(layer, expert, hosts.pop(host))
         counts = held.sum(axis=1)
         for layer, host in np.argwhere(counts > self.room).tolist():

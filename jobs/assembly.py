@@ -23,9 +23,9 @@ from actors.trunk_snapshots import Keeper, TrunkSnapshots
 from channels import local
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
+from jobs.checkpoint_store import CheckpointStore, read_state
 from jobs.config import RunConfig
 from jobs.data import PreparedData
-from jobs.checkpoint_store import CheckpointStore, read_state
 from jobs.hosts import host_threads, placement, shape_of
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.worker import Steps, TrainingWorker
@@ -265,9 +265,7 @@ def assemble_worker(
             step=start.step,
         )
         server = local.serve(host.handle)
-        table = RoutingTable(
-            epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0)
-        )
+        table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0))
 
         def connect(_: HostInfo) -> Channel:
             return local.connect(server.address)

@@ -17,9 +17,7 @@ Cluster = Annotated[
     str | None,
     typer.Option("--address", help="The job's Ray cluster; by default the one that runs on this machine."),
 ]
-Patience = Annotated[
-    float, typer.Option(min=0, help="Seconds to wait until it is done; 0 returns at once.")
-]
+Patience = Annotated[float, typer.Option(min=0, help="Seconds to wait until it is done; 0 returns at once.")]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -180,7 +180,10 @@ def _conflicts(config: RunConfig) -> list[str]:
             f"training.min_workers ({training.min_workers}) is more than training.workers "
             f"({training.workers}); lower it"
         )
-    for field, value, usual in (("replicas", cluster.replicas, 1), ("redundant_experts", cluster.redundant_experts, 0)):
+    for field, value, usual in (
+        ("replicas", cluster.replicas, 1),
+        ("redundant_experts", cluster.redundant_experts, 0),
+    ):
         if value != usual:
             problems.append(
                 f"cluster.{field} ({value}) is for serving: in training every expert has one host, whose "

@@ -25,9 +25,7 @@ _SHOWN_EVENTS = 12
 
 
 @contextmanager
-def operated(
-    *, coordinator: str | None, address: str | None, debug: bool = False
-) -> Iterator[AdminClient]:
+def operated(*, coordinator: str | None, address: str | None, debug: bool = False) -> Iterator[AdminClient]:
     """The job that a command is about.
 
     Args:
@@ -77,7 +75,9 @@ def shown(status: dict[str, Any]) -> Group:
     """A job's status as people read it."""
     hosts = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("host", "state", "node", "pid", "experts", "in flight", "rows", "channel"):
-        hosts.add_column(column, justify="right" if column in ("pid", "experts", "in flight", "rows") else "left")
+        hosts.add_column(
+            column, justify="right" if column in ("pid", "experts", "in flight", "rows") else "left"
+        )
     for host in status["hosts"]:
         state = host["state"] if host["answers"] else f"{host['state']}, silent"
         hosts.add_row(
