@@ -1,8 +1,8 @@
 """The coordinator: control plane of a job. No rows, weights or gradients pass through it.
 
 It knows the hosts and what they hold (`actors.elastic`), in training it decides the steps
-(`actors.training_steps`), it looks after the hosts' health, and it answers those who operate the job. It can be
-lost: hosts and routers go on without it, and the next one begins with `state()` and with what hosts tell.
+(`actors.training_steps`), it looks after the hosts' health, and it answers those who operate the job. It can
+be lost: hosts and routers go on without it, and the next one begins with `state()` and with what hosts tell.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gRPC services over a coordinator: for workers, routers and whoever runs hosts, and for those who operate a job."""
+"""gRPC services over a coordinator: for workers, routers, whoever runs hosts, and who operates a job."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Keeps experts where they should be while hosts come, go and die: one change at a time, each whole or not at all.
+"""Keeps experts where they should be while hosts come, go and die: one change at a time, whole or not at all.
 
-A change plans a placement on the hosts that should hold experts, lets every host assemble its part under a new
-epoch beside what it holds, publishes the table, and lets the hosts drop the old epoch. Until it is published
-nothing has happened; a host that fails in the middle is taken for dead if it does not answer, and the next
-attempt plans without it.
+A change plans a placement on the hosts that should hold experts, lets every host assemble its part under a
+new epoch beside what it holds, publishes the table, and lets the hosts drop the old epoch. Until it is
+published nothing has happened; a host that fails in the middle is taken for dead if it does not answer, and
+the next attempt plans without it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is published of the hosts: the versions of the weights that they hold, who holds which experts of them, and the tables that say so.
+"""What is published of the hosts: the versions of the weights that they hold, and tables of who holds what.
 
-Usually there is one; while weights are being exchanged there are two. A table is made anew with every change,
-under a serial that only grows: whoever missed one gets the newest, whole.
+Usually there is one version; while weights are being exchanged there are two. A table is made anew with every
+change, under a serial that only grows: whoever missed one gets the newest, whole.
 """
 
 from __future__ import annotations

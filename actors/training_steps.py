@@ -1,4 +1,4 @@
-"""The steps of a training run: reports in, one decision out, committed on all hosts; and back when one is lost.
+"""The steps of a training run: reports in, one decision out, committed on all hosts; and back after a loss.
 
 A step ends in two phases. When every worker has reported, the hosts `prepare`: they seal their gradients
 and say how large they are. From that follow one clip factor, learning rate and bias: the decision. Then the
@@ -34,7 +34,7 @@ from actors.moves import Blob
 from actors.published import Placed
 from actors.steps import HostControl, Resume, StepDecision, StepMetrics, StepReport, TrainingPlan
 from cluster.placement import plan as plan_placement
-from cluster.topology import HostInfo
+from cluster.topology import HostInfo, RoutingTable
 from errors import ChannelError, CheckpointError, Interrupted, ProtocolError, RaymoeError, is_loss
 from model.balance import max_violation, update_bias
 from model.schedule import learning_rate, value_at
@@ -134,6 +134,17 @@ class TrainingSteps:
     def failure(self) -> str | None:
         """What ended the run; None while it goes on."""
         return self._failure
+
+    def table(self) -> RoutingTable:
+        """The routing table.
+
+        Raises:
+            Interrupted: experts are without a host.
+        """
+        found = None if self._elastic is None else self._elastic.versions.complete(0.0)
+        if found is None:
+            raise Interrupted("experts are without a host; join again")
+        return found
 
     def join(self, rank: int, workers: int, attempt: int, why: str, timeout: float | None = None) -> Resume:
         """A worker begins, or begins again after it gave up a step; blocks until everything is ready for it.

@@ -1,7 +1,7 @@
 """A worker's trunk kept in memory, and left with expert hosts, so that a run can go back to it.
 
-Every worker keeps its own; they are all the same, so one of them leaves a copy with two hosts for those that begin
-in a new process.
+Every worker keeps its own; they are all the same, so one of them leaves a copy with two hosts for those that
+begin in a new process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which expert hosts there are and what is to be done about it: a state machine without clock, Ray or network.
+"""Which expert hosts there are and what is to be done about it: a state machine without clock or network.
 
 A host registers (joining), is given experts (serving), and goes: because fewer are wanted or it is drained
 (leaving, until its experts are elsewhere), or because it died. What follows from that is said as data: which
@@ -117,8 +117,8 @@ class Membership:
             return
         if info.id in self._known:
             raise ProtocolError(
-                f"expert host {info.id} was taken out ({self._buried.get(info.id, 'it had left')}); names are "
-                "not used again, start it under another one"
+                f"expert host {info.id} was taken out ({self._buried.get(info.id, 'it had left')}); names "
+                "are not used again, start it under another one"
             )
         self._known.add(info.id)
         self.members[info.id] = Member(info, stage, now)

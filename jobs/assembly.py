@@ -29,8 +29,9 @@ from jobs.data import PreparedData
 from jobs.hosts import host_threads, placement, shape_of
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.worker import Steps, TrainingWorker
-from model.checkpoint import PretrainedSource, RandomSource, WeightSource, gate_biases
+from model.checkpoint import PretrainedSource, RandomSource, WeightSource
 from model.optimizer import AdamW
+from model.sources import gate_biases
 from model.transformer import Transformer
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -1,8 +1,9 @@
-"""The actors of a job: its coordinator and its expert hosts, started, watched, and ended as the coordinator orders.
+"""The actors of a job: its coordinator and its expert hosts, started, watched, and ended as it orders.
 
-A fleet lives in the process that owns the job: the driver of a training run, the pool of a deployment. What it
-starts ends with it. It tells the coordinator how its hosts stand and does what it is told, again and again,
-so that nothing is lost with a coordinator: a new one at the same address goes on from the state of the last.
+A fleet lives in the process that owns the job: the driver of a training run, the pool of a deployment. What
+it starts ends with it. It tells the coordinator how its hosts stand and does what it is told, again and
+again, so that nothing is lost with a coordinator: a new one at the same address goes on from the state of the
+last.
 """
 
 from __future__ import annotations

@@ -84,11 +84,11 @@ def shown(status: dict[str, Any]) -> Group:
             host["id"],
             state,
             host["node"][:8],
+            host["channel"],
             str(host["pid"]),
             str(host["experts"]),
             str(host["in_flight"]),
             f"{host['rows']:,}",
-            host["channel"],
         )
     what = "serves" if status["mode"] == "serve" else f"trains, at step {status['step']}"
     head = Text(

@@ -116,7 +116,7 @@ class TrainingWorker:
         self._validation: Validation | None = None
 
     def run(self) -> None:
-        """Train until the coordinator says stop; whatever is lost on the way, from the last common step on."""
+        """Train until the coordinator says stop; after a loss on the way, from the last common step on."""
         attempt, why = -1, ""
         while True:
             attempt = self._join(attempt, why)
