@@ -5,9 +5,14 @@ Errors come back as what they were, with the peer named; a peer that is gone is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from actors.control_server import control_channel, raising
+from actors.moves import Assembly, Blob, Pull, Stored
+from actors.state_client import StateClient
+from actors.state_wire import assembly_to, stored_from
 from actors.steps import HostStats
 from actors.wire import (
     stats_from,
@@ -21,7 +26,7 @@ class HostClient:
 
     Args:
         host: the host; its address of kind `grpc` is used.
-        timeout: seconds for one call, saving and loading apart; None waits for ever.
+        timeout: seconds for one call, those apart that move or save state; None waits for ever.
     """
 
     def __init__(self, host: HostInfo, *, timeout: float | None = None) -> None:
@@ -30,6 +35,7 @@ class HostClient:
         self._timeout = timeout
         self._channel = control_channel(address)
         self._stub = expert_pb2_grpc.ExpertStub(self._channel)
+        self._state = StateClient(self._channel, self._peer)
 
     def prepare(self, step: int) -> float:
         """See `ExpertHost.prepare`."""
@@ -53,10 +59,48 @@ class HostClient:
         with raising(self._peer):
             self._stub.Load(expert_pb2.LoadRequest(epoch=epoch, directory=directory))
 
+    def assemble(self, order: Assembly) -> None:
+        """See `ExpertHost.assemble`."""
+        with raising(self._peer):
+            self._stub.Assemble(assembly_to(order))
+
     def retain(self, epoch: int) -> None:
         """See `ExpertHost.retain`."""
         with raising(self._peer):
             self._stub.Retain(expert_pb2.RetainRequest(epoch=epoch), timeout=self._timeout)
+
+    def fetch(self, pull: Pull) -> Iterator[bytes]:
+        """See `ExpertHost.fetch`."""
+        return self._state.fetch(pull)
+
+    def snapshot(self, step: int, buddies: Sequence[HostInfo]) -> None:
+        """See `ExpertHost.snapshot`; returns when the state has been copied aside."""
+        request = expert_pb2.SnapshotRequest(step=step, buddies=[host_to(buddy) for buddy in buddies])
+        with raising(self._peer):
+            self._stub.Snapshot(request)
+
+    def store(self, frames: Iterator[bytes]) -> None:
+        """See `ExpertHost.store`."""
+        self._state.store(frames)
+
+    def put(self, blob: Blob) -> None:
+        """See `ExpertHost.put`."""
+        self._state.put(blob)
+
+    def get(self, name: str, step: int) -> Blob:
+        """See `ExpertHost.get`."""
+        return self._state.get(name, step)
+
+    def inventory(self) -> Sequence[Stored]:
+        """See `ExpertHost.inventory`."""
+        with raising(self._peer):
+            reply = self._stub.Inventory(expert_pb2.InventoryRequest(), timeout=self._timeout)
+        return [stored_from(one) for one in reply.stored]
+
+    def loads(self) -> Tensor:
+        """See `ExpertHost.loads`."""
+        with raising(self._peer):
+            return tensor_from(self._stub.Loads(expert_pb2.LoadsRequest(), timeout=self._timeout).loads)
 
     def stats(self) -> HostStats:
         """See `ExpertHost.stats`."""

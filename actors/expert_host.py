@@ -8,128 +8,40 @@ hold several versions of its weights, by epoch: routers change from one to anoth
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from time import perf_counter
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from actors.expert_state import MomentSource, Pair, save_experts
-from actors.ledger import Ledger
-from actors.steps import HostStats, OptimizerSettings
+from actors.host_state import HostState
+from actors.layers import Layer
+from actors.payload import local_experts, payload
+from actors.steps import HostStats
+from actors.versions import Version
 from channels.base import Phase, Request, RequestId
 from channels.mailbox import HostBox
 from errors import ProtocolError, RaymoeError, StaleEpoch
 from kernels.decode import mix_experts
-from kernels.dispatch import FOREIGN, MALFORMED, localize
-from model.config import ModelConfig
-from model.experts import ExpertShard, experts_backward, experts_forward
-from model.optimizer import AdamW
-from model.sources import WeightSource
+from model.experts import experts_backward, experts_forward
 
 
-@dataclass(slots=True)
-class _Layer:
-    """One layer's experts on this host.
-
-    Attributes:
-        experts: global ids; position in the tuple = index in the shard.
-        local_of: [E] int32, global id -> index in the shard, -1 for experts of other hosts; a NumPy array.
-        step: steps committed.
-    """
-
-    experts: tuple[int, ...]
-    local_of: npt.NDArray[np.int32]
-    shard: ExpertShard
-    optimizer: AdamW | None
-    step: int
-
-
-Layers = dict[int, _Layer]
-
-
-class ExpertHost:
-    """Answers routers' requests, and the coordinator's prepare, commit, save, load and retain.
+class ExpertHost(HostState):
+    """Answers routers' requests, and the coordinator's prepare and commit; takes what `HostState` takes.
 
     All methods may be called from several threads at once.
-
-    Args:
-        host_id: name of the host.
-        config: the model.
-        experts: model layer index -> ids of the experts that this host owns.
-        source: where the weights come from.
-        open_source: opens a directory with other weights for `load`; None refuses that.
-        optimizer: settings of AdamW; None for a host that only infers.
-        moments: where the optimizer's moments come from; None starts with zeros.
-        dtype: of weights, rows and replies.
-        threads: sets torch's threads, of the whole process; None leaves them alone.
-        epoch: placement epoch.
-        step: steps that the weights have behind them.
-        device: where weights live.
-        commit_timeout: seconds that a request of the next step waits for the commit.
-
-    Raises:
-        CheckpointError: from the source.
     """
-
-    def __init__(
-        self,
-        host_id: str,
-        config: ModelConfig,
-        experts: Mapping[int, Sequence[int]],
-        source: WeightSource,
-        *,
-        open_source: Callable[[str], WeightSource] | None = None,
-        optimizer: OptimizerSettings | None = None,
-        moments: MomentSource | None = None,
-        dtype: torch.dtype = torch.float32,
-        threads: int | None = None,
-        epoch: int = 0,
-        step: int = 0,
-        device: torch.device | str = "cpu",
-        commit_timeout: float = 120.0,
-    ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.id = host_id
-        self.config = config
-        self.dtype = dtype
-        self._open_source = open_source
-        self._device = torch.device(device)
-        compiled = self._device.type == "cpu" and dtype in (torch.float32, torch.float64)
-        self._numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype if compiled else None
-        self._commit_timeout = commit_timeout
-        self._ledger = Ledger()
-        self._committing = threading.Lock()
-        self._loading = threading.Lock()
-        self._changed = threading.Condition()
-        self._failure: str | None = None
-        self._step = step
-        self._sealed = False
-        self._counts: Counter[str] = Counter()
-        self._layers: Layers = {
-            layer: self._load(layer, tuple(experts[layer]), source, optimizer, moments)
-            for layer in sorted(experts)
-            if experts[layer]
-        }
-        # Replaced, never changed: requests read it while another thread loads or drops weights.
-        self._held: dict[int, Layers] = {epoch: self._layers}
-        self._directories: dict[int, str] = {}
 
     def answer(self, box: HostBox) -> None:
         """Answer a request in a mailbox; what cannot be is refused, and comes again to `handle`."""
         epoch, index = box.call
-        layer = self._held.get(epoch, {}).get(index)
+        version = self._versions.held.get(epoch)
+        layer = None if version is None else version.layers.get(index)
         fits = box.width == self.config.hidden_size and box.dtype == self._numpy_dtype
         if layer is None or layer.optimizer is not None or not fits:
             box.reply(answered=False)
             return
-        n, pairs = box.accept(layer.local_of)
+        self._meter.begin()
+        started = perf_counter()
+        n, n_pairs = box.accept(layer.local_of)
         if n:
             parts = box.box
             partial = parts.partial[:n]
@@ -137,34 +49,16 @@ class ExpertHost:
             mix_experts(
                 parts.rows[:n],
                 box.row_ptr[: n + 1],
-                box.expert[:pairs],
-                parts.gate[:pairs],
+                box.expert[:n_pairs],
+                parts.gate[:n_pairs],
                 layer.shard.w13.numpy(),
                 layer.shard.w2.numpy(),
                 partial,
             )
         box.reply(answered=n > 0)
-        self._count(Phase.INFER, n)
-
-    @property
-    def step(self) -> int:
-        """Steps committed: the step that the weights are for."""
-        return self._step
-
-    @property
-    def epoch(self) -> int:
-        """Of the weights that the host began with or was last told to retain."""
-        return next(iter(self._held))
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        """The same weights under another placement."""
-        self._held = {epoch: self._layers}
-
-    @property
-    def epochs(self) -> tuple[int, ...]:
-        """All that requests are answered of."""
-        return tuple(self._held)
+        self._meter.count(Phase.INFER, n, perf_counter() - started)
+        self._meter.load(index, layer, box.expert[:n_pairs])
+        self._meter.end()
 
     def handle(self, request: Request) -> tuple[Tensor, ...]:
         """Answer one request of a router; see `channels.base` for the payloads.
@@ -174,26 +68,30 @@ class ExpertHost:
             ProtocolError: an expert of another host, a step that is not current, a malformed payload, or
                 a BACKWARD without its FORWARD.
         """
+        self._meter.begin()
+        try:
+            return self._handle(request)
+        finally:
+            self._meter.end()
+
+    def _handle(self, request: Request) -> tuple[Tensor, ...]:
         id = request.id
+        version = self._versions.held.get(id.epoch)
         if id.phase is Phase.RELEASE:
-            self._ledger.release(id)
+            if version is not None:
+                version.ledger.release(id)
             return ()
-        layers = self._held.get(id.epoch)
-        if layers is None:
-            raise StaleEpoch(
-                f"expert host {self.id} is at placement epoch {self.epoch}, the request of router "
-                f"{id.router!r} at {id.epoch}: fetch the routing table and send again",
-                epoch=self.epoch,
-            )
-        layer = layers.get(id.layer)
+        if version is None:
+            raise self._stale(id)
+        layer = version.layers.get(id.layer)
         if layer is None:
             raise ProtocolError(
-                f"expert host {self.id} has no experts of layer {id.layer}, only of {sorted(self._layers)}"
+                f"expert host {self.id} has no experts of layer {id.layer}, only of {sorted(version.layers)}"
             )
-        self._await_step(layer, id)
+        self._await_step(version, layer, id)
         if id.phase is Phase.BACKWARD:
-            return self._backward(layer, request)
-        return self._forward(layer, request)
+            return self._backward(version, layer, request)
+        return self._forward(version, layer, request)
 
     def prepare(self, step: int) -> float:
         """First half of a commit: seal the step's gradients and return the sum of their squares (float64).
@@ -202,12 +100,16 @@ class ExpertHost:
             ProtocolError: the host is at another step.
         """
         with self._committing:
-            self._check(step)
-            self._sealed = True
+            version = self._versions.current
+            self._versions.check(version, step)
+            version.sealed = True
             return sum(
-                layer.optimizer.squared_norm()
-                for layer in self._layers.values()
-                if layer.optimizer is not None
+                (
+                    layer.optimizer.squared_norm()
+                    for layer in version.layers.values()
+                    if layer.optimizer is not None
+                ),
+                0.0,
             )
 
     def commit(self, step: int, learning_rate: float, scale: float) -> None:
@@ -218,148 +120,97 @@ class ExpertHost:
         Raises:
             ProtocolError: the step is neither the prepared one nor the last committed one.
         """
+        changed = self._versions.changed
         with self._committing:
-            if step == self._step - 1:
+            version = self._versions.current
+            if step == version.step - 1:
                 return
-            self._check(step)
-            if not self._sealed:
+            self._versions.check(version, step)
+            if not version.sealed:
                 raise ProtocolError(f"commit of step {step} on expert host {self.id} without a prepare")
+            version.moving = True
             try:
-                self._ledger.clear()
-                for layer in self._layers.values():
+                version.ledger.clear()
+                for layer in version.layers.values():
                     if layer.optimizer is not None:
                         layer.optimizer.step(learning_rate, scale)
                         layer.optimizer.zero_grad()
-                    with self._changed:
+                    with changed:
                         layer.step = step + 1
-                        self._changed.notify_all()
+                        changed.notify_all()
             except Exception as error:
                 # A part of the layers may have moved: nothing that this host holds is of one version now.
-                with self._changed:
-                    self._failure = f"expert host {self.id} failed in the commit of step {step}: {error}"
-                    self._changed.notify_all()
+                with changed:
+                    version.failure = f"expert host {self.id} failed in the commit of step {step}: {error}"
+                    changed.notify_all()
                 raise
-            self._sealed = False
-            self._step = step + 1
+            with changed:
+                version.step, version.sealed, version.moving = step + 1, False, False
+                changed.notify_all()
 
-    def load(self, epoch: int, directory: str) -> None:
-        """Load the same experts' weights of another checkpoint beside those in use, for requests of `epoch`.
-
-        A repeat does nothing. Requests are answered meanwhile.
-
-        Raises:
-            RaymoeError: from `open_source`.
-            CheckpointError: the directory's weights are missing, damaged or of another shape.
-            ProtocolError: the host trains, or holds other weights under this epoch.
-        """
-        with self._loading:
-            if self._directories.get(epoch) == directory:
-                return
-            if self._open_source is None or epoch in self._held:
-                why = (
-                    "takes no other weights" if self._open_source is None else f"holds epoch {epoch} already"
-                )
-                raise ProtocolError(f"expert host {self.id} {why}; it was asked to load {directory}")
-            source = self._open_source(directory)
-            layers = {
-                index: self._load(index, layer.experts, source, None, None)
-                for index, layer in self._layers.items()
-            }
-            self._held = {**self._held, epoch: layers}
-            self._directories[epoch] = directory
-
-    def retain(self, epoch: int) -> None:
-        """Drop the weights of every other epoch. Requests under way end with those that they began with.
-
-        Raises:
-            ProtocolError: the host does not hold this epoch.
-        """
-        with self._loading:
-            if epoch not in self._held:
-                raise ProtocolError(f"expert host {self.id} holds epochs {self.epochs}, not {epoch}")
-            self._layers = self._held[epoch]
-            self._held = {epoch: self._layers}
-            self._directories = {e: d for e, d in self._directories.items() if e == epoch}
-
-    def gradients(self) -> list[Tensor]:
-        """The gradient buffers, flat, for workers that hold the experts themselves and all-reduce them."""
-        return [
-            buffer
-            for layer in self._layers.values()
-            if layer.optimizer is not None
-            for buffer in layer.optimizer.gradient_buffers()
-        ]
-
-    def weights(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Every expert of this host: layer, id, w13 [2I, D] and w2 [D, I] as live views."""
-        for index, layer in self._layers.items():
-            for at, expert in enumerate(layer.experts):
-                yield index, expert, layer.shard.w13[at], layer.shard.w2[at]
-
-    def moments(self) -> Iterator[tuple[int, int, Pair, Pair]]:
-        """Every expert's layer, id and (exp_avg, exp_avg_sq) of w13 and w2, live views; none in serving."""
-        for index, layer in self._layers.items():
-            if layer.optimizer is not None:
-                one, two = (layer.optimizer.moments()[name] for name in ("w13", "w2"))
-                for at, expert in enumerate(layer.experts):
-                    yield index, expert, (one[0][at], one[1][at]), (two[0][at], two[1][at])
-
-    def save(self, directory: str) -> list[str]:
-        """Write own weights and moments into a checkpoint; the names of the files (see `expert_state`).
-
-        Raises:
-            CheckpointError: the directory cannot be written to.
-        """
-        with self._committing:
-            return save_experts(Path(directory), self.id, self.weights(), self.moments())
+    def loads(self) -> Tensor:
+        """[L, E] int64, pairs of forward passes since the host began, rows by `ModelConfig.moe_layers`."""
+        return self._meter.loads()
 
     def stats(self) -> HostStats:
         """Counters; cheap, at any time."""
-        kept, kept_bytes = self._ledger.kept()
-        shards = [layer.shard for layer in self._layers.values()]
-        with self._changed:
-            counts = dict(self._counts)
+        versions = self._versions
+        current = versions.current
+        kept = [version.ledger.kept() for version in versions.held.values()]
+        requests, rows, busy = self._meter.read()
+        shards = [layer.shard for layer in current.layers.values()]
         return HostStats(
             id=self.id,
-            step=self._step,
-            epoch=self.epoch,
-            kept=kept,
-            kept_bytes=kept_bytes,
+            step=current.step,
+            epoch=current.epoch,
+            kept=sum(n for n, _ in kept),
+            kept_bytes=sum(size for _, size in kept),
             parameters=sum(shard.w13.numel() + shard.w2.numel() for shard in shards),
-            rows=counts.pop("rows", 0),
-            requests=counts,
+            rows=rows,
+            requests=requests,
+            busy_seconds=busy,
+            in_flight=self._meter.in_flight,
+            epochs=tuple(versions.held),
+            experts={index: len(layer.experts) for index, layer in current.layers.items()},
+            failed_pushes=self._memory.failed_pushes(),
         )
 
-    def _forward(self, layer: _Layer, request: Request) -> tuple[Tensor, ...]:
-        rows, _, _, gate = self._payload(request, 4)
+    def _forward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
+        id = request.id
+        rows, _, _, gate = payload(request, 4, self._device)
         if rows.dtype != self.dtype or rows.ndim != 2 or rows.shape[1] != self.config.hidden_size:
             raise ProtocolError(
                 f"expert host {self.id} takes rows [n, {self.config.hidden_size}] of {self.dtype}, "
                 f"not {list(rows.shape)} of {rows.dtype}"
             )
-        keep = request.id.phase is Phase.FORWARD
+        keep = id.phase is Phase.FORWARD
         if keep and layer.optimizer is None:
             raise ProtocolError(f"expert host {self.id} holds no optimizer: it answers INFER, not FORWARD")
-        row_ptr, local = self._local(layer, request)
-        partial, saved = experts_forward(layer.shard, rows, row_ptr, local, gate, keep=keep)
+        row_ptr, local = local_experts(self.id, layer, request)
+        started = perf_counter()
+        partial, saved = experts_forward(
+            layer.shard, rows, row_ptr.to(self._device), local.to(self._device), gate, keep=keep
+        )
         if saved is not None:
-            self._ledger.keep(request.id, saved)
-        self._count(request.id.phase, rows.shape[0])
+            version.ledger.keep(id, saved)
+        self._meter.count(id.phase, rows.shape[0], perf_counter() - started)
+        self._meter.load(id.layer, layer, local.numpy())
         return (partial,)
 
-    def _backward(self, layer: _Layer, request: Request) -> tuple[Tensor, ...]:
-        (d_partial,) = self._payload(request, 1)
-        call, saved = self._ledger.begin_backward(request.id)
+    def _backward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
+        (d_partial,) = payload(request, 1, self._device)
+        call, saved = version.ledger.begin_backward(request.id)
         if saved is not None:
             try:
-                if self._sealed:
+                if version.sealed:
                     raise ProtocolError(f"step {request.id.step} is sealed: its gradients have been counted")
                 if d_partial.shape != saved.rows.shape:
                     raise ProtocolError(
                         f"d_partial is {list(d_partial.shape)}, the rows were {list(saved.rows.shape)}"
                     )
+                started = perf_counter()
                 call.reply = experts_backward(layer.shard, saved, d_partial)
-                self._count(request.id.phase, d_partial.shape[0])
+                self._meter.count(request.id.phase, d_partial.shape[0], perf_counter() - started)
             except BaseException as error:
                 call.error = f"{type(error).__name__}: {error}"
                 raise
@@ -367,118 +218,32 @@ class ExpertHost:
                 call.finish()
         return call.wait(self._commit_timeout)
 
-    def _await_step(self, layer: _Layer, id: RequestId) -> None:
-        if layer.optimizer is None or (id.step == layer.step and self._failure is None):
+    def _await_step(self, version: Version, layer: Layer, id: RequestId) -> None:
+        if layer.optimizer is None or (id.step == layer.step and version.failure is None):
             return
-        with self._changed:
+        changed = self._versions.changed
+        with changed:
             if id.step == layer.step + 1:
-                self._changed.wait_for(
-                    lambda: layer.step >= id.step or self._failure is not None, self._commit_timeout
+                changed.wait_for(
+                    lambda: layer.step >= id.step or version.gone or version.failure is not None,
+                    self._commit_timeout,
                 )
-            if self._failure is not None:
-                raise RaymoeError(self._failure)
+            if version.gone:
+                raise self._stale(id)
+            if version.failure is not None:
+                raise RaymoeError(version.failure)
             if id.step != layer.step:
                 raise ProtocolError(
                     f"router {id.router!r} asks for step {id.step} of layer {id.layer}, but expert host "
                     f"{self.id} is at step {layer.step}"
                 )
 
-    def _check(self, step: int) -> None:
-        if self._failure is not None:
-            raise RaymoeError(self._failure)
-        if step != self._step:
-            raise ProtocolError(f"expert host {self.id} is at step {self._step}, not at step {step}")
-
-    def _local(self, layer: _Layer, request: Request) -> tuple[Tensor, Tensor]:
-        """row_ptr [n + 1], and the request's experts as indices into the shard [nnz]; both int32.
-
-        What a peer sent is checked here, and copied: it may still write to memory that it shares.
-        """
-        rows, row_ptr, expert, gate = request.tensors
-        row_ptr = row_ptr.clone()
-        whole = row_ptr.numel() == rows.shape[0] + 1 and expert.numel() == gate.numel()
-        flat = row_ptr.ndim == expert.ndim == gate.ndim == 1
-        integers = row_ptr.dtype == expert.dtype == torch.int32
-        local = torch.empty_like(expert)
-        found = MALFORMED
-        if whole and flat and integers:
-            found = localize(row_ptr.numpy(), expert.numpy(), layer.local_of, local.numpy())
-        if found == MALFORMED:
-            raise ProtocolError(
-                f"{rows.shape[0]} rows came with row_ptr {list(row_ptr.shape)} up to "
-                f"{row_ptr.flatten()[-1:].tolist()}, experts {list(expert.shape)} and gates "
-                f"{list(gate.shape)}; row_ptr rises from 0 to the number of pairs"
-            )
-        if found == FOREIGN:
-            here = set(layer.experts)
-            foreign = sorted(set(expert.tolist()) - here)[:8]
-            raise ProtocolError(
-                f"expert host {self.id} does not hold experts {foreign} of layer {request.id.layer}; it "
-                f"holds {len(here)}: {sorted(here)[:8]}…"
-            )
-        return row_ptr.to(self._device), local.to(self._device)
-
-    def _payload(self, request: Request, n: int) -> tuple[Tensor, ...]:
-        if len(request.tensors) != n:
-            raise ProtocolError(
-                f"{request.id.phase.name} carries {len(request.tensors)} tensors instead of {n}"
-            )
-        if self._device.type == "cpu":
-            return request.tensors
-        return tuple(tensor.to(self._device) for tensor in request.tensors)
-
-    def _count(self, phase: Phase, rows: int) -> None:
-        with self._changed:
-            self._counts[phase.name] += 1
-            self._counts["rows"] += rows
-
-    def _load(
-        self,
-        layer: int,
-        experts: tuple[int, ...],
-        source: WeightSource,
-        settings: OptimizerSettings | None,
-        moments: MomentSource | None,
-    ) -> _Layer:
-        wide, hidden = self.config.moe_intermediate_size, self.config.hidden_size
-        w13 = torch.empty(len(experts), 2 * wide, hidden, dtype=self.dtype, device=self._device)
-        w2 = torch.empty(len(experts), hidden, wide, dtype=self.dtype, device=self._device)
-        local_of = np.full(self.config.n_routed_experts, -1, np.int32)
-        for at, expert in enumerate(experts):
-            one, two = source.expert(layer, expert)
-            w13[at].copy_(one)
-            w2[at].copy_(two)
-            local_of[expert] = at
-        shard = ExpertShard(w13, w2)
-        optimizer = None
-        if settings is not None:
-            optimizer = AdamW(
-                [("w13", shard.w13), ("w2", shard.w2)],
-                beta1=settings.beta1,
-                beta2=settings.beta2,
-                epsilon=settings.epsilon,
-                weight_decay=settings.weight_decay,
-            )
-            optimizer.step_count = self._step
-            if moments is not None:
-                _load_moments(optimizer, [moments.moments(layer, expert) for expert in experts])
-            shard.d_w13, shard.d_w2 = optimizer.gradients["w13"], optimizer.gradients["w2"]
-        return _Layer(experts, local_of, shard, optimizer, self._step)
-
-
-def _load_moments(optimizer: AdamW, loaded: Sequence[tuple[Pair, Pair]]) -> None:
-    """Fill a layer's moments, expert by expert."""
-    mine = optimizer.moments()
-    optimizer.load_moments(
-        {
-            name: (
-                torch.stack([pairs[at][0] for pairs in loaded]),
-                torch.stack([pairs[at][1] for pairs in loaded]),
-            )
-            for at, name in enumerate(mine)
-        },
-        step=optimizer.step_count,
-    )
+    def _stale(self, id: RequestId) -> StaleEpoch:
+        return StaleEpoch(
+            f"expert host {self.id} is at placement epoch {self.epoch}, the request of router "
+            f"{id.router!r} at {id.epoch}: fetch the routing table and send again",
+            epoch=self.epoch,
+        )
 
 
 __all__ = ["ExpertHost"]

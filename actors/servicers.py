@@ -9,6 +9,7 @@ import grpc
 from actors.control_server import not_served, refusing
 from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter
+from actors.state_wire import assembly_from, stored_to
 from actors.wire import (
     stats_to,
     tensor_from,
@@ -51,12 +52,36 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
             self._host.load(request.epoch, request.directory)
             return expert_pb2.LoadReply()
 
+    def Assemble(
+        self, request: expert_pb2.AssembleRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.AssembleReply:
+        with refusing(context):
+            self._host.assemble(assembly_from(request))
+            return expert_pb2.AssembleReply()
+
     def Retain(
         self, request: expert_pb2.RetainRequest, context: grpc.ServicerContext
     ) -> expert_pb2.RetainReply:
         with refusing(context):
             self._host.retain(request.epoch)
             return expert_pb2.RetainReply()
+
+    def Snapshot(
+        self, request: expert_pb2.SnapshotRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.SnapshotReply:
+        with refusing(context):
+            self._host.snapshot(request.step, [host_from(buddy) for buddy in request.buddies])
+            return expert_pb2.SnapshotReply()
+
+    def Inventory(
+        self, request: expert_pb2.InventoryRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.InventoryReply:
+        with refusing(context):
+            return expert_pb2.InventoryReply(stored=[stored_to(one) for one in self._host.inventory()])
+
+    def Loads(self, request: expert_pb2.LoadsRequest, context: grpc.ServicerContext) -> expert_pb2.LoadsReply:
+        with refusing(context):
+            return expert_pb2.LoadsReply(loads=tensor_to(self._host.loads()))
 
     def Status(
         self, request: expert_pb2.StatusRequest, context: grpc.ServicerContext
@@ -68,6 +93,21 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request_iterator: Iterator[expert_pb2.Frame], context: grpc.ServicerContext
     ) -> Iterator[expert_pb2.Frame]:
         not_served(context)  # channels.grpc serves it, on the same server
+
+    def Fetch(
+        self, request: expert_pb2.FetchRequest, context: grpc.ServicerContext
+    ) -> Iterator[expert_pb2.Frame]:
+        not_served(context)  # actors.state_servicer serves it and the next two
+
+    def Put(
+        self, request_iterator: Iterator[expert_pb2.Frame], context: grpc.ServicerContext
+    ) -> expert_pb2.PutReply:
+        not_served(context)
+
+    def Get(
+        self, request: expert_pb2.GetRequest, context: grpc.ServicerContext
+    ) -> Iterator[expert_pb2.Frame]:
+        not_served(context)
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):

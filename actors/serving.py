@@ -6,6 +6,7 @@ import os
 
 from actors.expert_host import ExpertHost
 from actors.servicers import ExpertServicer
+from actors.state_servicer import add_state_streams
 from channels import grpc, shm
 from cluster.topology import HostInfo
 from protos import expert_pb2_grpc
@@ -26,7 +27,10 @@ class ExpertHostServer:
         self._grpc = grpc.serve(
             host.handle,
             bind=f"{bind}:0",
-            services=(lambda server: expert_pb2_grpc.add_ExpertServicer_to_server(servicer, server),),
+            services=(
+                lambda server: expert_pb2_grpc.add_ExpertServicer_to_server(servicer, server),
+                lambda server: add_state_streams(host, server),
+            ),
         )
         self.info = HostInfo(
             id=host.id,

@@ -5,12 +5,13 @@ L MoE layers (rows in the order of `ModelConfig.moe_layers`), E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from actors.moves import Assembly, Blob, Stored
 from cluster.topology import HostInfo
 from model.schedule import Schedule
 
@@ -178,6 +179,11 @@ class HostStats:
         parameters: parameters of the host's experts.
         requests: requests answered, by phase name.
         rows: rows computed.
+        busy_seconds: spent on computing, summed over threads; waiting is not computing.
+        in_flight: requests being handled now.
+        epochs: that requests are answered of, the current one among them.
+        experts: how many of each layer the current epoch has here.
+        failed_pushes: copies of snapshots that did not reach a buddy.
     """
 
     id: str
@@ -188,6 +194,11 @@ class HostStats:
     parameters: int
     requests: dict[str, int]
     rows: int
+    busy_seconds: float = 0.0
+    in_flight: int = 0
+    epochs: tuple[int, ...] = ()
+    experts: Mapping[int, int] = field(default_factory=dict)
+    failed_pushes: int = 0
 
 
 class HostControl(Protocol):
@@ -209,8 +220,24 @@ class HostControl(Protocol):
         """Load other weights beside those in use, for requests of this epoch; a repeat does nothing."""
         ...
 
+    def assemble(self, order: Assembly) -> None:
+        """Put the experts of a new epoch together beside those in use; a repeat does nothing."""
+        ...
+
     def retain(self, epoch: int) -> None:
-        """Drop the weights of every other epoch."""
+        """Go on with the experts of this epoch and drop every other."""
+        ...
+
+    def snapshot(self, step: int, buddies: Sequence[HostInfo]) -> None:
+        """Copy the state aside, and send it to buddies in the background; a repeat does nothing."""
+        ...
+
+    def inventory(self) -> Sequence[Stored]:
+        """What the host keeps in memory: snapshots, its own and others', and blobs."""
+        ...
+
+    def loads(self) -> Tensor:
+        """[L, E] int64, rows computed for each expert since the host began."""
         ...
 
     def stats(self) -> HostStats:

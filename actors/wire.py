@@ -12,7 +12,7 @@ from cluster.topology import HostInfo, RoutingTable
 from errors import ProtocolError
 from protos import coordinator_pb2, expert_pb2, tensor_pb2
 
-_DTYPES = {
+DTYPES = {
     torch.float32: tensor_pb2.DTYPE_FLOAT32,
     torch.float64: tensor_pb2.DTYPE_FLOAT64,
     torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16,
@@ -20,13 +20,13 @@ _DTYPES = {
     torch.int32: tensor_pb2.DTYPE_INT32,
     torch.int64: tensor_pb2.DTYPE_INT64,
 }
-_TORCH = {code: dtype for dtype, code in _DTYPES.items()}
+TORCH_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
 
 
 def tensor_to(tensor: Tensor) -> tensor_pb2.Tensor:
     """A tensor by itself, for control calls."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return tensor_pb2.Tensor(dtype=_DTYPES[tensor.dtype], shape=tensor.shape, data=flat.numpy().tobytes())
+    return tensor_pb2.Tensor(dtype=DTYPES[tensor.dtype], shape=tensor.shape, data=flat.numpy().tobytes())
 
 
 def tensor_from(message: tensor_pb2.Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def tensor_from(message: tensor_pb2.Tensor) -> Tensor:
         ProtocolError: the bytes are not those of a tensor of this type and shape.
     """
     shape = list(message.shape)
-    dtype = _TORCH.get(message.dtype)
+    dtype = TORCH_DTYPES.get(message.dtype)
     if dtype is None:
         raise ProtocolError(f"a tensor of unknown type {message.dtype} came in")
     out = torch.empty(shape, dtype=dtype)
@@ -218,8 +218,13 @@ def stats_to(stats: HostStats) -> expert_pb2.StatusReply:
         kept=stats.kept,
         rows=stats.rows,
         requests=sum(stats.requests.values()),
+        busy_seconds=stats.busy_seconds,
+        epochs=stats.epochs,
+        experts=dict(stats.experts),
         metrics={
             "kept_bytes": float(stats.kept_bytes),
+            "in_flight": float(stats.in_flight),
+            "failed_pushes": float(stats.failed_pushes),
             **{f"requests.{phase}": float(count) for phase, count in stats.requests.items()},
         },
     )
@@ -241,10 +246,17 @@ def stats_from(message: expert_pb2.StatusReply) -> HostStats:
             if name.startswith("requests.")
         },
         rows=message.rows,
+        busy_seconds=message.busy_seconds,
+        in_flight=int(metrics["in_flight"]),
+        epochs=tuple(message.epochs),
+        experts=dict(message.experts),
+        failed_pushes=int(metrics["failed_pushes"]),
     )
 
 
 __all__ = [
+    "DTYPES",
+    "TORCH_DTYPES",
     "decision_from",
     "decision_to",
     "host_from",

@@ -95,4 +95,17 @@ def localize(row_ptr, expert, local_of, local):
     return FINE
 
 
-__all__ = ["FINE", "FOREIGN", "MALFORMED", "localize", "split_by_host"]
+@_compiled
+def count_pairs(local, ids, loads):
+    """Add the pairs of a request to `loads`.
+
+    Args:
+        local: [nnz], indices into a host's shard.
+        ids: [n_local] int64, the shard's global ids.
+        loads: [E] int64, written.
+    """
+    for p in range(local.shape[0]):
+        loads[ids[local[p]]] += 1
+
+
+__all__ = ["FINE", "FOREIGN", "MALFORMED", "count_pairs", "localize", "split_by_host"]

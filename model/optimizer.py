@@ -7,7 +7,7 @@ one call over contiguous memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +24,26 @@ def decays_by_shape(name: str, tensor: Tensor) -> bool:
     return tensor.ndim >= 2
 
 
+def flat_offsets(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
+    """Where tensors of so many elements begin in a flat buffer, and its length; in elements."""
+    unit = _ALIGNMENT // itemsize
+    offsets, total = [], 0
+    for count in counts:
+        offsets.append(total)
+        total += -(-count // unit) * unit
+    return offsets, total
+
+
 @dataclass(slots=True)
 class _Group:
-    """One flat buffer of everything, and where each tensor lies in it."""
+    """One flat buffer of everything; `state` [3, total] is value and moments in one piece."""
 
     decay: float
     value: Tensor
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    state: Tensor
     step: Tensor
 
 
@@ -80,14 +91,11 @@ class AdamW:
 
     def _flatten(self, names: list[str], decay: float) -> _Group:
         first = self._tensors[names[0]]
-        unit = _ALIGNMENT // first.element_size()
-        offsets, total = [], 0
-        for name in names:
-            offsets.append(total)
-            total += -(-self._tensors[name].numel() // unit) * unit
+        offsets, total = flat_offsets([self._tensors[name].numel() for name in names], first.element_size())
         # Zero padding stays zero under AdamW: no gradient, no moment, nothing to decay.
         flat = torch.zeros(4, total, dtype=first.dtype, device=first.device)
-        value, gradient, exp_avg, exp_avg_sq = flat.unbind(0)
+        # The gradient first: what a snapshot keeps lies in one piece behind it.
+        gradient, value, exp_avg, exp_avg_sq = flat.unbind(0)
         step = torch.zeros((), dtype=torch.float32, device=first.device)
         for name, offset in zip(names, offsets, strict=True):
             tensor = self._tensors[name]
@@ -99,7 +107,7 @@ class AdamW:
             if tensor.requires_grad:
                 tensor.grad = self.gradients[name]
             self._moments[name] = (exp_avg[place].view(tensor.shape), exp_avg_sq[place].view(tensor.shape))
-        return _Group(decay, value, gradient, exp_avg, exp_avg_sq, step)
+        return _Group(decay, value, gradient, exp_avg, exp_avg_sq, flat[1:], step)
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
@@ -158,6 +166,10 @@ class AdamW:
         """The flat gradient buffers, for data-parallel workers to sum up in place."""
         return [group.gradient for group in self._groups]
 
+    def state_buffers(self) -> list[Tensor]:
+        """Values and both moments as they lie in memory, [3, total] each: live views, for fast copies."""
+        return [group.state for group in self._groups]
+
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(exp_avg, exp_avg_sq) by name: live views, in the tensors' shapes."""
         return dict(self._moments)
@@ -192,4 +204,4 @@ class AdamW:
                 )
 
 
-__all__ = ["AdamW", "decays_by_shape"]
+__all__ = ["AdamW", "decays_by_shape", "flat_offsets"]

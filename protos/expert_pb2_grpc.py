@@ -69,6 +69,41 @@ class ExpertStub(object):
                 request_serializer=protos_dot_expert__pb2.StatusRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.Loads = channel.unary_unary(
+                '/raymoe.v1.Expert/Loads',
+                request_serializer=protos_dot_expert__pb2.LoadsRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.LoadsReply.FromString,
+                _registered_method=True)
+        self.Assemble = channel.unary_unary(
+                '/raymoe.v1.Expert/Assemble',
+                request_serializer=protos_dot_expert__pb2.AssembleRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.AssembleReply.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/raymoe.v1.Expert/Fetch',
+                request_serializer=protos_dot_expert__pb2.FetchRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.Frame.FromString,
+                _registered_method=True)
+        self.Snapshot = channel.unary_unary(
+                '/raymoe.v1.Expert/Snapshot',
+                request_serializer=protos_dot_expert__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.SnapshotReply.FromString,
+                _registered_method=True)
+        self.Put = channel.stream_unary(
+                '/raymoe.v1.Expert/Put',
+                request_serializer=protos_dot_expert__pb2.Frame.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.PutReply.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_stream(
+                '/raymoe.v1.Expert/Get',
+                request_serializer=protos_dot_expert__pb2.GetRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.Frame.FromString,
+                _registered_method=True)
+        self.Inventory = channel.unary_unary(
+                '/raymoe.v1.Expert/Inventory',
+                request_serializer=protos_dot_expert__pb2.InventoryRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.InventoryReply.FromString,
+                _registered_method=True)
 
 
 class ExpertServicer(object):
@@ -116,6 +151,49 @@ class ExpertServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Loads(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Assemble(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Snapshot(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Put(self, request_iterator, context):
+        """The first frame has Header.stored; the tensors follow as those of Fetch do.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inventory(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -153,6 +231,41 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=protos_dot_expert__pb2.StatusRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.StatusReply.SerializeToString,
+            ),
+            'Loads': grpc.unary_unary_rpc_method_handler(
+                    servicer.Loads,
+                    request_deserializer=protos_dot_expert__pb2.LoadsRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.LoadsReply.SerializeToString,
+            ),
+            'Assemble': grpc.unary_unary_rpc_method_handler(
+                    servicer.Assemble,
+                    request_deserializer=protos_dot_expert__pb2.AssembleRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.AssembleReply.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=protos_dot_expert__pb2.FetchRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.Frame.SerializeToString,
+            ),
+            'Snapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.Snapshot,
+                    request_deserializer=protos_dot_expert__pb2.SnapshotRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.SnapshotReply.SerializeToString,
+            ),
+            'Put': grpc.stream_unary_rpc_method_handler(
+                    servicer.Put,
+                    request_deserializer=protos_dot_expert__pb2.Frame.FromString,
+                    response_serializer=protos_dot_expert__pb2.PutReply.SerializeToString,
+            ),
+            'Get': grpc.unary_stream_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=protos_dot_expert__pb2.GetRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.Frame.SerializeToString,
+            ),
+            'Inventory': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inventory,
+                    request_deserializer=protos_dot_expert__pb2.InventoryRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.InventoryReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -344,6 +457,195 @@ class Expert(object):
             '/raymoe.v1.Expert/Status',
             protos_dot_expert__pb2.StatusRequest.SerializeToString,
             protos_dot_expert__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Loads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Expert/Loads',
+            protos_dot_expert__pb2.LoadsRequest.SerializeToString,
+            protos_dot_expert__pb2.LoadsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Assemble(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Expert/Assemble',
+            protos_dot_expert__pb2.AssembleRequest.SerializeToString,
+            protos_dot_expert__pb2.AssembleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/raymoe.v1.Expert/Fetch',
+            protos_dot_expert__pb2.FetchRequest.SerializeToString,
+            protos_dot_expert__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Snapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Expert/Snapshot',
+            protos_dot_expert__pb2.SnapshotRequest.SerializeToString,
+            protos_dot_expert__pb2.SnapshotReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Put(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/raymoe.v1.Expert/Put',
+            protos_dot_expert__pb2.Frame.SerializeToString,
+            protos_dot_expert__pb2.PutReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/raymoe.v1.Expert/Get',
+            protos_dot_expert__pb2.GetRequest.SerializeToString,
+            protos_dot_expert__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inventory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Expert/Inventory',
+            protos_dot_expert__pb2.InventoryRequest.SerializeToString,
+            protos_dot_expert__pb2.InventoryReply.FromString,
             options,
             channel_credentials,
             insecure,
