@@ -14,9 +14,7 @@ from actors.moves import Assembly, Blob, Pull, Stored
 from actors.state_client import StateClient
 from actors.state_wire import assembly_to, stored_from
 from actors.steps import HostStats
-from actors.wire import (
-    stats_from,
-)
+from actors.wire import host_to, stats_from, tensor_from
 from cluster.topology import HostInfo
 from protos import expert_pb2, expert_pb2_grpc
 
@@ -64,10 +62,10 @@ class HostClient:
         with raising(self._peer):
             self._stub.Assemble(assembly_to(order))
 
-    def retain(self, epoch: int) -> None:
+    def retain(self, *epochs: int) -> None:
         """See `ExpertHost.retain`."""
         with raising(self._peer):
-            self._stub.Retain(expert_pb2.RetainRequest(epoch=epoch), timeout=self._timeout)
+            self._stub.Retain(expert_pb2.RetainRequest(epochs=epochs), timeout=self._timeout)
 
     def fetch(self, pull: Pull) -> Iterator[bytes]:
         """See `ExpertHost.fetch`."""
@@ -101,6 +99,16 @@ class HostClient:
         """See `ExpertHost.loads`."""
         with raising(self._peer):
             return tensor_from(self._stub.Loads(expert_pb2.LoadsRequest(), timeout=self._timeout).loads)
+
+    def ping(self, timeout: float) -> None:
+        """Whether the host answers, within so many seconds.
+
+        Raises:
+            ChannelTimeout: not in time.
+            ChannelError: its process is gone.
+        """
+        with raising(self._peer):
+            self._stub.Ping(expert_pb2.PingRequest(), timeout=timeout)
 
     def stats(self) -> HostStats:
         """See `ExpertHost.stats`."""

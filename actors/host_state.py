@@ -163,16 +163,16 @@ class HostState:
             )
         self.assemble(Assembly(epoch=epoch, experts=_ids(self._versions.current.layers), directory=directory))
 
-    def retain(self, epoch: int) -> None:
-        """Drop the experts of every other epoch. Requests under way end with those that they began with.
+    def retain(self, *epochs: int) -> None:
+        """Drop the experts of all epochs but these. Requests under way end with those that they began with.
 
-        In training the host goes on from this epoch's step, and forgets what it remembers of later ones.
+        In training the host goes on from the last one's step, and forgets what it remembers of later ones.
 
         Raises:
-            ProtocolError: the host does not hold this epoch.
+            ProtocolError: the host does not hold one of them.
         """
         before = self._versions.current
-        self._versions.retain(epoch)
+        self._versions.retain(*epochs)
         if self._trains and self._versions.current is not before:
             self._memory.rewind(self.step)
 
@@ -246,6 +246,12 @@ class HostState:
     def inventory(self) -> list[Stored]:
         """What is kept in memory: own snapshots, those of other hosts, blobs."""
         return self._memory.inventory()
+
+    def ping(self, timeout: float) -> None:
+        """Answers."""
+
+    def close(self) -> None:
+        """For those who take a host for its client: there is nothing to hang up."""
 
     def gradients(self) -> list[Tensor]:
         """The gradient buffers, flat, for workers that hold the experts themselves and all-reduce them."""

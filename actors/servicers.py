@@ -11,6 +11,7 @@ from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter
 from actors.state_wire import assembly_from, stored_to
 from actors.wire import (
+    host_from,
     stats_to,
     tensor_from,
     tensor_to,
@@ -63,8 +64,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request: expert_pb2.RetainRequest, context: grpc.ServicerContext
     ) -> expert_pb2.RetainReply:
         with refusing(context):
-            self._host.retain(request.epoch)
+            self._host.retain(*request.epochs)
             return expert_pb2.RetainReply()
+
+    def Ping(self, request: expert_pb2.PingRequest, context: grpc.ServicerContext) -> expert_pb2.PingReply:
+        return expert_pb2.PingReply()
 
     def Snapshot(
         self, request: expert_pb2.SnapshotRequest, context: grpc.ServicerContext

@@ -224,8 +224,8 @@ class HostControl(Protocol):
         """Put the experts of a new epoch together beside those in use; a repeat does nothing."""
         ...
 
-    def retain(self, epoch: int) -> None:
-        """Go on with the experts of this epoch and drop every other."""
+    def retain(self, *epochs: int) -> None:
+        """Go on with the experts of these epochs, the last above all, and drop every other."""
         ...
 
     def snapshot(self, step: int, buddies: Sequence[HostInfo]) -> None:
@@ -234,6 +234,22 @@ class HostControl(Protocol):
 
     def inventory(self) -> Sequence[Stored]:
         """What the host keeps in memory: snapshots, its own and others', and blobs."""
+        ...
+
+    def put(self, blob: Blob) -> None:
+        """Keep named tensors for a step."""
+        ...
+
+    def get(self, name: str, step: int) -> Blob:
+        """What was put."""
+        ...
+
+    def ping(self, timeout: float) -> None:
+        """Answer within so many seconds."""
+        ...
+
+    def close(self) -> None:
+        """Hang up; calls under way fail."""
         ...
 
     def loads(self) -> Tensor:

@@ -74,19 +74,20 @@ class Versions:
         with self.changed:
             self.held = {**self.held, version.epoch: version}
 
-    def retain(self, epoch: int) -> None:
-        """Make a version the current one and drop every other.
+    def retain(self, *epochs: int) -> None:
+        """Drop every version but these, the last of which becomes the current one.
 
         Raises:
-            ProtocolError: it is not held.
+            ProtocolError: one is not held.
         """
         with self.changed:
-            kept = self.held.get(epoch)
-            if kept is None:
-                raise ProtocolError(f"expert host {self._id} holds epochs {tuple(self.held)}, not {epoch}")
+            missing = [epoch for epoch in epochs if epoch not in self.held]
+            if missing or not epochs:
+                raise ProtocolError(f"expert host {self._id} holds epochs {tuple(self.held)}, not {missing}")
+            kept = {epoch: self.held[epoch] for epoch in epochs}
             for version in (self.current, *self.held.values()):
-                version.gone = version is not kept
-            self.current, self.held = kept, {epoch: kept}
+                version.gone = version not in kept.values()
+            self.current, self.held = kept[epochs[-1]], kept
             self.changed.notify_all()
 
     def rename(self, epoch: int) -> None:

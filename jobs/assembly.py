@@ -15,8 +15,9 @@ from actors.coordinator import Coordinator, State
 from actors.elastic import Elastic
 from actors.expert_host import ExpertHost
 from actors.expert_state import MomentSource, SavedMoments
+from actors.moves import Peer
 from actors.router import Router
-from actors.steps import OptimizerSettings, TrainingPlan
+from actors.steps import HostControl, OptimizerSettings, TrainingPlan
 from actors.training_steps import Beginning, TrainingSteps
 from actors.trunk import Reducer, TrunkWorker
 from actors.trunk_snapshots import Keeper, TrunkSnapshots
@@ -131,8 +132,14 @@ def compute_threads(config: RunConfig) -> int:
     return max(1, cores // training.microbatches_in_flight)
 
 
-def build_host(config: RunConfig, start: Start, id: str) -> ExpertHost:
-    """An expert host of this name, in its own process; it holds nothing yet."""
+def build_host(
+    config: RunConfig, start: Start, id: str, *, connect: Callable[[HostInfo], Peer] = HostClient
+) -> ExpertHost:
+    """An expert host of this name, in its own process; it holds nothing yet.
+
+    Args:
+        connect: reaches other hosts.
+    """
 
     def open_source(directory: str) -> WeightSource:
         return weight_source(config, start.at(directory))
@@ -153,17 +160,24 @@ def build_host(config: RunConfig, start: Start, id: str) -> ExpertHost:
         dtype=resolve_dtype(config),
         threads=host_threads(config.cluster),
         step=start.step,
+        connect=connect,
     )
 
 
 def build_coordinator(
-    config: RunConfig, start: Start, output: Path, state: State | None = None
+    config: RunConfig,
+    start: Start,
+    output: Path,
+    state: State | None = None,
+    *,
+    control: Callable[[HostInfo], HostControl] | None = None,
 ) -> Coordinator:
     """The coordinator of a run, in its own process.
 
     Args:
         output: the run's directory.
         state: of the coordinator before.
+        control: how to command a host; None: over gRPC.
     """
     model, cluster = config.model, config.cluster
 
@@ -195,7 +209,7 @@ def build_coordinator(
     return Coordinator(
         shape_of(model, cluster),
         hosts=cluster.expert_hosts,
-        control=partial(HostClient, timeout=cluster.call_timeout),
+        control=control or partial(HostClient, timeout=cluster.call_timeout),
         moments=start.moments,
         step=start.step,
         steps=steps,

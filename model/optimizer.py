@@ -147,6 +147,15 @@ class AdamW:
                 found_inf=None,
             )
 
+    @torch.no_grad()
+    def reset(self, step: int) -> None:
+        """Forget moments and gradients, as at the beginning, so many steps into a run."""
+        self.step_count = step
+        for group in self._groups:
+            group.gradient.zero_()
+            group.exp_avg.zero_()
+            group.exp_avg_sq.zero_()
+
     def zero_grad(self) -> None:
         """Clear all gradients, in place."""
         for group in self._groups:

@@ -380,14 +380,17 @@ class RetainRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    EPOCH_FIELD_NUMBER: builtins.int
-    epoch: builtins.int
+    EPOCHS_FIELD_NUMBER: builtins.int
+    @property
+    def epochs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The last one becomes the current one."""
+
     def __init__(
         self,
         *,
-        epoch: builtins.int = ...,
+        epochs: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epochs", b"epochs"]) -> None: ...
 
 global___RetainRequest = RetainRequest
 
@@ -738,6 +741,26 @@ class LoadsReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["loads", b"loads"]) -> None: ...
 
 global___LoadsReply = LoadsReply
+
+@typing.final
+class PingRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___PingRequest = PingRequest
+
+@typing.final
+class PingReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___PingReply = PingReply
 
 @typing.final
 class StatusRequest(google.protobuf.message.Message):

@@ -64,6 +64,11 @@ class ExpertStub(object):
                 request_serializer=protos_dot_expert__pb2.RetainRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.RetainReply.FromString,
                 _registered_method=True)
+        self.Ping = channel.unary_unary(
+                '/raymoe.v1.Expert/Ping',
+                request_serializer=protos_dot_expert__pb2.PingRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.PingReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/raymoe.v1.Expert/Status',
                 request_serializer=protos_dot_expert__pb2.StatusRequest.SerializeToString,
@@ -140,6 +145,12 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Retain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ping(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,6 +237,11 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Retain,
                     request_deserializer=protos_dot_expert__pb2.RetainRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.RetainReply.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=protos_dot_expert__pb2.PingRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.PingReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -430,6 +446,33 @@ class Expert(object):
             '/raymoe.v1.Expert/Retain',
             protos_dot_expert__pb2.RetainRequest.SerializeToString,
             protos_dot_expert__pb2.RetainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Expert/Ping',
+            protos_dot_expert__pb2.PingRequest.SerializeToString,
+            protos_dot_expert__pb2.PingReply.FromString,
             options,
             channel_credentials,
             insecure,

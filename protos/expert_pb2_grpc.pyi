@@ -49,6 +49,11 @@ class ExpertStub:
         protos.expert_pb2.RetainReply,
     ]
 
+    Ping: grpc.UnaryUnaryMultiCallable[
+        protos.expert_pb2.PingRequest,
+        protos.expert_pb2.PingReply,
+    ]
+
     Status: grpc.UnaryUnaryMultiCallable[
         protos.expert_pb2.StatusRequest,
         protos.expert_pb2.StatusReply,
@@ -119,6 +124,11 @@ class ExpertAsyncStub:
     Retain: grpc.aio.UnaryUnaryMultiCallable[
         protos.expert_pb2.RetainRequest,
         protos.expert_pb2.RetainReply,
+    ]
+
+    Ping: grpc.aio.UnaryUnaryMultiCallable[
+        protos.expert_pb2.PingRequest,
+        protos.expert_pb2.PingReply,
     ]
 
     Status: grpc.aio.UnaryUnaryMultiCallable[
@@ -204,6 +214,13 @@ class ExpertServicer(metaclass=abc.ABCMeta):
         request: protos.expert_pb2.RetainRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.expert_pb2.RetainReply, collections.abc.Awaitable[protos.expert_pb2.RetainReply]]: ...
+
+    @abc.abstractmethod
+    def Ping(
+        self,
+        request: protos.expert_pb2.PingRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.expert_pb2.PingReply, collections.abc.Awaitable[protos.expert_pb2.PingReply]]: ...
 
     @abc.abstractmethod
     def Status(

@@ -16,27 +16,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from actors.coordinator import Coordinator
 from actors.expert_host import ExpertHost
+from actors.training_steps import TrainingSteps
 from channels.base import Channel
 from channels.choose import connect
 from cluster.topology import HostInfo
-from jobs.assembly import (
-    Start,
-    assemble_worker,
-    moment_source,
-    optimizer_settings,
-    resolve_dtype,
-    training_plan,
-    weight_source,
-)
+from jobs.assembly import Start, assemble_worker, build_coordinator, build_host
 from jobs.config import RunConfig
 from jobs.held_out import HeldOut
-from jobs.hosts import placement
 from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.packing import PackedCorpus, pack
 from jobs.presets import preset
-from model.sources import gate_biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,43 +144,21 @@ def train(
     """Run a training job to its end; raises what a worker raised."""
     start = start or Start(run="test")
     workers, n_hosts = config.training.workers, config.cluster.expert_hosts
-    holders = placement(config.model, config.cluster.expert_hosts)
-    layers = config.model.moe_layers
-    hosts = [
-        ExpertHost(
-            f"host-{i}",
-            config.model,
-            {
-                layer: [e for e, hosts in enumerate(row) if i in hosts]
-                for layer, row in zip(layers, holders, strict=True)
-            },
-            weight_source(config, start),
-            optimizer=optimizer_settings(config),
-            moments=moment_source(start),
-            dtype=resolve_dtype(config),
-            step=start.step,
-        )
-        for i in range(n_hosts)
-    ]
-    bias = None
+    by_id: dict[str, ExpertHost] = {}
+
+    def reach(info: HostInfo) -> ExpertHost:
+        return by_id[info.id]
+
+    hosts = [build_host(config, start, f"host-{i}", connect=reach) for i in range(n_hosts)]
+    by_id.update({host.id: host for host in hosts})
     with ExitStack() as stack:
         infos = [stack.enter_context(serving(host, channel)) for host in hosts]
-        by_id = {host.id: host for host in hosts}
-        if start.weights is not None:
-            bias = gate_biases(weight_source(config, start), config.model)
-        coordinator = Coordinator(
-            training_plan(config),
-            holders=holders,
-            n_layers=len(layers),
-            n_experts=config.model.n_routed_experts,
-            n_hosts=n_hosts,
-            control=lambda info: by_id[info.id],
-            state={"step": start.step} if start.step else None,
-            bias=bias,
-        )
+        coordinator = build_coordinator(config, start, output, control=reach)
         stack.callback(coordinator.close)
         for info in infos:
             coordinator.register_host(info)
+        if n_hosts:
+            coordinator.found()
         reducer = ThreadReducer(workers)
         outcome = Outcome()
         errors: list[BaseException] = []
@@ -206,10 +174,11 @@ def train(
                     rank=rank,
                     start=start,
                     output=output,
-                    coordinator=_Watched(coordinator, hosts, on_step, stop_after),
+                    coordinator=_Watched(coordinator.steps, hosts, on_step, stop_after),
                     table=coordinator.table() if n_hosts else None,
                     connect=open_channel,
                     reducer=reducer.of(rank),
+                    reach=reach,
                 )
                 try:
                     made.worker.run()
@@ -222,7 +191,7 @@ def train(
                     made.close()
             except BaseException as error:
                 errors.append(error)
-                coordinator.fail(f"worker {rank}: {error}")
+                coordinator.steps.fail(f"worker {rank}: {error}")
                 reducer.abort()
 
         threads = [
@@ -244,7 +213,7 @@ class _Watched:
 
     def __init__(
         self,
-        inner: Coordinator,
+        inner: TrainingSteps,
         hosts: Sequence[ExpertHost],
         on_step: Callable[[int, Sequence[ExpertHost]], None] | None,
         stop_after: int | None,
@@ -258,6 +227,12 @@ class _Watched:
         if self._on_step is not None and report.worker == 0:
             self._on_step(decision.step, self._hosts)
         return decision
+
+    def join(self, rank: int, workers: int, attempt: int, why: str) -> Any:
+        return self._inner.join(rank, workers, attempt, why)
+
+    def table(self) -> Any:
+        return self._inner.table()
 
     def save(self, directory: str, step: int) -> list[str]:
         return self._inner.save(directory, step)

@@ -21,12 +21,10 @@ from jobs.config import RunConfig
 @contextmanager
 def ours(config: RunConfig) -> Iterator[Step]:
     """The real worker, hosts and coordinator, without Ray around them."""
-    from actors.clients import HostClient
-    from actors.coordinator import Coordinator
-    from jobs.assembly import Start, assemble_worker, compute_threads, training_plan
+    from jobs.assembly import Start, assemble_worker, build_coordinator, compute_threads
     from jobs.data import PreparedData
     from jobs.held_out import HeldOut
-    from jobs.hosts import connector, placement
+    from jobs.hosts import connector
 
     torch.set_num_threads(compute_threads(config))
     rows = _random_rows(config)
@@ -37,24 +35,20 @@ def ours(config: RunConfig) -> Iterator[Step]:
     begin = Start(run="bench")
     with ExitStack() as stack:
         output = stack.enter_context(tempfile.TemporaryDirectory(prefix="raymoe-bench-"))
-        coordinator = Coordinator(
-            training_plan(config),
-            holders=placement(config.model, config.cluster.expert_hosts),
-            n_layers=len(config.model.moe_layers),
-            n_experts=config.model.n_routed_experts,
-            n_hosts=config.cluster.expert_hosts,
-            control=HostClient,
-        )
+        coordinator = build_coordinator(config, begin, Path(output))
         stack.callback(coordinator.close)
         for index in range(config.cluster.expert_hosts):
             coordinator.register_host(stack.enter_context(host_process(_serve_host, config.to_dict(), index)))
+        steps = coordinator.steps
+        if config.cluster.expert_hosts:
+            coordinator.found()
         made = assemble_worker(
             config,
             data,
             rank=0,
             start=begin,
             output=Path(output),
-            coordinator=coordinator,
+            coordinator=steps,
             table=coordinator.table() if config.cluster.expert_hosts else None,
             connect=connector(config.cluster),
         )
@@ -62,7 +56,7 @@ def ours(config: RunConfig) -> Iterator[Step]:
 
         def step() -> float:
             began = time.perf_counter()
-            made.trunk.apply(coordinator.report(made.trunk.run(made.worker.inputs(coordinator.step))))
+            made.trunk.apply(steps.report(made.trunk.run(made.worker.inputs(steps.step))))
             return time.perf_counter() - began
 
         yield step
@@ -72,7 +66,7 @@ def _serve_host(values: dict[str, Any], index: int, pipe: Connection) -> None:
     from actors.serving import ExpertHostServer
     from jobs.assembly import Start, build_host
 
-    host = build_host(RunConfig.from_dict(values), Start(run="bench"), index)
+    host = build_host(RunConfig.from_dict(values), Start(run="bench"), f"host-{index}")
     until_closed(ExpertHostServer(host), pipe)
 
 
