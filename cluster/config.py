@@ -27,7 +27,7 @@ class AutoscalingSettings(BaseModel):
         cooldown: seconds after a change of the number of hosts in which it does not change again.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     min_hosts: int = Field(default=1, ge=1, le=(1 << 31) - 1)
     max_hosts: int = Field(default=4, ge=1, le=(1 << 31) - 1)
@@ -75,8 +75,8 @@ class ClusterConfig(BaseModel):
         replicas: least number of hosts that hold each expert, as far as there are that many hosts.
         redundant_experts: further replicas in each layer, which go to the experts with the highest load.
         dead_after: seconds without a sign of life after which a host counts as dead.
-        hedge_after: seconds that inference waits for one host before it turns to other replicas; null: it
-            waits for as long as the host lives.
+        hedge_after: seconds that inference waits for one host before it asks other replicas too; null never
+            does.
         rebalance_below: balancedness (mean over highest load of the hosts) below which serving places the
             experts anew; null never does.
         snapshot_interval: training steps between snapshots in the memory of other hosts; 0 takes none.

@@ -14,12 +14,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.exchange import exchange
+from cluster.exchange import exchange, level
 from cluster.shelves import Shelves
 from cluster.topology import Holders
 
 _KEEP = 1.1
 """A replica that is there may be this much less useful than one that is not."""
+_ROUNDS = 8
+"""Exchanges between all hosts at once, before those of the busiest one."""
+_UNEVEN = 1.02
+"""Groups with more load than this on one node or host, over the highest load that is wanted, are not kept."""
 
 
 def pack(
@@ -49,20 +53,26 @@ def pack(
     free = Shelves(loads, copies, node_of)
     free.fill()
     greedy = free.load.max(axis=1)
-    exchange(free, np.zeros(n_layers))
     if hold is not None:
         kept = Shelves(loads, copies, node_of, hold)
         kept.fill()
         exchange(kept, greedy)
         return _holders(kept)
-    best = free
+    level(free, _ROUNDS)
+    exchange(free, np.zeros(n_layers))
+    # Half of what the exchange gains may be given up for groups that stay together, never more.
+    enough = (greedy + free.load.max(axis=1)) / 2
     for domain in _domains(node_of, n_group):
-        local = Shelves(loads, copies, node_of)
-        local.fill(_homes(loads, domain, n_group), domain)
-        # Half of what the exchange gains is given up for groups that stay together, never more.
-        exchange(local, (greedy + free.load.max(axis=1)) / 2)
-        best = best.replaced_by(local, local.load.max(axis=1) <= (greedy + free.load.max(axis=1)) / 2)
-    return _holders(best)
+        homes, uneven = _homes(loads, domain, n_group)
+        layers = np.nonzero(uneven < _UNEVEN * enough)[0]
+        if not len(layers):
+            continue
+        local = Shelves(loads[layers], copies[layers], node_of)
+        local.fill(homes[layers], domain)
+        exchange(local, enough[layers])
+        good = local.load.max(axis=1) <= enough[layers]
+        free.hold[layers[good]] = local.hold[good]
+    return _holders(free)
 
 
 def count_replicas(
@@ -106,8 +116,14 @@ def _domains(node_of: NDArray[np.int64], n_group: int) -> list[NDArray[np.int64]
     return found
 
 
-def _homes(loads: NDArray[np.float64], domain: NDArray[np.int64], n_group: int) -> NDArray[np.int64]:
-    """`[L, E]` domain of each expert: whole groups, the heaviest first, to the lightest for its size."""
+def _homes(
+    loads: NDArray[np.float64], domain: NDArray[np.int64], n_group: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Whole groups to domains, the heaviest first to the one with the least load for its size.
+
+    Returns:
+        `[L, E]` domain of each expert; `[L]` the highest load of a domain for each of its hosts.
+    """
     n_layers, n_experts = loads.shape
     hosts = np.bincount(domain)
     heavy = loads.reshape(n_layers, n_group, -1).sum(axis=2)
@@ -120,13 +136,13 @@ def _homes(loads: NDArray[np.float64], domain: NDArray[np.int64], n_group: int) 
         home[layers, group] = to
         load[layers, to] += heavy[layers, group]
         count[layers, to] += 1
-    return np.repeat(home, n_experts // n_group, axis=1)
+    return np.repeat(home, n_experts // n_group, axis=1), (load / hosts).max(axis=1)
 
 
 def _holders(shelves: Shelves) -> Holders:
     """Holders in the order of replicas: primaries are balanced, as training uses them alone."""
     hold = shelves.hold[:, : shelves.n_experts]
-    n_layers, n_experts, n_hosts = hold.shape
+    n_layers, n_experts = hold.shape[:2]
     layers = np.arange(n_layers)
     primary = hold.argmax(axis=2)
     single = shelves.copies[:, :n_experts] == 1

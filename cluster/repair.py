@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.topology import Holders
@@ -47,14 +47,21 @@ def repair(
         if held is None and replicas == 1:
             rows.append(now)
             continue
-        # Layers that look alike and whose turn is the same come out alike.
-        key = (now, row, layer % len(nodes))
+        # Layers that look alike come out alike, and are worked out once.
+        turn = layer % len(nodes) if _uneven(row, len(nodes)) else 0
+        key = (now, row, turn)
         if key not in known:
-            known[key] = _Layer(now, row, n_group, nodes, replicas, layer % len(nodes)).result(
-                held is not None
-            )
+            known[key] = _Layer(now, row, n_group, nodes, replicas, turn).result(held is not None)
         rows.append(known[key])
     return tuple(rows)
+
+
+def _uneven(row: Sequence[Sequence[int]], n_hosts: int) -> bool:
+    """Whether some hosts hold more than others, so that it should be others in other layers."""
+    counts = [0] * n_hosts
+    for (host,) in row:
+        counts[host] += 1
+    return len(set(counts)) > 1
 
 
 class _Layer:
@@ -79,9 +86,12 @@ class _Layer:
             parts.setdefault(at, _Part(at[0], [], list(hosts))).experts.append(expert)
         self.parts = list(parts.values())
         self.count = [0] * len(nodes)
+        self.of_group = [[0] * len(nodes) for _ in range(n_group)]
+        self.both = [[0] * len(nodes) for _ in nodes]  # experts that two hosts hold both
         for part in self.parts:
-            for host in part.hosts:
-                self.count[host] += len(part.experts)
+            hosts, part.hosts = part.hosts, []
+            for host in hosts:
+                self._give(part, host)
         # The placement from nothing, shifted by one host for every replica: its counts are the bounds.
         shares = [0] * len(nodes)
         for (host,) in home:
@@ -105,9 +115,7 @@ class _Layer:
     def _drop(self) -> None:
         """Take away holders beyond `replicas`, and one of those that share the only node."""
         for part in self.parts:
-            while len(part.hosts) > self.replicas or (
-                len(part.hosts) == self.replicas and self._exposed(part.hosts)
-            ):
+            while len(part.hosts) > self.replicas - self._exposed(part.hosts):
                 may_go = [host for host in part.hosts if self._safe_without(part, host)] or part.hosts
                 self._remove(part, max(may_go, key=lambda host: (self.count[host], self._rank(host))))
 
@@ -127,7 +135,7 @@ class _Layer:
                     room[host] < need,  # noqa: B023
                     self.count[host],
                     self._shared(part, host),  # noqa: B023
-                    -self._of_group(part.group, host),  # noqa: B023
+                    -self.of_group[part.group][host],  # noqa: B023
                     self._rank(host),
                 )
 
@@ -135,31 +143,26 @@ class _Layer:
             if room[host] < need and max(room.values()) > 0:
                 host = max(allowed, key=lambda host: (room[host], -self._rank(host)))
                 queue.insert(0, self._split(part, room[host]))
-            part.hosts.append(host)
-            self.count[host] += len(part.experts)
+            self._give(part, host)
             queue.insert(0, part)
 
     def _even_out(self) -> None:
         """Move parts from hosts with too many experts, and to hosts with too few."""
-        while True:
-            for donor, taker, amount in self._transfers():
-                if self._transfer(donor, taker, amount):
-                    break
-            else:
+        while max(self.count) > self.most or min(self.count) < self.least:
+            if not any(self._transfer(*transfer) for transfer in self._transfers()):
                 return
 
-    def _transfers(self) -> list[tuple[int, int, int]]:
+    def _transfers(self) -> Iterator[tuple[int, int, int]]:
         """Who could give how many experts to whom, the most pressing first."""
-        found = []
-        for donor in self.hosts:
-            for taker in self.hosts:
-                surplus, lack = self.count[donor] - self.most, self.least - self.count[taker]
-                wanted = max(surplus, lack)
-                possible = min(self.count[donor] - self.least, self.most - self.count[taker])
+        count = list(self.count)
+        donors = sorted(self.hosts, key=lambda host: (-count[host], self._rank(host)))
+        takers = sorted(self.hosts, key=lambda host: (count[host], self._rank(host)))
+        for donor in donors:
+            for taker in takers:
+                wanted = max(count[donor] - self.most, self.least - count[taker])
+                possible = min(count[donor] - self.least, self.most - count[taker])
                 if min(wanted, possible) > 0:
-                    pressing = (-self.count[donor], self.count[taker], self._rank(donor), self._rank(taker))
-                    found.append((pressing, (donor, taker, min(wanted, possible))))
-        return [transfer for _, transfer in sorted(found)]
+                    yield donor, taker, min(wanted, possible)
 
     def _transfer(self, donor: int, taker: int, amount: int) -> bool:
         """Move at most `amount` experts, as one part."""
@@ -177,19 +180,18 @@ class _Layer:
             fits or may_go,
             key=lambda part: (
                 len(part.experts) if fits else 0,
-                self._of_group(part.group, taker),
+                self.of_group[part.group][taker],
                 -part.experts[0],
             ),
         )
         if len(part.experts) > amount:
             self._split(part, amount)
-        part.hosts[part.hosts.index(donor)] = taker
-        self.count[donor] -= len(part.experts)
-        self.count[taker] += len(part.experts)
+        self._remove(part, donor)
+        self._give(part, taker)
         return True
 
     def _choose_primaries(self) -> None:
-        """Order each part's holders so that hosts are primaries of equally many experts, as far as they can."""
+        """Order holders so that hosts are primaries of equally many experts, as far as they can be."""
         primaries = [0] * len(self.nodes)
         for part in sorted(self.parts, key=lambda part: (len(part.hosts), -len(part.experts), part.experts)):
             part.hosts.sort(key=lambda host: (primaries[host], self._rank(host)))
@@ -202,27 +204,37 @@ class _Layer:
                 part.hosts.insert(0, host)
 
     def _relief(self, primaries: Sequence[int]) -> list[tuple[_Part, int]]:
-        """Parts and their new primaries that take experts from a host with many to one with fewer."""
-        for start in sorted(self.hosts, key=lambda host: -primaries[host]):
-            came: dict[int, tuple[_Part, int] | None] = {start: None}
-            queue = [start]
+        """Parts of one size and their new primaries, which take load from a busiest host to one with less."""
+        led: list[list[_Part]] = [[] for _ in self.nodes]
+        for part in self.parts:
+            if len(part.hosts) > 1:
+                led[part.hosts[0]].append(part)
+        most = max(primaries)
+        sizes = sorted({len(part.experts) for part in self.parts if len(part.hosts) > 1}, reverse=True)
+        for size in sizes:
+            if most - min(primaries) <= size:
+                continue
+            came: dict[int, tuple[_Part, int] | None] = {h: None for h in self.hosts if primaries[h] == most}
+            queue = list(came)
             for here in queue:
-                for part in self.parts:
-                    if part.hosts[0] != here:
-                        continue
+                for part in led[here]:
                     for there in part.hosts[1:]:
-                        if there in came:
+                        if there in came or len(part.experts) != size:
                             continue
                         came[there] = (part, here)
                         queue.append(there)
-                        if primaries[start] - primaries[there] > len(part.experts):
-                            path, at = [], there
-                            while (step := came[at]) is not None:
-                                path.append((step[0], at))
-                                at = step[1]
-                            if len({len(part.experts) for part, _ in path}) == 1:
-                                return path
+                        if most - primaries[there] > size:
+                            return self._path(came, there)
         return []
+
+    @staticmethod
+    def _path(came: Mapping[int, tuple[_Part, int] | None], there: int) -> list[tuple[_Part, int]]:
+        """The steps that led to a host, the last one first."""
+        path: list[tuple[_Part, int]] = []
+        while (step := came[there]) is not None:
+            path.append((step[0], there))
+            there = step[1]
+        return path
 
     def _rank(self, host: int) -> int:
         """Ties go to other hosts in other layers."""
@@ -242,19 +254,23 @@ class _Layer:
     def _shared(self, part: _Part, host: int) -> tuple[int, int]:
         """How much a host shares with the part's holders: replicas on its node, experts held by both."""
         near = sum(self.nodes[other] == self.nodes[host] for other in part.hosts)
-        both = sum(
-            len(other.experts)
-            for other in self.parts
-            if host in other.hosts and not set(other.hosts).isdisjoint(part.hosts)
-        )
-        return near, both
+        return near, sum(self.both[host][other] for other in part.hosts)
 
-    def _of_group(self, group: int, host: int) -> int:
-        return sum(len(part.experts) for part in self.parts if part.group == group and host in part.hosts)
+    def _give(self, part: _Part, host: int) -> None:
+        part.hosts.append(host)
+        self._record(part, host, len(part.experts))
 
     def _remove(self, part: _Part, host: int) -> None:
+        self._record(part, host, -len(part.experts))
         part.hosts.remove(host)
-        self.count[host] -= len(part.experts)
+
+    def _record(self, part: _Part, host: int, experts: int) -> None:
+        self.count[host] += experts
+        self.of_group[part.group][host] += experts
+        for other in part.hosts:
+            if other != host:
+                self.both[host][other] += experts
+                self.both[other][host] += experts
 
     def _split(self, part: _Part, keep: int) -> _Part:
         """Cut a part after `keep` experts; the rest."""

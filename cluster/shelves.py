@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Self
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,78 +49,89 @@ class Shelves:
         if held is not None:
             self._keep(held)
 
-    def replaced_by(self, other: Shelves, where: NDArray[np.bool_]) -> Self:
-        """The layers of `other` for which `where` (`[L]`) holds, and of this one elsewhere."""
-        found = copy.copy(self)
-        for name in ("hold", "load"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(found, name, np.where(where.reshape(-1, *[1] * (mine.ndim - 1)), theirs, mine))
-        return found
-
     def fill(self, homes: NDArray[np.int64] | None = None, domain: NDArray[np.int64] | None = None) -> None:
         """Put what is missing on the hosts with the least load, the heaviest first.
 
         Args:
-            homes: `[L, E]` domain that the first replica should stay in; the next one prefers the next domain.
+            homes: `[L, E]` domain that the first replica should stay in; the next prefers the next domain.
             domain: `[H]` of each host.
         """
         lacking = self.copies[:, : self.n_experts] - self.hold[:, : self.n_experts].sum(axis=2)
         several = self.copies[:, : self.n_experts] > 1
+        order = np.argsort(-self.weight[:, : self.n_experts], axis=1, kind="stable")
+        lacking, several = np.take_along_axis(lacking, order, 1), np.take_along_axis(several, order, 1)
         # Replicas that must not meet go first, while there is room everywhere.
-        key = np.where(lacking > 0, np.where(several, -2e9, -1e9), 0.0)
-        scale = self.weight.max(axis=1, keepdims=True)
-        rank = self.weight[:, : self.n_experts] / np.where(scale > 0, scale, 1.0)
-        order = np.argsort(key - rank, axis=1, kind="stable")
-        sequence, n_several = self._sequence(order, lacking, several)
-        for step, expert in enumerate(sequence.T):
-            wanted = None
-            if homes is not None and domain is not None:
-                real = np.minimum(expert, self.n_experts - 1)
-                turn = homes[self.layers, real] + self.near[self.layers, expert].sum(axis=1)
-                wanted = domain == (turn % (int(domain.max()) + 1))[:, None]
-            self._place(expert, wanted, several=step < n_several)
+        for expert in self._steps(order, lacking * several):
+            self._place_replica(expert, self._near_home(expert, homes, domain))
+        self._place_singles(self._steps(order, lacking * ~several), homes, domain)
         for layer, host in zip(*np.nonzero(self.vacant), strict=True):
             self.at[layer, host, -1] = self.n_experts
             self.hold[layer, self.n_experts, host] = True
 
-    def _sequence(
-        self, order: NDArray[np.int64], lacking: NDArray[np.int64], several: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], int]:
-        """`[L, steps]` experts to place, E + 1 where a layer has nothing to do; steps of experts with replicas."""
-        many, few = [], []
-        for layer, experts in enumerate(order):
-            times = np.maximum(lacking[layer, experts], 0)
-            listed = np.repeat(experts, times)
-            alone = ~several[layer, listed]
-            many.append(listed[~alone])
-            few.append(listed[alone])
-        width, rest = max(map(len, many)), max(map(len, few))
-        sequence = np.full((len(order), width + rest), self.n_experts + 1, dtype=np.int64)
-        for layer, (first, second) in enumerate(zip(many, few, strict=True)):
-            sequence[layer, : len(first)] = first
-            sequence[layer, width : width + len(second)] = second
-        return sequence, width
+    def _steps(self, order: NDArray[np.int64], times: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`[steps, L]` experts to place, each so many times; E + 1 where a layer has nothing to do."""
+        total = times.sum(axis=1)
+        steps = np.full((len(order), int(total.max())), self.n_experts + 1, dtype=np.int64)
+        steps[np.arange(steps.shape[1]) < total[:, None]] = np.repeat(order.ravel(), times.ravel())
+        return np.ascontiguousarray(steps.T)
 
-    def _place(self, expert: NDArray[np.int64], wanted: NDArray[np.bool_] | None, *, several: bool) -> None:
-        """One replica in every layer (`expert`: `[L]`)."""
-        key = self.load.copy()
-        if wanted is not None:
-            key[~wanted] += 1e100
+    def _near_home(
+        self, expert: NDArray[np.int64], homes: NDArray[np.int64] | None, domain: NDArray[np.int64] | None
+    ) -> NDArray[np.float64] | float:
+        """`[L, H]` what it costs to leave the domain that an expert's next replica should be in."""
+        if homes is None or domain is None:
+            return 0.0
+        real = np.minimum(expert, self.n_experts - 1)
+        turn = homes[self.layers, real] + self.near[self.layers, real].sum(axis=1)
+        return np.where(domain == (turn % (int(domain.max()) + 1))[:, None], 0.0, 1e100)
+
+    def _place_replica(self, expert: NDArray[np.int64], away: NDArray[np.float64] | float) -> None:
+        """One of several replicas of an expert in every layer (`expert`: `[L]`)."""
+        key = self.load + away
         key[self.count >= self.room] = np.inf
-        if several:
-            key[self.hold[self.layers, expert]] = np.inf
+        key[self.hold[self.layers, expert]] = np.inf
+        if len(self.nodes) > 1:
             near = self.near[self.layers, expert]
-            alone = (near > 0) & (near == near.sum(axis=1, keepdims=True)) & (len(self.nodes) > 1)
+            alone = (near > 0) & (near == near.sum(axis=1, keepdims=True))
             key[alone[:, self.node_of]] = np.inf
         to = key.argmin(axis=1)
-        real = expert <= self.n_experts - 1
+        real = expert < self.n_experts
         stuck = real & np.isinf(key[self.layers, to])
         for layer in np.nonzero(stuck)[0].tolist():
             self._squeeze(layer, int(expert[layer]))
         todo = np.nonzero(real & ~stuck)[0]
         self._put(todo, expert[todo], to[todo])
 
+    def _place_singles(
+        self,
+        steps: NDArray[np.int64],
+        homes: NDArray[np.int64] | None,
+        domain: NDArray[np.int64] | None,
+    ) -> None:
+        """Experts with one replica (`steps`: `[steps, L]`): any host with room will do."""
+        n_hosts = self.load.shape[1]
+        full = np.where(self.count >= self.room, np.inf, 0.0)
+        first_slot = (np.arange(self.load.size) * self.at.shape[2]).reshape(self.load.shape)
+        load, count, room, slots = (array.reshape(-1) for array in (self.load, self.count, self.room, self.at))
+        starts = self.layers * n_hosts
+        for expert in steps:
+            to = (self.load + full + self._near_home(expert, homes, domain)).argmin(axis=1) + starts
+            if (real := expert < self.n_experts).all():
+                put = expert
+            else:
+                put, to = expert[real], to[real]
+            slots[first_slot.reshape(-1)[to] + count[to]] = put
+            count[to] += 1
+            load[to] += self.weight[self.layers if len(to) == len(starts) else np.nonzero(real)[0], put]
+            full.reshape(-1)[to[count[to] >= room[to]]] = np.inf
+        # Who holds what follows from the slots.
+        layer, host, slot = np.nonzero(self.at < self.n_experts)
+        expert = self.at[layer, host, slot]
+        self.hold[layer, expert, host] = True
+        self.near[:, : self.n_experts] = self.hold[:, : self.n_experts] @ self.nodes.T.astype(np.int64)
+
     def _put(self, layer: NDArray[np.int64], expert: NDArray[np.int64], host: NDArray[np.int64]) -> None:
+        """Put replicas into free slots: one in each of some layers."""
         self.at[layer, host, self.count[layer, host]] = expert
         self.count[layer, host] += 1
         self.hold[layer, expert, host] = True
