@@ -92,8 +92,7 @@ class Router:
         """Route with another table from the next call on; between steps only."""
         placement = Placement(table, self.config)
         with self._lock:
-            before = self._take(table, placement)
-        self._cut(before, table)
+            self._take(table, placement)
 
     def install(self, table: RoutingTable) -> bool:
         """Route with a newer table of the same weights; whether it is one. Any thread, at any time."""
@@ -102,9 +101,8 @@ class Router:
             newer = (table.serial, table.epoch) > (held.serial, held.epoch)
             if not newer or table.weights != held.weights:
                 return False
-            before = self._take(table, Placement(table, self.config))
-        self._cut(before, table)
-        return True
+            self._take(table, Placement(table, self.config))
+            return True
 
     def route(self) -> Placement:
         """The placement for a new call of inference."""
@@ -191,16 +189,14 @@ class Router:
         for lane in self._lanes:
             lane.close()
 
-    def _take(self, table: RoutingTable, placement: Placement) -> RoutingTable:
-        """Under the lock: put a table in the place of another, which comes back."""
-        before, self._table = self._table, table
+    def _take(self, table: RoutingTable, placement: Placement) -> None:
+        """Under the lock: use a table, and end what waits for hosts that are only in the one before."""
+        there = {host.id for host in table.hosts}
+        gone = {host.id for host in self._table.hosts} - there
+        self._table = table
         self._whole = self._placement = placement
-        return before
-
-    def _cut(self, before: RoutingTable, now: RoutingTable) -> None:
-        gone = {host.id for host in before.hosts} - {host.id for host in now.hosts}
         for lane in self._lanes:
-            lane.cut(gone, {host.id for host in now.hosts})
+            lane.cut(gone, there)
 
 
 __all__ = ["Connect", "Placement", "Router", "Tables"]

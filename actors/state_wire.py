@@ -36,7 +36,7 @@ def assembly_to(order: Assembly) -> expert_pb2.AssembleRequest:
             expert_pb2.Origin(host=host_to(origin.host), experts=experts_to(origin.experts))
             for origin in order.origins
         ],
-        directory=order.directory or "",
+        directory=order.directory,
         moments=order.moments,
     )
 
@@ -52,7 +52,7 @@ def assembly_from(message: expert_pb2.AssembleRequest) -> Assembly:
             Origin(host=host_from(origin.host), experts=experts_from(origin.experts))
             for origin in message.origins
         ),
-        directory=message.directory or None,
+        directory=message.directory if message.HasField("directory") else None,
         moments=message.moments,
     )
 

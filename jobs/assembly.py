@@ -36,6 +36,7 @@ from model.sources import gate_biases
 from model.transformer import Transformer
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_PATIENCE = 5.0  # seconds in which an evaluation's call finds a host again whose connection was dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +294,7 @@ def assemble_worker(
         connect=connect,
         lanes=training.microbatches_in_flight,
         timeout=config.cluster.call_timeout,
+        patience=min(_PATIENCE, config.cluster.call_timeout),
     )
     trunk = TrunkWorker(
         rank=rank,

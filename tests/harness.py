@@ -140,8 +140,9 @@ def train(
     channel: str = "local",
     stop_after: int | None = None,
     on_step: Callable[[int, Sequence[ExpertHost]], None] | None = None,
+    wrap: Callable[[Channel], Channel] = lambda channel: channel,
 ) -> Outcome:
-    """Run a training job to its end; raises what a worker raised."""
+    """Run a training job to its end; raises what a worker raised. `wrap` comes between lanes and channels."""
     start = start or Start(run="test")
     workers, n_hosts = config.training.workers, config.cluster.expert_hosts
     by_id: dict[str, ExpertHost] = {}
@@ -164,7 +165,7 @@ def train(
         errors: list[BaseException] = []
 
         def open_channel(info: HostInfo) -> Channel:
-            return connect(info.addresses[channel])
+            return wrap(connect(info.addresses[channel]))
 
         def work(rank: int) -> None:
             try:

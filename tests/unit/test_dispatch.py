@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.dispatch import plan_dispatch
+from channels.mailbox import MAX_ROWS, Mailbox, size_of
+from model.dispatch import _sorted, plan_dispatch
 from model.experts import ExpertShard, experts_forward
 
 Case = tuple[list[list[int]], list[int], int]
+Replicated = tuple[Tensor, Tensor, Tensor, int, int]
 
 
 @st.composite
@@ -93,6 +96,68 @@ def test_hosts_together_compute_what_one_computes(case: Case) -> None:
             a, up = w13[e, :width] @ rows[token], w13[e, width:] @ rows[token]
             expected[token] += gates[token, k] * (w2[e] @ (torch.nn.functional.silu(a) * up))
     torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-11)
+
+
+@st.composite
+def replicated(draw: st.DrawFn) -> Replicated:
+    """idx, gates, host_of [R, E], n_hosts, shift."""
+    n_experts = draw(st.integers(1, 10))
+    top_k = draw(st.integers(1, min(4, n_experts)))
+    n_hosts, ways = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    row = st.lists(st.integers(0, n_hosts - 1), min_size=n_experts, max_size=n_experts)
+    host_of = draw(st.lists(row, min_size=ways, max_size=ways))
+    order = st.permutations(range(n_experts)).map(lambda p: list(p[:top_k]))
+    idx = torch.tensor(draw(st.lists(order, min_size=1, max_size=16)))
+    gates = torch.arange(1, idx.numel() + 1, dtype=torch.float64).view(idx.shape) / 7
+    return idx, gates, torch.tensor(host_of), n_hosts, draw(st.integers(0, 30000))
+
+
+@settings(max_examples=150, deadline=None)
+@given(replicated())
+def test_every_pair_goes_once_to_the_holder_whose_turn_it_is(case: Replicated) -> None:
+    idx, gates, host_of, n_hosts, shift = case
+    top_k = idx.shape[1]
+    slices = plan_dispatch(idx, gates, host_of, n_hosts, shift)
+    seen: list[int] = []
+    for host, part in enumerate(slices):
+        if part is not None:
+            seen += part.pair.tolist()
+            for pair, expert in zip(part.pair.tolist(), part.expert.tolist(), strict=True):
+                assert expert == int(idx.view(-1)[pair])
+                assert host == int(host_of[(pair // top_k + shift) % len(host_of), expert])
+    assert sorted(seen) == list(range(idx.numel()))
+    # Other devices' way, and mail, choose the same.
+    way = (torch.arange(len(idx)) + shift) % len(host_of)
+    by_sorting = _sorted(idx.view(-1), gates.view(-1), host_of[way[:, None], idx].view(-1), len(idx), n_hosts)
+    for one, other in zip(slices, by_sorting, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            for name in ("row", "row_ptr", "expert", "pair", "gate"):
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for host, part in enumerate(slices):
+        memory = np.zeros(size_of(2, MAX_ROWS * top_k, np.dtype(np.float64)), np.uint8)
+        box = Mailbox(
+            memory, 2, MAX_ROWS * top_k, np.dtype(np.float64), knock=lambda: None, alive=lambda: None
+        )
+        rows = torch.arange(2.0 * len(idx), dtype=torch.float64).view(-1, 2)
+        arrays = (rows.numpy(), idx.numpy(), gates.numpy())
+        sent = box.post(*arrays, host_of.numpy(), host, (0, 0, 0), shift)
+        assert sent == (0 if part is None else part.row.numel())
+        if part is not None:
+            assert box._box.rows[:sent].tolist() == rows[part.row].tolist()
+            assert box._box.row_ptr[: sent + 1].tolist() == part.row_ptr.tolist()
+            assert box._box.expert[: part.expert.numel()].tolist() == part.expert.tolist()
+            assert box._box.gate[: part.expert.numel()].tolist() == part.gate.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 5000), st.integers(1, 40))
+def test_replicas_share_the_load_evenly(ways: int, shift: int, n: int) -> None:
+    idx = torch.zeros(n, 1, dtype=torch.int64)  # all tokens want one expert
+    slices = plan_dispatch(idx, torch.ones(n, 1), torch.arange(ways)[:, None], ways, shift)
+    rows = [0 if part is None else part.row.numel() for part in slices]
+    assert sum(rows) == n
+    assert max(rows) - min(rows) <= 1
 
 
 def test_gates_carry_no_gradient() -> None:

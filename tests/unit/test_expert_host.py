@@ -75,6 +75,36 @@ def test_a_repeated_forward_replaces_and_keeps_one(host: ExpertHost) -> None:
     assert host.stats().kept_bytes > 0
 
 
+@pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.BACKWARD])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_late_repeat_acknowledges_nothing(host: ExpertHost, phase: Phase, layer: int) -> None:
+    """Requests on a connection that a router has given up may come after later ones on another."""
+    for at in LAYERS:
+        host.handle(forward(layer=at))
+    host.handle(backward(layer=LAYERS[1]))
+    first = host.handle(backward(layer=LAYERS[0]))
+    once = gradients(host)
+    if phase is Phase.FORWARD:
+        host.handle(forward(layer=layer))
+    elif layer == LAYERS[1]:
+        with pytest.raises(ProtocolError, match="was applied and its reply acknowledged"):
+            host.handle(backward(layer=layer))
+    again = host.handle(backward(layer=LAYERS[0]))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(once, gradients(host), strict=True))
+    assert host.stats().kept == 0
+
+
+def test_a_late_forward_of_a_layer_still_to_come_acknowledges_nothing(host: ExpertHost) -> None:
+    for at in LAYERS:
+        host.handle(forward(layer=at))
+    first = host.handle(backward(layer=LAYERS[1]))
+    host.handle(forward(layer=LAYERS[0]))
+    again = host.handle(backward(layer=LAYERS[1]))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert host.stats().kept == 1
+
+
 def test_lanes_do_not_acknowledge_each_other(host: ExpertHost) -> None:
     host.handle(forward())
     first = host.handle(backward())

@@ -84,9 +84,20 @@ class TinyCluster:
     """Hosts behind local channels, and a router to them."""
 
     def __init__(
-        self, n_hosts: int, *, lanes: int = 1, train: bool = True, epoch: int = 0, step: int = 0
+        self,
+        n_hosts: int,
+        *,
+        lanes: int = 1,
+        train: bool = True,
+        epoch: int = 0,
+        step: int = 0,
+        replicas: int = 1,
     ) -> None:
-        self.holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
+        single = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
+        self.holders = tuple(
+            tuple(tuple((hosts[0] + rank) % n_hosts for rank in range(replicas)) for hosts in row)
+            for row in single
+        )
         self.hosts = [
             ExpertHost(
                 f"host-{index}",
