@@ -171,10 +171,11 @@ class HostState:
         Raises:
             ProtocolError: the host does not hold one of them.
         """
-        before = self._versions.current
-        self._versions.retain(*epochs)
-        if self._trains and self._versions.current is not before:
-            self._memory.rewind(self.step)
+        with self._committing:  # no copy of another version is made any more when this returns
+            before = self._versions.current
+            self._versions.retain(*epochs)
+            if self._trains and self._versions.current is not before:
+                self._memory.rewind(self.step)
 
     def fetch(self, pull: Pull) -> Iterator[bytes]:
         """The state of experts as frames (see `actors.state_stream`), all of one step.
@@ -215,6 +216,8 @@ class HostState:
             if self._memory.own(step, version.epoch) is not None:
                 return
             with self._committing:
+                if version is not self._versions.current:
+                    raise ProtocolError(f"expert host {self.id} has gone on to epoch {self.epoch}; ask again")
                 self._versions.check(version, step)
                 copy = self._memory.take(step, version.epoch, version.layers)
         self._pusher.push(copy, buddies)
@@ -298,7 +301,7 @@ class HostState:
         if order.base is None:
             memory, at = self._memory, order.step
             return lambda layer, expert: None if at is None else memory.find(at, layer, expert)
-        if base is None:
+        if base is None or not base.layers:  # a host that joined empty is at no step that matters
             return lambda layer, expert: None
         version, step = base, order.step
         if self._trains:

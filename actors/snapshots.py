@@ -16,7 +16,7 @@ from torch import Tensor
 from actors.layers import LayerCopy, Layers, Parts
 from actors.moves import EXPERTS, Blob, Stored
 from actors.state_stream import Inflow, frames, head, read_head
-from actors.state_wire import blob_from, blob_to, empty_tensors, experts_from, stored_to
+from actors.state_wire import blob_from, blob_to, empty_tensors, experts_from, stored_to, tensor_shapes
 from errors import ProtocolError
 from model.config import ModelConfig
 from protos import expert_pb2
@@ -107,10 +107,18 @@ class Memory:
         """Copy the host's own state, which must not change meanwhile.
 
         Raises:
-            ProtocolError: it is being copied already, or two newer ones are kept.
+            ProtocolError: it is being copied already.
         """
-        experts = {index: layer.experts for index, layer in layers.items()}
-        copy = self._begin(EXPERTS, self._host, step, epoch, experts, lambda: {})
+        with self._lock:
+            before = [copy.step for copy in self._mine()]
+        said = Stored(
+            kind=EXPERTS,
+            of=self._host,
+            step=step,
+            epoch=epoch,
+            experts={index: layer.experts for index, layer in layers.items()},
+        )
+        copy = self._begin(stored_to(said))
         try:
             for index, layer in layers.items():
                 copy.layers[index].take(layer)
@@ -118,10 +126,10 @@ class Memory:
             self._drop(copy)
             raise
         self._finish(copy)
-        with self._lock:
-            steps = [one.step for one in self._mine()]
-            if len(steps) == KEPT_STEPS:  # what is older than all of the host's own can be of no use
-                self._remove(lambda one: one.complete and one.step < min(steps))
+        if len(before) == KEPT_STEPS:
+            # What is older than what has gone now belongs to somebody who sends no more, and is of no use.
+            with self._lock:
+                self._remove(lambda one: one.complete and one.step < min(before))
         return copy
 
     def store(self, stream: Iterator[bytes]) -> None:
@@ -140,8 +148,7 @@ class Memory:
                 return
             if sum(copy.step > said.step for copy in same) >= KEPT_STEPS:
                 return
-        copy = self._begin(said.kind, said.of, said.step, said.epoch, experts, lambda: empty_tensors(said))
-        copy.note = said.note
+        copy = self._begin(said)
         try:
             Inflow(copy.memory()).read(_checked(stream, copy))
         except BaseException:
@@ -207,44 +214,38 @@ class Memory:
         with self._lock:
             self._remove(lambda copy: copy.step > step)
 
-    def _begin(
-        self,
-        kind: str,
-        of: str,
-        step: int,
-        epoch: int,
-        experts: dict[int, tuple[int, ...]],
-        allocate: Callable[[], dict[str, Tensor]],
-    ) -> Copy:
-        """An entry to be filled, in the memory of an older one that goes."""
-        experts = {layer: ids for layer, ids in experts.items() if ids}
+    def _begin(self, said: expert_pb2.StoredState) -> Copy:
+        """An entry to be filled, in the memory of an older one that goes.
+
+        Raises:
+            ProtocolError: one of the same owner is being filled, or its tensors cannot be.
+        """
+        experts = {layer: ids for layer, ids in experts_from(said.experts).items() if ids}
         with self._lock:
-            layers = self._make_room(kind, of, step, experts)
+            layers, tensors = self._make_room(said, experts)
             if layers is None:
                 layers = {layer: LayerCopy(ids, self._config, self._dtype) for layer, ids in experts.items()}
-            entry = Copy(kind, of, step, epoch, layers, allocate())
-            self._copies.append(entry)
-            return entry
+            if tensors is None:
+                tensors = empty_tensors(said)
+            copy = Copy(said.kind, said.of, said.step, said.epoch, layers, tensors, said.note)
+            self._copies.append(copy)
+            return copy
 
     def _make_room(
-        self, kind: str, of: str, step: int, experts: dict[int, tuple[int, ...]]
-    ) -> dict[int, LayerCopy] | None:
-        """Drop an owner's entries but the newest of another step; memory of one with these experts."""
-        same = [copy for copy in self._copies if (copy.kind, copy.of) == (kind, of)]
+        self, said: expert_pb2.StoredState, experts: dict[int, tuple[int, ...]]
+    ) -> tuple[dict[int, LayerCopy] | None, dict[str, Tensor] | None]:
+        """Drop an owner's entries but the newest of another step; the memory of one that was shaped alike."""
+        same = [copy for copy in self._copies if (copy.kind, copy.of) == (said.kind, said.of)]
         if any(not copy.complete for copy in same):
-            raise ProtocolError(f"expert host {self._host} is storing {kind} of {of} already")
-        others = sorted((copy for copy in same if copy.step != step), key=lambda copy: copy.step)
+            raise ProtocolError(f"expert host {self._host} is storing {said.kind} of {said.of} already")
+        others = sorted((copy for copy in same if copy.step != said.step), key=lambda copy: copy.step)
         kept = others[-(KEPT_STEPS - 1) :]
         dropped = [copy for copy in same if copy not in kept]
         self._remove(lambda copy: copy in dropped)
-        return next(
-            (
-                copy.layers
-                for copy in dropped
-                if {layer: one.experts for layer, one in copy.layers.items()} == experts
-            ),
-            None,
-        )
+        for copy in dropped:
+            if copy.stored().experts == experts and tensor_shapes(copy.tensors) == list(said.tensors):
+                return copy.layers, copy.tensors
+        return None, None
 
     def _finish(self, copy: Copy) -> None:
         with self._lock:

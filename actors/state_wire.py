@@ -114,12 +114,17 @@ def blob_to(blob: Blob) -> expert_pb2.StoredState:
         of=blob.name,
         step=blob.step,
         epoch=-1,
-        tensors=[
-            expert_pb2.StoredTensor(name=name, dtype=DTYPES[tensor.dtype], shape=tensor.shape)
-            for name, tensor in blob.tensors.items()
-        ],
+        tensors=tensor_shapes(blob.tensors),
         note=blob.note,
     )
+
+
+def tensor_shapes(tensors: Mapping[str, Tensor]) -> list[expert_pb2.StoredTensor]:
+    """Names, types and shapes of tensors that the wire knows."""
+    return [
+        expert_pb2.StoredTensor(name=name, dtype=DTYPES[tensor.dtype], shape=tensor.shape)
+        for name, tensor in tensors.items()
+    ]
 
 
 def blob_from(message: expert_pb2.StoredState, tensors: Mapping[str, Tensor]) -> Blob:
@@ -157,4 +162,5 @@ __all__ = [
     "pull_to",
     "stored_from",
     "stored_to",
+    "tensor_shapes",
 ]
