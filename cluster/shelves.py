@@ -112,7 +112,9 @@ class Shelves:
         n_hosts = self.load.shape[1]
         full = np.where(self.count >= self.room, np.inf, 0.0)
         first_slot = (np.arange(self.load.size) * self.at.shape[2]).reshape(self.load.shape)
-        load, count, room, slots = (array.reshape(-1) for array in (self.load, self.count, self.room, self.at))
+        load, count, room, slots = (
+            array.reshape(-1) for array in (self.load, self.count, self.room, self.at)
+        )
         starts = self.layers * n_hosts
         for expert in steps:
             to = (self.load + full + self._near_home(expert, homes, domain)).argmin(axis=1) + starts

@@ -26,7 +26,7 @@ from protos import coordinator_pb2 as protos_dot_coordinator__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\traymoe.v1\x1a\x18protos/coordinator.proto\x1a\x13protos/tensor.proto\"\x89\x01\n\tRequestId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nmicrobatch\x18\x04 \x01(\x03\x12\r\n\x05layer\x18\x05 \x01(\x03\x12\x1f\n\x05phase\x18\x06 \x01(\x0e\x32\x10.raymoe.v1.Phase\x12\x0e\n\x06router\x18\x07 \x01(\t\"U\n\x06Status\x12\x1d\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x0f.raymoe.v1.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04type\x18\x04 \x01(\t\"\x85\x01\n\x06Header\x12 \n\x02id\x18\x01 \x01(\x0b\x32\x14.raymoe.v1.RequestId\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12\x0e\n\x06layout\x18\x03 \x03(\x04\x12&\n\x06stored\x18\x04 \x01(\x0b\x32\x16.raymoe.v1.StoredState\"L\n\x05\x46rame\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Header\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"+\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"2\n\x0cPrepareReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x14\n\x0csquared_norm\x18\x02 \x01(\x01\"E\n\rCommitRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\n\n\x02lr\x18\x03 \x01(\x01\x12\r\n\x05scale\x18\x04 \x01(\x01\"\x1b\n\x0b\x43ommitReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\"?\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07moments\x18\x03 \x01(\x08\"\x87\x01\n\tSaveReply\x12\r\n\x05\x66iles\x18\x01 \x03(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12.\n\x05index\x18\x03 \x03(\x0b\x32\x1f.raymoe.v1.SaveReply.IndexEntry\x1a,\n\nIndexEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"/\n\x0bLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x11\n\tdirectory\x18\x02 \x01(\t\"\x0b\n\tLoadReply\"\x1f\n\rRetainRequest\x12\x0e\n\x06\x65pochs\x18\x01 \x03(\x03\"\r\n\x0bRetainReply\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\x03\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\x05\"U\n\x06Origin\x12!\n\x04host\x18\x01 \x01(\x0b\x32\x13.raymoe.v1.HostInfo\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\"\xca\x01\n\x0f\x41ssembleRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\x12\x11\n\x04\x62\x61se\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\x04step\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\"\n\x07origins\x18\x05 \x03(\x0b\x32\x11.raymoe.v1.Origin\x12\x11\n\tdirectory\x18\x06 \x01(\t\x12\x0f\n\x07moments\x18\x07 \x01(\x08\x42\x07\n\x05_baseB\x07\n\x05_step\"\x0f\n\rAssembleReply\"\x81\x01\n\x0c\x46\x65tchRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\x12\x11\n\x04\x62\x61se\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\x04step\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x0f\n\x07moments\x18\x04 \x01(\x08\x42\x07\n\x05_baseB\x07\n\x05_step\"L\n\x0cStoredTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.raymoe.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x99\x02\n\x0bStoredState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02of\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12(\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\x12(\n\x07tensors\x18\x06 \x03(\x0b\x32\x17.raymoe.v1.StoredTensor\x12\x0c\n\x04note\x18\x07 \x01(\t\x12\x0e\n\x06pushed\x18\x08 \x03(\t\x12\x32\n\x06\x66\x61iled\x18\t \x03(\x0b\x32\".raymoe.v1.StoredState.FailedEntry\x1a-\n\x0b\x46\x61iledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"E\n\x0fSnapshotRequest\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12$\n\x07\x62uddies\x18\x02 \x03(\x0b\x32\x13.raymoe.v1.HostInfo\"\x0f\n\rSnapshotReply\"\n\n\x08PutReply\"(\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\x12\n\x10InventoryRequest\"8\n\x0eInventoryReply\x12&\n\x06stored\x18\x01 \x03(\x0b\x32\x16.raymoe.v1.StoredState\"\x0e\n\x0cLoadsRequest\".\n\nLoadsReply\x12 \n\x05loads\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Tensor\"\r\n\x0bPingRequest\"\x0b\n\tPingReply\"\x0f\n\rStatusRequest\"\x8e\x03\n\x0bStatusReply\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04kept\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04rows\x18\t \x01(\x03\x12\x14\n\x0c\x62usy_seconds\x18\n \x01(\x01\x12\x34\n\x07metrics\x18\x0b \x03(\x0b\x32#.raymoe.v1.StatusReply.MetricsEntry\x12\x0e\n\x06\x65pochs\x18\x0c \x03(\x03\x12\x34\n\x07\x65xperts\x18\r \x03(\x0b\x32#.raymoe.v1.StatusReply.ExpertsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0c\x45xpertsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01*R\n\x05Phase\x12\x0f\n\x0bPHASE_INFER\x10\x00\x12\x11\n\rPHASE_FORWARD\x10\x01\x12\x12\n\x0ePHASE_BACKWARD\x10\x02\x12\x11\n\rPHASE_RELEASE\x10\x03*L\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x14\n\x10\x43ODE_STALE_EPOCH\x10\x01\x12\x10\n\x0c\x43ODE_REFUSED\x10\x02\x12\x0f\n\x0b\x43ODE_FAILED\x10\x03\x32\xeb\x06\n\x06\x45xpert\x12\x32\n\x08\x45xchange\x12\x10.raymoe.v1.Frame\x1a\x10.raymoe.v1.Frame(\x01\x30\x01\x12=\n\x07Prepare\x12\x19.raymoe.v1.PrepareRequest\x1a\x17.raymoe.v1.PrepareReply\x12:\n\x06\x43ommit\x12\x18.raymoe.v1.CommitRequest\x1a\x16.raymoe.v1.CommitReply\x12\x34\n\x04Save\x12\x16.raymoe.v1.SaveRequest\x1a\x14.raymoe.v1.SaveReply\x12\x34\n\x04Load\x12\x16.raymoe.v1.LoadRequest\x1a\x14.raymoe.v1.LoadReply\x12:\n\x06Retain\x12\x18.raymoe.v1.RetainRequest\x1a\x16.raymoe.v1.RetainReply\x12\x34\n\x04Ping\x12\x16.raymoe.v1.PingRequest\x1a\x14.raymoe.v1.PingReply\x12:\n\x06Status\x12\x18.raymoe.v1.StatusRequest\x1a\x16.raymoe.v1.StatusReply\x12\x37\n\x05Loads\x12\x17.raymoe.v1.LoadsRequest\x1a\x15.raymoe.v1.LoadsReply\x12@\n\x08\x41ssemble\x12\x1a.raymoe.v1.AssembleRequest\x1a\x18.raymoe.v1.AssembleReply\x12\x34\n\x05\x46\x65tch\x12\x17.raymoe.v1.FetchRequest\x1a\x10.raymoe.v1.Frame0\x01\x12@\n\x08Snapshot\x12\x1a.raymoe.v1.SnapshotRequest\x1a\x18.raymoe.v1.SnapshotReply\x12.\n\x03Put\x12\x10.raymoe.v1.Frame\x1a\x13.raymoe.v1.PutReply(\x01\x12\x30\n\x03Get\x12\x15.raymoe.v1.GetRequest\x1a\x10.raymoe.v1.Frame0\x01\x12\x43\n\tInventory\x12\x1b.raymoe.v1.InventoryRequest\x1a\x19.raymoe.v1.InventoryReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\traymoe.v1\x1a\x18protos/coordinator.proto\x1a\x13protos/tensor.proto\"\x89\x01\n\tRequestId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nmicrobatch\x18\x04 \x01(\x03\x12\r\n\x05layer\x18\x05 \x01(\x03\x12\x1f\n\x05phase\x18\x06 \x01(\x0e\x32\x10.raymoe.v1.Phase\x12\x0e\n\x06router\x18\x07 \x01(\t\"U\n\x06Status\x12\x1d\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x0f.raymoe.v1.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04type\x18\x04 \x01(\t\"\x85\x01\n\x06Header\x12 \n\x02id\x18\x01 \x01(\x0b\x32\x14.raymoe.v1.RequestId\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12\x0e\n\x06layout\x18\x03 \x03(\x04\x12&\n\x06stored\x18\x04 \x01(\x0b\x32\x16.raymoe.v1.StoredState\"L\n\x05\x46rame\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Header\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"+\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"2\n\x0cPrepareReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x14\n\x0csquared_norm\x18\x02 \x01(\x01\"E\n\rCommitRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\n\n\x02lr\x18\x03 \x01(\x01\x12\r\n\x05scale\x18\x04 \x01(\x01\"\x1b\n\x0b\x43ommitReply\x12\x0c\n\x04step\x18\x01 \x01(\x03\"?\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07moments\x18\x03 \x01(\x08\"\x87\x01\n\tSaveReply\x12\r\n\x05\x66iles\x18\x01 \x03(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12.\n\x05index\x18\x03 \x03(\x0b\x32\x1f.raymoe.v1.SaveReply.IndexEntry\x1a,\n\nIndexEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"/\n\x0bLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x11\n\tdirectory\x18\x02 \x01(\t\"\x0b\n\tLoadReply\"\x1f\n\rRetainRequest\x12\x0e\n\x06\x65pochs\x18\x01 \x03(\x03\"\r\n\x0bRetainReply\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\x03\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\x05\"U\n\x06Origin\x12!\n\x04host\x18\x01 \x01(\x0b\x32\x13.raymoe.v1.HostInfo\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\"\xdd\x01\n\x0f\x41ssembleRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\x12\x11\n\x04\x62\x61se\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\x04step\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\"\n\x07origins\x18\x05 \x03(\x0b\x32\x11.raymoe.v1.Origin\x12\x16\n\tdirectory\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x0f\n\x07moments\x18\x07 \x01(\x08\x42\x07\n\x05_baseB\x07\n\x05_stepB\x0c\n\n_directory\"\x0f\n\rAssembleReply\"\x81\x01\n\x0c\x46\x65tchRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\x12\x11\n\x04\x62\x61se\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\x04step\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x0f\n\x07moments\x18\x04 \x01(\x08\x42\x07\n\x05_baseB\x07\n\x05_step\"L\n\x0cStoredTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.raymoe.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x99\x02\n\x0bStoredState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02of\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12(\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x17.raymoe.v1.LayerExperts\x12(\n\x07tensors\x18\x06 \x03(\x0b\x32\x17.raymoe.v1.StoredTensor\x12\x0c\n\x04note\x18\x07 \x01(\t\x12\x0e\n\x06pushed\x18\x08 \x03(\t\x12\x32\n\x06\x66\x61iled\x18\t \x03(\x0b\x32\".raymoe.v1.StoredState.FailedEntry\x1a-\n\x0b\x46\x61iledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"E\n\x0fSnapshotRequest\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12$\n\x07\x62uddies\x18\x02 \x03(\x0b\x32\x13.raymoe.v1.HostInfo\"\x0f\n\rSnapshotReply\"\n\n\x08PutReply\"(\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\x12\n\x10InventoryRequest\"8\n\x0eInventoryReply\x12&\n\x06stored\x18\x01 \x03(\x0b\x32\x16.raymoe.v1.StoredState\"\x0e\n\x0cLoadsRequest\".\n\nLoadsReply\x12 \n\x05loads\x18\x01 \x01(\x0b\x32\x11.raymoe.v1.Tensor\"\r\n\x0bPingRequest\"\x0b\n\tPingReply\"\x0f\n\rStatusRequest\"\x8e\x03\n\x0bStatusReply\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04kept\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04rows\x18\t \x01(\x03\x12\x14\n\x0c\x62usy_seconds\x18\n \x01(\x01\x12\x34\n\x07metrics\x18\x0b \x03(\x0b\x32#.raymoe.v1.StatusReply.MetricsEntry\x12\x0e\n\x06\x65pochs\x18\x0c \x03(\x03\x12\x34\n\x07\x65xperts\x18\r \x03(\x0b\x32#.raymoe.v1.StatusReply.ExpertsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0c\x45xpertsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01*R\n\x05Phase\x12\x0f\n\x0bPHASE_INFER\x10\x00\x12\x11\n\rPHASE_FORWARD\x10\x01\x12\x12\n\x0ePHASE_BACKWARD\x10\x02\x12\x11\n\rPHASE_RELEASE\x10\x03*L\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x14\n\x10\x43ODE_STALE_EPOCH\x10\x01\x12\x10\n\x0c\x43ODE_REFUSED\x10\x02\x12\x0f\n\x0b\x43ODE_FAILED\x10\x03\x32\xeb\x06\n\x06\x45xpert\x12\x32\n\x08\x45xchange\x12\x10.raymoe.v1.Frame\x1a\x10.raymoe.v1.Frame(\x01\x30\x01\x12=\n\x07Prepare\x12\x19.raymoe.v1.PrepareRequest\x1a\x17.raymoe.v1.PrepareReply\x12:\n\x06\x43ommit\x12\x18.raymoe.v1.CommitRequest\x1a\x16.raymoe.v1.CommitReply\x12\x34\n\x04Save\x12\x16.raymoe.v1.SaveRequest\x1a\x14.raymoe.v1.SaveReply\x12\x34\n\x04Load\x12\x16.raymoe.v1.LoadRequest\x1a\x14.raymoe.v1.LoadReply\x12:\n\x06Retain\x12\x18.raymoe.v1.RetainRequest\x1a\x16.raymoe.v1.RetainReply\x12\x34\n\x04Ping\x12\x16.raymoe.v1.PingRequest\x1a\x14.raymoe.v1.PingReply\x12:\n\x06Status\x12\x18.raymoe.v1.StatusRequest\x1a\x16.raymoe.v1.StatusReply\x12\x37\n\x05Loads\x12\x17.raymoe.v1.LoadsRequest\x1a\x15.raymoe.v1.LoadsReply\x12@\n\x08\x41ssemble\x12\x1a.raymoe.v1.AssembleRequest\x1a\x18.raymoe.v1.AssembleReply\x12\x34\n\x05\x46\x65tch\x12\x17.raymoe.v1.FetchRequest\x1a\x10.raymoe.v1.Frame0\x01\x12@\n\x08Snapshot\x12\x1a.raymoe.v1.SnapshotRequest\x1a\x18.raymoe.v1.SnapshotReply\x12.\n\x03Put\x12\x10.raymoe.v1.Frame\x1a\x13.raymoe.v1.PutReply(\x01\x12\x30\n\x03Get\x12\x15.raymoe.v1.GetRequest\x1a\x10.raymoe.v1.Frame0\x01\x12\x43\n\tInventory\x12\x1b.raymoe.v1.InventoryRequest\x1a\x19.raymoe.v1.InventoryReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,10 +41,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREPLY_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREPLY_EXPERTSENTRY']._loaded_options = None
   _globals['_STATUSREPLY_EXPERTSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=2613
-  _globals['_PHASE']._serialized_end=2695
-  _globals['_CODE']._serialized_start=2697
-  _globals['_CODE']._serialized_end=2773
+  _globals['_PHASE']._serialized_start=2632
+  _globals['_PHASE']._serialized_end=2714
+  _globals['_CODE']._serialized_start=2716
+  _globals['_CODE']._serialized_end=2792
   _globals['_REQUESTID']._serialized_start=82
   _globals['_REQUESTID']._serialized_end=219
   _globals['_STATUS']._serialized_start=221
@@ -80,45 +80,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORIGIN']._serialized_start=1080
   _globals['_ORIGIN']._serialized_end=1165
   _globals['_ASSEMBLEREQUEST']._serialized_start=1168
-  _globals['_ASSEMBLEREQUEST']._serialized_end=1370
-  _globals['_ASSEMBLEREPLY']._serialized_start=1372
-  _globals['_ASSEMBLEREPLY']._serialized_end=1387
-  _globals['_FETCHREQUEST']._serialized_start=1390
-  _globals['_FETCHREQUEST']._serialized_end=1519
-  _globals['_STOREDTENSOR']._serialized_start=1521
-  _globals['_STOREDTENSOR']._serialized_end=1597
-  _globals['_STOREDSTATE']._serialized_start=1600
-  _globals['_STOREDSTATE']._serialized_end=1881
-  _globals['_STOREDSTATE_FAILEDENTRY']._serialized_start=1836
-  _globals['_STOREDSTATE_FAILEDENTRY']._serialized_end=1881
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1883
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1952
-  _globals['_SNAPSHOTREPLY']._serialized_start=1954
-  _globals['_SNAPSHOTREPLY']._serialized_end=1969
-  _globals['_PUTREPLY']._serialized_start=1971
-  _globals['_PUTREPLY']._serialized_end=1981
-  _globals['_GETREQUEST']._serialized_start=1983
-  _globals['_GETREQUEST']._serialized_end=2023
-  _globals['_INVENTORYREQUEST']._serialized_start=2025
-  _globals['_INVENTORYREQUEST']._serialized_end=2043
-  _globals['_INVENTORYREPLY']._serialized_start=2045
-  _globals['_INVENTORYREPLY']._serialized_end=2101
-  _globals['_LOADSREQUEST']._serialized_start=2103
-  _globals['_LOADSREQUEST']._serialized_end=2117
-  _globals['_LOADSREPLY']._serialized_start=2119
-  _globals['_LOADSREPLY']._serialized_end=2165
-  _globals['_PINGREQUEST']._serialized_start=2167
-  _globals['_PINGREQUEST']._serialized_end=2180
-  _globals['_PINGREPLY']._serialized_start=2182
-  _globals['_PINGREPLY']._serialized_end=2193
-  _globals['_STATUSREQUEST']._serialized_start=2195
-  _globals['_STATUSREQUEST']._serialized_end=2210
-  _globals['_STATUSREPLY']._serialized_start=2213
-  _globals['_STATUSREPLY']._serialized_end=2611
-  _globals['_STATUSREPLY_METRICSENTRY']._serialized_start=2517
-  _globals['_STATUSREPLY_METRICSENTRY']._serialized_end=2563
-  _globals['_STATUSREPLY_EXPERTSENTRY']._serialized_start=2565
-  _globals['_STATUSREPLY_EXPERTSENTRY']._serialized_end=2611
-  _globals['_EXPERT']._serialized_start=2776
-  _globals['_EXPERT']._serialized_end=3651
+  _globals['_ASSEMBLEREQUEST']._serialized_end=1389
+  _globals['_ASSEMBLEREPLY']._serialized_start=1391
+  _globals['_ASSEMBLEREPLY']._serialized_end=1406
+  _globals['_FETCHREQUEST']._serialized_start=1409
+  _globals['_FETCHREQUEST']._serialized_end=1538
+  _globals['_STOREDTENSOR']._serialized_start=1540
+  _globals['_STOREDTENSOR']._serialized_end=1616
+  _globals['_STOREDSTATE']._serialized_start=1619
+  _globals['_STOREDSTATE']._serialized_end=1900
+  _globals['_STOREDSTATE_FAILEDENTRY']._serialized_start=1855
+  _globals['_STOREDSTATE_FAILEDENTRY']._serialized_end=1900
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1902
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1971
+  _globals['_SNAPSHOTREPLY']._serialized_start=1973
+  _globals['_SNAPSHOTREPLY']._serialized_end=1988
+  _globals['_PUTREPLY']._serialized_start=1990
+  _globals['_PUTREPLY']._serialized_end=2000
+  _globals['_GETREQUEST']._serialized_start=2002
+  _globals['_GETREQUEST']._serialized_end=2042
+  _globals['_INVENTORYREQUEST']._serialized_start=2044
+  _globals['_INVENTORYREQUEST']._serialized_end=2062
+  _globals['_INVENTORYREPLY']._serialized_start=2064
+  _globals['_INVENTORYREPLY']._serialized_end=2120
+  _globals['_LOADSREQUEST']._serialized_start=2122
+  _globals['_LOADSREQUEST']._serialized_end=2136
+  _globals['_LOADSREPLY']._serialized_start=2138
+  _globals['_LOADSREPLY']._serialized_end=2184
+  _globals['_PINGREQUEST']._serialized_start=2186
+  _globals['_PINGREQUEST']._serialized_end=2199
+  _globals['_PINGREPLY']._serialized_start=2201
+  _globals['_PINGREPLY']._serialized_end=2212
+  _globals['_STATUSREQUEST']._serialized_start=2214
+  _globals['_STATUSREQUEST']._serialized_end=2229
+  _globals['_STATUSREPLY']._serialized_start=2232
+  _globals['_STATUSREPLY']._serialized_end=2630
+  _globals['_STATUSREPLY_METRICSENTRY']._serialized_start=2536
+  _globals['_STATUSREPLY_METRICSENTRY']._serialized_end=2582
+  _globals['_STATUSREPLY_EXPERTSENTRY']._serialized_start=2584
+  _globals['_STATUSREPLY_EXPERTSENTRY']._serialized_end=2630
+  _globals['_EXPERT']._serialized_start=2795
+  _globals['_EXPERT']._serialized_end=3670
 # @@protoc_insertion_point(module_scope)

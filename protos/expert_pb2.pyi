@@ -467,7 +467,9 @@ class AssembleRequest(google.protobuf.message.Message):
     step: builtins.int
     """The step that the state is for (training)."""
     directory: builtins.str
-    """Where the rest is read from; empty: there must be no rest."""
+    """Where the rest is read from; empty: there must be no rest.
+    Absent where nothing may be read; empty for what the run began with.
+    """
     moments: builtins.bool
     """Whether the directory's moments are read too."""
     @property
@@ -482,13 +484,15 @@ class AssembleRequest(google.protobuf.message.Message):
         base: builtins.int | None = ...,
         step: builtins.int | None = ...,
         origins: collections.abc.Iterable[global___Origin] | None = ...,
-        directory: builtins.str = ...,
+        directory: builtins.str | None = ...,
         moments: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_base", b"_base", "_step", b"_step", "base", b"base", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_base", b"_base", "_step", b"_step", "base", b"base", "directory", b"directory", "epoch", b"epoch", "experts", b"experts", "moments", b"moments", "origins", b"origins", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_base", b"_base", "_directory", b"_directory", "_step", b"_step", "base", b"base", "directory", b"directory", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_base", b"_base", "_directory", b"_directory", "_step", b"_step", "base", b"base", "directory", b"directory", "epoch", b"epoch", "experts", b"experts", "moments", b"moments", "origins", b"origins", "step", b"step"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_base", b"_base"]) -> typing.Literal["base"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_directory", b"_directory"]) -> typing.Literal["directory"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
 
