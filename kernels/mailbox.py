@@ -25,6 +25,7 @@ ASLEEP: Final = 16  # the host waits on its socket and wants to be woken
 RING: Final = 24  # packets that the client has sent on the socket
 STATUS: Final = 32
 EPOCH, STEP, LAYER, ROWS, PAIRS = (40, 41, 42, 43, 44)
+ENDED: Final = 52  # the client's connection was shut: none of its threads waits on
 WORDS: Final = 64
 
 NOTHING, MAIL, PACKET = (0, 1, 2)
@@ -90,10 +91,10 @@ def collect(words, partial, token, n, number, looks, out):
     """Wait for the reply to a request and add its rows to `out` [N, D].
 
     Returns:
-        PENDING after so many looks, ANSWERED, or REFUSED (nothing is added).
+        PENDING after so many looks or when the wait was ended, ANSWERED, or REFUSED (nothing is added).
     """
     while _load(words, REPLY) != number:
-        if looks == 0:
+        if looks == 0 or _load(words, ENDED) != 0:
             return PENDING
         looks -= 1
         _let_others_run()
@@ -157,6 +158,7 @@ def accept(words, row_ptr, expert, local_of, own_ptr, own_expert):
 __all__ = [
     "ANSWERED",
     "ASLEEP",
+    "ENDED",
     "EPOCH",
     "LAYER",
     "MAIL",

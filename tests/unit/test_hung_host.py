@@ -63,6 +63,7 @@ def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, .
         if kind == "grpc" or isinstance(pending, MailCall):
             break
         assert time.monotonic() < deadline
+    check(lane)
     os.kill(hosts[2].pid, signal.SIGSTOP)
     try:
         took: list[float] = []
