@@ -66,10 +66,11 @@ def post(
     row_ptr[0] = 0
     ways = host_of.shape[0]
     way = shift % ways
+    here = host_of[way]
     for i in range(x.shape[0]):
         before = pairs
         for k in range(idx.shape[1]):
-            if host_of[way, idx[i, k]] == host:
+            if here[idx[i, k]] == host:
                 expert[pairs], gate[pairs] = idx[i, k], gates[i, k]
                 pairs += 1
         if pairs > before:
@@ -78,7 +79,9 @@ def post(
             token[n] = i
             n += 1
             row_ptr[n] = pairs
-        way = way + 1 if way + 1 < ways else 0
+        if ways > 1:
+            way = way + 1 if way + 1 < ways else 0
+            here = host_of[way]
     if n == 0:
         return 0, False
     words[EPOCH], words[STEP], words[LAYER], words[ROWS], words[PAIRS] = epoch, step, layer, n, pairs
