@@ -49,6 +49,11 @@ class Shelves:
         if held is not None:
             self._keep(held)
 
+    def take_over(self, layers: NDArray[np.int64], other: Shelves, which: NDArray[np.bool_]) -> None:
+        """Replace some layers by those of `other`; what lies in which slot is not kept up."""
+        for name in ("hold", "load", "copies", "weight"):
+            getattr(self, name)[layers] = getattr(other, name)[which]
+
     def fill(self, homes: NDArray[np.int64] | None = None, domain: NDArray[np.int64] | None = None) -> None:
         """Put what is missing on the hosts with the least load, the heaviest first.
 
@@ -57,13 +62,14 @@ class Shelves:
             domain: `[H]` of each host.
         """
         lacking = self.copies[:, : self.n_experts] - self.hold[:, : self.n_experts].sum(axis=2)
-        several = self.copies[:, : self.n_experts] > 1
         order = np.argsort(-self.weight[:, : self.n_experts], axis=1, kind="stable")
-        lacking, several = np.take_along_axis(lacking, order, 1), np.take_along_axis(several, order, 1)
-        # Replicas that must not meet go first, while there is room everywhere.
-        for expert in self._steps(order, lacking * several):
+        steps = self._steps(order, np.take_along_axis(lacking, order, axis=1))
+        several = (self.copies[self.layers, steps] > 1).any(axis=1)
+        # From here on all have one replica, and only room matters.
+        singles = int(np.nonzero(several)[0].max(initial=-1)) + 1
+        for expert in steps[:singles]:
             self._place_replica(expert, self._near_home(expert, homes, domain))
-        self._place_singles(self._steps(order, lacking * ~several), homes, domain)
+        self._place_singles(steps[singles:], homes, domain)
         for layer, host in zip(*np.nonzero(self.vacant), strict=True):
             self.at[layer, host, -1] = self.n_experts
             self.hold[layer, self.n_experts, host] = True
@@ -87,7 +93,8 @@ class Shelves:
 
     def _place_replica(self, expert: NDArray[np.int64], away: NDArray[np.float64] | float) -> None:
         """One of several replicas of an expert in every layer (`expert`: `[L]`)."""
-        key = self.load + away
+        # Between equal hosts the node with less load, so that its other hosts stay open to other replicas.
+        key = self.load + away + 1e-6 * (self.load @ self.nodes.T)[:, self.node_of]
         key[self.count >= self.room] = np.inf
         key[self.hold[self.layers, expert]] = np.inf
         if len(self.nodes) > 1:
