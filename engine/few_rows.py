@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.assistant import Assistant
 from engine.batch import Stretch
+from engine.draft_head import DraftHead
 from engine.weights import LatentProjections, Layer, Mixed, TrunkWeights
 from kernels import decode
 from kernels.team import Desk
@@ -53,6 +54,19 @@ class FewBatch:
     table: Array
     ends: tuple[int, ...]
     long: bool
+
+    def of(self, rows: Sequence[int]) -> FewBatch:
+        """Some positions alone; where stretches end is not told."""
+        at = list(rows)
+        return FewBatch(
+            tokens=[self.tokens[row] for row in at],
+            position=self.position[at],
+            slot=self.slot[at],
+            sequence=self.sequence[at],
+            table=self.table,
+            ends=(),
+            long=self.long,
+        )
 
 
 def collect_few(stretches: Sequence[Stretch], *, page_size: int) -> FewBatch:
@@ -105,6 +119,7 @@ class FewRows:
         self._cos, self._sin = cos.contiguous().numpy(), sin.contiguous().numpy()
         self._embedding, self._head = _array(weights.embedding), _array(weights.head)
         self._norm_weight = _array(weights.norm)
+        self._draft_head = DraftHead.of(self._head) if weights.modules else None
         self._layers = [_Layer.of(layer) for layer in weights.layers]
         self._modules = [
             _Module(
@@ -156,21 +171,36 @@ class FewRows:
             self._block(x, layer, at, batch)
         return torch.from_numpy(x)
 
-    def draft(self, depth: int, batch: FewBatch, hidden: Tensor) -> Tensor:
+    def draft(self, depth: int, batch: FewBatch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """See `engine.runner.Runner.draft`."""
-        module = self._modules[depth - 1]
+        module, at = self._modules[depth - 1], len(self._layers) + depth - 1
+        states = hidden.numpy()
+        x = np.empty_like(states)
         if module.join is None:
-            x = hidden.numpy().copy()
+            x[:] = states
         else:
-            assert module.embedding_norm is not None and module.hidden_norm is not None
-            size = hidden.shape[1]
-            both = np.empty((len(batch.tokens), 2 * size), self._embedding.dtype)
-            decode.rms_norm(self._embedding[batch.tokens], module.embedding_norm, self._eps, both)
-            both[:, size:] = self._norm(hidden.numpy(), module.hidden_norm)
-            x = np.empty((len(batch.tokens), size), self._embedding.dtype)
-            decode.project(both, module.join, x)
-        self._block(x, module.layer, len(self._layers) + depth - 1, batch)
+            tokens = np.array(batch.tokens)
+            decode.join(
+                tokens,
+                self._embedding,
+                module.embedding_norm,
+                states,
+                module.hidden_norm,
+                module.join,
+                self._eps,
+                x,
+            )
+        if len(rows) < len(x):
+            self._remember(x, module.layer.attention, at, batch)
+            x, batch = x[rows], batch.of(rows)
+        if rows:
+            self._block(x, module.layer, at, batch)
         return torch.from_numpy(self._norm(x, module.norm))
+
+    def draft_tokens(self, normed: Tensor) -> list[int]:
+        """See `engine.runner.Runner.draft_tokens`."""
+        assert self._draft_head is not None
+        return self._draft_head.likeliest(normed.numpy())
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [N, D] to [N, D]."""
@@ -186,6 +216,21 @@ class FewRows:
         out = np.empty_like(x)
         decode.rms_norm(x, weight, self._eps, out)
         return out
+
+    def _remember(self, x: Array, weights: _Attention, at: int, batch: FewBatch) -> None:
+        decode.remember(
+            x,
+            weights.norm,
+            weights.down,
+            len(weights.query_norm),
+            weights.latent_norm,
+            self._eps,
+            self._caches[at],
+            self._cos,
+            self._sin,
+            batch.position,
+            batch.slot,
+        )
 
     def _block(self, x: Array, layer: _Layer, at: int, batch: FewBatch) -> None:
         shared = batch.long and self._assistant is not None and self._assistant.ready()

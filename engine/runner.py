@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.batch import Batch, Group, Stretch, by_length, collect
 from engine.few_rows import MOST_ROWS, FewBatch, FewRows
+from engine.sampling import likeliest
 from engine.weights import Layer, Module, TrunkWeights
 from model.experts import Experts
 from model.rope import rotation
@@ -87,19 +88,20 @@ class Runner:
         return self._norm(hidden, self._weights.norm)
 
     @torch.inference_mode()
-    def draft(self, depth: int, batch: Batch | FewBatch, hidden: Tensor) -> Tensor:
+    def draft(self, depth: int, batch: Batch | FewBatch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """MTP module `depth` (1 is the first) over a batch, whose tokens are those after the positions'.
 
         Args:
             hidden: [N, D]: in `chain` mode the normed states of the module before (of the trunk for the
                 first one), in `parallel` mode the trunk's before the norm.
+            rows: whose states are wanted, in order; of the others only the entries in the cache are.
 
         Returns:
-            Normed states [N, D], which the head takes.
+            Normed states of those rows, which the head takes.
         """
         if isinstance(batch, FewBatch):
             assert self._few is not None
-            return self._few.draft(depth, batch, hidden)
+            return self._few.draft(depth, batch, hidden, rows)
         module: Module = self._weights.modules[depth - 1]
         x = hidden
         if module.join is not None:
@@ -107,7 +109,15 @@ class Runner:
             embedded = self._norm(F.embedding(batch.tokens, self._weights.embedding), module.embedding_norm)
             x = F.linear(torch.cat((embedded, self._norm(hidden, module.hidden_norm)), dim=-1), module.join)
         at = len(self._weights.layers) + depth - 1
-        return self._norm(self._block(x, module.layer, self._cache[at], batch), module.norm)
+        x = self._block(x, module.layer, self._cache[at], batch)
+        return self._norm(x if len(rows) == len(x) else x[list(rows)], module.norm)
+
+    @torch.inference_mode()
+    def draft_tokens(self, normed: Tensor) -> list[int]:
+        """The tokens to draft after normed states [N, D] of a module: nearly always the likeliest ones."""
+        if self._few is not None and normed.shape[0] <= MOST_ROWS:
+            return self._few.draft_tokens(normed)
+        return likeliest(self.logits(normed))
 
     @torch.inference_mode()
     def logits(self, normed: Tensor) -> Tensor:

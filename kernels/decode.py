@@ -75,6 +75,60 @@ def rms_norm(x, weight, eps, out):
 
 
 @_compiled
+def join(tokens, embedding, embedding_norm, hidden, hidden_norm, weight, eps, out):
+    """out[n] = weight [RMSNorm(embedding[tokens[n]]); RMSNorm(hidden[n])]: what an MTP module begins with.
+
+    Args:
+        tokens: [N].
+        embedding: [V, D].
+        hidden: [N, D].
+        weight: [D, 2D].
+    """
+    rows, size = hidden.shape
+    both = np.empty((rows, 2 * size), hidden.dtype)
+    for n in range(rows):
+        for k in range(size):
+            both[n, k] = embedding[tokens[n], k]
+    rms_norm(both, embedding_norm, eps, both)
+    rms_norm(hidden, hidden_norm, eps, both[:, size:])
+    project(both, weight, out)
+
+
+@_compiled
+def likeliest(x, weight, scale, out):
+    """out[n] = the j with the largest scale[j] <weight[j], x[n]>, of equals the first; weights are int8.
+
+    Rows become 16-bit integers, of as many bits as keep any sum within 32: sums of such products are what
+    a processor without anything special for it is fastest at, and all of the error is that of the weights.
+
+    Args:
+        x: [N, D].
+        weight: [V, D] int8, of -127 ... 127.
+        scale: [V].
+    """
+    rows, size = x.shape
+    most = x.dtype.type(min(32767, (2**31 - 1) // (127 * size)))
+    whole = np.empty((rows, size), np.int16)
+    for n in range(rows):
+        top = x.dtype.type(0)
+        for k in range(size):
+            top = max(top, abs(x[n, k]))
+        factor = most / top if top > 0 else x.dtype.type(0)
+        for k in range(size):
+            whole[n, k] = np.int16(x[n, k] * factor)
+    best = np.full(rows, -np.inf, scale.dtype)
+    out[:] = 0
+    for j in range(weight.shape[0]):
+        for n in range(rows):
+            total = np.int32(0)
+            for k in range(size):
+                total = np.int32(total + np.int32(weight[j, k]) * np.int32(whole[n, k]))
+            value = scale[j] * scale.dtype.type(total)
+            if value > best[n]:
+                best[n], out[n] = value, j
+
+
+@_compiled
 def swiglu(x, gate_up, down, out):
     """out += down (silu(gate x) * up x): rows [N, D], gate_up [2I, D], down [D, I]."""
     rows, width = x.shape[0], down.shape[1]
@@ -247,14 +301,8 @@ def attend(
     nope = up_key.shape[1]
     own = flat.shape[1] // heads  # of a head: W where `up_key` is merged
     for n in range(rows):
-        entry, c_n, s_n = cache[slot[n]], cos[position[n]], sin[position[n]]
-        total = x.dtype.type(0)
-        for c in range(latent):
-            total += low[n, rank + c] * low[n, rank + c]
-        scale = x.dtype.type(1.0 / np.sqrt(total / latent + _LATENT_EPS))
-        for c in range(latent):
-            entry[c] = low[n, rank + c] * scale * latent_norm[c]
-        _turn(low[n], rank + latent, c_n, s_n, entry, latent)
+        c_n, s_n = cos[position[n]], sin[position[n]]
+        _enter(low[n], rank, latent_norm, c_n, s_n, cache[slot[n]])
         for h in range(heads):
             if nope:
                 for c in range(latent):
@@ -291,6 +339,35 @@ def attend(
     for n in range(rows):
         for k in range(x.shape[1]):
             out[n, k] += normed[n, k]
+
+
+@_compiled
+def remember(x, norm, down, rank, latent_norm, eps, cache, cos, sin, position, slot):
+    """Only the entries that `attend` makes of rows x [N, D], for rows whose states nobody wants.
+
+    Args:
+        rank: Q.
+        cache: [slots, W], of the layer.
+    """
+    normed = np.empty_like(x)
+    rms_norm(x, norm, eps, normed)
+    low = np.empty((x.shape[0], down.shape[0] - rank), x.dtype)
+    project(normed, down[rank:], low)
+    for n in range(x.shape[0]):
+        _enter(low[n], 0, latent_norm, cos[position[n]], sin[position[n]], cache[slot[n]])
+
+
+@_compiled
+def _enter(low, start, norm, cos, sin, entry):
+    """The cache's entry [W] of a position, from its projection [C + R] at `start` of `low`."""
+    latent = norm.shape[0]
+    total = low.dtype.type(0)
+    for c in range(latent):
+        total += low[start + c] * low[start + c]
+    scale = low.dtype.type(1.0 / np.sqrt(total / latent + _LATENT_EPS))
+    for c in range(latent):
+        entry[c] = low[start + c] * scale * norm[c]
+    _turn(low, start + latent, cos, sin, entry, latent)
 
 
 @_compiled
@@ -443,4 +520,15 @@ def _exponentiate(values, length):
     return values.dtype.type(1) / total
 
 
-__all__ = ["assist", "attend", "mix_experts", "project", "rms_norm", "route", "swiglu"]
+__all__ = [
+    "assist",
+    "attend",
+    "join",
+    "likeliest",
+    "mix_experts",
+    "project",
+    "remember",
+    "rms_norm",
+    "route",
+    "swiglu",
+]
