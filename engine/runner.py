@@ -69,25 +69,27 @@ class Runner:
             stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
         )
 
-    @torch.inference_mode()
     def forward(self, batch: Batch | FewBatch) -> Tensor:
         """Hidden states [N, D] after the last layer, before the final norm."""
         if isinstance(batch, FewBatch):
             assert self._few is not None
             return self._few.forward(batch)
+        return self._forward(batch)
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch) -> Tensor:
         x = F.embedding(batch.tokens, self._weights.embedding)
         for at, layer in enumerate(self._weights.layers):
             x = self._block(x, layer, self._cache[at], batch)
         return x
 
-    @torch.inference_mode()
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [N, D] to [N, D]."""
         if self._few is not None and hidden.shape[0] <= MOST_ROWS:
             return self._few.normed(hidden)
-        return self._norm(hidden, self._weights.norm)
+        with torch.inference_mode():
+            return self._norm(hidden, self._weights.norm)
 
-    @torch.inference_mode()
     def draft(self, depth: int, batch: Batch | FewBatch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """MTP module `depth` (1 is the first) over a batch, whose tokens are those after the positions'.
 
@@ -102,6 +104,10 @@ class Runner:
         if isinstance(batch, FewBatch):
             assert self._few is not None
             return self._few.draft(depth, batch, hidden, rows)
+        return self._draft(depth, batch, hidden, rows)
+
+    @torch.inference_mode()
+    def _draft(self, depth: int, batch: Batch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         module: Module = self._weights.modules[depth - 1]
         x = hidden
         if module.join is not None:
@@ -112,20 +118,19 @@ class Runner:
         x = self._block(x, module.layer, self._cache[at], batch)
         return self._norm(x if len(rows) == len(x) else x[list(rows)], module.norm)
 
-    @torch.inference_mode()
     def draft_tokens(self, normed: Tensor) -> list[int]:
         """The tokens to draft after normed states [N, D] of a module: nearly always the likeliest ones."""
         if self._few is not None and normed.shape[0] <= MOST_ROWS:
             return self._few.draft_tokens(normed)
         return likeliest(self.logits(normed))
 
-    @torch.inference_mode()
     def logits(self, normed: Tensor) -> Tensor:
         """[N, D] to [N, V], at least float32."""
         if self._few is not None and normed.shape[0] <= MOST_ROWS:
             return self._few.logits(normed)
-        logits = F.linear(normed, self._weights.head)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        with torch.inference_mode():
+            logits = F.linear(normed, self._weights.head)
+            return logits if logits.dtype == torch.float64 else logits.float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return _rms_norm(x, weight, self._eps)

@@ -34,6 +34,39 @@ def test_products_and_norm(rows: int, dtype: type, bound: float) -> None:
     np.testing.assert_allclose(normed, reference.numpy(), rtol=bound, atol=bound)
 
 
+def test_state_and_embedding_are_joined() -> None:
+    embedding, hidden, weight = rand(9, 8), rand(3, 8), rand(8, 16)
+    norms, tokens, out = rand(2, 8), np.array([7, 0, 7]), np.empty((3, 8))
+    decode.join(tokens, embedding, norms[0], hidden, norms[1], weight, 1e-6, out)
+    halves = [
+        values / np.sqrt((values**2).mean(-1, keepdims=True) + 1e-6) * norm
+        for values, norm in zip((embedding[tokens], hidden), norms, strict=True)
+    ]
+    np.testing.assert_allclose(out, np.concatenate(halves, 1) @ weight.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("size", [7, 192, 7168])
+def test_the_likeliest_of_rows_in_8_bits(size: int, dtype: type) -> None:
+    """Of the largest width there is, sums that come as close to 32 bits as they can."""
+    source = np.random.default_rng(size)
+    weight = source.integers(-127, 128, (50, size)).astype(np.int8)
+    weight[17], weight[3] = 127, -127
+    scale = source.uniform(0.5, 1, 50).astype(dtype)
+    scale[17] = scale[3] = 2
+    x = np.concatenate((np.ones((1, size)), -np.ones((1, size)), source.standard_normal((7, size))))
+    out = np.empty(9, np.int64)
+    decode.likeliest(x.astype(dtype), weight, scale, out)
+    assert out.tolist() == (scale * (x @ weight.T)).argmax(1).tolist()
+    assert out[:2].tolist() == [17, 3]
+
+
+def test_the_likeliest_of_equals_is_the_first() -> None:
+    weight, out = np.array([[1, 1], [2, 2], [2, 2]], np.int8), np.empty(3, np.int64)
+    decode.likeliest(np.array([[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]), weight, np.ones(3), out)
+    assert out.tolist() == [1, 0, 0]
+
+
 @pytest.mark.parametrize("by_bias", [True, False])
 @pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (8, 3)])
 @pytest.mark.parametrize("shift", [0.0, -5.0])
@@ -154,6 +187,9 @@ def test_attention(
             value = weights / weights.sum() @ entries[seen, :LATENT]
             said.append(value if merged else value @ up_value[h])
         expected[n] += back @ np.concatenate(said)
+    remembered = cache.copy()
+    decode.remember(x, norm, down, rank, latent_norm, 1e-6, remembered, cos, sin, position, slot)
+    np.testing.assert_allclose(remembered, entries, rtol=bound, atol=bound)
     desk = Desk.of(rows=4, heads=heads, width=HEAD_IN, latent=LATENT, pages=5, dtype=dtype)
     decode.attend(
         x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, 1e-6, heads, 0,
