@@ -123,7 +123,7 @@ class Drafter:
         if not work:
             return before if not self.chain else {a.sequence.id: (a.end, a.states[:0]) for a in advances}
         work.sort(key=lambda item: by_length(item[1]))
-        batch = self.runner.batch([stretch for _, stretch, _ in work])
+        batch = self.runner.draft_batch([stretch for _, stretch, _ in work])
         before_it = work[0][2] if len(work) == 1 else torch.cat([states for _, _, states in work])
         drafting = {
             end - 1: advance.sequence

@@ -62,9 +62,16 @@ class Runner:
             self._few = FewRows(weights, experts, self._cache, turns.real, turns.imag, self._page_size)
 
     def batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
-        """What a step over these stretches needs."""
+        """What a step of the trunk over these stretches needs."""
         if self._few is not None and sum(map(by_length, stretches)) <= MOST_ROWS:
             return self._few.batch(stretches)
+        return self._collect(stretches)
+
+    def draft_batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
+        """What a module's pass over these stretches needs."""
+        return self._collect(stretches) if self._few is None else self._few.batch(stretches)
+
+    def _collect(self, stretches: Sequence[Stretch]) -> Batch:
         return collect(
             stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
         )
@@ -120,7 +127,7 @@ class Runner:
 
     def draft_tokens(self, normed: Tensor) -> list[int]:
         """The tokens to draft after normed states [N, D] of a module: nearly always the likeliest ones."""
-        if self._few is not None and normed.shape[0] <= MOST_ROWS:
+        if self._few is not None:
             return self._few.draft_tokens(normed)
         return likeliest(self.logits(normed))
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import decode
+from kernels.rounded import Rounded
 from kernels.team import DONE, NEXT, PIECES, Desk
 from model.experts import ExpertShard, experts_forward
 from model.routing import affinity, gate_values, select_experts
@@ -56,14 +57,14 @@ def test_the_likeliest_of_rows_in_8_bits(size: int, dtype: type) -> None:
     scale[17] = scale[3] = 2
     x = np.concatenate((np.ones((1, size)), -np.ones((1, size)), source.standard_normal((7, size))))
     out = np.empty(9, np.int64)
-    decode.likeliest(x.astype(dtype), weight, scale, out)
+    decode.likeliest(x.astype(dtype), Rounded(weight, scale), out)
     assert out.tolist() == (scale * (x @ weight.T)).argmax(1).tolist()
     assert out[:2].tolist() == [17, 3]
 
 
 def test_the_likeliest_of_equals_is_the_first() -> None:
     weight, out = np.array([[1, 1], [2, 2], [2, 2]], np.int8), np.empty(3, np.int64)
-    decode.likeliest(np.array([[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]), weight, np.ones(3), out)
+    decode.likeliest(np.array([[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]), Rounded(weight, np.ones(3)), out)
     assert out.tolist() == [1, 0, 0]
 
 
