@@ -6,6 +6,7 @@
     │   ├── DataError         a corpus, a file or a tokenizer
     │   └── CheckpointError   a checkpoint that is missing, damaged or of another shape
     ├── ResourceError         the cluster cannot give what the configuration asks for
+    │   └── QueueFull         as many requests wait as may; one comes back later
     ├── ChannelError          a peer could not be reached, or hung up
     │   ├── ChannelTimeout    no answer before the deadline
     │   └── RemoteError       the peer answered with an error of its own
@@ -46,6 +47,10 @@ class ResourceError(RaymoeError):
     """The cluster cannot give what the configuration asks for."""
 
 
+class QueueFull(ResourceError):
+    """As many requests wait as may: come back later."""
+
+
 class ChannelError(RaymoeError):
     """A peer could not be reached, or hung up in the middle of a call."""
 
@@ -81,6 +86,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ProtocolError",
+    "QueueFull",
     "RaymoeError",
     "RemoteError",
     "ResourceError",

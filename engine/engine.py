@@ -129,12 +129,17 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self._sequences)
 
-    def add(self, id: str, prompt: Items[int], params: SamplingParams) -> Sequence:
+    def add(
+        self, id: str, prompt: Items[int], params: SamplingParams, output: Items[int] = ()
+    ) -> Sequence:
         """Take a request.
+
+        Args:
+            output: tokens that another engine has generated for it: it goes on as if they were this one's.
 
         Raises:
             ConfigError: an empty prompt, one that leaves no room for a token, an unknown token, an id that
-                is in use.
+                is in use, an output that has come to its end.
         """
         if id in self._sequences:
             raise ConfigError(f"request {id!r} is running already; choose another id")
@@ -147,6 +152,7 @@ class Engine:
             )
         for name, tokens in (
             ("prompt", prompt),
+            ("output", output),
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
         ):
@@ -154,7 +160,16 @@ class Engine:
                 if not 0 <= token < self._vocabulary:
                     raise ConfigError(f"{name} has token {token}; ids go from 0 to {self._vocabulary - 1}")
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._end_of_text)}
-        sequence = Sequence(id=id, prompt=list(prompt), params=params, ends=frozenset(ends))
+        sequence = Sequence(
+            id=id, prompt=list(prompt), params=params, ends=frozenset(ends), output=list(output)
+        )
+        if output:
+            self._check_end(sequence, output[-1])
+        if sequence.finish_reason is not None:
+            raise ConfigError(
+                f"output has come to its end ({sequence.finish_reason}) with {len(output)} tokens; there is "
+                "nothing to go on with"
+            )
         self._sequences[id] = sequence
         self.scheduler.add(sequence)
         return sequence
@@ -274,7 +289,7 @@ class Engine:
         rows: list[int] = []
         for share, end in zip(shares, ends, strict=True):
             count = 1 + share.drafts if share.samples else 0
-            if share.sequence.params.prompt_logprobs and share.start < len(share.sequence.prompt):
+            if share.sequence.wants_prompt and share.start < len(share.sequence.prompt):
                 count = share.end - share.start
             counts.append(count)
             rows += range(end - count, end)
@@ -294,7 +309,7 @@ class Engine:
         """Draw a sequence's next tokens: one, and one more for each draft that is what is drawn."""
         sequence = share.sequence
         params = sequence.params
-        if params.prompt_logprobs and share.start < len(sequence.prompt):
+        if sequence.wants_prompt and share.start < len(sequence.prompt):
             self._note_prompt(share, logits)
             logits, greedy = logits[-1 - share.drafts :], greedy[-1 - share.drafts :]
         if not share.samples:

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 TOOLS = {"grpcio-tools": "1.72.2", "mypy-protobuf": "3.6.0"}
-MESSAGES = ("coordinator", "expert", "generation", "router", "tensor")
-SERVICES = ("coordinator", "expert", "generation", "router")
+MESSAGES = ("coordinator", "expert", "generation", "router", "tensor", "trunk")
+SERVICES = ("coordinator", "expert", "generation", "router", "trunk")
 ROOT = Path(__file__).resolve().parent.parent
 
 
