@@ -23,6 +23,7 @@ class ClusterConfig(BaseModel):
         cpus_per_host: CPUs that Ray reserves for each host.
         gpus_per_host: GPUs that Ray reserves for each host; 0 so far, as hosts compute on CPUs.
         call_timeout: seconds a router waits for one reply of a host.
+        dead_after: seconds without an answer after which a process counts as dead.
         start_timeout: seconds the actors have to start and to load their weights.
     """
 
@@ -35,6 +36,7 @@ class ClusterConfig(BaseModel):
     cpus_per_host: Reserved = 0.5
     gpus_per_host: Reserved = 0
     call_timeout: Seconds = 120.0
+    dead_after: Seconds = 5.0
     start_timeout: Seconds = 180.0
 
     @field_validator("gpus_per_host")
@@ -45,4 +47,4 @@ class ClusterConfig(BaseModel):
         return value
 
 
-__all__ = ["ChannelKind", "ClusterConfig", "Reserved"]
+__all__ = ["ChannelKind", "ClusterConfig", "Reserved", "Seconds"]

@@ -52,7 +52,9 @@ class Scheduler:
             self.waiting.append(sequence)
             return
         begun = (bool(other.output) for other in self.waiting)
-        self.waiting.insert(next((at for at, one in enumerate(begun) if not one), len(self.waiting)), sequence)
+        self.waiting.insert(
+            next((at for at, one in enumerate(begun) if not one), len(self.waiting)), sequence
+        )
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence has ended, or is not wanted any more: its pages are free at once."""

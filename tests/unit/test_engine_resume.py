@@ -106,7 +106,9 @@ def parts() -> Parts:
     return Parts(model, tokenizer, end)
 
 
-def run(engine: Engine, prompt: list[int], params: SamplingParams, output: list[int] | None = None) -> Sequence:
+def run(
+    engine: Engine, prompt: list[int], params: SamplingParams, output: list[int] | None = None
+) -> Sequence:
     sequence = engine.add("one", prompt, params, output or [])
     while engine.has_work:
         engine.step()
