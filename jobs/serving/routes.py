@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ray.serve.handle import DeploymentHandle
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 _ASK_AGAIN_SECONDS = 1.0  # a replica that hangs may have been asked
 _ASKED_AT_MOST = 3
 _RETRY_SECONDS = 0.05
-
-
-class Routes(Protocol):
-    """Knows replicas."""
-
-    async def take(self, name: str) -> tuple[str, object]:
-        """A replica for the request of this name, as soon as there is one.
-
-        Returns:
-            Its gRPC address, and what is to be kept as long as the request goes on.
-        """
-        ...
 
 
 class ServeRoutes:
@@ -36,7 +25,7 @@ class ServeRoutes:
         self._hold = trunk.options(stream=True).hold
 
     async def take(self, name: str) -> tuple[str, object]:
-        """See `Routes`."""
+        """See `jobs.serving.trunks.Routes`."""
         asked: set[asyncio.Task[tuple[str, object]]] = set()
         try:
             while True:
@@ -63,4 +52,4 @@ class ServeRoutes:
             raise
 
 
-__all__ = ["Routes", "ServeRoutes"]
+__all__ = ["ServeRoutes"]

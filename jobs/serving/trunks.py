@@ -14,11 +14,11 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from engine.params import SamplingParams, check_tokens
 from engine.service import Delta, Listener
 from errors import ChannelError, ConfigError, QueueFull, RaymoeError, ResourceError
-from jobs.serving.routes import Routes
 from jobs.serving.trunk_link import TrunkLink
 from jobs.serving.trunk_messages import delta_of, sampling_message
 from protos.trunk_pb2 import Sampling, TrunkRequest, TrunkStatus
@@ -29,6 +29,18 @@ _RETRY_SECONDS = 0.1
 _SUSPECT_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
+
+
+class Routes(Protocol):
+    """Knows replicas."""
+
+    async def take(self, name: str) -> tuple[str, object]:
+        """A replica for the request of this name, as soon as there is one.
+
+        Returns:
+            Its gRPC address, and what is to be kept as long as the request goes on.
+        """
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -222,4 +234,4 @@ class Trunks:
         task.add_done_callback(self._closing.discard)
 
 
-__all__ = ["Trunks"]
+__all__ = ["Routes", "Trunks"]

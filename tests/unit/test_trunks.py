@@ -42,11 +42,12 @@ def expected(prompt: list[int], params: SamplingParams = PARAMS) -> list[int]:
 
 
 class Fake(TrunkServicer):
-    """A replica; `plan` says after how many tokens of a request what happens, the first time that it comes."""
+    """A replica; `plan` says after how many tokens of a request what happens, the first time."""
 
     def __init__(self, plan: dict[int, str]) -> None:
         self.plan = plan
         self.server: Any = None
+        self._stopping: asyncio.Task[None] | None = None
         self.hung = asyncio.Event()
         self.asked: list[TrunkRequest] = []
         self.cancelled = 0
@@ -82,10 +83,16 @@ class Fake(TrunkServicer):
             await asyncio.sleep(3600)
         return TrunkStatus(version=self.version, running=3, pages=7, unwell=self.unwell)
 
+    def stop(self) -> asyncio.Task[None]:
+        """Cut everything off."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self.server.stop(None))
+        return self._stopping
+
     async def _trouble(self, at: int, context: Any) -> None:
         what = self.plan.pop(at, None)
         if what == "dies":
-            await self.server.stop(None)
+            self.stop()
             await asyncio.sleep(3600)
         elif what == "hangs":
             self.hung.set()
@@ -135,7 +142,7 @@ class Scene:
         finally:
             await trunks.close()
             for fake in self.fakes:
-                await fake.server.stop(None)
+                await fake.stop()
 
 
 async def heard(trunks: Trunks, params: SamplingParams = PARAMS, **options: Any) -> list[Delta]:
@@ -383,10 +390,10 @@ def test_health_and_figures_are_those_of_all_replicas_that_answer() -> None:
             assert {name: at.running for name, at in engines.items()} == {"0": 3, "1": 3}
             scene.fakes[1].unwell = "expert host host-1 is gone"
             assert await overview.health() == "expert host host-1 is gone"
-            await scene.fakes[1].server.stop(None)
+            await scene.fakes[1].stop()
             assert await overview.health() is None
             assert list(await overview.engines()) == ["0"]
-            await scene.fakes[0].server.stop(None)
+            await scene.fakes[0].stop()
             assert await overview.health() == "no replica of the trunk answers"
 
     run(check)
