@@ -65,6 +65,9 @@ class EngineService:
         tokenizer: makes text.
         version: of the weights.
         abandon: called after a step has failed, before the next one: drops what is under way.
+
+    Attributes:
+        taken: requests so far.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class EngineService:
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self.taken = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -117,6 +121,7 @@ class EngineService:
                 raise ConfigError("output has a stop string; there is nothing to go on with")
             sequence = self._engine.add(id, prompt, params, output)
             self._requests[id] = _Request(sequence, text, listener)
+            self.taken += 1
 
         return self.call(add)
 

@@ -235,6 +235,7 @@ class TrunkStatus(google.protobuf.message.Message):
     DRAFTS_FIELD_NUMBER: builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
+    REQUESTS_FIELD_NUMBER: builtins.int
     UNWELL_FIELD_NUMBER: builtins.int
     version: builtins.str
     running: builtins.int
@@ -248,6 +249,7 @@ class TrunkStatus(google.protobuf.message.Message):
     drafts: builtins.int
     draft_tokens: builtins.int
     accepted_tokens: builtins.int
+    requests: builtins.int
     unwell: builtins.str
     """Why requests cannot be answered; empty when they can, or when it was not asked for."""
     def __init__(
@@ -262,8 +264,9 @@ class TrunkStatus(google.protobuf.message.Message):
         drafts: builtins.int = ...,
         draft_tokens: builtins.int = ...,
         accepted_tokens: builtins.int = ...,
+        requests: builtins.int = ...,
         unwell: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "draft_tokens", b"draft_tokens", "drafts", b"drafts", "pages", b"pages", "pages_held", b"pages_held", "preemptions", b"preemptions", "running", b"running", "unwell", b"unwell", "version", b"version", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "draft_tokens", b"draft_tokens", "drafts", b"drafts", "pages", b"pages", "pages_held", b"pages_held", "preemptions", b"preemptions", "requests", b"requests", "running", b"running", "unwell", b"unwell", "version", b"version", "waiting", b"waiting"]) -> None: ...
 
 global___TrunkStatus = TrunkStatus

@@ -24,6 +24,7 @@ class EngineFigures:
         running, waiting: requests.
         pages_held, pages: of the cache, in use and all.
         preemptions: requests set back for want of pages.
+        requests: taken since it began, those that another engine had begun among them.
         drafts, draft_tokens, accepted_tokens: rounds of drafts, drafts judged, and those that were right.
     """
 
@@ -35,6 +36,7 @@ class EngineFigures:
     drafts: int
     draft_tokens: int
     accepted_tokens: int
+    requests: int
 
 
 class ServingMetrics(Collector):
@@ -107,6 +109,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineFigures], float]], ...] = (
     ("num_requests_running", "Requests that run.", lambda at: at.running),
     ("num_requests_waiting", "Requests that wait.", lambda at: at.waiting),
     ("kv_cache_usage_perc", "Share of the cache in use.", lambda at: at.pages_held / at.pages),
+    ("engine_requests", "Requests taken, also those begun by another engine.", lambda at: at.requests),
     ("num_preemptions", "Requests set back for want of pages.", lambda at: at.preemptions),
     ("spec_decode_num_drafts", "Rounds of drafts.", lambda at: at.drafts),
     ("spec_decode_num_draft_tokens", "Drafts judged.", lambda at: at.draft_tokens),

@@ -46,6 +46,7 @@ class Overview:
                 drafts=status.drafts,
                 draft_tokens=status.draft_tokens,
                 accepted_tokens=status.accepted_tokens,
+                requests=status.requests,
             )
             for name, status in (await self._ask()).items()
         }

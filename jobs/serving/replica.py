@@ -108,6 +108,7 @@ class Replica:
             drafts=stats.proposed[0],
             draft_tokens=sum(list(stats.proposed.values())),
             accepted_tokens=sum(list(stats.accepted.values())),
+            requests=self.service.taken,
             unwell=(self._health() or "") if health else "",
         )
 
