@@ -97,6 +97,10 @@ class ExpertPool:
         """See `Rollout.report`."""
         self._rollout.report(name, standing)
 
+    async def trunks(self) -> dict[str, str]:
+        """See `Rollout.trunks`."""
+        return self._rollout.trunks
+
     async def reload(self, directory: str) -> dict[str, Any]:
         """Change all replicas and hosts to another checkpoint; goes on to its end if the caller goes away.
 
