@@ -74,7 +74,7 @@ class ClusterConfig(BaseModel):
         start_timeout: seconds the actors have to start and to load their weights.
         replicas: least number of hosts that hold each expert, as far as there are that many hosts.
         redundant_experts: further replicas in each layer, which go to the experts with the highest load.
-        dead_after: seconds without a sign of life after which a host, or a replica of the trunk, counts as dead.
+        dead_after: seconds without a sign of life after which a host, or a replica of the trunk, is dead.
         hedge_after: seconds that inference waits for one host before it turns to other replicas; null: it
             waits for as long as the host lives.
         rebalance_below: balancedness (mean over highest load of the hosts) below which serving places the

@@ -73,7 +73,9 @@ def test_constant_load_comes_to_rest_without_turning_back(
     chosen: AutoscalingSettings, hosts: int, work: float, rows: float
 ) -> None:
     changes = simulate(chosen, hosts, [work] * 600, rows)
-    inside = [(before, after) for _, before, after in changes if chosen.min_hosts <= before <= chosen.max_hosts]
+    inside = [
+        (before, after) for _, before, after in changes if chosen.min_hosts <= before <= chosen.max_hosts
+    ]
     assert len({after > before for before, after in inside}) <= 1, "it went up and down"
     # Each step up of saturated hosts is by 1 / target at least; the delays decide how long it takes.
     assert not [when for when, _, _ in changes if when > 400]
