@@ -87,6 +87,7 @@ class Server:
     url: str
     grpc: str | None
     ray: str
+    coordinator: str
     process: subprocess.Popen[str]
     model: CausalLM
     directory: Path
@@ -157,7 +158,9 @@ def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Itera
     family = psutil.Process(process.pid).children(recursive=True)
     try:
         with OpenAI(base_url=f"{at['url']}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            yield Server(at["url"], at["grpc"], at["ray"], process, model, directory, client)
+            yield Server(
+                at["url"], at["grpc"], at["ray"], at["coordinator"], process, model, directory, client
+            )
     except BaseException:
         process.send_signal(signal.SIGTERM)
         process.wait(90)
