@@ -119,6 +119,8 @@ def build_host(config: RunConfig, start: Start, index: int) -> ExpertHost:
         config.model,
         experts_of(config.model, config.cluster, index),
         weight_source(config, start),
+        open_source=lambda directory: PretrainedSource(directory, config.model),
+        open_moments=lambda directory: SavedMoments(Path(directory)),
         optimizer=optimizer_settings(config),
         moments=moment_source(start),
         dtype=resolve_dtype(config),
