@@ -140,5 +140,3 @@ def test_interrupt_ends_with_a_checkpoint_and_leaves_nothing(corpus: Path, tmp_p
     assert read_state(find_checkpoint(output)).step == result["step"]
     assert_gone(members)
     assert not list((output / "checkpoints").glob(".writing-*"))
-
-
