@@ -45,7 +45,9 @@ def sample_loads(n_experts: int, seed: int = 0) -> Iterator[tuple[str, NDArray[n
             skewed = random.permutation(np.arange(1, n_experts + 1, dtype=np.float64) ** -exponent)
         else:
             skewed = random.uniform(0.0, 0.01, n_experts)
-            skewed[random.choice(n_experts, 1 + at // 4, replace=False)] = random.uniform(0.5, 1.0, 1 + at // 4)
+            skewed[random.choice(n_experts, 1 + at // 4, replace=False)] = random.uniform(
+                0.5, 1.0, 1 + at // 4
+            )
         yield "skewed", skewed
 
 
@@ -56,7 +58,9 @@ def compare(shape: str, seed: int = 0) -> dict[str, Any]:
     kinds, samples = zip(*sample_loads(n_experts, seed), strict=True)
     loads = np.stack(samples)
     ours = balancedness(
-        plan(sites, n_layers=len(loads), n_experts=n_experts, n_group=n_group, redundant=redundant, loads=loads),
+        plan(
+            sites, n_layers=len(loads), n_experts=n_experts, n_group=n_group, redundant=redundant, loads=loads
+        ),
         loads,
     ).tolist()
     theirs = []
