@@ -185,21 +185,22 @@ def _holders(shelves: Shelves) -> Holders:
     layers = np.arange(n_layers)
     primary = hold.argmax(axis=2)
     single = shelves.copies[:, :n_experts] == 1
-    load = np.einsum("leh,le->lh", hold, shelves.loads * single)
+    load = ((shelves.loads * single)[:, None] @ hold)[:, 0]
     order = np.argsort(np.where(single, np.inf, -shelves.loads), axis=1, kind="stable")
     for expert in order[:, : int((~single).sum(axis=1).max(initial=0))].T:
         several = ~single[layers, expert]
         to = np.where(hold[layers, expert], load, np.inf).argmin(axis=1)
         primary[layers, expert] = np.where(several, to, primary[layers, expert])
         load[layers, to] += np.where(several, shelves.loads[layers, expert], 0.0)
+    alone = [(host,) for host in range(hold.shape[2])]
     rows: list[tuple[tuple[int, ...], ...]] = []
-    for layer in range(n_layers):
-        lists: list[list[int]] = [[host] for host in primary[layer].tolist()]
-        experts, hosts = np.nonzero(hold[layer])
-        for expert, host in zip(experts.tolist(), hosts.tolist(), strict=True):
-            if host != lists[expert][0]:
-                lists[expert].append(host)
-        rows.append(tuple(map(tuple, lists)))
+    for layer, firsts in enumerate(primary.tolist()):
+        row = [alone[host] for host in firsts]
+        for expert in np.nonzero(~single[layer])[0].tolist():
+            first = firsts[expert]
+            others = np.nonzero(hold[layer, expert])[0].tolist()
+            row[expert] = (first, *[host for host in others if host != first])
+        rows.append(tuple(row))
     return tuple(rows)
 
 

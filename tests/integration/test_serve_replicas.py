@@ -90,12 +90,16 @@ def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
 
 
 def test_autoscaling_is_handed_to_serve(directory: Path) -> None:
-    from jobs.serving.deployment import build_application  # Ray's warnings are let pass in tests alone
+    from ray.serve import Application  # Ray's warnings are let pass in tests alone
+
+    from jobs.serving.deployment import build_application
 
     wanted = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 7}
     config = ServeConfig.from_dict({"serving": {"autoscaling": wanted}})
-    deployment: Any = build_application(config, directory)._bound_deployment
-    given = deployment._deployment_config.autoscaling_config
+    interface: Any = build_application(config, directory)._bound_deployment
+    behind = [one._bound_deployment for one in interface.init_args if isinstance(one, Application)]
+    (trunk,) = [deployment for deployment in behind if deployment.name == "trunk"]
+    given = trunk._deployment_config.autoscaling_config
     assert {name: getattr(given, name) for name in wanted} == wanted
 
 
