@@ -205,6 +205,7 @@ class Elastic:
                     "id": id,
                     "node": info.node,
                     "pid": info.pid,
+                    "addresses": dict(info.addresses),
                     "state": "gone" if member is None else str(member.stage),
                     "channel": "grpc" if info.addresses.get("shm") is None else "shm",
                     "experts": sum(map(len, held.get(id, ()))),

@@ -108,7 +108,10 @@ def run_chaos(
 
 
 def _drop(job: AdminClient, fault: Fault) -> str:
-    hosts = [HostInfo(**host["address"]) for host in job.status()["hosts"]]
+    hosts = [
+        HostInfo(**{name: host[name] for name in ("id", "node", "pid", "addresses")})
+        for host in job.status()["hosts"]
+    ]
     if not hosts:
         return "not done: there is no expert host"
     host = hosts[int(fault.pick * len(hosts))]

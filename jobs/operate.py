@@ -1,4 +1,4 @@
-"""`raymoe status | scale | drain | chaos`: how a running job stands, other expert hosts for it, and faults."""
+"""`raymoe status | scale | drain | chaos`: how a running job stands, other hosts for it, and faults."""
 
 from __future__ import annotations
 
