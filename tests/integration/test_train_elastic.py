@@ -58,7 +58,7 @@ class Run:
     """A run in the course of which things happen.
 
     Attributes:
-        pauses: seconds from each disturbance to the next step that is written down.
+        pauses: seconds from each disturbance to a step that it made afterwards.
     """
 
     def __init__(self, corpus: Path, output: Path, **changed: object) -> None:
@@ -83,10 +83,9 @@ class Run:
         while self._steps() < step:
             assert self.process.poll() is None, "".join(self._said)
             time.sleep(0.02)
-        before = self._written()
-        began = time.monotonic()
+        began, before = time.monotonic(), self._steps()
         disturb()
-        while self._written() == before:
+        while self._steps() < before + 2:  # one may have been on its way
             assert self.process.poll() is None, "".join(self._said)
             time.sleep(0.01)
         self.pauses.append(time.monotonic() - began)
@@ -102,7 +101,7 @@ class Run:
         """Its losses, step by step."""
         members = family(self.process)
         assert self.process.wait(300) == 0, "".join(self._said)
-        self._listener.join()
+        self._close()
         assert_gone(members)
         return losses(self.output)
 
@@ -110,6 +109,13 @@ class Run:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        self._listener.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
 
     def _listen(self) -> None:
         assert self.process.stderr is not None
@@ -119,12 +125,6 @@ class Run:
     def _steps(self) -> int:
         lines = read_metrics(self.output / METRICS_FILE)
         return int(lines[-1]["step"]) if lines else 0
-
-    def _written(self) -> int:
-        try:
-            return (self.output / METRICS_FILE).stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
 
 
 def _title(process: psutil.Process) -> str:
