@@ -36,6 +36,9 @@ POOL = "experts"
 
 _MAX_ONGOING = 100_000  # our own queue says when it is full, with an answer that says so
 _GRACE_SECONDS = 30.0
+_HEAD = "node:__internal_head__"
+"""A resource that Ray gives the head node: where the pool, its coordinator and the interface are, beside Serve's
+controller, so that the loss of any other node costs none of them."""
 
 
 class TrunkReplica:
@@ -102,7 +105,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
     pool = serve.deployment(
         ExpertPool,
         name=POOL,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=2 * _GRACE_SECONDS,
     ).bind(values, str(directory))
@@ -121,7 +124,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
         Interface,
         name="api",
         num_replicas=serving.api_replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=_GRACE_SECONDS,
     ).bind(values, str(directory), serving.name or directory.name, pool, trunk, loopback=loopback)

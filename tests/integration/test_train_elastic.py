@@ -61,9 +61,9 @@ class Run:
         pauses: seconds from each disturbance to a step that it made afterwards.
     """
 
-    def __init__(self, corpus: Path, output: Path, **changed: object) -> None:
+    def __init__(self, corpus: Path, output: Path, *options: str, **changed: object) -> None:
         self.output = output
-        self.process = start(corpus, output, **{**SETTINGS, **changed})
+        self.process = start(corpus, output, *options, **{**SETTINGS, **changed})
         self.pauses: list[float] = []
         self._said: list[str] = []
         self._listener = threading.Thread(target=self._listen, daemon=True)
