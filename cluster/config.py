@@ -64,6 +64,8 @@ class ClusterConfig(BaseModel):
 
     Attributes:
         expert_hosts: number of expert host actors; 0 keeps the experts in each worker's own process.
+        hosts_per_node: expert hosts for each node of the Ray cluster that has CPUs for them, as nodes join and
+            leave; null keeps to `expert_hosts`.
         interface: address that hosts and coordinator listen on; null is the loopback for a cluster of the
             command's own, else the address that Ray knows a node by.
         channel: how a router reaches a host; `auto` picks by locality.
@@ -86,6 +88,7 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     expert_hosts: int = Field(default=2, ge=0, le=(1 << 31) - 1)
+    hosts_per_node: int | None = Field(default=None, ge=1, le=1024)
     interface: str | None = None
     channel: ChannelKind = "auto"
     threads_per_host: int | None = Field(default=None, ge=1, le=1024)

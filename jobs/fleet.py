@@ -21,18 +21,19 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.coordinator import Coordinator, State
-from actors.coordinator_client import CoordinatorClient
+from actors.coordinator_client import AdminClient, CoordinatorClient
 from actors.expert_host import ExpertHost
 from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
 from cluster.config import ClusterConfig
 from cluster.topology import HostInfo
-from errors import RaymoeError
+from errors import ConfigError, RaymoeError, ResourceError
 
 NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
 """Where the actors of coordinators are found, and what their names begin with."""
 
 _PAUSE = 0.1  # seconds between two reports
 _CALL_SECONDS = 10.0
+_CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
 
 
 @dataclass(slots=True)
@@ -72,6 +73,7 @@ class Fleet:
     _failed: dict[str, str] = field(default_factory=dict)
     _stopped: list[str] = field(default_factory=list)
     _next: int = 0
+    _next_census: float = 0.0
     _closing: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -119,7 +121,7 @@ class Fleet:
         while not self._closing.wait(_PAUSE):
             try:
                 self._look()
-                self._obey()
+                self._follow_nodes(self._obey())
             except RaymoeError:
                 if not self._alive(self._coordinator):
                     self._replace_coordinator()
@@ -154,12 +156,32 @@ class Fleet:
                 self._failed[id] = str(error)
                 self._end(id)
 
-    def _obey(self) -> None:
-        """Report, and do what is ordered."""
+    def _follow_nodes(self, wanted: int) -> None:
+        """Want as many hosts as there is room for on the nodes that there are now."""
+        if self.cluster.hosts_per_node is None or time.monotonic() < self._next_census:
+            return
+        self._next_census = time.monotonic() + _CENSUS_SECONDS
+        nodes = [
+            node
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU", 0) >= self.cluster.cpus_per_host
+        ]
+        target = max(1, len(nodes) * self.cluster.hosts_per_node)
+        if target != wanted:
+            admin = AdminClient(self.address, timeout=_CALL_SECONDS)
+            try:
+                admin.scale(target, timeout=0.0)
+            except (ConfigError, ResourceError):  # more than there are experts, or a change is under way
+                pass
+            finally:
+                admin.close()
+
+    def _obey(self) -> int:
+        """Report, and do what is ordered; how many hosts are wanted."""
         assert self._client is not None
         starting = sum(host.info is None for host in self._hosts.values())
         failed, stopped = dict(self._failed), list(self._stopped)
-        orders, _, self._state = self._client.orders(starting=starting, failed=failed, stopped=stopped)
+        orders, wanted, self._state = self._client.orders(starting=starting, failed=failed, stopped=stopped)
         for id in failed:
             self._failed.pop(id)
         self._stopped = [id for id in self._stopped if id not in stopped]
@@ -168,6 +190,7 @@ class Fleet:
             self._stopped.append(id)
         for _ in range(orders.start):
             self._start_host()
+        return wanted
 
     def _start_host(self) -> None:
         id = f"host-{self._next}"
