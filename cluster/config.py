@@ -64,8 +64,8 @@ class ClusterConfig(BaseModel):
 
     Attributes:
         expert_hosts: number of expert host actors; 0 keeps the experts in each worker's own process.
-        hosts_per_node: expert hosts for each node of the Ray cluster that has CPUs for them, as nodes join and
-            leave; null keeps to `expert_hosts`.
+        hosts_per_node: expert hosts for each node of the Ray cluster that has CPUs for one, as nodes join
+            and leave; null keeps to `expert_hosts`.
         interface: address that hosts and coordinator listen on; null is the loopback for a cluster of the
             command's own, else the address that Ray knows a node by.
         channel: how a router reaches a host; `auto` picks by locality.
