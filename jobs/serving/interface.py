@@ -19,6 +19,7 @@ from jobs.serving.follower import Exchanger, Follower
 from jobs.serving.grpc_methods import GrpcMethods
 from jobs.serving.membership import PoolLink
 from jobs.serving.overview import Overview
+from jobs.serving.rollout import Standing
 from jobs.serving.routes import ServeRoutes
 from jobs.serving.trunks import Trunks
 from jobs.serving.weights import Version
@@ -92,9 +93,10 @@ class Interface(GrpcMethods):
         config = ServeConfig.from_dict(values)
         model = PretrainedSource(Path(directory)).config
         tokenizer, end_of_text = load_tokenizer(Path(directory), model.vocab_size)
-        self._link = PoolLink(pool, serve.get_replica_context().replica_tag)
+        self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
         self._closing.callback(self._link.close)
         member = await self._link.enter()
+        await self._link.report(Standing(uses=member.version.epoch))
         trunks = Trunks(
             ServeRoutes(trunk),
             vocabulary=tokenizer.get_vocab_size(),
