@@ -19,7 +19,9 @@ from jobs.serving.follower import Exchanger, Follower
 from jobs.serving.grpc_methods import GrpcMethods
 from jobs.serving.membership import PoolLink
 from jobs.serving.overview import Overview
+from jobs.serving.rollout import Standing
 from jobs.serving.routes import ServeRoutes
+from jobs.serving.templates import Templates
 from jobs.serving.trunks import Trunks
 from jobs.serving.weights import Version
 from jobs.tokenizer import load_tokenizer
@@ -32,36 +34,6 @@ def _backend() -> Backend:
     """Of the process that this request has come to."""
     interface: Interface = serve.get_replica_context().servable_object
     return interface.backend
-
-
-class Templates:
-    """What of a checkpoint the interface uses, and the exchange of it.
-
-    Args:
-        backend: uses it.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._prepared: ChatTemplate | None = None
-
-    async def prepare(self, version: Version) -> None:
-        """Read a version's chat template.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        self._prepared = await asyncio.to_thread(ChatTemplate.beside, Path(version.directory))
-
-    async def exchange(self, version: Version) -> None:
-        """Use what was prepared."""
-        assert self._prepared is not None
-        self._backend.chat, self._prepared = self._prepared, None
-        self._backend.version = version.name
-
-    def forget(self) -> None:
-        """Drop what was prepared."""
-        self._prepared = None
 
 
 @serve.ingress(build_api(_backend))
@@ -92,9 +64,10 @@ class Interface(GrpcMethods):
         config = ServeConfig.from_dict(values)
         model = PretrainedSource(Path(directory)).config
         tokenizer, end_of_text = load_tokenizer(Path(directory), model.vocab_size)
-        self._link = PoolLink(pool, serve.get_replica_context().replica_tag)
+        self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
         self._closing.callback(self._link.close)
         member = await self._link.enter()
+        await self._link.report(Standing(uses=member.version.epoch))
         trunks = Trunks(
             ServeRoutes(trunk),
             vocabulary=tokenizer.get_vocab_size(),
@@ -146,4 +119,4 @@ class Interface(GrpcMethods):
             run, version = member.run, member.version
 
 
-__all__ = ["Interface", "Templates"]
+__all__ = ["Interface"]

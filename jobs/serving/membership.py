@@ -23,14 +23,16 @@ class PoolLink:
     Args:
         pool: handle of its deployment.
         name: of the replica.
+        interface: whether it is a process of the interface.
 
     Attributes:
         address: where the replica takes requests, which the pool hears with its standing.
     """
 
-    def __init__(self, pool: DeploymentHandle, name: str) -> None:
+    def __init__(self, pool: DeploymentHandle, name: str, *, interface: bool = False) -> None:
         self.name = name
         self.address = ""
+        self._interface = interface
         self._pool = pool
         self._calls: dict[str, Any] = {}
 
@@ -66,7 +68,8 @@ class PoolLink:
 
     async def report(self, standing: Standing) -> None:
         """See `Rollout.report`."""
-        await self._pool.report.remote(self.name, replace(standing, address=self.address))
+        standing = replace(standing, address=self.address, interface=self._interface)
+        await self._pool.report.remote(self.name, standing)
 
     async def trunks(self) -> Mapping[str, str]:
         """See `Rollout.trunks`."""

@@ -45,7 +45,8 @@ class Standing:
         ready: epoch of the one that it holds beside it.
         failed: epoch of one that it could not get ready.
         failure: why.
-        address: where it takes requests; empty where it takes none itself.
+        address: where it takes requests; empty until it does.
+        interface: it is no replica of the trunk, but a process of the interface.
     """
 
     uses: int
@@ -53,6 +54,7 @@ class Standing:
     failed: int | None = None
     failure: str = ""
     address: str = ""
+    interface: bool = False
 
 
 @dataclass(slots=True)
@@ -96,8 +98,8 @@ class Rollout:
 
     @property
     def replicas(self) -> int:
-        """That are there and take requests."""
-        return len(self.trunks)
+        """Of the trunk, that are there."""
+        return sum(not member.standing.interface for member in self._alive())
 
     def join(self, name: str) -> Version:
         """A replica begins; the version to begin with."""

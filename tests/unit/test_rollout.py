@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from errors import CheckpointError, ProtocolError, ResourceError
+from jobs.api.chat import ChatTemplate
 from jobs.serving.follower import Follower
 from jobs.serving.rollout import Rollout, Standing
+from jobs.serving.templates import Templates
 from jobs.serving.weights import Version
 
 pytestmark = pytest.mark.timeout(60)
@@ -165,6 +170,44 @@ def test_a_replica_that_joins_before_the_exchange_comes_along() -> None:
         assert after.used == NEW
 
     play(scene)
+
+
+def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
+    async def scene() -> None:
+        old, new = tmp_path / "old", tmp_path / "new"
+        for directory in (old, new):
+            directory.mkdir()
+            (directory / "chat_template.jinja").write_text(f"{directory.name}: {{{{ messages[0].content }}}}")
+        first = Version(epoch=0, directory=str(old), name="old")
+        second = Version(epoch=1, directory=str(new), name="new")
+        rollout = Rollout("run", first)
+        # As much of a backend as a template is exchanged in.
+        backend: Any = SimpleNamespace(chat=ChatTemplate.beside(old), version="old")
+        templates: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        templates.set_result(Templates(backend))
+
+        async def report(standing: Standing) -> None:
+            rollout.report("api", replace(standing, interface=True))
+
+        rollout.join("api")
+        rollout.join("trunk")
+        rollout.report("trunk", Standing(uses=0, address="127.0.0.1:1"))
+        follower = Follower("run", first, ask=lambda known: rollout.ask("api", known), report=report)
+        following = asyncio.create_task(follower.follow(templates))
+        await until(lambda: rollout.replicas == 1)
+        assert rollout.trunks == {"trunk": "127.0.0.1:1"}
+        rollout.leave("trunk")
+        await rollout.prepare(second)
+        assert (backend.chat.render([{"content": "hi"}]), backend.version) == ("old: hi", "old")
+        await rollout.exchange()
+        assert (backend.chat.render([{"content": "hi"}]), backend.version) == ("new: hi", "new")
+        (new / "chat_template.jinja").write_text("{{ broken")
+        with pytest.raises(ResourceError, match="chat template"):
+            await rollout.prepare(Version(epoch=2, directory=str(new), name="newer"))
+        assert backend.version == "new"
+        following.cancel()
+
+    asyncio.run(scene())
 
 
 def test_a_replica_that_is_silent_for_too_long_holds_nobody_up() -> None:
