@@ -6,6 +6,7 @@
     │   ├── DataError         a corpus, a file or a tokenizer
     │   └── CheckpointError   a checkpoint that is missing, damaged or of another shape
     ├── ResourceError         the cluster cannot give what the configuration asks for
+    │   └── QueueFull         as many requests wait as may; one comes back later
     ├── Interrupted           a training step is given up, to begin again at a common one
     ├── ChannelError          a peer could not be reached, or hung up
     │   ├── ChannelTimeout    no answer before the deadline
@@ -51,6 +52,10 @@ class Interrupted(RaymoeError):
     """A training step is given up since something that it needs is lost; join the run again."""
 
 
+class QueueFull(ResourceError):
+    """As many requests wait as may: come back later."""
+
+
 class ChannelError(RaymoeError):
     """A peer could not be reached, or hung up in the middle of a call."""
 
@@ -92,6 +97,7 @@ __all__ = [
     "DataError",
     "Interrupted",
     "ProtocolError",
+    "QueueFull",
     "RaymoeError",
     "RemoteError",
     "ResourceError",

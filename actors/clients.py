@@ -100,6 +100,11 @@ class HostClient:
         with raising(self._peer):
             return tensor_from(self._stub.Loads(expert_pb2.LoadsRequest(), timeout=self._timeout).loads)
 
+    def hang_up(self) -> None:
+        """See `ExpertHostServer.hang_up`."""
+        with raising(self._peer):
+            self._stub.HangUp(expert_pb2.HangUpRequest(), timeout=self._timeout)
+
     def ping(self, timeout: float) -> None:
         """Whether the host answers, within so many seconds.
 

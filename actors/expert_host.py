@@ -56,8 +56,7 @@ class ExpertHost(HostState):
                 partial,
             )
         box.reply(answered=n > 0)
-        self._meter.count(Phase.INFER, n, perf_counter() - started)
-        self._meter.load(index, layer, box.expert[:n_pairs])
+        self._meter.forward(Phase.INFER, n, perf_counter() - started, index, layer, box.expert[:n_pairs])
         self._meter.end()
 
     def handle(self, request: Request) -> tuple[Tensor, ...]:
@@ -193,8 +192,8 @@ class ExpertHost(HostState):
         )
         if saved is not None:
             version.ledger.keep(id, saved)
-        self._meter.count(id.phase, rows.shape[0], perf_counter() - started)
-        self._meter.load(id.layer, layer, local.numpy())
+        seconds = perf_counter() - started
+        self._meter.forward(id.phase, rows.shape[0], seconds, id.layer, layer, local.numpy())
         return (partial,)
 
     def _backward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
@@ -210,7 +209,7 @@ class ExpertHost(HostState):
                     )
                 started = perf_counter()
                 call.reply = experts_backward(layer.shard, saved, d_partial)
-                self._meter.count(request.id.phase, d_partial.shape[0], perf_counter() - started)
+                self._meter.backward(d_partial.shape[0], perf_counter() - started)
             except BaseException as error:
                 call.error = f"{type(error).__name__}: {error}"
                 raise

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from actors.assembling import Own, Sources, read_experts
 from actors.clients import HostClient
+from actors.copies import check_experts
 from actors.expert_state import MomentSource, Pair, save_experts
 from actors.layers import LayerMaker, Layers
 from actors.meter import Meter
 from actors.moves import Assembly, Blob, ExpertIds, Peer, Pull, Stored, pairs
 from actors.pushing import Pusher
-from actors.snapshots import Memory, check_experts
+from actors.snapshots import Memory
 from actors.state_stream import frames
 from actors.steps import OptimizerSettings
 from actors.versions import Version, Versions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,9 @@ class Meter:
 
     def __init__(self, config: ModelConfig) -> None:
         self._lock = threading.Lock()
-        self._requests: Counter[str] = Counter()
-        self._row_of = {layer: row for row, layer in enumerate(config.moe_layers)}
-        self._loads = np.zeros((len(self._row_of), config.n_routed_experts), np.int64)
+        self._requests = [0] * len(Phase)
+        self._loads = np.zeros((len(config.moe_layers), config.n_routed_experts), np.int64)
+        self._of_layer = dict(zip(config.moe_layers, self._loads, strict=True))  # views
         self._rows = 0
         self._busy = 0.0
         self.in_flight = 0
@@ -42,27 +42,39 @@ class Meter:
         with self._lock:
             self.in_flight -= 1
 
-    def count(self, phase: Phase, rows: int, seconds: float) -> None:
-        """A request has been computed."""
-        with self._lock:
-            self._requests[phase.name] += 1
-            self._rows += rows
-            self._busy += seconds
-
-    def load(self, index: int, layer: Layer, local: npt.NDArray[np.integer]) -> None:
-        """Count the pairs of a forward pass.
+    def forward(
+        self,
+        phase: Phase,
+        rows: int,
+        seconds: float,
+        index: int,
+        layer: Layer,
+        local: npt.NDArray[np.integer[Any]],
+    ) -> None:
+        """A forward pass has been computed.
 
         Args:
             index: the model's layer.
-            local: [nnz], indices into the layer's shard.
+            local: [nnz], its pairs' experts as indices into the layer's shard.
         """
         with self._lock:
-            count_pairs(local, layer.ids, self._loads[self._row_of[index]])
+            self._requests[phase] += 1
+            self._rows += rows
+            self._busy += seconds
+            count_pairs(local, layer.ids, self._of_layer[index])
+
+    def backward(self, rows: int, seconds: float) -> None:
+        """A backward pass has been computed."""
+        with self._lock:
+            self._requests[Phase.BACKWARD] += 1
+            self._rows += rows
+            self._busy += seconds
 
     def read(self) -> tuple[dict[str, int], int, float]:
         """Requests by phase, rows, and seconds of computing, summed over threads."""
         with self._lock:
-            return dict(self._requests), self._rows, self._busy
+            requests = {phase.name: self._requests[phase] for phase in Phase if self._requests[phase]}
+            return requests, self._rows, self._busy
 
     def loads(self) -> Tensor:
         """[L, E] int64, pairs computed, rows in the order of `ModelConfig.moe_layers`."""

@@ -106,7 +106,7 @@ class Stored:
 
 
 class Peer(Protocol):
-    """What a host asks of another one: `ExpertHost` itself, or a client of one."""
+    """What a host asks of another one; `HostClient` is one."""
 
     def fetch(self, pull: Pull) -> Iterator[bytes]:
         """Frames with the state of experts; see `actors.state_stream.fill`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from actors.copies import Copy
 from actors.moves import Peer
-from actors.snapshots import Copy
 from cluster.topology import HostInfo
 
 

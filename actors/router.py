@@ -93,6 +93,7 @@ class Router:
         placement = Placement(table, self.config)
         with self._lock:
             self._take(table, placement)
+            self._pinned = None  # a step may be done again, elsewhere
 
     def install(self, table: RoutingTable) -> bool:
         """Route with a newer table of the same weights; whether it is one. Any thread, at any time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 
@@ -28,8 +28,8 @@ from protos import (
 class ExpertServicer(expert_pb2_grpc.ExpertServicer):
     """An expert host's control calls; its data stream is a channel's."""
 
-    def __init__(self, host: ExpertHost) -> None:
-        self._host = host
+    def __init__(self, host: ExpertHost, hang_up: Callable[[], None] | None = None) -> None:
+        self._host, self._hang_up = host, hang_up
 
     def Prepare(
         self, request: expert_pb2.PrepareRequest, context: grpc.ServicerContext
@@ -66,6 +66,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         with refusing(context):
             self._host.retain(*request.epochs)
             return expert_pb2.RetainReply()
+
+    def HangUp(
+        self, request: expert_pb2.HangUpRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.HangUpReply:
+        with refusing(context):
+            if self._hang_up is None:
+                not_served(context)
+            self._hang_up()
+            return expert_pb2.HangUpReply()
 
     def Ping(self, request: expert_pb2.PingRequest, context: grpc.ServicerContext) -> expert_pb2.PingReply:
         return expert_pb2.PingReply()

@@ -22,7 +22,7 @@ class ExpertHostServer:
     """
 
     def __init__(self, host: ExpertHost, *, bind: str = "127.0.0.1", node: str = "") -> None:
-        servicer = ExpertServicer(host)
+        servicer = ExpertServicer(host, self.hang_up)
         self._shm = shm.serve(host.handle, host.answer)
         self._grpc = grpc.serve(
             host.handle,
@@ -38,6 +38,11 @@ class ExpertHostServer:
             pid=os.getpid(),
             addresses={"shm": self._shm.address, "grpc": self._grpc.address},
         )
+
+    def hang_up(self) -> None:
+        """End every connection of a router that is open now; they may come again."""
+        self._shm.hang_up()
+        self._grpc.hang_up()
 
     def close(self) -> None:
         """Hang up on every caller."""

@@ -7,79 +7,21 @@ each piece; nobody is waited for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from actors.copies import Copy, blob_frames, check_experts
 from actors.layers import LayerCopy, Layers, Parts
 from actors.moves import EXPERTS, Blob, Stored
-from actors.state_stream import Inflow, frames, head, read_head
-from actors.state_wire import blob_from, blob_to, empty_tensors, experts_from, stored_to, tensor_shapes
+from actors.state_stream import Inflow, read_head
+from actors.state_wire import blob_from, empty_tensors, experts_from, stored_to, tensor_shapes
 from errors import ProtocolError
 from model.config import ModelConfig
 from protos import expert_pb2
 
 KEPT_STEPS = 2
-
-
-@dataclass(slots=True, eq=False)
-class Copy:
-    """One entry: the experts of a host, or a blob.
-
-    Attributes:
-        layers: copies of a host's experts.
-        tensors: of a blob.
-        note: of a blob.
-        complete: it is all there.
-        gone: its memory is another's, or nobody's.
-        pushes: buddy -> what became of it: "" is well, None not yet.
-    """
-
-    kind: str
-    of: str
-    step: int
-    epoch: int
-    layers: dict[int, LayerCopy]
-    tensors: dict[str, Tensor]
-    note: str = ""
-    complete: bool = False
-    gone: bool = False
-    pushes: dict[str, str | None] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raises when what has been read or written since is another's.
-
-        Raises:
-            ProtocolError: a newer one has taken its place.
-        """
-        if self.gone:
-            raise ProtocolError(f"the {self.kind} of {self.of} at step {self.step} are kept no more")
-
-    def stored(self) -> Stored:
-        """What it is, for others."""
-        return Stored(
-            kind=self.kind,
-            of=self.of,
-            step=self.step,
-            epoch=self.epoch,
-            experts={layer: copy.experts for layer, copy in self.layers.items()},
-            pushed=tuple(buddy for buddy, error in self.pushes.items() if error == ""),
-            failed={buddy: error for buddy, error in self.pushes.items() if error},
-        )
-
-    def memory(self) -> list[Tensor]:
-        """Everything that it holds, in the order of its stream."""
-        return [*(copy.flat for copy in self.layers.values()), *self.tensors.values()]
-
-    def frames(self) -> Iterator[bytes]:
-        """The stream that another host's `Memory.store` takes."""
-        if self.kind == EXPERTS:
-            yield head(stored_to(self.stored()))
-        else:
-            yield head(blob_to(Blob(name=self.of, step=self.step, tensors=self.tensors, note=self.note)))
-        yield from frames(self.memory(), self.check)
 
 
 class Memory:
@@ -283,25 +225,4 @@ def _checked(stream: Iterator[bytes], copy: Copy) -> Iterator[bytes]:
         yield frame
 
 
-def blob_frames(blob: Blob) -> Iterator[bytes]:
-    """The stream of a blob, whose tensors must not change until it has been read."""
-    yield head(blob_to(blob))
-    yield from frames(blob.tensors.values(), lambda: None)
-
-
-def check_experts(config: ModelConfig, experts: Mapping[int, Sequence[int]]) -> None:
-    """Whether a model has such experts.
-
-    Raises:
-        ProtocolError: a layer without any, an unknown expert, or one that comes twice.
-    """
-    for layer, ids in experts.items():
-        known: Sequence[int] = range(config.n_routed_experts)
-        if layer not in config.moe_layers or len(set(ids)) != len(ids) or any(id not in known for id in ids):
-            raise ProtocolError(
-                f"layer {layer} has no experts {list(ids)[:8]}…, or not twice: the model has "
-                f"{config.n_routed_experts} in each of the layers {list(config.moe_layers)}"
-            )
-
-
-__all__ = ["KEPT_STEPS", "Copy", "Memory", "blob_frames", "check_experts"]
+__all__ = ["KEPT_STEPS", "Memory"]

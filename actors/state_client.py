@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 
 from actors.control_server import raising
+from actors.copies import blob_frames
 from actors.moves import Blob, Pull
-from actors.snapshots import blob_frames
 from actors.state_stream import Inflow, read_head
 from actors.state_wire import blob_from, empty_tensors, pull_to
 from channels.grpc import SERVICE

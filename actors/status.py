@@ -47,6 +47,7 @@ def describe_hosts(elastic: Elastic) -> list[dict[str, Any]]:
                 "id": id,
                 "node": info.node,
                 "pid": info.pid,
+                "addresses": dict(info.addresses),
                 "state": str(stages.get(id, "gone")),
                 "channel": "grpc" if info.addresses.get("shm") is None else "shm",
                 "experts": sum(map(len, held.get(id, ()))),

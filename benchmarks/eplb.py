@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 
 
 def eplb_host_loads(
@@ -35,9 +36,12 @@ def eplb_host_loads(
 def replicate(loads: Sequence[float], n_replicas: int) -> list[float]:
     """Load of each replica: each further one goes to the expert whose replicas have the highest load."""
     counts = [1] * len(loads)
+    hottest = [(-load, expert) for expert, load in enumerate(loads)]
+    heapify(hottest)
     for _ in range(n_replicas - len(loads)):
-        hottest = max(range(len(loads)), key=lambda expert: loads[expert] / counts[expert])
-        counts[hottest] += 1
+        expert = hottest[0][1]
+        counts[expert] += 1
+        heapreplace(hottest, (-loads[expert] / counts[expert], expert))
     return [load / count for load, count in zip(loads, counts, strict=True) for _ in range(count)]
 
 
@@ -45,11 +49,12 @@ def pack_evenly(loads: Sequence[float], n_packs: int) -> list[list[int]]:
     """Equally many items in every pack: the heaviest left goes to the lightest pack that is not full."""
     each = len(loads) // n_packs
     packs: list[list[int]] = [[] for _ in range(n_packs)]
-    weight = [0.0] * n_packs
+    lightest = [(0.0, pack) for pack in range(n_packs)]
     for item in sorted(range(len(loads)), key=lambda item: -loads[item]):
-        to = min((pack for pack in range(n_packs) if len(packs[pack]) < each), key=weight.__getitem__)
-        packs[to].append(item)
-        weight[to] += loads[item]
+        weight, pack = heappop(lightest)
+        packs[pack].append(item)
+        if len(packs[pack]) < each:
+            heappush(lightest, (weight + loads[item], pack))
     return packs
 
 

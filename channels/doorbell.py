@@ -283,6 +283,9 @@ class Doorbell:
     def shut(self) -> None:
         """Wake whoever waits at either end, with an error. Any thread."""
         self._shut = True
+        posted = self._posted
+        if posted is not None:
+            posted.end()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -110,6 +110,7 @@ class GrpcServer:
         self._handler = handler
         self._closing = threading.Lock()
         self._closed = False
+        self._streams: set[Any] = set()
         self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="grpc-serve")
         self._server = grpc.server(self._threads, options=OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS)
         for register in services:
@@ -141,7 +142,13 @@ class GrpcServer:
                 self._server.stop(grace=None).wait()
                 self._threads.shutdown(wait=True)
 
+    def hang_up(self) -> None:
+        """End every stream of frames that is open now; callers may come again."""
+        for context in list(self._streams):
+            context.cancel()
+
     def _exchange(self, frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        self._streams.add(context)
         try:
             for frame in frames:
                 try:
@@ -156,6 +163,8 @@ class GrpcServer:
                 yield _encode(outcome)
         except grpc.RpcError:
             return  # the caller hung up
+        finally:
+            self._streams.discard(context)
 
 
 def _encode(outcome: Reply | Exception) -> bytes:

@@ -157,6 +157,13 @@ class ShmServer:
         for thread in connections.values():
             thread.join()
 
+    def hang_up(self) -> None:
+        """End every connection that is open now; callers may come again."""
+        with self._guard:
+            connections = list(self._open)
+        for bell in connections:
+            bell.shut()
+
     def _accept(self) -> None:
         while True:
             try:

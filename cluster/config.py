@@ -74,9 +74,9 @@ class ClusterConfig(BaseModel):
         start_timeout: seconds the actors have to start and to load their weights.
         replicas: least number of hosts that hold each expert, as far as there are that many hosts.
         redundant_experts: further replicas in each layer, which go to the experts with the highest load.
-        dead_after: seconds without a sign of life after which a host counts as dead.
-        hedge_after: seconds that inference waits for one host before it asks other replicas too; null never
-            does.
+        dead_after: seconds without a sign of life after which a host, or a replica of the trunk, is dead.
+        hedge_after: seconds that inference waits for one host before it turns to other replicas; null: it
+            waits for as long as the host lives.
         rebalance_below: balancedness (mean over highest load of the hosts) below which serving places the
             experts anew; null never does.
         snapshot_interval: training steps between snapshots in the memory of other hosts; 0 takes none.
@@ -109,4 +109,4 @@ class ClusterConfig(BaseModel):
         return value
 
 
-__all__ = ["AutoscalingSettings", "ChannelKind", "ClusterConfig", "Reserved"]
+__all__ = ["AutoscalingSettings", "ChannelKind", "ClusterConfig", "Reserved", "Seconds"]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from cluster.shelves import Shelves
 
 _SMALL = 1e-6  # a gain that is worth a move, as a share of the mean load
-_CELLS = 30_000  # pairs that a round looks at, over all layers
+_CELLS = 12_000  # pairs that a round looks at, over all layers
 
 
 def exchange(shelves: Shelves, target: NDArray[np.float64]) -> None:
@@ -107,7 +107,10 @@ def _spans(
     there = shelves.node_of[to][:, :, None]
     others = shelves.copies.reshape(-1).take(experts) - 1
     near = shelves.near.reshape(-1).take(experts * n_nodes + there)
-    return (others == 0) | (near - (there == shelves.node_of[source][:, :, None]) < others)
+    found: NDArray[np.bool_] = (others == 0) | (
+        near - (there == shelves.node_of[source][:, :, None]) < others
+    )
+    return found
 
 
 def _swap(

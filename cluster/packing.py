@@ -20,8 +20,18 @@ from cluster.topology import Holders
 
 _KEEP = 1.1
 """A replica that is there may be this much less useful than one that is not."""
+_STAY = 1.01
+"""Moves are worth it while the highest load is this much above the lowest that there can be."""
+_TOGETHER = 1.003
+"""Groups that stay together may cost as much."""
+_HEAVY = (0.5, 0.4)
+"""Shares of the mean load above which two replicas on one host may be one too many."""
+_GOOD = 0.99
+"""Layers of this balancedness are left as they are."""
 _ROUNDS = 8
 """Exchanges between all hosts at once, before those of the busiest one."""
+_TOGETHER = 1.003
+"""Groups that stay together may cost this much of the highest load, over the lowest that there can be."""
 _UNEVEN = 1.02
 """Groups with more load than this on one node or host, over the highest load that is wanted, are not kept."""
 
@@ -50,18 +60,24 @@ def pack(
     hold = _held(held, n_layers, n_experts, len(nodes)) if held is not None else None
     copies = count_replicas(loads, len(nodes), replicas, redundant, hold)
     # The placement from nothing says what balance can be had, and is the answer when nothing is held.
-    free = Shelves(loads, copies, node_of)
-    free.fill()
-    greedy = free.load.max(axis=1)
+    free = _from_nothing(loads, count_replicas(loads, len(nodes), replicas, redundant, hold), node_of)
+    for heavy in _HEAVY:
+        layers = np.nonzero(free.load.mean(axis=1) < _GOOD * free.load.max(axis=1))[0]
+        if not len(layers) or not redundant:
+            break
+        held_there = None if hold is None else hold[layers]
+        copies = count_replicas(loads[layers], len(nodes), replicas, redundant, held_there, heavy)
+        other = _from_nothing(loads[layers], copies, node_of)
+        better = other.load.max(axis=1) < free.load[layers].max(axis=1)
+        free.take_over(layers[better], other, better)
+    lowest = free.load.max(axis=1)
+    copies = free.copies[:, :n_experts]
     if hold is not None:
         kept = Shelves(loads, copies, node_of, hold)
         kept.fill()
-        exchange(kept, greedy)
+        exchange(kept, lowest * _STAY)
         return _holders(kept)
-    level(free, _ROUNDS)
-    exchange(free, np.zeros(n_layers))
-    # Half of what the exchange gains may be given up for groups that stay together, never more.
-    enough = (greedy + free.load.max(axis=1)) / 2
+    enough = lowest * _TOGETHER
     for domain in _domains(node_of, n_group):
         homes, uneven = _homes(loads, domain, n_group)
         layers = np.nonzero(uneven < _UNEVEN * enough)[0]
@@ -71,8 +87,18 @@ def pack(
         local.fill(homes[layers], domain)
         exchange(local, enough[layers])
         good = local.load.max(axis=1) <= enough[layers]
-        free.hold[layers[good]] = local.hold[good]
+        free.take_over(layers[good], local, good)
     return _holders(free)
+
+
+def _from_nothing(
+    loads: NDArray[np.float64], copies: NDArray[np.int64], node_of: NDArray[np.int64]
+) -> Shelves:
+    shelves = Shelves(loads, copies, node_of)
+    shelves.fill()
+    level(shelves, _ROUNDS)
+    exchange(shelves, np.zeros(len(loads)))
+    return shelves
 
 
 def count_replicas(
@@ -81,17 +107,30 @@ def count_replicas(
     replicas: int,
     redundant: int,
     hold: NDArray[np.bool_] | None = None,
+    heavy: float | None = None,
 ) -> NDArray[np.int64]:
-    """`[L, E]` replicas: `replicas` each, and each further one to the highest load per replica."""
+    """`[L, E]` replicas: `replicas` each, and each further one to the highest load per replica.
+
+    Args:
+        hold: `[L, E, H]` who holds what; replicas that are there are preferred.
+        heavy: share of a host's mean load above which a replica wants a host without another such; when
+            there is one for each host, experts get no more of them.
+    """
     n_layers, n_experts = loads.shape
     copies = np.full((n_layers, n_experts), replicas, dtype=np.int64)
     # Equal loads, and none at all, are dealt out evenly.
     weight = loads + np.maximum(loads.mean(axis=1, keepdims=True), 1.0) * 1e-9
-    before = np.zeros_like(copies) if hold is None else hold.sum(axis=2)
+    limit = np.inf if heavy is None else heavy * loads.sum(axis=1, keepdims=True) / n_hosts
+    bonus = np.zeros_like(copies) if hold is None else hold.sum(axis=2)
     layers = np.arange(n_layers)
     for _ in range(min(redundant, n_experts * (n_hosts - replicas))):
-        use = np.where(copies < n_hosts, weight / copies * np.where(copies < before, _KEEP, 1.0), -1.0)
-        copies[layers, use.argmax(axis=1)] += 1
+        use = weight / copies
+        if heavy is not None:
+            taken = np.where(use > limit, copies, 0).sum(axis=1, keepdims=True)
+            use = np.where((taken >= n_hosts) & (weight / (copies + 1) > limit), use * 1e-6, use)
+        if hold is not None:
+            use = np.where(copies < bonus, use * _KEEP, use)
+        copies[layers, np.where(copies < n_hosts, use, -1.0).argmax(axis=1)] += 1
     return copies
 
 
@@ -146,21 +185,22 @@ def _holders(shelves: Shelves) -> Holders:
     layers = np.arange(n_layers)
     primary = hold.argmax(axis=2)
     single = shelves.copies[:, :n_experts] == 1
-    load = np.einsum("leh,le->lh", hold, shelves.loads * single)
+    load = ((shelves.loads * single)[:, None] @ hold)[:, 0]
     order = np.argsort(np.where(single, np.inf, -shelves.loads), axis=1, kind="stable")
     for expert in order[:, : int((~single).sum(axis=1).max(initial=0))].T:
         several = ~single[layers, expert]
         to = np.where(hold[layers, expert], load, np.inf).argmin(axis=1)
         primary[layers, expert] = np.where(several, to, primary[layers, expert])
         load[layers, to] += np.where(several, shelves.loads[layers, expert], 0.0)
+    alone = [(host,) for host in range(hold.shape[2])]
     rows: list[tuple[tuple[int, ...], ...]] = []
-    for layer in range(n_layers):
-        lists: list[list[int]] = [[host] for host in primary[layer].tolist()]
-        experts, hosts = np.nonzero(hold[layer])
-        for expert, host in zip(experts.tolist(), hosts.tolist(), strict=True):
-            if host != lists[expert][0]:
-                lists[expert].append(host)
-        rows.append(tuple(map(tuple, lists)))
+    for layer, firsts in enumerate(primary.tolist()):
+        row = [alone[host] for host in firsts]
+        for expert in np.nonzero(~single[layer])[0].tolist():
+            first = firsts[expert]
+            others = np.nonzero(hold[layer, expert])[0].tolist()
+            row[expert] = (first, *[host for host in others if host != first])
+        rows.append(tuple(row))
     return tuple(rows)
 
 

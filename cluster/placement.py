@@ -95,7 +95,7 @@ def plan(
         ConfigError: no site, more sites than experts, or groups of unequal size.
         ValueError: sites of equal id, or `loads` or `held` of another shape.
     """
-    home = plan_placement(n_layers, n_experts, n_group, len(sites))
+    home = plan_placement(n_layers if loads is None else 0, n_experts, n_group, len(sites))
     ids, nodes = tuple(site.id for site in sites), [site.node for site in sites]
     if len(set(ids)) < len(ids):
         raise ValueError(f"sites share an id: {', '.join(ids)}")
@@ -110,10 +110,11 @@ def plan(
         holders = pack(
             weights, n_group=n_group, nodes=nodes, replicas=replicas, redundant=redundant, held=holding
         )
-    return Placement(
-        sites=ids,
-        holders=tuple(tuple(tuple(ids[host] for host in hosts) for hosts in row) for row in holders),
-    )
+    # Few combinations of hosts occur again and again.
+    named = {
+        hosts: tuple(ids[host] for host in hosts) for hosts in {hosts for row in holders for hosts in row}
+    }
+    return Placement(sites=ids, holders=tuple(tuple(map(named.__getitem__, row)) for row in holders))
 
 
 def moves(placement: Placement, held: Holding | None = None) -> dict[str, dict[int, tuple[int, ...]]]:
@@ -144,7 +145,10 @@ def balancedness(placement: Placement, loads: ArrayLike) -> NDArray[np.float64]:
     """`[L]` mean over highest load of the hosts: 1 is balanced, 1 / H all on one; without load 1."""
     found = host_loads(placement, loads)
     highest = found.max(axis=1, initial=0.0)
-    return np.divide(found.mean(axis=1), highest, out=np.ones_like(highest), where=highest > 0)
+    ratio: NDArray[np.float64] = np.divide(
+        found.mean(axis=1), highest, out=np.ones_like(highest), where=highest > 0
+    )
+    return ratio
 
 
 def _held_by_index(

@@ -1,4 +1,4 @@
-"""When to change the number of expert hosts, and when to place experts anew: pure functions, decisions as data."""
+"""When to change the number of expert hosts, and when to place experts anew: decisions as data."""
 
 from __future__ import annotations
 

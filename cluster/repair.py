@@ -179,6 +179,7 @@ class _Layer:
         part = max(
             fits or may_go,
             key=lambda part: (
+                part.hosts[0] != donor,  # primaries are even from the beginning
                 len(part.experts) if fits else 0,
                 self.of_group[part.group][taker],
                 -part.experts[0],
@@ -186,8 +187,10 @@ class _Layer:
         )
         if len(part.experts) > amount:
             self._split(part, amount)
+        rank = part.hosts.index(donor)
         self._remove(part, donor)
         self._give(part, taker)
+        part.hosts.insert(rank, part.hosts.pop())
         return True
 
     def _choose_primaries(self) -> None:

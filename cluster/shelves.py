@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.rooms import keep, rooms
+
 
 class Shelves:
     """What every host holds in every layer, and what may be put where.
@@ -41,13 +43,31 @@ class Shelves:
         self.load = np.zeros((n_layers, n_hosts))
         self.count = np.zeros((n_layers, n_hosts), dtype=np.int64)
         counts = np.zeros((n_layers, n_hosts), dtype=np.int64) if held is None else held.sum(axis=1)
-        self.room = _rooms(copies, self.nodes, counts)
+        self.room = rooms(copies, self.nodes, counts)
         slots = int(self.room.max())
         self.at = np.full((n_layers, n_hosts, slots), self.n_experts + 1, dtype=np.int64)
         missing = slots - self.room
-        self.vacant = (missing.max(axis=1) <= 1)[:, None] & (missing > 0)
+        most = missing.max(axis=1, keepdims=True)
+        self.vacant = np.logical_and(most <= 1, missing > 0)
         if held is not None:
-            self._keep(held)
+            weight = self.weight[:, : self.n_experts]
+            self._begin_with(keep(held, copies, weight, self.room, self.nodes))
+        self.full = np.where(self.count < self.room, 0.0, np.inf)  # [L, H], added to what a place costs
+
+    def _begin_with(self, held: NDArray[np.bool_]) -> None:
+        """Put what is held (`[L, E, H]`) into the first slots."""
+        layers, experts, hosts = np.nonzero(held)
+        for layer, expert, host in zip(layers.tolist(), experts.tolist(), hosts.tolist(), strict=True):
+            self.at[layer, host, self.count[layer, host]] = expert
+            self.count[layer, host] += 1
+        self.hold[:, : self.n_experts] = held
+        self.near[:, : self.n_experts] = held @ self.nodes.T.astype(np.int64)
+        self.load = (self.weight[:, None, : self.n_experts] @ held)[:, 0]
+
+    def take_over(self, layers: NDArray[np.int64], other: Shelves, which: NDArray[np.bool_]) -> None:
+        """Replace some layers by those of `other`; what lies in which slot is not kept up."""
+        for name in ("hold", "load", "copies", "weight"):
+            getattr(self, name)[layers] = getattr(other, name)[which]
 
     def fill(self, homes: NDArray[np.int64] | None = None, domain: NDArray[np.int64] | None = None) -> None:
         """Put what is missing on the hosts with the least load, the heaviest first.
@@ -57,13 +77,19 @@ class Shelves:
             domain: `[H]` of each host.
         """
         lacking = self.copies[:, : self.n_experts] - self.hold[:, : self.n_experts].sum(axis=2)
-        several = self.copies[:, : self.n_experts] > 1
         order = np.argsort(-self.weight[:, : self.n_experts], axis=1, kind="stable")
-        lacking, several = np.take_along_axis(lacking, order, 1), np.take_along_axis(several, order, 1)
-        # Replicas that must not meet go first, while there is room everywhere.
-        for expert in self._steps(order, lacking * several):
-            self._place_replica(expert, self._near_home(expert, homes, domain))
-        self._place_singles(self._steps(order, lacking * ~several), homes, domain)
+        steps = self._steps(order, np.take_along_axis(lacking, order, axis=1))
+        several = (self.copies[self.layers, steps] > 1).any(axis=1)
+        whole = (steps < self.n_experts).all(axis=1)
+        for at, expert in enumerate(steps):
+            away = self._near_home(expert, homes, domain)
+            if several[at] or not whole[at]:
+                self._place_replica(expert, away)
+            else:
+                self._place_single(expert, away)
+        layer, host, slot = np.nonzero(self.at < self.n_experts)
+        self.hold[layer, self.at[layer, host, slot], host] = True
+        self.near[:, : self.n_experts] = self.hold[:, : self.n_experts] @ self.nodes.T.astype(np.int64)
         for layer, host in zip(*np.nonzero(self.vacant), strict=True):
             self.at[layer, host, -1] = self.n_experts
             self.hold[layer, self.n_experts, host] = True
@@ -82,18 +108,22 @@ class Shelves:
         if homes is None or domain is None:
             return 0.0
         real = np.minimum(expert, self.n_experts - 1)
-        turn = homes[self.layers, real] + self.near[self.layers, real].sum(axis=1)
-        return np.where(domain == (turn % (int(domain.max()) + 1))[:, None], 0.0, 1e100)
+        n_domains = int(domain.max()) + 1
+        away = np.where(np.arange(n_domains)[:, None] == domain, 0.0, 1e100)
+        found: NDArray[np.float64] = away[
+            (homes[self.layers, real] + self.near[self.layers, real].sum(axis=1)) % n_domains
+        ]
+        return found
 
     def _place_replica(self, expert: NDArray[np.int64], away: NDArray[np.float64] | float) -> None:
         """One of several replicas of an expert in every layer (`expert`: `[L]`)."""
-        key = self.load + away
-        key[self.count >= self.room] = np.inf
-        key[self.hold[self.layers, expert]] = np.inf
+        # Between equal hosts the node with less load, so that its other hosts stay open to other replicas.
+        node = 1e-6 * (self.load @ self.nodes.T)
         if len(self.nodes) > 1:
             near = self.near[self.layers, expert]
-            alone = (near > 0) & (near == near.sum(axis=1, keepdims=True))
-            key[alone[:, self.node_of]] = np.inf
+            node[(near > 0) & (near == near.sum(axis=1, keepdims=True))] = np.inf
+        key = self.load + self.full + away + node[:, self.node_of]
+        np.putmask(key, self.hold[self.layers, expert], np.inf)
         to = key.argmin(axis=1)
         real = expert < self.n_experts
         stuck = real & np.isinf(key[self.layers, to])
@@ -102,40 +132,25 @@ class Shelves:
         todo = np.nonzero(real & ~stuck)[0]
         self._put(todo, expert[todo], to[todo])
 
-    def _place_singles(
-        self,
-        steps: NDArray[np.int64],
-        homes: NDArray[np.int64] | None,
-        domain: NDArray[np.int64] | None,
-    ) -> None:
-        """Experts with one replica (`steps`: `[steps, L]`): any host with room will do."""
-        n_hosts = self.load.shape[1]
-        full = np.where(self.count >= self.room, np.inf, 0.0)
-        first_slot = (np.arange(self.load.size) * self.at.shape[2]).reshape(self.load.shape)
-        load, count, room, slots = (
-            array.reshape(-1) for array in (self.load, self.count, self.room, self.at)
-        )
-        starts = self.layers * n_hosts
-        for expert in steps:
-            to = (self.load + full + self._near_home(expert, homes, domain)).argmin(axis=1) + starts
-            if (real := expert < self.n_experts).all():
-                put = expert
-            else:
-                put, to = expert[real], to[real]
-            slots[first_slot.reshape(-1)[to] + count[to]] = put
-            count[to] += 1
-            load[to] += self.weight[self.layers if len(to) == len(starts) else np.nonzero(real)[0], put]
-            full.reshape(-1)[to[count[to] >= room[to]]] = np.inf
-        # Who holds what follows from the slots.
-        layer, host, slot = np.nonzero(self.at < self.n_experts)
-        expert = self.at[layer, host, slot]
-        self.hold[layer, expert, host] = True
-        self.near[:, : self.n_experts] = self.hold[:, : self.n_experts] @ self.nodes.T.astype(np.int64)
+    def _place_single(self, expert: NDArray[np.int64], away: NDArray[np.float64] | float) -> None:
+        """The only replica of an expert in every layer: any host with room will do.
+
+        Who holds it is not recorded, as nobody asks before the end.
+        """
+        to = (self.load + self.full + away).argmin(axis=1)
+        flat = self.layers * self.load.shape[1] + to
+        load, count, full = self.load.reshape(-1), self.count.reshape(-1), self.full.reshape(-1)
+        slot = count[flat]
+        self.at.reshape(-1)[flat * self.at.shape[2] + slot] = expert
+        load[flat] += self.weight[self.layers, expert]
+        count[flat] = slot + 1
+        full[flat[slot + 1 >= self.room.reshape(-1)[flat]]] = np.inf
 
     def _put(self, layer: NDArray[np.int64], expert: NDArray[np.int64], host: NDArray[np.int64]) -> None:
         """Put replicas into free slots: one in each of some layers."""
         self.at[layer, host, self.count[layer, host]] = expert
         self.count[layer, host] += 1
+        self.full[layer, host] = np.where(self.count[layer, host] < self.room[layer, host], 0.0, np.inf)
         self.hold[layer, expert, host] = True
         self.near[layer, expert, self.node_of[host]] += 1
         self.load[layer, host] += self.weight[layer, expert]
@@ -146,6 +161,7 @@ class Shelves:
         self.at[layer, host, slot] = self.at[layer, host, last]
         self.at[layer, host, last] = self.n_experts + 1
         self.count[layer, host] = last
+        self.full[layer, host] = 0.0 if last < self.room[layer, host] else np.inf
         self.hold[layer, expert, host] = False
         self.near[layer, expert, self.node_of[host]] -= 1
         self.load[layer, host] -= self.weight[layer, expert]
@@ -178,80 +194,6 @@ class Shelves:
             self.at = np.concatenate([self.at, more], axis=2)
         self.vacant[layer] = False
         self._put(one, np.array([expert]), np.array([host]))
-
-    def _keep(self, held: NDArray[np.bool_]) -> None:
-        """Begin with what is held, as far as it fits."""
-        held = held.copy()
-        copies = self.copies[:, : self.n_experts]
-        load = np.einsum("leh,le->lh", held, self.weight[:, : self.n_experts])
-        mean = load.mean(axis=1)
-
-        def drop(layer: int, expert: int, host: int) -> None:
-            held[layer, expert, host] = False
-            load[layer, host] -= self.weight[layer, expert]
-
-        several = len(self.nodes) > 1
-        near = np.einsum("leh,nh->len", held, self.nodes.astype(np.int64))
-        many = near.sum(axis=2)
-        exposed = several & (copies > 1) & (many >= copies) & (near.max(axis=2) == many)
-        for layer, expert in np.argwhere((many > copies) | exposed).tolist():
-            hosts = np.nonzero(held[layer, expert])[0].tolist()
-            allowed = copies[layer, expert] - (1 if exposed[layer, expert] else 0)
-            while len(hosts) > allowed:
-                rest = [[other for other in hosts if other != host] for host in hosts]
-                spans = [len({int(self.node_of[other]) for other in others}) > 1 for others in rest]
-                host = max(range(len(hosts)), key=lambda i: (spans[i], load[layer, hosts[i]]))
-                drop(layer, expert, hosts.pop(host))
-        counts = held.sum(axis=1)
-        for layer, host in np.argwhere(counts > self.room).tolist():
-            for _ in range(int(counts[layer, host] - self.room[layer, host])):
-                experts = np.nonzero(held[layer, :, host])[0]
-                after = load[layer, host] - self.weight[layer, experts]
-                drop(layer, int(experts[np.abs(after - mean[layer]).argmin()]), host)
-        layers, experts, hosts = np.nonzero(held)
-        for layer, expert, host in zip(layers.tolist(), experts.tolist(), hosts.tolist(), strict=True):
-            self.at[layer, host, self.count[layer, host]] = expert
-            self.count[layer, host] += 1
-        self.hold[:, : self.n_experts] = held
-        self.near[:, : self.n_experts] = np.einsum("leh,nh->len", held, self.nodes.astype(np.int64))
-        self.load = np.einsum("leh,le->lh", held, self.weight[:, : self.n_experts])
-
-
-def _rooms(
-    copies: NDArray[np.int64], nodes: NDArray[np.bool_], counts: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """`[L, H]` replicas that each host is to hold: equally many, or one more where most are held.
-
-    Where so few hosts are on other nodes that the replicas could not span two of them, these hold more.
-    """
-    n_layers, n_hosts = counts.shape
-    turn = (np.arange(n_hosts)[None, :] - np.arange(n_layers)[:, None]) % n_hosts
-    rank = np.argsort(np.argsort(turn - counts * n_hosts, axis=1), axis=1)
-    total = copies.sum(axis=1)[:, None]
-    room: NDArray[np.int64] = total // n_hosts + (rank < total % n_hosts)
-    if len(nodes) == 1:
-        return room
-    size = nodes.sum(axis=1)
-    # [L, N]: of an expert's replicas one at least lies elsewhere.
-    most = np.minimum(np.maximum(copies - 1, 1)[:, :, None], size).sum(axis=1)
-    share = room @ nodes.T.astype(np.int64)
-    for layer in np.nonzero((share > most).any(axis=1))[0].tolist():
-        left, rest = int(total[layer, 0]), list(range(len(nodes)))
-        while full := [n for n in rest if left * size[n] > most[layer, n] * size[rest].sum()]:
-            for node in full:
-                _deal(room[layer], np.nonzero(nodes[node])[0], rank[layer], int(most[layer, node]))
-                left -= int(most[layer, node])
-                rest.remove(node)
-        if rest:
-            _deal(room[layer], np.nonzero(nodes[rest].any(axis=0))[0], rank[layer], left)
-    return room
-
-
-def _deal(room: NDArray[np.int64], hosts: NDArray[np.int64], rank: NDArray[np.int64], total: int) -> None:
-    """Give some hosts `total` slots between them."""
-    each, more = divmod(total, len(hosts))
-    room[hosts] = each
-    room[hosts[np.argsort(rank[hosts])[:more]]] += 1
 
 
 __all__ = ["Shelves"]

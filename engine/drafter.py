@@ -16,7 +16,6 @@ from torch import Tensor
 
 from engine.batch import Stretch, by_length
 from engine.runner import Runner
-from engine.sampling import likeliest
 from engine.sequence import Sequence
 
 _MOST_HELD = 4096
@@ -124,23 +123,27 @@ class Drafter:
         if not work:
             return before if not self.chain else {a.sequence.id: (a.end, a.states[:0]) for a in advances}
         work.sort(key=lambda item: by_length(item[1]))
-        batch = self.runner.batch([stretch for _, stretch, _ in work])
-        hidden = self.runner.draft(k, batch, torch.cat([states for _, _, states in work]))
-        after = {a.sequence.id: (a.end, a.states[:0]) for a in advances}
-        row = 0
-        drafting: list[tuple[Sequence, int]] = []
-        for (advance, stretch, _), end in zip(work, batch.ends, strict=True):
-            after[advance.sequence.id] = (stretch.start, hidden[row:end])
-            if advance.wants and stretch.end == advance.end:
-                drafting.append((advance.sequence, end - 1))
-            row = end
+        batch = self.runner.draft_batch([stretch for _, stretch, _ in work])
+        before_it = work[0][2] if len(work) == 1 else torch.cat([states for _, _, states in work])
+        drafting = {
+            end - 1: advance.sequence
+            for (advance, stretch, _), end in zip(work, batch.ends, strict=True)
+            if advance.wants and stretch.end == advance.end
+        }
+        if self.chain and k < self.depth:  # the next module takes the states of all rows
+            hidden = self.runner.draft(k, batch, before_it, range(batch.ends[-1]))
+            last = hidden[list(drafting)]
+            before = {a.sequence.id: (a.end, a.states[:0]) for a in advances}
+            row = 0
+            for (advance, stretch, _), end in zip(work, batch.ends, strict=True):
+                before[advance.sequence.id] = (stretch.start, hidden[row:end])
+                row = end
+        else:
+            last = self.runner.draft(k, batch, before_it, list(drafting))
         if drafting:
-            rows = [at for _, at in drafting]
-            last = hidden[rows[0] : rows[0] + 1] if len(rows) == 1 else hidden[rows]
-            tokens = likeliest(self.runner.logits(last))
-            for (sequence, _), token in zip(drafting, tokens, strict=True):
+            for sequence, token in zip(drafting.values(), self.runner.draft_tokens(last), strict=True):
                 sequence.drafts.append(token)
-        return after if self.chain else before
+        return before
 
     def _prepare(self, k: int, advance: Advance, first: int, states: Tensor) -> tuple[Stretch, Tensor] | None:
         """What module k computes of a sequence now: positions, tokens and the states it takes."""

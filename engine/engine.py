@@ -19,7 +19,7 @@ from engine.batch import Stretch
 from engine.drafter import Advance, Drafter
 from engine.pacing import DraftPacer
 from engine.pages import PagePool
-from engine.params import SamplingParams
+from engine.params import SamplingParams, check_tokens
 from engine.runner import Runner
 from engine.sampling import adjusted, choose, likeliest, log_probabilities
 from engine.scheduler import Scheduler, Share
@@ -52,6 +52,15 @@ class EngineSettings:
     prefix_caching: bool = True
     drafts: int | None = None
     pace_drafts: bool = True
+
+    @property
+    def n_pages(self) -> int:
+        """Of the cache."""
+        return max(1, self.cache_tokens // self.page_size)
+
+    def longest(self, positions: int) -> int:
+        """Tokens that prompt and output of a request may have together, of a model that takes so many."""
+        return min(positions, self.n_pages * self.page_size)
 
 
 @dataclass(slots=True)
@@ -104,7 +113,7 @@ class Engine:
         self._on_step = on_step
         self._end_of_text = frozenset(end_of_text)
         self._vocabulary = vocabulary or weights.config.vocab_size
-        n_pages = max(1, settings.cache_tokens // settings.page_size)
+        n_pages = settings.n_pages
         self.pool = PagePool(n_pages, settings.page_size, caching=settings.prefix_caching)
         self.scheduler = Scheduler(
             self.pool, max_batch_tokens=settings.max_batch_tokens, max_sequences=settings.max_sequences
@@ -121,20 +130,22 @@ class Engine:
     @property
     def longest(self) -> int:
         """Tokens that prompt and output of a request may have together."""
-        capacity = self.pool.n_pages * self.pool.page_size
-        return min(self._runner.weights.config.max_position_embeddings, capacity)
+        return self.settings.longest(self._runner.weights.config.max_position_embeddings)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._sequences)
 
-    def add(self, id: str, prompt: Items[int], params: SamplingParams) -> Sequence:
+    def add(self, id: str, prompt: Items[int], params: SamplingParams, output: Items[int] = ()) -> Sequence:
         """Take a request.
+
+        Args:
+            output: tokens that another engine has generated for it: it goes on as if they were this one's.
 
         Raises:
             ConfigError: an empty prompt, one that leaves no room for a token, an unknown token, an id that
-                is in use.
+                is in use, an output that has come to its end.
         """
         if id in self._sequences:
             raise ConfigError(f"request {id!r} is running already; choose another id")
@@ -145,16 +156,18 @@ class Engine:
                 f"prompt has {len(prompt)} tokens, which leaves no room within the {self.longest} that the"
                 " model and its cache take; shorten it"
             )
-        for name, tokens in (
-            ("prompt", prompt),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            for token in tokens:
-                if not 0 <= token < self._vocabulary:
-                    raise ConfigError(f"{name} has token {token}; ids go from 0 to {self._vocabulary - 1}")
+        check_tokens(self._vocabulary, prompt, params, output)
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._end_of_text)}
-        sequence = Sequence(id=id, prompt=list(prompt), params=params, ends=frozenset(ends))
+        sequence = Sequence(
+            id=id, prompt=list(prompt), params=params, ends=frozenset(ends), output=list(output)
+        )
+        if output:
+            self._check_end(sequence, output[-1])
+        if sequence.finish_reason is not None:
+            raise ConfigError(
+                f"output has come to its end ({sequence.finish_reason}) with {len(output)} tokens; there is "
+                "nothing to go on with"
+            )
         self._sequences[id] = sequence
         self.scheduler.add(sequence)
         return sequence
@@ -274,7 +287,7 @@ class Engine:
         rows: list[int] = []
         for share, end in zip(shares, ends, strict=True):
             count = 1 + share.drafts if share.samples else 0
-            if share.sequence.params.prompt_logprobs and share.start < len(share.sequence.prompt):
+            if share.sequence.wants_prompt and share.start < len(share.sequence.prompt):
                 count = share.end - share.start
             counts.append(count)
             rows += range(end - count, end)
@@ -294,7 +307,7 @@ class Engine:
         """Draw a sequence's next tokens: one, and one more for each draft that is what is drawn."""
         sequence = share.sequence
         params = sequence.params
-        if params.prompt_logprobs and share.start < len(sequence.prompt):
+        if sequence.wants_prompt and share.start < len(sequence.prompt):
             self._note_prompt(share, logits)
             logits, greedy = logits[-1 - share.drafts :], greedy[-1 - share.drafts :]
         if not share.samples:

@@ -8,7 +8,7 @@ Shapes: N positions, D hidden, V vocabulary, S sequences, P pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from engine.assistant import Assistant
 from engine.batch import Stretch
 from engine.weights import LatentProjections, Layer, Mixed, TrunkWeights
 from kernels import decode
+from kernels.rounded import Rounded
 from kernels.team import Desk
-from model.experts import ArrayExperts, Experts
+from model.experts import ArrayExperts, Experts, LocalExperts
 
 MOST_ROWS = 16
 """Beyond, matrix products of many rows at a time are faster."""
@@ -30,6 +31,7 @@ MOST_ROWS = 16
 _LONG = 384  # positions that all rows see together
 
 Array = npt.NDArray[Any]
+Matrix = npt.NDArray[Any] | Rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,19 @@ class FewBatch:
     table: Array
     ends: tuple[int, ...]
     long: bool
+
+    def of(self, rows: Sequence[int]) -> FewBatch:
+        """Some positions alone; where stretches end is not told."""
+        at = list(rows)
+        return FewBatch(
+            tokens=[self.tokens[row] for row in at],
+            position=self.position[at],
+            slot=self.slot[at],
+            sequence=self.sequence[at],
+            table=self.table,
+            ends=(),
+            long=self.long,
+        )
 
 
 def collect_few(stretches: Sequence[Stretch], *, page_size: int) -> FewBatch:
@@ -105,14 +120,15 @@ class FewRows:
         self._cos, self._sin = cos.contiguous().numpy(), sin.contiguous().numpy()
         self._embedding, self._head = _array(weights.embedding), _array(weights.head)
         self._norm_weight = _array(weights.norm)
+        self._draft_head = _rounded(weights.head) if weights.modules else None
         self._layers = [_Layer.of(layer) for layer in weights.layers]
         self._modules = [
             _Module(
-                layer=_Layer.of(module.layer),
+                layer=_Layer.rounded(module.layer, experts),
                 norm=_array(module.norm),
                 embedding_norm=None if module.embedding_norm is None else _array(module.embedding_norm),
                 hidden_norm=None if module.hidden_norm is None else _array(module.hidden_norm),
-                join=None if module.join is None else _array(module.join),
+                join=None if module.join is None else _rounded(module.join),
             )
             for module in weights.modules
         ]
@@ -156,21 +172,41 @@ class FewRows:
             self._block(x, layer, at, batch)
         return torch.from_numpy(x)
 
-    def draft(self, depth: int, batch: FewBatch, hidden: Tensor) -> Tensor:
+    def draft(self, depth: int, batch: FewBatch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """See `engine.runner.Runner.draft`."""
-        module = self._modules[depth - 1]
+        module, at = self._modules[depth - 1], len(self._layers) + depth - 1
+        states = hidden.numpy()
+        x = np.empty_like(states)
         if module.join is None:
-            x = hidden.numpy().copy()
+            x[:] = states
         else:
-            assert module.embedding_norm is not None and module.hidden_norm is not None
-            size = hidden.shape[1]
-            both = np.empty((len(batch.tokens), 2 * size), self._embedding.dtype)
-            decode.rms_norm(self._embedding[batch.tokens], module.embedding_norm, self._eps, both)
-            both[:, size:] = self._norm(hidden.numpy(), module.hidden_norm)
-            x = np.empty((len(batch.tokens), size), self._embedding.dtype)
-            decode.project(both, module.join, x)
-        self._block(x, module.layer, len(self._layers) + depth - 1, batch)
+            tokens = np.array(batch.tokens)
+            decode.join(
+                tokens,
+                self._embedding,
+                module.embedding_norm,
+                states,
+                module.hidden_norm,
+                module.join,
+                self._eps,
+                x,
+            )
+        if len(rows) < len(x) or len(x) > MOST_ROWS:
+            self._remember(x, module.layer.attention, at, batch)
+            x = x[rows]
+        for start in range(0, len(rows), MOST_ROWS):
+            part = rows[start : start + MOST_ROWS]
+            some = batch if len(part) == len(batch.tokens) else batch.of(part)
+            self._block(x[start : start + MOST_ROWS], module.layer, at, some)
         return torch.from_numpy(self._norm(x, module.norm))
+
+    def draft_tokens(self, normed: Tensor) -> list[int]:
+        """See `engine.runner.Runner.draft_tokens`."""
+        assert self._draft_head is not None
+        out = np.empty(normed.shape[0], np.int64)
+        decode.likeliest(normed.numpy(), self._draft_head, out)
+        tokens: list[int] = out.tolist()
+        return tokens
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [N, D] to [N, D]."""
@@ -186,6 +222,21 @@ class FewRows:
         out = np.empty_like(x)
         decode.rms_norm(x, weight, self._eps, out)
         return out
+
+    def _remember(self, x: Array, weights: _Attention, at: int, batch: FewBatch) -> None:
+        decode.remember(
+            x,
+            weights.norm,
+            weights.down,
+            len(weights.query_norm),
+            weights.latent_norm,
+            self._eps,
+            self._caches[at],
+            self._cos,
+            self._sin,
+            batch.position,
+            batch.slot,
+        )
 
     def _block(self, x: Array, layer: _Layer, at: int, batch: FewBatch) -> None:
         shared = batch.long and self._assistant is not None and self._assistant.ready()
@@ -215,6 +266,17 @@ class FewRows:
         gates = np.empty(idx.shape, x.dtype)
         decode.route(normed, layer.gate, layer.bias, *self._routing, idx, gates)
         arrays = None
+        if layer.experts is not None:
+            decode.mix_experts(
+                normed,
+                np.arange(0, idx.size + 1, idx.shape[1]),
+                idx.ravel(),
+                gates.ravel(),
+                *layer.experts,
+                x,
+            )
+            decode.swiglu(normed, layer.gate_up, layer.down, x)
+            return
         if self._arrays is not None:
             arrays = self._arrays.dispatch_arrays(layer.index, normed, idx, gates)
         if arrays is None:
@@ -231,54 +293,76 @@ class _Attention(NamedTuple):
     """In the order in which `kernels.decode.attend` takes them."""
 
     norm: Array
-    down: Array
+    down: Matrix
     query_norm: Array
-    query: Array
+    query: Matrix
     up_key: Array
     latent_norm: Array
     up_value: Array
-    back: Array
+    back: Matrix
 
     @classmethod
-    def of(cls, norm: Tensor, weights: LatentProjections) -> _Attention:
+    def of(cls, norm: Tensor, weights: LatentProjections, matrix: Callable[[Tensor], Matrix]) -> _Attention:
         none = weights.down.new_empty(0, 0, 0)
         return cls(
             norm=_array(norm),
-            down=_array(weights.down),
+            down=matrix(weights.down),
             query_norm=_array(none.flatten() if weights.query_norm is None else weights.query_norm),
-            query=_array(weights.query),
+            query=matrix(weights.query),
             up_key=_array(none if weights.w_uk is None else weights.w_uk),
             latent_norm=_array(weights.latent_norm),
             up_value=_array(none if weights.w_uv is None else weights.w_uv),
-            back=_array(weights.out),
+            back=matrix(weights.out),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """A block; `gate` and `bias` are None in a dense one, whose network is where the shared expert's is."""
+    """A block; `gate` and `bias` are None in a dense one, whose network is where the shared expert's is.
+
+    Attributes:
+        experts: w13 and w2 of the routed ones, where these are not to be asked.
+    """
 
     index: int
     attention: _Attention
     mlp_norm: Array
     gate: Array | None
     bias: Array | None
-    gate_up: Array
-    down: Array
+    gate_up: Matrix
+    down: Matrix
+    experts: tuple[Rounded, Rounded] | None
 
     @classmethod
     def of(cls, layer: Layer) -> _Layer:
+        """As it is."""
+        return cls._of(layer, _array, None)
+
+    @classmethod
+    def rounded(cls, layer: Layer, experts: Experts) -> _Layer:
+        """In 8 bits, its routed experts too if they are in this process."""
+        routed = None
+        if layer.routed is not None and isinstance(experts, LocalExperts):
+            w13, w2 = experts.weights(layer.index)
+            routed = _rounded(w13), _rounded(w2)
+        return cls._of(layer, _rounded, routed)
+
+    @classmethod
+    def _of(
+        cls, layer: Layer, matrix: Callable[[Tensor], Matrix], experts: tuple[Rounded, Rounded] | None
+    ) -> _Layer:
         routed = layer.routed
         mixed: Mixed | None = layer.mlp if routed is None else routed.shared
         assert mixed is not None
         return cls(
             index=layer.index,
-            attention=_Attention.of(layer.attention_norm, layer.attention),
+            attention=_Attention.of(layer.attention_norm, layer.attention, matrix),
             mlp_norm=_array(layer.mlp_norm),
             gate=None if routed is None else _array(routed.weight),
             bias=None if routed is None else _array(routed.bias),
-            gate_up=_array(mixed.gate_up),
-            down=_array(mixed.down),
+            gate_up=matrix(mixed.gate_up),
+            down=matrix(mixed.down),
+            experts=experts,
         )
 
 
@@ -290,12 +374,16 @@ class _Module:
     norm: Array
     embedding_norm: Array | None
     hidden_norm: Array | None
-    join: Array | None
+    join: Rounded | None
 
 
 def _array(tensor: Tensor) -> Array:
     array: Array = tensor.detach().contiguous().numpy()
     return array
+
+
+def _rounded(tensor: Tensor) -> Rounded:
+    return Rounded.of(_array(tensor))
 
 
 __all__ = ["MOST_ROWS", "FewBatch", "FewRows", "collect_few"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from errors import ConfigError
@@ -90,6 +90,25 @@ class SamplingParams:
         )
 
 
+def check_tokens(
+    vocabulary: int, prompt: Sequence[int], params: SamplingParams, output: Sequence[int]
+) -> None:
+    """Hold all tokens of a request against the number that there are.
+
+    Raises:
+        ConfigError: one is unknown.
+    """
+    for name, tokens in (
+        ("prompt", prompt),
+        ("output", output),
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise ConfigError(f"{name} has token {token}; ids go from 0 to {vocabulary - 1}")
+
+
 _GREEDY_BELOW = 1e-5  # dividing by less would overflow
 _RANGES = (
     ("max_tokens", 1, float("inf")),
@@ -103,4 +122,4 @@ _RANGES = (
     ("frequency_penalty", -2.0, 2.0),
 )
 
-__all__ = ["MAX_LOGPROBS", "MAX_STOPS", "SamplingParams"]
+__all__ = ["MAX_LOGPROBS", "MAX_STOPS", "SamplingParams", "check_tokens"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.batch import Batch, Group, Stretch, by_length, collect
 from engine.few_rows import MOST_ROWS, FewBatch, FewRows
+from engine.sampling import likeliest
 from engine.weights import Layer, Module, TrunkWeights
 from model.experts import Experts
 from model.rope import rotation
@@ -61,45 +62,59 @@ class Runner:
             self._few = FewRows(weights, experts, self._cache, turns.real, turns.imag, self._page_size)
 
     def batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
-        """What a step over these stretches needs."""
+        """What a step of the trunk over these stretches needs."""
         if self._few is not None and sum(map(by_length, stretches)) <= MOST_ROWS:
             return self._few.batch(stretches)
+        return self._collect(stretches)
+
+    def draft_batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
+        """What a module's pass over these stretches needs."""
+        return self._collect(stretches) if self._few is None else self._few.batch(stretches)
+
+    def _collect(self, stretches: Sequence[Stretch]) -> Batch:
         return collect(
             stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
         )
 
-    @torch.inference_mode()
     def forward(self, batch: Batch | FewBatch) -> Tensor:
         """Hidden states [N, D] after the last layer, before the final norm."""
         if isinstance(batch, FewBatch):
             assert self._few is not None
             return self._few.forward(batch)
+        return self._forward(batch)
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch) -> Tensor:
         x = F.embedding(batch.tokens, self._weights.embedding)
         for at, layer in enumerate(self._weights.layers):
             x = self._block(x, layer, self._cache[at], batch)
         return x
 
-    @torch.inference_mode()
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [N, D] to [N, D]."""
         if self._few is not None and hidden.shape[0] <= MOST_ROWS:
             return self._few.normed(hidden)
-        return self._norm(hidden, self._weights.norm)
+        with torch.inference_mode():
+            return self._norm(hidden, self._weights.norm)
 
-    @torch.inference_mode()
-    def draft(self, depth: int, batch: Batch | FewBatch, hidden: Tensor) -> Tensor:
+    def draft(self, depth: int, batch: Batch | FewBatch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """MTP module `depth` (1 is the first) over a batch, whose tokens are those after the positions'.
 
         Args:
             hidden: [N, D]: in `chain` mode the normed states of the module before (of the trunk for the
                 first one), in `parallel` mode the trunk's before the norm.
+            rows: whose states are wanted, in order; of the others only the entries in the cache are.
 
         Returns:
-            Normed states [N, D], which the head takes.
+            Normed states of those rows, which the head takes.
         """
         if isinstance(batch, FewBatch):
             assert self._few is not None
-            return self._few.draft(depth, batch, hidden)
+            return self._few.draft(depth, batch, hidden, rows)
+        return self._draft(depth, batch, hidden, rows)
+
+    @torch.inference_mode()
+    def _draft(self, depth: int, batch: Batch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         module: Module = self._weights.modules[depth - 1]
         x = hidden
         if module.join is not None:
@@ -107,15 +122,22 @@ class Runner:
             embedded = self._norm(F.embedding(batch.tokens, self._weights.embedding), module.embedding_norm)
             x = F.linear(torch.cat((embedded, self._norm(hidden, module.hidden_norm)), dim=-1), module.join)
         at = len(self._weights.layers) + depth - 1
-        return self._norm(self._block(x, module.layer, self._cache[at], batch), module.norm)
+        x = self._block(x, module.layer, self._cache[at], batch)
+        return self._norm(x if len(rows) == len(x) else x[list(rows)], module.norm)
 
-    @torch.inference_mode()
+    def draft_tokens(self, normed: Tensor) -> list[int]:
+        """The tokens to draft after normed states [N, D] of a module: nearly always the likeliest ones."""
+        if self._few is not None:
+            return self._few.draft_tokens(normed)
+        return likeliest(self.logits(normed))
+
     def logits(self, normed: Tensor) -> Tensor:
         """[N, D] to [N, V], at least float32."""
         if self._few is not None and normed.shape[0] <= MOST_ROWS:
             return self._few.logits(normed)
-        logits = F.linear(normed, self._weights.head)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        with torch.inference_mode():
+            logits = F.linear(normed, self._weights.head)
+            return logits if logits.dtype == torch.float64 else logits.float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return _rms_norm(x, weight, self._eps)

@@ -47,8 +47,14 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
-        self.waiting.append(sequence)
+        """Let a sequence wait for its turn; one that has begun elsewhere goes before those that have not."""
+        if not sequence.resumed:
+            self.waiting.append(sequence)
+            return
+        begun = (bool(other.output) for other in self.waiting)
+        self.waiting.insert(
+            next((at for at, one in enumerate(begun) if not one), len(self.waiting)), sequence
+        )
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence has ended, or is not wanted any more: its pages are free at once."""
@@ -125,7 +131,7 @@ class Scheduler:
         return True
 
     def _find_prefix(self, sequence: Sequence) -> None:
-        if sequence.pages or sequence.params.prompt_logprobs:  # those want the logits of every position
+        if sequence.pages or sequence.wants_prompt:  # those want the logits of every position
             return
         # The last token is always computed: its logits are wanted.
         tokens = sequence.all_tokens

@@ -31,15 +31,16 @@ class Sequence:
         prompt: its tokens, one at least.
         params: how to go on.
         ends: tokens that end it.
-        output: tokens generated.
-        logprobs: of the output, when asked for.
-        prompt_logprobs: of the prompt from its second token on, when asked for.
+        output: tokens generated; those that it comes with, another engine has.
+        logprobs: of the output that this engine generates, when asked for.
+        prompt_logprobs: of the prompt from its second token on, when asked for and not told before.
         drafts: tokens that the MTP modules propose to follow, not verified.
         computed: positions whose entries the pages hold.
         pages: of the cache.
         known_pages: pages that others can find.
         cached: positions of the prompt that were found in the cache.
         finish_reason: `stop`, `length` or `abort`; None while it goes on.
+        resumed: tokens of the output that it came with.
         rng: the source of one number for each token of the output.
     """
 
@@ -56,14 +57,23 @@ class Sequence:
     known_pages: int = 0
     cached: int = 0
     finish_reason: str | None = None
+    resumed: int = field(init=False)
     rng: random.Random = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.resumed = len(self.output)
         self.rng = random.Random(self.params.seed)
+        for _ in self.output:
+            self.rng.random()
 
     def __len__(self) -> int:
         """Tokens that are certain."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt are to be told: with the first token, so not again."""
+        return self.params.prompt_logprobs and not self.resumed
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Certain tokens and drafts of positions start … end - 1."""

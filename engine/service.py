@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.params import SamplingParams
 from engine.sequence import Sequence, TokenLogprobs
 from engine.text import TextStream
-from errors import RaymoeError
+from errors import ConfigError, QueueFull, RaymoeError
 
 _T = TypeVar("_T")
 
@@ -65,6 +65,9 @@ class EngineService:
         tokenizer: makes text.
         version: of the weights.
         abandon: called after a step has failed, before the next one: drops what is under way.
+
+    Attributes:
+        taken: requests so far.
     """
 
     def __init__(
@@ -83,20 +86,42 @@ class EngineService:
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self.taken = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, id: str, prompt: Items[int], params: SamplingParams, listener: Listener) -> Future[None]:
+    def submit(
+        self,
+        id: str,
+        prompt: Items[int],
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        output: Items[int] = (),
+        limit: int | None = None,
+    ) -> Future[None]:
         """Take a request; `listener` is called in the engine's thread with every delta.
 
+        Args:
+            output: tokens that were generated and told elsewhere; the deltas are of what comes after them.
+            limit: requests that may wait already.
+
         Returns:
-            Done when the engine has it, with a ConfigError if it will not.
+            Done when the engine has it, with a ConfigError if it will not, or with QueueFull.
         """
 
         def add() -> None:
-            sequence = self._engine.add(id, prompt, params)
+            waiting = len(self._engine.scheduler.waiting)
+            if limit is not None and waiting >= limit:
+                raise QueueFull(f"{waiting} requests are waiting already; come back later")
             text = TextStream(self._tokenizer, params.stop, min_tokens=params.min_tokens)
+            for token in output:
+                text.feed(token)
+            if text.stopped:
+                raise ConfigError("output has a stop string; there is nothing to go on with")
+            sequence = self._engine.add(id, prompt, params, output)
             self._requests[id] = _Request(sequence, text, listener)
+            self.taken += 1
 
         return self.call(add)
 

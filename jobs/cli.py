@@ -1,4 +1,4 @@
-"""The command line: `raymoe train | serve | reload | status | scale | drain | generate | eval | export | …`.
+"""The command line: `raymoe train | serve | status | scale | generate | eval | export | …`.
 
 What a command needs is imported when it runs, so that `raymoe --help` is fast.
 """

@@ -1,4 +1,4 @@
-"""The commands that operate a running job: `raymoe status | scale | drain`."""
+"""The commands that operate a running job: `raymoe status | scale | drain | chaos`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli_options import Debug, Json
-from jobs.console import finish, surfaced
+from errors import ConfigError
+from jobs.cli_options import Debug, Json, Result
+from jobs.console import finish, say, surfaced
 
 Job = Annotated[
     str | None,
@@ -22,7 +23,7 @@ Patience = Annotated[float, typer.Option(min=0, help="Seconds to wait until it i
 
 def add_to(app: typer.Typer) -> None:
     """Make these commands of the command line."""
-    for command in (status, scale, drain):
+    for command in (status, scale, drain, chaos):
         app.command()(surfaced(command))
 
 
@@ -77,6 +78,73 @@ def drain(
     with _operated(coordinator, address, debug) as job:
         done = job.drain(host, replace=replace, timeout=timeout)
     _tell(done, as_json=as_json)
+
+
+def chaos(
+    seed: Annotated[int, typer.Option(min=0, help="The same faults for the same seed.")] = 0,
+    duration: Annotated[float, typer.Option(min=0, help="Seconds that it goes on for.")] = 60.0,
+    every: Annotated[float, typer.Option(min=0.01, help="Seconds between two faults, on average.")] = 10.0,
+    kinds: Annotated[
+        str, typer.Option(help="Of kill, stop, slow and drop (connections), with commas.")
+    ] = "kill",
+    targets: Annotated[
+        str, typer.Option(help="Of host, coordinator, trunk (in serving) and worker (in training).")
+    ] = "host",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    coordinator: Job = None,
+    address: Cluster = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rehearse failures: kill, stop, slow down and cut off a job's processes, by a seed."""
+    from jobs.ray_token import use_own_token
+
+    use_own_token()
+    from jobs.chaos import TITLES, Kind, schedule
+
+    faults = schedule(
+        seed,
+        duration=duration,
+        every=every,
+        kinds=[Kind(one) for one in _choices(kinds, [str(kind) for kind in Kind], "--kinds")],
+        targets=_choices(targets, list(TITLES), "--targets"),
+    )
+
+    def compute() -> Result:
+        from dataclasses import asdict
+
+        from jobs.operate import rehearse
+
+        if dry_run:
+            done = [asdict(fault) for fault in faults]
+        else:
+            done = rehearse(faults, coordinator=coordinator, address=address, debug=debug, tell=say)
+        return {"seed": seed, "faults": done}
+
+    if dry_run and not as_json:
+        for fault in faults:
+            print(f"{fault.at:7.2f} s  {fault.kind} {fault.target}")
+        return
+    if as_json:
+        finish(compute, as_json=True)
+    else:
+        compute()
+
+
+def _choices(text: str, known: list[str], option: str) -> list[str]:
+    """What a list with commas names.
+
+    Raises:
+        ConfigError: something that there is not, or nothing.
+    """
+    chosen = [one.strip() for one in text.split(",") if one.strip()]
+    unknown = [one for one in chosen if one not in known]
+    if unknown or not chosen:
+        what = f"{', '.join(unknown)} is none of them" if unknown else "none is named"
+        raise ConfigError(f"{option}: {what}; there are {', '.join(known)}")
+    return chosen
 
 
 def _operated(coordinator: str | None, address: str | None, debug: bool) -> Any:

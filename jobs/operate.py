@@ -1,10 +1,10 @@
-"""`raymoe status | scale | drain`: how a running job stands, and other expert hosts for it."""
+"""`raymoe status | scale | drain | chaos`: how a running job stands, other hosts for it, and faults."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.text import Text
 from actors.coordinator_client import AdminClient
 from actors.remote import ask
 from errors import ResourceError
+from jobs.chaos import Fault, run_chaos
 from jobs.fleet import COORDINATOR, NAMESPACE
 from jobs.ray_session import Needs, check_answers, ray_session
 
@@ -41,6 +42,25 @@ def operated(*, coordinator: str | None, address: str | None, debug: bool = Fals
         yield client
     finally:
         client.close()
+
+
+def rehearse(
+    faults: Sequence[Fault],
+    *,
+    coordinator: str | None,
+    address: str | None,
+    debug: bool,
+    tell: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Do faults to a job, on its Ray cluster; see `jobs.chaos.run_chaos`.
+
+    Raises:
+        ResourceError: there is no such job.
+    """
+    with operated(coordinator=coordinator, address=address, debug=debug) as job:
+        at = address or os.environ.get("RAY_ADDRESS") or "auto"
+        with ray_session(Needs(cpus=0, why=""), address=at, debug=debug):
+            return run_chaos(job, faults, tell=tell)
 
 
 def find_coordinator(address: str | None, *, debug: bool = False) -> str:

@@ -22,7 +22,7 @@ from errors import ConfigError, ResourceError
 from jobs.hosts import on_loopback
 from jobs.ray_session import Needs, embeds, ray_session
 from jobs.serving.config import ServeConfig
-from jobs.serving.deployment import app, build_application
+from jobs.serving.deployment import POOL, app, build_application
 from jobs.serving.grpc_methods import SERVICES
 from jobs.serving.memory import check_serving
 from jobs.serving.weights import serving_dtype
@@ -44,11 +44,13 @@ class Listening:
         url: of HTTP.
         grpc: host and port of gRPC; None when it is off.
         ray: address of the cluster, for `raymoe reload`.
+        coordinator: of the expert hosts, for `raymoe status`, `scale` and `drain`; None without hosts.
     """
 
     url: str
     grpc: str | None
     ray: str
+    coordinator: str | None
 
 
 def serve(
@@ -113,12 +115,18 @@ def serve(
                     url=f"http://{shown}:{port}",
                     grpc=None if grpc_port is None else f"{shown}:{grpc_port}",
                     ray=ray.get_runtime_context().gcs_address,
+                    coordinator=_coordinator(),
                 )
             )
             stop.wait()
         finally:
             with suppress(TimeoutError):  # Serve's controller goes on with it, if the cluster stays
                 ray_serve.delete(NAME)
+
+
+def _coordinator() -> str | None:
+    address: str | None = ray_serve.get_deployment_handle(POOL, NAME).where.remote().result()
+    return None if address is None else address.removeprefix("grpc:")
 
 
 def _is_loopback(host: str) -> bool:

@@ -202,6 +202,10 @@ def _run(
         )
         stack.callback(fleet.close)
         address = fleet.open()
+        if progress is not None and config.cluster.expert_hosts:
+            progress.note(
+                f"coordinator at {address.removeprefix('grpc:')}, for raymoe status, scale and drain"
+            )
         coordinator = CoordinatorClient(address, timeout=config.cluster.call_timeout)
         stack.callback(coordinator.close)
         settings = WorkerSettings(

@@ -14,12 +14,14 @@ Q rank of the queries' compression (0 without), E experts, I their width, K expe
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from kernels.atomics import add as _add
 from kernels.atomics import let_others_run as _let_others_run
 from kernels.atomics import load as _load
 from kernels.atomics import store as _store
+from kernels.rounded import Rounded
 from kernels.team import DONE, LAYER, NEXT, PIECES, ROUND
 
 _LATENT_EPS = 1e-6  # as in training, see model.attention
@@ -61,6 +63,77 @@ def project(x, weight, out):
             out[n, j] = a
 
 
+def _times(x, weight, out):
+    """`project` with weights as they are, or with a `kernels.rounded.Rounded`."""
+
+
+@overload(_times)
+def _times_either(x, weight, out):
+    if isinstance(weight, types.BaseTuple):
+        return lambda x, weight, out: _project_rounded(x, weight.rows, weight.scale, out)
+    return lambda x, weight, out: project(x, weight, out)
+
+
+def _matrix(weights, at):
+    """One of several matrices [..., J, K]."""
+
+
+@overload(_matrix)
+def _matrix_either(weights, at):
+    if isinstance(weights, types.BaseTuple):
+        return lambda weights, at: Rounded(weights.rows[at], weights.scale[at])
+    return lambda weights, at: weights[at]
+
+
+def _shape(weights):
+    """Of weights [..., J, K]."""
+
+
+@overload(_shape)
+def _shape_either(weights):
+    if isinstance(weights, types.BaseTuple):
+        return lambda weights: weights.rows.shape
+    return lambda weights: weights.shape
+
+
+@_compiled
+def _project_rounded(x, weight, scale, out):
+    whole, factor = _whole(x)
+    for j in range(weight.shape[0]):
+        for n in range(x.shape[0]):
+            out[n, j] = scale[j] * factor[n] * x.dtype.type(_dot(weight[j], whole[n]))
+
+
+@_compiled
+def _whole(x):
+    """Rows [N, K] as 16-bit integers, and what each of them is to be multiplied with.
+
+    They have as many bits as keep sums with 8-bit weights within 32: products of such integers are what any
+    processor adds up fastest, and next to the weights' error theirs is nothing.
+    """
+    rows, size = x.shape
+    most = x.dtype.type(min(32767, (2**31 - 1) // (127 * size)))
+    whole = np.empty((rows, size), np.int16)
+    factor = np.empty(rows, x.dtype)
+    for n in range(rows):
+        top = x.dtype.type(0)
+        for k in range(size):
+            top = max(top, abs(x[n, k]))
+        factor[n] = top / most
+        up = most / top if top > 0 else x.dtype.type(0)
+        for k in range(size):
+            whole[n, k] = np.int16(x[n, k] * up)
+    return whole, factor
+
+
+@_compiled
+def _dot(a, b):
+    total = np.int32(0)
+    for k in range(a.shape[0]):
+        total = np.int32(total + np.int32(a[k]) * np.int32(b[k]))
+    return total
+
+
 @_compiled
 def rms_norm(x, weight, eps, out):
     """RMSNorm of x's first columns, as many as there are weights, into `out`."""
@@ -75,20 +148,59 @@ def rms_norm(x, weight, eps, out):
 
 
 @_compiled
+def join(tokens, embedding, embedding_norm, hidden, hidden_norm, weight, eps, out):
+    """out[n] = weight [RMSNorm(embedding[tokens[n]]); RMSNorm(hidden[n])]: what an MTP module begins with.
+
+    Args:
+        tokens: [N].
+        embedding: [V, D].
+        hidden: [N, D].
+        weight: [D, 2D], as it is or rounded.
+    """
+    rows, size = hidden.shape
+    both = np.empty((rows, 2 * size), hidden.dtype)
+    for n in range(rows):
+        for k in range(size):
+            both[n, k] = embedding[tokens[n], k]
+    rms_norm(both, embedding_norm, eps, both)
+    rms_norm(hidden, hidden_norm, eps, both[:, size:])
+    _times(both, weight, out)
+
+
+@_compiled
+def likeliest(x, weight, out):
+    """out[n] = the j with the largest <weight[j], x[n]>, of equals the first.
+
+    Args:
+        x: [N, D].
+        weight: [V, D], a `kernels.rounded.Rounded`.
+    """
+    whole, _ = _whole(x)
+    rows, scale = weight.rows, weight.scale
+    best = np.full(x.shape[0], -np.inf, scale.dtype)
+    out[:] = 0
+    for j in range(rows.shape[0]):
+        for n in range(x.shape[0]):
+            value = scale[j] * scale.dtype.type(_dot(rows[j], whole[n]))
+            if value > best[n]:
+                best[n], out[n] = value, j
+
+
+@_compiled
 def swiglu(x, gate_up, down, out):
-    """out += down (silu(gate x) * up x): rows [N, D], gate_up [2I, D], down [D, I]."""
-    rows, width = x.shape[0], down.shape[1]
+    """out += down (silu(gate x) * up x): rows [N, D], gate_up [2I, D], down [D, I]; either may be rounded."""
+    rows, width = x.shape[0], _shape(down)[1]
     one = x.dtype.type(1)
     both = np.empty((rows, 2 * width), x.dtype)
-    project(x, gate_up, both)
+    _times(x, gate_up, both)
     act = np.empty((rows, width), x.dtype)
     for n in range(rows):
         for i in range(width):
             act[n, i] = both[n, i] / (one + np.exp(-both[n, i])) * both[n, width + i]
-    back = np.empty((rows, down.shape[0]), x.dtype)
-    project(act, down, back)
+    back = np.empty(x.shape, x.dtype)
+    _times(act, down, back)
     for n in range(rows):
-        for k in range(down.shape[0]):
+        for k in range(x.shape[1]):
             out[n, k] += back[n, k]
 
 
@@ -165,12 +277,11 @@ def mix_experts(x, row_ptr, expert, gate, w13, w2, out):
         row_ptr: [N + 1], the pairs of row n are row_ptr[n] ... row_ptr[n + 1].
         expert: [nnz], indices into the weights.
         gate: [nnz].
-        w13: [E, 2I, D].
-        w2: [E, D, I].
+        w13: [E, 2I, D], as they are or rounded.
+        w2: [E, D, I], likewise.
     """
-    width, size = w2.shape[2], w2.shape[1]
+    n_experts, size, width = _shape(w2)
     one = x.dtype.type(1)
-    n_experts = w13.shape[0]
     first = np.zeros(n_experts + 1, np.int64)  # where each expert's pairs begin
     for p in range(expert.shape[0]):
         first[expert[p] + 1] += 1
@@ -197,12 +308,12 @@ def mix_experts(x, row_ptr, expert, gate, w13, w2, out):
         for i in range(m):
             for k in range(size):
                 inputs[i, k] = x[row[start + i], k]
-        project(inputs[:m], w13[e], both)
+        _times(inputs[:m], _matrix(w13, e), both)
         for i in range(m):
             g = of_pair[start + i]
             for j in range(width):
                 act[i, j] = g * both[i, j] / (one + np.exp(-both[i, j])) * both[i, width + j]
-        project(act[:m], w2[e], back)
+        _times(act[:m], _matrix(w2, e), back)
         for i in range(m):
             for k in range(size):
                 out[row[start + i], k] += back[i, k]
@@ -215,7 +326,8 @@ def attend(
 ):  # fmt: skip
     """out += latent attention of rows x [N, D] after their norm; their entries go into the cache first.
 
-    Weights as in `engine.weights.LatentProjections`, `up_key` and `up_value` with no heads where merged.
+    Weights as in `engine.weights.LatentProjections`, `up_key` and `up_value` with no heads where merged;
+    `down`, `query` and `back` as they are or rounded.
 
     Args:
         norm: [D].
@@ -234,27 +346,21 @@ def attend(
     rank = query_norm.shape[0]
     normed = np.empty_like(x)
     rms_norm(x, norm, eps, normed)
-    low = np.empty((rows, down.shape[0]), x.dtype)
-    project(normed, down, low)
-    flat = np.empty((rows, query.shape[0]), x.dtype)
+    low = np.empty((rows, _shape(down)[0]), x.dtype)
+    _times(normed, down, low)
+    flat = np.empty((rows, _shape(query)[0]), x.dtype)
     if rank:
         compressed = np.empty((rows, rank), x.dtype)
         rms_norm(low, query_norm, _LATENT_EPS, compressed)
-        project(compressed, query, flat)
+        _times(compressed, query, flat)
     else:
-        project(normed, query, flat)
+        _times(normed, query, flat)
     queries, seen, cache = desk.queries, desk.seen, caches[layer]
     nope = up_key.shape[1]
     own = flat.shape[1] // heads  # of a head: W where `up_key` is merged
     for n in range(rows):
-        entry, c_n, s_n = cache[slot[n]], cos[position[n]], sin[position[n]]
-        total = x.dtype.type(0)
-        for c in range(latent):
-            total += low[n, rank + c] * low[n, rank + c]
-        scale = x.dtype.type(1.0 / np.sqrt(total / latent + _LATENT_EPS))
-        for c in range(latent):
-            entry[c] = low[n, rank + c] * scale * latent_norm[c]
-        _turn(low[n], rank + latent, c_n, s_n, entry, latent)
+        c_n, s_n = cos[position[n]], sin[position[n]]
+        _enter(low[n], rank, latent_norm, c_n, s_n, cache[slot[n]])
         for h in range(heads):
             if nope:
                 for c in range(latent):
@@ -280,17 +386,46 @@ def attend(
                 for c in range(latent):
                     for v in range(size):
                         values[n, h * size + v] += seen[n, h, c] * up_value[h, c, v]
-        project(values, back, normed)
+        _times(values, back, normed)
     else:
         values = np.empty((rows, heads * latent), x.dtype)
         for n in range(rows):
             for h in range(heads):
                 for c in range(latent):
                     values[n, h * latent + c] = seen[n, h, c]
-        project(values, back, normed)
+        _times(values, back, normed)
     for n in range(rows):
         for k in range(x.shape[1]):
             out[n, k] += normed[n, k]
+
+
+@_compiled
+def remember(x, norm, down, rank, latent_norm, eps, cache, cos, sin, position, slot):
+    """Only the entries that `attend` makes of rows x [N, D], for rows whose states nobody wants.
+
+    Args:
+        rank: Q.
+        cache: [slots, W], of the layer.
+    """
+    normed = np.empty_like(x)
+    rms_norm(x, norm, eps, normed)
+    low = np.empty((x.shape[0], _shape(down)[0] - rank), x.dtype)
+    _times(normed, _matrix(down, slice(rank, None)), low)
+    for n in range(x.shape[0]):
+        _enter(low[n], 0, latent_norm, cos[position[n]], sin[position[n]], cache[slot[n]])
+
+
+@_compiled
+def _enter(low, start, norm, cos, sin, entry):
+    """The cache's entry [W] of a position, from its projection [C + R] at `start` of `low`."""
+    latent = norm.shape[0]
+    total = low.dtype.type(0)
+    for c in range(latent):
+        total += low[start + c] * low[start + c]
+    scale = low.dtype.type(1.0 / np.sqrt(total / latent + _LATENT_EPS))
+    for c in range(latent):
+        entry[c] = low[start + c] * scale * norm[c]
+    _turn(low, start + latent, cos, sin, entry, latent)
 
 
 @_compiled
@@ -443,4 +578,15 @@ def _exponentiate(values, length):
     return values.dtype.type(1) / total
 
 
-__all__ = ["assist", "attend", "mix_experts", "project", "rms_norm", "route", "swiglu"]
+__all__ = [
+    "assist",
+    "attend",
+    "join",
+    "likeliest",
+    "mix_experts",
+    "project",
+    "remember",
+    "rms_norm",
+    "route",
+    "swiglu",
+]

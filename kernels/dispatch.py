@@ -31,18 +31,21 @@ def split_by_host(idx, gates, host_of, n_hosts, shift):
     n_tokens, top_k = idx.shape
     ways = host_of.shape[0]
     first = shift % ways
+    here = host_of[first]
     rows = np.zeros(n_hosts + 1, np.int64)
     pairs = np.zeros(n_hosts + 1, np.int64)
     last = np.full(n_hosts, -1)  # token of each host's newest row
     way = first
     for n in range(n_tokens):
         for k in range(top_k):
-            h = host_of[way, idx[n, k]]
+            h = here[idx[n, k]]
             pairs[h + 1] += 1
             if last[h] != n:
                 last[h] = n
                 rows[h + 1] += 1
-        way = way + 1 if way + 1 < ways else 0
+        if ways > 1:
+            way = way + 1 if way + 1 < ways else 0
+            here = host_of[way]
     for h in range(n_hosts):
         rows[h + 1] += rows[h]
         pairs[h + 1] += pairs[h]
@@ -53,10 +56,10 @@ def split_by_host(idx, gates, host_of, n_hosts, shift):
     gate = np.empty(n_tokens * top_k, gates.dtype)
     next_row, next_pair = rows[:-1].copy(), pairs[:-1].copy()
     last[:] = -1
-    way = first
+    way, here = first, host_of[first]
     for n in range(n_tokens):
         for k in range(top_k):
-            h = host_of[way, idx[n, k]]
+            h = here[idx[n, k]]
             if last[h] != n:
                 last[h] = n
                 row[next_row[h]] = n
@@ -65,7 +68,9 @@ def split_by_host(idx, gates, host_of, n_hosts, shift):
             expert[at], pair[at], gate[at] = idx[n, k], n * top_k + k, gates[n, k]
             next_pair[h] += 1
             row_ptr[next_row[h] + h] = next_pair[h] - pairs[h]
-        way = way + 1 if way + 1 < ways else 0
+        if ways > 1:
+            way = way + 1 if way + 1 < ways else 0
+            here = host_of[way]
     return row, row_ptr, expert, pair, gate, rows, pairs
 
 

@@ -25,6 +25,7 @@ ASLEEP: Final = 16  # the host waits on its socket and wants to be woken
 RING: Final = 24  # packets that the client has sent on the socket
 STATUS: Final = 32
 EPOCH, STEP, LAYER, ROWS, PAIRS = (40, 41, 42, 43, 44)
+ENDED: Final = 52  # the client's connection was shut: none of its threads waits on
 WORDS: Final = 64
 
 NOTHING, MAIL, PACKET = (0, 1, 2)
@@ -65,10 +66,11 @@ def post(
     row_ptr[0] = 0
     ways = host_of.shape[0]
     way = shift % ways
+    here = host_of[way]
     for i in range(x.shape[0]):
         before = pairs
         for k in range(idx.shape[1]):
-            if host_of[way, idx[i, k]] == host:
+            if here[idx[i, k]] == host:
                 expert[pairs], gate[pairs] = idx[i, k], gates[i, k]
                 pairs += 1
         if pairs > before:
@@ -77,7 +79,9 @@ def post(
             token[n] = i
             n += 1
             row_ptr[n] = pairs
-        way = way + 1 if way + 1 < ways else 0
+        if ways > 1:
+            way = way + 1 if way + 1 < ways else 0
+            here = host_of[way]
     if n == 0:
         return 0, False
     words[EPOCH], words[STEP], words[LAYER], words[ROWS], words[PAIRS] = epoch, step, layer, n, pairs
@@ -90,10 +94,10 @@ def collect(words, partial, token, n, number, looks, out):
     """Wait for the reply to a request and add its rows to `out` [N, D].
 
     Returns:
-        PENDING after so many looks, ANSWERED, or REFUSED (nothing is added).
+        PENDING after so many looks or when the wait was ended, ANSWERED, or REFUSED (nothing is added).
     """
     while _load(words, REPLY) != number:
-        if looks == 0:
+        if looks == 0 or _load(words, ENDED) != 0:
             return PENDING
         looks -= 1
         _let_others_run()
@@ -157,6 +161,7 @@ def accept(words, row_ptr, expert, local_of, own_ptr, own_expert):
 __all__ = [
     "ANSWERED",
     "ASLEEP",
+    "ENDED",
     "EPOCH",
     "LAYER",
     "MAIL",

@@ -747,6 +747,28 @@ class LoadsReply(google.protobuf.message.Message):
 global___LoadsReply = LoadsReply
 
 @typing.final
+class HangUpRequest(google.protobuf.message.Message):
+    """Ends the connections of all routers, which may come again: to rehearse the loss of a connection."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___HangUpRequest = HangUpRequest
+
+@typing.final
+class HangUpReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___HangUpReply = HangUpReply
+
+@typing.final
 class PingRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -69,6 +69,11 @@ class ExpertStub(object):
                 request_serializer=protos_dot_expert__pb2.PingRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.PingReply.FromString,
                 _registered_method=True)
+        self.HangUp = channel.unary_unary(
+                '/raymoe.v1.Expert/HangUp',
+                request_serializer=protos_dot_expert__pb2.HangUpRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.HangUpReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/raymoe.v1.Expert/Status',
                 request_serializer=protos_dot_expert__pb2.StatusRequest.SerializeToString,
@@ -151,6 +156,12 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Ping(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HangUp(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -242,6 +253,11 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Ping,
                     request_deserializer=protos_dot_expert__pb2.PingRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.PingReply.SerializeToString,
+            ),
+            'HangUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.HangUp,
+                    request_deserializer=protos_dot_expert__pb2.HangUpRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.HangUpReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -473,6 +489,33 @@ class Expert(object):
             '/raymoe.v1.Expert/Ping',
             protos_dot_expert__pb2.PingRequest.SerializeToString,
             protos_dot_expert__pb2.PingReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HangUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Expert/HangUp',
+            protos_dot_expert__pb2.HangUpRequest.SerializeToString,
+            protos_dot_expert__pb2.HangUpReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,11 @@ class ExpertStub:
         protos.expert_pb2.PingReply,
     ]
 
+    HangUp: grpc.UnaryUnaryMultiCallable[
+        protos.expert_pb2.HangUpRequest,
+        protos.expert_pb2.HangUpReply,
+    ]
+
     Status: grpc.UnaryUnaryMultiCallable[
         protos.expert_pb2.StatusRequest,
         protos.expert_pb2.StatusReply,
@@ -129,6 +134,11 @@ class ExpertAsyncStub:
     Ping: grpc.aio.UnaryUnaryMultiCallable[
         protos.expert_pb2.PingRequest,
         protos.expert_pb2.PingReply,
+    ]
+
+    HangUp: grpc.aio.UnaryUnaryMultiCallable[
+        protos.expert_pb2.HangUpRequest,
+        protos.expert_pb2.HangUpReply,
     ]
 
     Status: grpc.aio.UnaryUnaryMultiCallable[
@@ -221,6 +231,13 @@ class ExpertServicer(metaclass=abc.ABCMeta):
         request: protos.expert_pb2.PingRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.expert_pb2.PingReply, collections.abc.Awaitable[protos.expert_pb2.PingReply]]: ...
+
+    @abc.abstractmethod
+    def HangUp(
+        self,
+        request: protos.expert_pb2.HangUpRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.expert_pb2.HangUpReply, collections.abc.Awaitable[protos.expert_pb2.HangUpReply]]: ...
 
     @abc.abstractmethod
     def Status(

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 TOOLS = {"grpcio-tools": "1.72.2", "mypy-protobuf": "3.6.0"}
-MESSAGES = ("admin", "coordinator", "expert", "generation", "router", "tensor")
-SERVICES = ("admin", "coordinator", "expert", "generation", "router")
+MESSAGES = ("admin", "coordinator", "expert", "generation", "router", "tensor", "trunk")
+SERVICES = ("admin", "coordinator", "expert", "generation", "router", "trunk")
 ROOT = Path(__file__).resolve().parent.parent
 
 

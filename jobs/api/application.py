@@ -27,6 +27,7 @@ from jobs.api.problems import (
 )
 from jobs.api.schemas import ChatRequest, CompletionRequest
 
+Deltas = list[tuple[int, Delta]]
 _DONE = "data: [DONE]\n\n"
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or a stream of its chunks.", "content": {"text/event-stream": {}}}
@@ -61,17 +62,19 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
     Allowed = Annotated[Backend, Depends(allowed)]
 
     @api.get("/health", responses={503: _ERRORS[503]})
-    def health() -> Response:
+    async def health() -> Response:
         """200 when every expert has a live host, else 503 with the reason."""
-        reason = find().health()
+        reason = await find().health()
         if reason is not None:
             return ApiError(503, reason, retry_after=1).response()
         return JSONResponse({"status": "ok"})
 
     @api.get("/metrics", response_class=PlainTextResponse)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """For Prometheus."""
-        return Response(find().metrics.exposition(), media_type="text/plain; version=0.0.4")
+        backend = find()
+        backend.metrics.engines = await backend.engines()
+        return Response(backend.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     @api.get("/v1/models", responses=_ERRORS)
     def models(backend: Allowed) -> dict[str, Any]:
@@ -209,26 +212,27 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
     return JSONResponse(envelope.body(bodies, version=version, usage=usage))
 
 
-async def _gather(deltas: AsyncIterator[tuple[int, Delta]], choices: list[Choice], usage: Usage) -> str:
+async def _gather(deltas: AsyncIterator[Deltas], choices: list[Choice], usage: Usage) -> str:
     """Fill all choices; the version of the weights that the last token came from.
 
     Raises:
         ApiError: the engine failed.
     """
     version = ""
-    async for index, delta in deltas:
-        if delta.error is not None:
-            raise ApiError(503, delta.error, code="engine_failed", retry_after=1)
-        choices[index].take(delta)
-        usage.completion += len(delta.tokens)
-        usage.cached[index] = delta.cached
-        version = delta.version
+    async for ready in deltas:
+        for index, delta in ready:
+            if delta.error is not None:
+                raise ApiError(503, delta.error, code="engine_failed", retry_after=1)
+            choices[index].take(delta)
+            usage.completion += len(delta.tokens)
+            usage.cached[index] = delta.cached
+            version = delta.version
     return version
 
 
 async def _stream(
     backend: Backend,
-    deltas: AsyncIterator[tuple[int, Delta]],
+    deltas: AsyncIterator[Deltas],
     choices: Sequence[Choice],
     usage: Usage,
     envelope: Envelope,
@@ -240,18 +244,24 @@ async def _stream(
     begun: set[int] = set()
     pending: dict[str, Any] = {"usage": None} if include_usage else {}
     version = ""
-    async for index, delta in deltas:
-        if delta.error is not None:
-            yield _event(ApiError(503, delta.error, code="engine_failed").body())
-            return
-        usage.completion += len(delta.tokens)
-        usage.cached[index] = delta.cached
-        version = delta.version
-        news = Choice(prompt=choices[index].prompt)
-        news.take(delta)
-        for part in parts(index, news, index not in begun):
-            yield _event({**envelope.body([part], version=version), **pending})
-        begun.add(index)
+    async for ready in deltas:
+        events: list[str] = []  # one write for all that is ready
+        for index, delta in ready:
+            if delta.error is not None:
+                events.append(_event(ApiError(503, delta.error, code="engine_failed").body()))
+                yield "".join(events)
+                return
+            usage.completion += len(delta.tokens)
+            usage.cached[index] = delta.cached
+            version = delta.version
+            news = Choice(prompt=choices[index].prompt)
+            news.take(delta)
+            events += [
+                _event({**envelope.body([part], version=version), **pending})
+                for part in parts(index, news, index not in begun)
+            ]
+            begun.add(index)
+        yield "".join(events)
     if include_usage:
         yield _event(envelope.body([], version=version, usage=usage))
     yield _DONE

@@ -1,4 +1,4 @@
-"""A served model as the interface sees it: an engine, its texts, its limits."""
+"""A served model as the interface sees it: who generates, its texts, its limits."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from engine.params import SamplingParams
-from engine.service import Delta, EngineService
-from errors import ConfigError
+from engine.service import Delta, Listener
+from errors import ConfigError, QueueFull
 from jobs.api.chat import ChatTemplate
-from jobs.api.metrics import ServingMetrics
+from jobs.api.metrics import EngineFigures, ServingMetrics
 from jobs.api.problems import ApiError, invalid
 
 _RETRY_SECONDS = 1
@@ -23,10 +25,10 @@ _RETRY_SECONDS = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one replica takes.
+    """What is taken.
 
     Attributes:
-        max_queue: requests that may wait; one more is told to come back.
+        max_queue: requests that may wait at a replica; one more is told to come back.
         max_prompt: tokens of a prompt; None takes what the model takes.
         max_tokens: tokens that a request may ask for; None takes what the model takes.
         api_keys: of which a request must carry one; none needed when empty.
@@ -38,36 +40,66 @@ class Limits:
     api_keys: tuple[str, ...] = ()
 
 
+class Service(Protocol):
+    """Generates: an engine in this process, or replicas of the trunk in others."""
+
+    def submit(
+        self,
+        id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        limit: int | None = None,
+    ) -> Future[None] | asyncio.Future[None]:
+        """Take a request; `listener` hears every delta, in whatever thread.
+
+        Args:
+            limit: requests that may wait already.
+
+        Returns:
+            Done when it is taken, with a ConfigError if it will not be, or with QueueFull.
+        """
+        ...
+
+    def cancel(self, id: str) -> object:
+        """Drop a request; its listener hears no more."""
+        ...
+
+
+async def _no_engines() -> Mapping[str, EngineFigures]:
+    return {}
+
+
 @dataclass(slots=True, kw_only=True)
 class Backend:
-    """One replica.
+    """One process of the interface.
 
     Attributes:
         model: its name.
+        version: of the weights in use; every answer carries that of those that computed it.
         longest: tokens that prompt and answer may have together.
         end_of_text: token that ends a text.
         health: says what is wrong, or None.
+        engines: says how the engines stand, by their names.
     """
 
     model: str
-    service: EngineService
+    version: str
+    service: Service
     tokenizer: Tokenizer
     chat: ChatTemplate
     longest: int
     end_of_text: int
     limits: Limits
-    health: Callable[[], str | None]
+    health: Callable[[], Awaitable[str | None]]
+    engines: Callable[[], Awaitable[Mapping[str, EngineFigures]]] = _no_engines
     metrics: ServingMetrics
     created: int = field(default_factory=lambda: int(time.time()))
     _longest_token: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
-
-    @property
-    def version(self) -> str:
-        """Of the weights in use; every answer carries that of those that computed it."""
-        return self.service.version
 
     def check_key(self, authorization: str | None) -> None:
         """Let a caller in.
@@ -133,50 +165,61 @@ class Backend:
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Deltas of several choices as they come, each with the index of its choice.
+    ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """Deltas of several choices as they come, all that there are, each with the index of its choice.
 
         Whoever stops listening stops the generation.
 
         Raises:
             ApiError: the queue is full, or the engine refuses the request.
         """
-        _, waiting = self.service.load
-        if waiting >= self.limits.max_queue:
-            raise ApiError(
-                429,
-                f"{waiting} requests are waiting already; come back later",
-                code="queue_full",
-                retry_after=_RETRY_SECONDS,
-            )
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         open_: dict[int, str] = {}
         began = time.perf_counter()
         try:
+            taken: list[asyncio.Future[None]] = []
             for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
                 open_[index] = f"{index}-{uuid.uuid4().hex}"
 
                 def hear(delta: Delta, index: int = index) -> None:
                     loop.call_soon_threadsafe(deltas.put_nowait, (index, delta))
 
-                try:
-                    await asyncio.wrap_future(self.service.submit(open_[index], prompt, one, hear))
-                except ConfigError as error:
-                    del open_[index]
-                    text = str(error)
-                    raise invalid(text, text.split()[0]) from error
-                self.metrics.prompt_tokens.inc(len(prompt))
+                # A queue has room for a request as a whole or not at all: its first choice asks.
+                limit = None if index else self.limits.max_queue
+                submitted = self.service.submit(open_[index], prompt, one, hear, limit=limit)
+                taken.append(asyncio.wrap_future(submitted))
+                if not index:
+                    await self._taken(taken)
+            await self._taken(taken)
+            self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
             timing = self.metrics.timing(began)
             while open_:
-                index, delta = await deltas.get()
-                if delta.finish_reason or delta.error:
-                    del open_[index]
-                timing.note(index, delta)
-                yield index, delta
+                ready = [await deltas.get()]
+                while not deltas.empty():
+                    ready.append(deltas.get_nowait())
+                for index, delta in ready:
+                    if delta.finish_reason or delta.error:
+                        del open_[index]
+                    timing.note(index, delta)
+                yield ready
         finally:
             for id in open_.values():
                 self.service.cancel(id)
 
+    async def _taken(self, submitted: Sequence[asyncio.Future[None]]) -> None:
+        """Wait until all are taken.
 
-__all__ = ["Backend", "Limits"]
+        Raises:
+            ApiError: one is not.
+        """
+        try:
+            await asyncio.gather(*submitted)
+        except QueueFull as error:
+            raise ApiError(429, str(error), code="queue_full", retry_after=_RETRY_SECONDS) from error
+        except ConfigError as error:
+            text = str(error)
+            raise invalid(text, text.split()[0]) from error
+
+
+__all__ = ["Backend", "Limits", "Service"]

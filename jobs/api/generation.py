@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from pydantic import ValidationError
 
 from engine.sequence import TokenLogprobs
+from engine.service import Delta
 from jobs.api.answers import Choice, Usage
 from jobs.api.backend import Backend
 from jobs.api.completions import completion_work, shown
@@ -38,7 +39,7 @@ async def generate(
     begun: set[int] = set()
     left = len(work.prompts)
     async with aclosing(backend.generate(work.prompts, work.params)) as deltas:
-        async for index, delta in deltas:
+        async for index, delta in _each(deltas):
             if delta.error is not None:
                 raise ApiError(503, delta.error, code="engine_failed")
             news = Choice(prompt=work.prompts[index])
@@ -59,6 +60,14 @@ async def generate(
                 finish_reason=part.finish_reason or "",
                 usage=None if left else _usage(usage),
             )
+
+
+async def _each(
+    deltas: AsyncIterator[list[tuple[int, Delta]]],
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    async for ready in deltas:
+        for one in ready:
+            yield one
 
 
 def completion_request(message: GenerateRequest) -> CompletionRequest:

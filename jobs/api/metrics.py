@@ -1,11 +1,14 @@
-"""Prometheus metrics of one replica, under the names that people chart for vLLM, with our prefix."""
+"""Prometheus metrics of the interface and of the engines behind it, with vLLM's names and our prefix."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from engine.service import Delta
 
@@ -13,8 +16,34 @@ _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
-class ServingMetrics:
-    """All of one replica's metrics, in a registry of their own.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFigures:
+    """How an engine stands.
+
+    Attributes:
+        running, waiting: requests.
+        pages_held, pages: of the cache, in use and all.
+        preemptions: requests set back for want of pages.
+        requests: taken since it began, those that another engine had begun among them.
+        drafts, draft_tokens, accepted_tokens: rounds of drafts, drafts judged, and those that were right.
+    """
+
+    running: int
+    waiting: int
+    pages_held: int
+    pages: int
+    preemptions: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    requests: int
+
+
+class ServingMetrics(Collector):
+    """All metrics, in a registry of their own.
+
+    Attributes:
+        engines: their figures by their names, as they were asked for last.
 
     Args:
         model: label of all of them.
@@ -23,6 +52,8 @@ class ServingMetrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model
+        self.engines: Mapping[str, EngineFigures] = {}
+        self.registry.register(self)
         labels = ["model_name"]
 
         def counter(name: str, text: str) -> Counter:
@@ -48,11 +79,13 @@ class ServingMetrics:
         )
         self._failure = counter("request_failure", "Requests that ended with an error.")
 
-    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A figure that is read when it is asked for."""
-        Gauge(f"raymoe_{name}", text, ["model_name"], registry=self.registry).labels(
-            self._model
-        ).set_function(read)
+    def collect(self) -> Iterator[Metric]:
+        """The engines' figures, for the registry."""
+        for name, text, read in _GAUGES:
+            family = GaugeMetricFamily(f"raymoe_{name}", text, labels=["model_name", "engine"])
+            for engine, figures in self.engines.items():
+                family.add_metric([self._model, engine], read(figures))
+            yield family
 
     def timing(self, began: float) -> Timing:
         """The clock of one request that began at `began` (of `time.perf_counter`)."""
@@ -70,6 +103,18 @@ class ServingMetrics:
         """What Prometheus reads."""
         text: bytes = generate_latest(self.registry)
         return text
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[EngineFigures], float]], ...] = (
+    ("num_requests_running", "Requests that run.", lambda at: at.running),
+    ("num_requests_waiting", "Requests that wait.", lambda at: at.waiting),
+    ("kv_cache_usage_perc", "Share of the cache in use.", lambda at: at.pages_held / at.pages),
+    ("engine_requests", "Requests taken, also those begun by another engine.", lambda at: at.requests),
+    ("num_preemptions", "Requests set back for want of pages.", lambda at: at.preemptions),
+    ("spec_decode_num_drafts", "Rounds of drafts.", lambda at: at.drafts),
+    ("spec_decode_num_draft_tokens", "Drafts judged.", lambda at: at.draft_tokens),
+    ("spec_decode_num_accepted_tokens", "Drafts that were right.", lambda at: at.accepted_tokens),
+)
 
 
 class Timing:
@@ -98,4 +143,4 @@ class Timing:
             metrics.whole.observe(now - self._began)
 
 
-__all__ = ["ServingMetrics", "Timing"]
+__all__ = ["EngineFigures", "ServingMetrics", "Timing"]

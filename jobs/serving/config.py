@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError, field_validator, model_validator
 
-from cluster.config import ClusterConfig, Reserved
+from cluster.config import ClusterConfig, Reserved, Seconds
 from engine.engine import EngineSettings
 from errors import ConfigError
 from jobs.api.backend import Limits
@@ -35,6 +35,8 @@ class ServingConfig(Section):
         max_tokens: tokens that a request may ask for; null takes what the model takes.
         api_keys: of which a request must carry one; none needed when empty.
         replicas: of the trunk; they share the expert hosts.
+        api_replicas: processes that take the requests and lead them, without weights.
+        resume_timeout: seconds that a request waits for another replica when its own has died.
         autoscaling: Ray Serve's autoscaling_config for the replicas, in place of `replicas`.
         cpus_per_replica: CPUs that Ray reserves for each.
         threads: compute threads of a replica; null takes as many as CPUs are reserved, one at least.
@@ -54,6 +56,8 @@ class ServingConfig(Section):
     max_tokens: Size | None = None
     api_keys: tuple[str, ...] = ()
     replicas: Size = 1
+    api_replicas: Size = 1
+    resume_timeout: Seconds = 120.0
     autoscaling: dict[str, Any] | None = None
     cpus_per_replica: Reserved = 1.0
     threads: Threads | None = None

@@ -1,31 +1,34 @@
-"""The Ray Serve application: a pool that replicas share, and replicas of the trunk with the interface.
+"""The Ray Serve application: a pool that all share, replicas of the trunk, the interface in front of them.
 
 The pool is a deployment with one replica that starts coordinator and expert hosts as actors of its own, so
 that they end with it, whoever ends it. Trunk replicas ask it for the coordinator, and that one for the
-routing table; later on they ask it which weights to use.
+routing table; later on they ask it which weights to use. The interface takes requests and has trunk replicas
+generate: Serve says which one (`hold`), tokens come over a gRPC connection of our own.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from actors.tables import CoordinatorTables
 from errors import RaymoeError
-from jobs.api import build_api
-from jobs.api.backend import Backend
 from jobs.serving.config import ServeConfig
 from jobs.serving.follower import Follower
-from jobs.serving.grpc_methods import GrpcMethods
+from jobs.serving.interface import Interface
 from jobs.serving.membership import PoolLink
 from jobs.serving.pool import ExpertPool
 from jobs.serving.replica import Replica
+from jobs.serving.rollout import Standing
+from jobs.serving.trunk_server import Leases, TrunkServer, TrunkService
 from jobs.weights import find_weights
 
 POOL = "experts"
@@ -33,30 +36,21 @@ POOL = "experts"
 
 _MAX_ONGOING = 100_000  # our own queue says when it is full, with an answer that says so
 _GRACE_SECONDS = 30.0
+_HEAD = "node:__internal_head__"
+"""A resource that Ray gives the head node. Pool, coordinator and interface are there, beside Serve's controller, so
+that the loss of another node costs none of them."""
 
 
-def _backend() -> Backend:
-    """Of the replica that this request has come to."""
-    replica: TrunkReplica = serve.get_replica_context().servable_object
-    return replica.backend
-
-
-@serve.ingress(build_api(_backend))
-class TrunkReplica(GrpcMethods):
-    """A replica of the trunk, with the interface.
+class TrunkReplica:
+    """A replica of the trunk.
 
     Args:
         values: a `ServeConfig` as plain values.
-        title: the model's name for clients.
         pool: of the deployment.
-        loopback: refuse gRPC calls from other machines.
     """
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, values: dict[str, Any], title: str, pool: DeploymentHandle, *, loopback: bool
-    ) -> None:
+    async def __init__(self, values: dict[str, Any], pool: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
         self._closing = ExitStack()  # what it holds is given back in the reverse order
-        self._loopback = loopback
         config = ServeConfig.from_dict(values)
         link = PoolLink(pool, serve.get_replica_context().replica_tag)
         self._closing.callback(link.close)
@@ -70,7 +64,6 @@ class TrunkReplica(GrpcMethods):
         self._replica = await asyncio.to_thread(
             Replica,
             config,
-            title=title,
             version=member.version,
             name=link.name,
             run=member.run,
@@ -78,12 +71,19 @@ class TrunkReplica(GrpcMethods):
             tables=None if client is None else CoordinatorTables(client),
         )
         self._closing.callback(self._replica.close)
+        self._leases = Leases()
+        service = TrunkService(self._replica.service, self._leases, self._replica.status)
+        self._server = TrunkServer(service, host=config.cluster.interface or ray.util.get_node_ip_address())
+        await self._server.start()
+        self._closing.callback(service.close)
+        link.address = self._server.address
+        await link.report(Standing(uses=member.version.epoch))
         loaded.set_result(self._replica)
 
-    @property
-    def backend(self) -> Backend:
-        """What the interface works with."""
-        return self._replica.backend
+    async def hold(self, name: str) -> AsyncGenerator[str, None]:
+        """A request of this name comes to this replica: gives its gRPC address, and lasts as long as that."""
+        async for address in self._leases.hold(name, self._server.address):
+            yield address
 
     def check_health(self) -> None:
         """For Serve, which starts a replica anew that is not healthy."""
@@ -105,21 +105,29 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
     pool = serve.deployment(
         ExpertPool,
         name=POOL,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=2 * _GRACE_SECONDS,
     ).bind(values, str(directory))
     options: dict[str, Any] = {"num_replicas": serving.replicas}
     if serving.autoscaling is not None:
         options = {"autoscaling_config": serving.autoscaling}
-    return serve.deployment(
+    trunk = serve.deployment(
         TrunkReplica,
         name="trunk",
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=_GRACE_SECONDS,
         **options,
-    ).bind(values, serving.name or directory.name, pool, loopback=loopback)
+    ).bind(values, pool)
+    return serve.deployment(
+        Interface,
+        name="api",
+        num_replicas=serving.api_replicas,
+        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=_GRACE_SECONDS,
+    ).bind(values, str(directory), serving.name or directory.name, pool, trunk, loopback=loopback)
 
 
 def app(arguments: dict[str, Any]) -> Application:

@@ -1,4 +1,4 @@
-"""A replica's gRPC methods, which Serve's proxy calls by their names: generation, and the health check.
+"""The interface's gRPC methods, which Serve's proxy calls by their names: generation, and the health check.
 
 Serve registers the services that `SERVICES` names and answers server reflection itself. An error reaches the
 client by the status code that is set on the context before something is raised.
@@ -102,7 +102,7 @@ class GrpcMethods:
                 await asyncio.sleep(_WATCH_SECONDS)
 
     async def _health(self) -> HealthCheckResponse:
-        reason = await asyncio.to_thread(self.backend.health)
+        reason = await self.backend.health()
         good, bad = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
         return HealthCheckResponse(status=good if reason is None else bad)
 

@@ -1,8 +1,10 @@
-"""A trunk replica's link to the pool of its deployment."""
+"""A replica's link to the pool of its deployment."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -21,19 +23,28 @@ class PoolLink:
     Args:
         pool: handle of its deployment.
         name: of the replica.
+
+    Attributes:
+        address: where the replica takes requests, which the pool hears with its standing.
     """
 
     def __init__(self, pool: DeploymentHandle, name: str) -> None:
         self.name = name
+        self.address = ""
         self._pool = pool
         self._calls: dict[str, Any] = {}
 
+    async def enter(self) -> Membership:
+        """Become a member, or again after a crash of the pool: what to begin with."""
+        member: Membership = await self._pool.join.remote(self.name)
+        if "lease" not in self._calls:
+            self._calls["lease"] = self._pool.lease.remote(self.name)
+        return member
+
     async def join(self, timeout: float) -> tuple[Membership, CoordinatorClient | None, RoutingTable | None]:
-        """Become a member: what to begin with, the coordinator, and its routing table of the same weights."""
+        """The same, with the coordinator, and its routing table of the same weights."""
         while True:
-            member: Membership = await self._pool.join.remote(self.name)
-            if "lease" not in self._calls:
-                self._calls["lease"] = self._pool.lease.remote(self.name)
+            member = await self.enter()
             if member.coordinator is None:
                 return member, None, None
             client = CoordinatorClient(member.coordinator, timeout=timeout)
@@ -55,7 +66,12 @@ class PoolLink:
 
     async def report(self, standing: Standing) -> None:
         """See `Rollout.report`."""
-        await self._pool.report.remote(self.name, standing)
+        await self._pool.report.remote(self.name, replace(standing, address=self.address))
+
+    async def trunks(self) -> Mapping[str, str]:
+        """See `Rollout.trunks`."""
+        trunks: Mapping[str, str] = await self._pool.trunks.remote()
+        return trunks
 
     def close(self) -> None:
         """End the membership; the pool may end now."""

@@ -76,6 +76,10 @@ class ExpertPool:
             self._coordinator = CoordinatorClient(self._address, timeout=_CONTROL_SECONDS)
             self._actors.callback(self._coordinator.close)
 
+    async def where(self) -> str | None:
+        """Address of the coordinator of the expert hosts; None without hosts."""
+        return self._address
+
     async def join(self, name: str) -> Membership:
         """A replica begins."""
         return Membership(run=self._run, coordinator=self._address, version=self._rollout.join(name))
@@ -96,6 +100,10 @@ class ExpertPool:
     async def report(self, name: str, standing: Standing) -> None:
         """See `Rollout.report`."""
         self._rollout.report(name, standing)
+
+    async def trunks(self) -> dict[str, str]:
+        """See `Rollout.trunks`."""
+        return self._rollout.trunks
 
     async def reload(self, directory: str) -> dict[str, Any]:
         """Change all replicas and hosts to another checkpoint; goes on to its end if the caller goes away.

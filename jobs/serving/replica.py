@@ -1,4 +1,4 @@
-"""One replica of the trunk, put together: weights, engine, its way to the experts, its interface."""
+"""One replica of the trunk, put together: weights, engine, its way to the experts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from cluster.topology import RoutingTable
 from engine.engine import Engine
 from engine.service import EngineService
 from errors import ProtocolError, RaymoeError
-from jobs.api.backend import Backend
-from jobs.api.metrics import ServingMetrics
 from jobs.hosts import connector
 from jobs.serving.config import ServeConfig
 from jobs.serving.weights import ReplicaWeights, Version, load_beside, load_weights
 from jobs.tokenizer import load_tokenizer
+from protos.trunk_pb2 import TrunkStatus
 
 _HEALTH_SECONDS = 1.0  # a finding is not older than this
 
@@ -31,7 +30,6 @@ class Replica:
 
     Args:
         config: the deployment's.
-        title: the model's name for clients.
         version: of the weights to begin with.
         name: of the replica, unique within the deployment.
         run: the deployment.
@@ -47,7 +45,6 @@ class Replica:
         self,
         config: ServeConfig,
         *,
-        title: str,
         version: Version,
         name: str,
         run: str,
@@ -71,6 +68,7 @@ class Replica:
                 tables=tables,
                 timeout=config.cluster.call_timeout,
                 patience=config.cluster.call_timeout,
+                hedge_after=config.cluster.hedge_after,
                 watch=True,
             )
         lane = None if self._router is None else self._router.lane(0)
@@ -90,21 +88,31 @@ class Replica:
         except RaymoeError:  # of a host that does not answer, /health tells; requests will try again
             if lane is not None:
                 lane.abandon()
-        service = EngineService(
+        self.service = EngineService(
             self._engine, tokenizer, version=version.name, abandon=None if lane is None else lane.abandon
         )
-        metrics = ServingMetrics(title)
-        _engine_gauges(metrics, self._engine, service)
-        self.backend = Backend(
-            model=title,
-            service=service,
-            tokenizer=tokenizer,
-            chat=weights.chat,
-            longest=self._engine.longest,
-            end_of_text=end_of_text,
-            limits=serving.limits(),
-            health=HostsHealth(self._router, timeout=5.0),
-            metrics=metrics,
+        self._health = HostsHealth(self._router, timeout=5.0)
+
+    def status(self, health: bool) -> TrunkStatus:
+        """See trunk.proto.
+
+        Args:
+            health: ask the expert hosts, too.
+        """
+        engine, pool, stats = self._engine, self._engine.pool, self._engine.stats
+        running, waiting = self.service.load
+        return TrunkStatus(
+            version=self.service.version,
+            running=running,
+            waiting=waiting,
+            pages_held=pool.held,
+            pages=pool.n_pages,
+            preemptions=engine.scheduler.preemptions,
+            drafts=stats.proposed[0],
+            draft_tokens=sum(list(stats.proposed.values())),
+            accepted_tokens=sum(list(stats.accepted.values())),
+            requests=self.service.taken,
+            unwell=(self._health() or "") if health else "",
         )
 
     async def prepare(self, version: Version) -> None:
@@ -129,7 +137,7 @@ class Replica:
             table = await asyncio.to_thread(self._tables.newest, version.name)
             if table.weights != version.name:
                 raise ProtocolError(f"the hosts use {table.weights}, this replica was told {version.name}")
-        done = self.backend.service.exchange(partial(self._use, self._prepared[1], table), version.name)
+        done = self.service.exchange(partial(self._use, self._prepared[1], table), version.name)
         await asyncio.wrap_future(done)
         self._prepared = None
 
@@ -139,7 +147,7 @@ class Replica:
 
     def close(self) -> None:
         """End the engine's thread and hang up on the hosts."""
-        self.backend.service.close()
+        self.service.close()
         if self._router is not None:
             self._router.close()
 
@@ -152,7 +160,6 @@ class Replica:
         else:
             assert weights.experts is not None
             self._engine.replace(weights.trunk, weights.experts)
-        self.backend.chat = weights.chat
 
 
 class HostsHealth:
@@ -183,22 +190,6 @@ class HostsHealth:
             except RaymoeError as error:
                 return str(error)
         return None
-
-
-def _engine_gauges(metrics: ServingMetrics, engine: Engine, service: EngineService) -> None:
-    """Figures that the engine keeps, under vLLM's names."""
-    pool, stats = engine.pool, engine.stats
-    metrics.gauge("num_requests_running", "Requests that run.", lambda: service.load[0])
-    metrics.gauge("num_requests_waiting", "Requests that wait.", lambda: service.load[1])
-    metrics.gauge("kv_cache_usage_perc", "Share of the cache in use.", lambda: pool.held / pool.n_pages)
-    metrics.gauge(
-        "num_preemptions", "Requests set back for want of pages.", lambda: engine.scheduler.preemptions
-    )
-    metrics.gauge("spec_decode_num_drafts", "Rounds of drafts.", lambda: stats.proposed[0])
-    metrics.gauge("spec_decode_num_draft_tokens", "Drafts judged.", lambda: sum(stats.proposed.values()))
-    metrics.gauge(
-        "spec_decode_num_accepted_tokens", "Drafts that were right.", lambda: sum(stats.accepted.values())
-    )
 
 
 __all__ = ["HostsHealth", "Replica"]

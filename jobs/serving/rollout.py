@@ -45,12 +45,14 @@ class Standing:
         ready: epoch of the one that it holds beside it.
         failed: epoch of one that it could not get ready.
         failure: why.
+        address: where it takes requests; empty where it takes none itself.
     """
 
     uses: int
     ready: int | None = None
     failed: int | None = None
     failure: str = ""
+    address: str = ""
 
 
 @dataclass(slots=True)
@@ -87,10 +89,15 @@ class Rollout:
         return self._wanted.use
 
     @property
-    def replicas(self) -> int:
-        """That are there."""
+    def trunks(self) -> dict[str, str]:
+        """Addresses of the replicas that take requests, by name."""
         self._bury()
-        return len(self._members)
+        return {name: at for name, one in self._members.items() if (at := one.standing.address)}
+
+    @property
+    def replicas(self) -> int:
+        """That are there and take requests."""
+        return len(self.trunks)
 
     def join(self, name: str) -> Version:
         """A replica begins; the version to begin with."""

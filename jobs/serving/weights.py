@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from engine.weights import TrunkWeights
 from errors import CheckpointError, ResourceError
-from jobs.api.chat import ChatTemplate
 from jobs.serving.config import ServeConfig
 from jobs.serving.memory import free_memory, serving_need
 from jobs.tokenizer import load_tokenizer
@@ -51,7 +50,6 @@ class ReplicaWeights:
 
     trunk: TrunkWeights
     experts: LocalExperts | None
-    chat: ChatTemplate
 
 
 def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
@@ -59,21 +57,19 @@ def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> Repl
 
     Raises:
         CheckpointError: the weights are incomplete or of another architecture.
-        DataError: the chat template cannot be read.
     """
     dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
-    chat = ChatTemplate.beside(directory)
     if experts:
         whole = load_pretrained(directory, dtype=dtype)
         trunk = TrunkWeights.of(whole.trunk, modules=modules)
-        return ReplicaWeights(trunk=trunk, experts=whole.experts, chat=chat)
+        return ReplicaWeights(trunk=trunk, experts=whole.experts)
     source = PretrainedSource(directory, dtype=dtype)
     with torch.device("meta"):
         model = Transformer(source.config, dtype=dtype)
     model = model.to_empty(device="cpu")
     model.tie()
     model.load_state_dict(source.trunk())
-    return ReplicaWeights(trunk=TrunkWeights.of(model, modules=modules), experts=None, chat=chat)
+    return ReplicaWeights(trunk=TrunkWeights.of(model, modules=modules), experts=None)
 
 
 def load_beside(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:

@@ -87,6 +87,7 @@ class Server:
     url: str
     grpc: str | None
     ray: str
+    coordinator: str
     process: subprocess.Popen[str]
     model: CausalLM
     directory: Path
@@ -101,15 +102,17 @@ class Server:
         return greedy(self.model, PROMPT, count)
 
     def gauges(self) -> dict[str, float]:
-        """Requests and pages in use."""
+        """Requests and pages in use, of every replica."""
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        return {
-            line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        found = {
+            line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
             for line in lines
-            if line.startswith(tuple(f"raymoe_{name}" for name in names))
+            if line.startswith(tuple(f"raymoe_{name}{{" for name in names))
         }
+        assert found
+        return found
 
     def hosts(self) -> list[psutil.Process]:
         """The processes of its expert hosts."""
@@ -157,7 +160,9 @@ def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Itera
     family = psutil.Process(process.pid).children(recursive=True)
     try:
         with OpenAI(base_url=f"{at['url']}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            yield Server(at["url"], at["grpc"], at["ray"], process, model, directory, client)
+            yield Server(
+                at["url"], at["grpc"], at["ray"], at["coordinator"], process, model, directory, client
+            )
     except BaseException:
         process.send_signal(signal.SIGTERM)
         process.wait(90)

@@ -48,15 +48,12 @@ def processes(server: Server, title: str) -> list[psutil.Process]:
     ]
 
 
-def answered(server: Server) -> int:
-    """Requests that one of the replicas, whichever is asked, has answered."""
+def metric(server: Server, name: str) -> dict[str, float]:
+    """A metric by its labels."""
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    return round(
-        sum(
-            float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("raymoe_request_success_total")
-        )
-    )
+    rows = (line.rsplit(" ", 1) for line in lines if line.startswith(f"raymoe_{name}{{"))
+    return {labels: float(value) for labels, value in rows}
 
 
 def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
@@ -82,22 +79,27 @@ def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
     tokenizer, _ = tiny_tokenizer()
     assert {answer.choices[0].text for answer in answers} == {tokenizer.decode(server.greedy(20))}
     assert len({answer.system_fingerprint for answer in answers}) == 1
-    # Each replica knows of its own requests: both have some, and all together are theirs.
-    seen: set[int] = set()
+    assert sum(metric(server, "request_success_total").values()) == REQUESTS
+    # Both replicas have had requests of their own, and have none any more.
+    assert len(metric(server, "engine_requests")) == 2
+    assert sum(metric(server, "engine_requests").values()) == REQUESTS
+    assert all(metric(server, "engine_requests").values())
     deadline = time.monotonic() + 60
-    while not (sum(seen) == REQUESTS or 2 * sum(seen) == REQUESTS):
-        assert time.monotonic() < deadline, seen
-        seen.add(answered(server))
-    assert 0 not in seen
+    while any(metric(server, "num_requests_running").values()):
+        assert time.monotonic() < deadline
 
 
 def test_autoscaling_is_handed_to_serve(directory: Path) -> None:
-    from jobs.serving.deployment import build_application  # Ray's warnings are let pass in tests alone
+    from ray.serve import Application  # Ray's warnings are let pass in tests alone
+
+    from jobs.serving.deployment import build_application
 
     wanted = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 7}
     config = ServeConfig.from_dict({"serving": {"autoscaling": wanted}})
-    deployment: Any = build_application(config, directory)._bound_deployment
-    given = deployment._deployment_config.autoscaling_config
+    interface: Any = build_application(config, directory)._bound_deployment
+    behind = [one._bound_deployment for one in interface.init_args if isinstance(one, Application)]
+    (trunk,) = [deployment for deployment in behind if deployment.name == "trunk"]
+    given = trunk._deployment_config.autoscaling_config
     assert {name: getattr(given, name) for name in wanted} == wanted
 
 

@@ -30,7 +30,7 @@ OPTIONS = ("--set=cluster.expert_hosts=2", "--set=serving.cache_tokens=8192")
 
 
 def members(target: Target) -> dict[str, psutil.Process]:
-    """Hosts and replicas, by their titles."""
+    """Hosts, replicas and interface, by their titles."""
     assert target.process is not None
     found = {}
     for child in target.process.children(recursive=True):
@@ -38,7 +38,11 @@ def members(target: Target) -> dict[str, psutil.Process]:
             title = " ".join(child.cmdline())
         except psutil.Error:
             continue
-        for kind, name in (("ExpertHost", "host"), ("ServeReplica:raymoe:trunk", "replica")):
+        for kind, name in (
+            ("ExpertHost", "host"),
+            ("ServeReplica:raymoe:trunk", "replica"),
+            ("ServeReplica:raymoe:api", "interface"),
+        ):
             if kind in title:
                 found[f"{name}-{child.pid}"] = child
     return found
@@ -49,11 +53,13 @@ def gauges(target: Target) -> dict[str, float]:
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     with urllib.request.urlopen(f"{target.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    return {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+    found = {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
         for line in lines
-        if line.startswith(tuple(f"raymoe_{name}" for name in names))
+        if line.startswith(tuple(f"raymoe_{name}{{" for name in names))
     }
+    assert found
+    return found
 
 
 @asynccontextmanager
@@ -93,7 +99,7 @@ async def run(target: Target) -> tuple[float, float, list[Outcome], list[dict[st
 
 def test_ten_minutes_at_four_fifths_of_the_capacity() -> None:
     with served(None, OPTIONS) as target:
-        assert len(members(target)) == 3
+        assert len(members(target)) == 4
         rate, began, outcomes, (early, late) = asyncio.run(run(target))
         deadline = time.monotonic() + 60
         while any(gauges(target).values()):

@@ -140,19 +140,3 @@ def test_interrupt_ends_with_a_checkpoint_and_leaves_nothing(corpus: Path, tmp_p
     assert read_state(find_checkpoint(output)).step == result["step"]
     assert_gone(members)
     assert not list((output / "checkpoints").glob(".writing-*"))
-
-
-def test_a_killed_host_ends_the_run_with_its_name(corpus: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    process = start(corpus, output, training__steps=100_000)
-    wait_for_step(process, output, 3)
-    members = family(process)
-    hosts = [p for p in members if "ExpertHost" in " ".join(p.cmdline())]
-    assert len(hosts) == 2
-    hosts[0].send_signal(signal.SIGKILL)
-    _, err = finish(process, code=1)
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, err
-    assert "expert host host-" in errors[0]
-    assert "Traceback" not in err
-    assert_gone(members)

@@ -62,16 +62,20 @@ class Served:
         self.unwell: str | None = None
         self.backend = Backend(
             model="tiny",
+            version="v1",
             service=self.service,
             tokenizer=self.tokenizer,
             chat=ChatTemplate(),
             longest=self.engine.longest,
             end_of_text=end,
             limits=limits or Limits(),
-            health=lambda: self.unwell,
+            health=self.health,
             metrics=ServingMetrics("tiny"),
         )
         self.client = TestClient(build_api(lambda: self.backend), raise_server_exceptions=False)
+
+    async def health(self) -> str | None:
+        return self.unwell
 
     def complete(self, **body: Any) -> Any:
         return self.client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **body})

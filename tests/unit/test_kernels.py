@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import decode
+from kernels.rounded import Rounded
 from kernels.team import DONE, NEXT, PIECES, Desk
 from model.experts import ExpertShard, experts_forward
 from model.routing import affinity, gate_values, select_experts
@@ -32,6 +35,39 @@ def test_products_and_norm(rows: int, dtype: type, bound: float) -> None:
     decode.rms_norm(x, norm, 1e-6, normed)
     reference = torch.nn.functional.rms_norm(torch.from_numpy(x), (24,), torch.from_numpy(norm), 1e-6)
     np.testing.assert_allclose(normed, reference.numpy(), rtol=bound, atol=bound)
+
+
+def test_state_and_embedding_are_joined() -> None:
+    embedding, hidden, weight = rand(9, 8), rand(3, 8), rand(8, 16)
+    norms, tokens, out = rand(2, 8), np.array([7, 0, 7]), np.empty((3, 8))
+    decode.join(tokens, embedding, norms[0], hidden, norms[1], weight, 1e-6, out)
+    halves = [
+        values / np.sqrt((values**2).mean(-1, keepdims=True) + 1e-6) * norm
+        for values, norm in zip((embedding[tokens], hidden), norms, strict=True)
+    ]
+    np.testing.assert_allclose(out, np.concatenate(halves, 1) @ weight.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("size", [7, 192, 7168])
+def test_the_likeliest_of_rows_in_8_bits(size: int, dtype: type) -> None:
+    """Of the largest width there is, sums that come as close to 32 bits as they can."""
+    source = np.random.default_rng(size)
+    weight = source.integers(-127, 128, (50, size)).astype(np.int8)
+    weight[17], weight[3] = 127, -127
+    scale = source.uniform(0.5, 1, 50).astype(dtype)
+    scale[17] = scale[3] = 2
+    x = np.concatenate((np.ones((1, size)), -np.ones((1, size)), source.standard_normal((7, size))))
+    out = np.empty(9, np.int64)
+    decode.likeliest(x.astype(dtype), Rounded(weight, scale), out)
+    assert out.tolist() == (scale * (x @ weight.T)).argmax(1).tolist()
+    assert out[:2].tolist() == [17, 3]
+
+
+def test_the_likeliest_of_equals_is_the_first() -> None:
+    weight, out = np.array([[1, 1], [2, 2], [2, 2]], np.int8), np.empty(3, np.int64)
+    decode.likeliest(np.array([[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]), Rounded(weight, np.ones(3)), out)
+    assert out.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize("by_bias", [True, False])
@@ -82,6 +118,66 @@ def test_experts_of_any_routing(rows: int, seed: int) -> None:
             a, u = np.split(w13[expert[p]] @ x[n], 2)
             expected[n] += gate[p] * (w2[expert[p]] @ (a / (1 + np.exp(-a)) * u))
     np.testing.assert_allclose(out, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_rounded_weights_compute_with_what_they_are_rounded_to() -> None:
+    """Of every function that takes them, against itself with the same weights at full width."""
+
+    def pair(*shape: int) -> tuple[Rounded, np.ndarray]:
+        rounded = Rounded.of(rand(*shape))
+        return rounded, rounded.rows * rounded.scale[..., None]
+
+    def compare(function: Callable[..., None], out: np.ndarray, *weights: tuple[Rounded, np.ndarray]) -> None:
+        found, expected = out.copy(), out.copy()
+        function(*(one for one, _ in weights), found)
+        function(*(one for _, one in weights), expected)
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+    x, norm, row_ptr = rand(3, 16), 1 + 0.1 * rand(16), np.array([0, 2, 4, 6])
+    expert, gate = np.array([0, 3, 1, 2, 3, 1]), rand(6)
+    compare(lambda a, b, out: decode.swiglu(x, a, b, out), x, pair(12, 16), pair(16, 6))
+    compare(
+        lambda a, b, out: decode.mix_experts(x, row_ptr, expert, gate, a, b, out),
+        x,
+        pair(4, 12, 16),
+        pair(4, 16, 6),
+    )
+    tokens, embedding = np.array([2, 0, 2]), rand(5, 16)
+    compare(
+        lambda a, out: decode.join(tokens, embedding, norm, x, norm, a, 1e-6, out),
+        np.empty((3, 16)),
+        pair(16, 32),
+    )
+    cos, sin, at = rand(8, ROPE // 2), rand(8, ROPE // 2, seed=1), np.arange(3)
+    latent_norm, none = 1 + 0.1 * rand(LATENT), np.empty((0, 0, 0))
+    compare(
+        lambda a, out: decode.remember(x, norm, a, 4, latent_norm, 1e-6, out, cos, sin, at, at),
+        np.zeros((PAGE, HEAD_IN)),
+        pair(4 + HEAD_IN, 16),
+    )
+    desk = Desk.of(rows=3, heads=2, width=HEAD_IN, latent=LATENT, pages=1, dtype=np.float64)
+    zeros, table, caches = np.zeros(3, np.int64), np.zeros((1, 1), np.int64), np.zeros((1, PAGE, HEAD_IN))
+    compare(
+        lambda a, b, c, out: decode.attend(
+            x, norm, a, 1 + 0.1 * rand(4), b, none, latent_norm, none, c, 1e-6, 2, 0, caches, PAGE,
+            cos, sin, at, at, zeros, table, desk, False, out,
+        ),
+        x,
+        pair(4 + HEAD_IN, 16),
+        pair(2 * HEAD_IN, 4),
+        pair(16, 2 * LATENT),
+    )  # fmt: skip
+
+
+def test_weights_are_rounded_by_less_than_half_a_step() -> None:
+    weight = rand(3, 5, 8)
+    weight[1, 2] = 0
+    found = Rounded.of(weight)
+    assert found.rows.dtype == np.int8
+    assert (found.rows[1, 2] == 0).all()
+    assert np.abs(found.rows).max() == 127
+    error = np.abs(found.rows * found.scale[..., None] - weight)
+    assert (error <= 0.5001 * found.scale[..., None]).all()
 
 
 def test_a_row_is_the_same_in_any_company() -> None:
@@ -154,6 +250,9 @@ def test_attention(
             value = weights / weights.sum() @ entries[seen, :LATENT]
             said.append(value if merged else value @ up_value[h])
         expected[n] += back @ np.concatenate(said)
+    remembered = cache.copy()
+    decode.remember(x, norm, down, rank, latent_norm, 1e-6, remembered, cos, sin, position, slot)
+    np.testing.assert_allclose(remembered, entries, rtol=bound, atol=bound)
     desk = Desk.of(rows=4, heads=heads, width=HEAD_IN, latent=LATENT, pages=5, dtype=dtype)
     decode.attend(
         x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, 1e-6, heads, 0,

@@ -317,7 +317,7 @@ def test_a_sender_that_fails_in_the_middle_leaves_nothing(made: Any) -> None:
     sent = Blob(name="trunk", step=1, tensors={"x": torch.ones(4), "y": torch.ones(1 << 21)})
 
     def failing() -> Iterator[bytes]:
-        from actors.snapshots import blob_frames
+        from actors.copies import blob_frames
 
         frames = blob_frames(sent)
         yield next(frames)

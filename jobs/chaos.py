@@ -1,0 +1,177 @@
+"""`raymoe chaos`: faults on demand, so that the operators of a job can rehearse what they hope never to see.
+
+What happens when is drawn from a seed, apart from doing it. A fault is done by a Ray task on the node of the
+process that it is for; only processes that Ray has started on that node are touched.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.clients import HostClient
+from actors.coordinator_client import AdminClient
+from cluster.topology import HostInfo
+from errors import RaymoeError
+
+
+class Kind(StrEnum):
+    """What is done to a process.
+
+    Attributes:
+        KILL: SIGKILL.
+        STOP: SIGSTOP for some seconds, as if it hung.
+        SLOW: stopped and let go on in turns for some seconds.
+        DROP: all connections of routers to an expert host are ended.
+    """
+
+    KILL = "kill"
+    STOP = "stop"
+    SLOW = "slow"
+    DROP = "drop"
+
+
+TITLES: Final = {
+    "host": "_ExpertHostProcess",
+    "coordinator": "_CoordinatorProcess",
+    "trunk": "ServeReplica:raymoe:trunk",
+    "worker": "RayTrainWorker",
+}
+"""Kind of process -> what its title has in it."""
+
+_SECONDS: Final = {Kind.STOP: 10.0, Kind.SLOW: 5.0}
+_PULSE: Final = 0.1  # seconds of a pulse of SLOW, of which the process stands still for most
+_STILL: Final = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        at: seconds from the beginning.
+        target: a key of `TITLES`.
+        pick: in [0, 1): which of the processes that there are then.
+    """
+
+    at: float
+    kind: Kind
+    target: str
+    pick: float
+
+
+def schedule(
+    seed: int, *, duration: float, every: float, kinds: Sequence[Kind], targets: Sequence[str]
+) -> list[Fault]:
+    """Faults within `duration` seconds, `every` so many on average; the same for the same seed."""
+    source = random.Random(seed)
+    faults = []
+    at = source.expovariate(1 / every)
+    while at < duration:
+        kind, target = source.choice(list(kinds)), source.choice(list(targets))
+        if kind is Kind.DROP:
+            target = "host"  # nothing else has such connections
+        faults.append(Fault(at=round(at, 3), kind=kind, target=target, pick=source.random()))
+        at += source.expovariate(1 / every)
+    return faults
+
+
+def run_chaos(
+    job: AdminClient, faults: Sequence[Fault], *, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Do faults when they are due, on the Ray cluster that this process is connected to.
+
+    Returns:
+        Each fault with the process that it was for, and how it went.
+    """
+    began = time.monotonic()
+    done = []
+    for fault in faults:
+        time.sleep(max(0.0, began + fault.at - time.monotonic()))
+        try:
+            how = _drop(job, fault) if fault.kind is Kind.DROP else _signal(fault)
+        except RaymoeError as error:
+            how = f"not done: {error}"
+        tell(f"{time.monotonic() - began:7.2f} s  {fault.kind} {fault.target}: {how}")
+        done.append({**asdict(fault), "how": how})
+    return done
+
+
+def _drop(job: AdminClient, fault: Fault) -> str:
+    hosts = [
+        HostInfo(**{name: host[name] for name in ("id", "node", "pid", "addresses")})
+        for host in job.status()["hosts"]
+    ]
+    if not hosts:
+        return "not done: there is no expert host"
+    host = hosts[int(fault.pick * len(hosts))]
+    client = HostClient(host, timeout=10.0)
+    try:
+        client.hang_up()
+    finally:
+        client.close()
+    return f"connections of {host.id}"
+
+
+def _signal(fault: Fault) -> str:
+    """Let the node of a process do it."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    found = []
+    for node in nodes:
+        there = ray.get(_on(node, _processes).remote(TITLES[fault.target]))
+        found += [(node, pid) for pid in there]
+    if not found:
+        return "not done: there is none"
+    node, pid = found[int(fault.pick * len(found))]
+    _on(node, _do).remote(pid, str(fault.kind), _SECONDS.get(fault.kind, 0.0))
+    return f"process {pid} on node {node[:8]}"
+
+
+def _on(node: str, work: Callable[..., Any]) -> Any:
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
+
+
+def _processes(title: str) -> list[int]:
+    """Of this node, by their titles; in a task, whose siblings they are."""
+    found = []
+    for process in psutil.Process(os.getppid()).children():
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return sorted(found)
+
+
+def _do(pid: int, kind: str, seconds: float) -> None:
+    """In a task on the process's node."""
+    deadline = time.monotonic() + seconds
+    try:
+        if kind == Kind.KILL:
+            os.kill(pid, signal.SIGKILL)
+        elif kind == Kind.STOP:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
+        else:
+            while time.monotonic() < deadline:
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(_PULSE * _STILL)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(_PULSE * (1 - _STILL))
+    except ProcessLookupError:  # it has ended, or was ended for its silence
+        return
+
+
+__all__ = ["TITLES", "Fault", "Kind", "run_chaos", "schedule"]

@@ -1,0 +1,149 @@
+"""The interface of a served model as a Ray Serve deployment, which has no weights."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from jobs.api import build_api
+from jobs.api.backend import Backend
+from jobs.api.chat import ChatTemplate
+from jobs.api.metrics import ServingMetrics
+from jobs.serving.config import ServeConfig
+from jobs.serving.follower import Exchanger, Follower
+from jobs.serving.grpc_methods import GrpcMethods
+from jobs.serving.membership import PoolLink
+from jobs.serving.overview import Overview
+from jobs.serving.routes import ServeRoutes
+from jobs.serving.trunks import Trunks
+from jobs.serving.weights import Version
+from jobs.tokenizer import load_tokenizer
+from model.sources import PretrainedSource
+
+_RETRY_SECONDS = 1.0
+
+
+def _backend() -> Backend:
+    """Of the process that this request has come to."""
+    interface: Interface = serve.get_replica_context().servable_object
+    return interface.backend
+
+
+class Templates:
+    """What of a checkpoint the interface uses, and the exchange of it.
+
+    Args:
+        backend: uses it.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._prepared: ChatTemplate | None = None
+
+    async def prepare(self, version: Version) -> None:
+        """Read a version's chat template.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        self._prepared = await asyncio.to_thread(ChatTemplate.beside, Path(version.directory))
+
+    async def exchange(self, version: Version) -> None:
+        """Use what was prepared."""
+        assert self._prepared is not None
+        self._backend.chat, self._prepared = self._prepared, None
+        self._backend.version = version.name
+
+    def forget(self) -> None:
+        """Drop what was prepared."""
+        self._prepared = None
+
+
+@serve.ingress(build_api(_backend))
+class Interface(GrpcMethods):
+    """One process of the interface.
+
+    Args:
+        values: a `ServeConfig` as plain values.
+        directory: with the tokenizer; every version of the weights has the same.
+        title: the model's name for clients.
+        pool: of the deployment.
+        trunk: replicas that generate.
+        loopback: refuse gRPC calls from other machines.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        values: dict[str, Any],
+        directory: str,
+        title: str,
+        pool: DeploymentHandle,
+        trunk: DeploymentHandle,
+        *,
+        loopback: bool,
+    ) -> None:
+        self._closing = ExitStack()  # what it holds is given back in the reverse order
+        self._loopback = loopback
+        config = ServeConfig.from_dict(values)
+        model = PretrainedSource(Path(directory)).config
+        tokenizer, end_of_text = load_tokenizer(Path(directory), model.vocab_size)
+        self._link = PoolLink(pool, serve.get_replica_context().replica_tag)
+        self._closing.callback(self._link.close)
+        member = await self._link.enter()
+        trunks = Trunks(
+            ServeRoutes(trunk),
+            vocabulary=tokenizer.get_vocab_size(),
+            patience=config.serving.resume_timeout,
+            dead_after=config.cluster.dead_after,
+        )
+        overview = Overview(trunks, self._link.trunks)
+        self._backend = Backend(
+            model=title,
+            version=member.version.name,
+            service=trunks,
+            tokenizer=tokenizer,
+            chat=ChatTemplate.beside(Path(member.version.directory)),
+            longest=config.serving.engine_settings().longest(model.max_position_embeddings),
+            end_of_text=end_of_text,
+            limits=config.serving.limits(),
+            health=overview.health,
+            engines=overview.engines,
+            metrics=ServingMetrics(title),
+        )
+        self._following = asyncio.create_task(self._follow(member.run, member.version))
+        self._closing.callback(self._following.cancel)
+
+    @property
+    def backend(self) -> Backend:
+        """What the interface works with."""
+        return self._backend
+
+    def __del__(self) -> None:
+        self._closing.close()
+
+    async def _follow(self, run: str, version: Version) -> None:
+        """Keep to the version that the pool wants; after a crash of the pool, to that of the new one."""
+        templates: asyncio.Future[Exchanger] = asyncio.get_running_loop().create_future()
+        templates.set_result(Templates(self._backend))
+        while True:
+            follower = Follower(run, version, ask=self._link.ask, report=self._link.report)
+            await follower.follow(templates)
+            while True:
+                try:
+                    member = await self._link.enter()
+                    exchanger = await templates
+                    await exchanger.prepare(member.version)
+                    await exchanger.exchange(member.version)
+                except Exception:  # the pool is away
+                    await asyncio.sleep(_RETRY_SECONDS)
+                else:
+                    break
+            run, version = member.run, member.version
+
+
+__all__ = ["Interface", "Templates"]

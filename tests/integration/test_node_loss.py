@@ -1,0 +1,106 @@
+"""A cluster of three nodes, one of which is removed without grace, in serving and in training."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+from serving import running, save_model, tiny_model
+from streams import Load, disturbed, greedy_requests
+from test_train_elastic import Run, differ
+
+from actors.coordinator_client import AdminClient
+from jobs.metrics import METRICS_FILE, read_metrics
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    # Ray's own cluster helper leaves its log files and pipes to the interpreter's end.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+FREE_PORTS = {"dashboard_agent_listen_port": 0}
+STREAMS, TOKENS, STEPS = 8, 100, 40
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head node, and two others."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False, **FREE_PORTS}
+    )
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2, **FREE_PORTS)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def wait_for_hosts(admin: AdminClient, hosts: int, *, replicas: int) -> list[str]:
+    """The nodes of the hosts, once there are so many and every expert has its replicas."""
+    deadline = time.monotonic() + 120
+    while True:
+        status = admin.status()
+        serving = [host for host in status["hosts"] if host["state"] == "serving"]
+        if len(serving) == hosts and status["replicas_min"] >= replicas:
+            return [host["node"] for host in serving]
+        assert time.monotonic() < deadline, status
+        time.sleep(0.1)
+
+
+def remove_one_of(cluster: Cluster, nodes: list[str]) -> None:
+    """A node other than the head that has a host."""
+    node = next(
+        node for node in cluster.list_all_nodes() if node is not cluster.head_node and node.node_id in nodes
+    )
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def test_a_node_is_lost_while_serving(cluster: Cluster, tmp_path: Path) -> None:
+    directory = save_model(tiny_model(), tmp_path / "tiny")
+    settings = {"cluster.expert_hosts": 3, "cluster.replicas": 2, "cluster.dead_after": 2.0}
+    options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
+    requests = greedy_requests(STREAMS, TOKENS)
+    address = ("--address", cluster.address)
+    with running(tiny_model(), directory, tmp_path / "serve.log", *options, *address) as server:
+        admin = AdminClient(f"grpc:{server.coordinator}")
+        nodes = wait_for_hosts(admin, 3, replicas=2)
+        assert len(set(nodes)) == 3, "the hosts are on one another's nodes"
+        calm = asyncio.run(Load(server, requests).run())
+        load = asyncio.run(
+            disturbed(Load(server, requests), STREAMS * 10, lambda: remove_one_of(cluster, nodes))
+        )
+        assert load.told == calm
+        print(f"a node lost in serving: longest gap {load.gap:.2f} s")
+        cluster.add_node(num_cpus=2, **FREE_PORTS)
+        wait_for_hosts(admin, 3, replicas=2)
+        admin.close()
+
+
+def test_a_node_is_lost_while_training(cluster: Cluster, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    for i, begin in enumerate(range(0, len(text), 8000)):
+        (corpus / f"{i:02}.txt").write_text(text[begin : begin + 8000], encoding="utf-8")
+    runs = []
+    for name in ("calm", "lost"):
+        run = Run(corpus, tmp_path / name, "--address", cluster.address, training__steps=STEPS)
+        try:
+            if name == "lost":
+                admin = run.admin()
+                nodes = wait_for_hosts(admin, 3, replicas=1)
+                run.at(12, lambda nodes=nodes: remove_one_of(cluster, nodes))  # type: ignore[misc]
+                print(f"a node lost in training: next step after {run.pauses[0]:.1f} s")
+                admin.close()
+            assert run.process.wait(300) == 0
+        finally:
+            run.stop()
+        runs.append([line["main_loss"] for line in read_metrics(run.output / METRICS_FILE)])
+    assert len(runs[1]) == STEPS
+    assert differ(*runs) <= 1e-9

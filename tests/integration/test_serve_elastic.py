@@ -1,0 +1,150 @@
+"""Expert hosts that die, hang, come and go under running streams: no request fails, all say the same.
+
+The figures that these tests print are in docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from serving import Server, running, save_model, tiny_model
+from streams import COORDINATOR, HOST, Load, Told, actors, disturbed, greedy_requests
+
+from actors.coordinator_client import AdminClient
+from errors import ConfigError
+
+pytestmark = pytest.mark.timeout(600)
+STREAMS, TOKENS, HOSTS = 16, 120, 3
+REQUESTS = greedy_requests(STREAMS, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = tiny_model()
+    directory = save_model(model, tmp_path_factory.mktemp("served") / "tiny")
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    settings = {"cluster.expert_hosts": HOSTS, "cluster.replicas": 2, "cluster.dead_after": 1.0}
+    options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
+    with running(model, directory, log, *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def admin(server: Server) -> Iterator[AdminClient]:
+    client = AdminClient(f"grpc:{server.coordinator}")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> list[Told]:
+    told = asyncio.run(Load(server, REQUESTS).run())
+    assert all(reason == "length" for *_, reason in told)
+    return told
+
+
+def settled(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict[str, Any]:
+    """The status, once so many hosts serve, and every expert has its replicas."""
+    deadline = time.monotonic() + 120
+    while True:
+        status = admin.status()
+        states = [host["state"] for host in status["hosts"]]
+        if states == ["serving"] * hosts and status["replicas_min"] >= min(replicas, hosts):
+            return status
+        assert time.monotonic() < deadline, status
+        time.sleep(0.1)
+
+
+def under_load(server: Server, undisturbed: list[Told], disturb: Callable[[], object], at: int) -> Load:
+    """The streams, disturbed after so many chunks; they say what they say undisturbed."""
+    load = asyncio.run(disturbed(Load(server, REQUESTS), at, disturb))
+    assert load.told == undisturbed
+    return load
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_host_costs_nothing_but_time(
+    server: Server, admin: AdminClient, undisturbed: list[Told], seed: int
+) -> None:
+    settled(admin, HOSTS)
+    source = random.Random(seed)
+    at = source.randrange(STREAMS, STREAMS * TOKENS // 2)
+    load = under_load(server, undisturbed, lambda: source.choice(actors(server, HOST)).kill(), at)
+    print(f"killed after {at} chunks: longest gap {load.gap:.2f} s")
+    events = [event["kind"] for event in settled(admin, HOSTS)["events"]]
+    assert "died" in events
+
+
+def test_a_host_that_hangs_is_given_up(server: Server, admin: AdminClient, undisturbed: list[Told]) -> None:
+    settled(admin, HOSTS)
+    hung = actors(server, HOST)[0]
+    load = under_load(server, undisturbed, lambda: hung.send_signal(signal.SIGSTOP), STREAMS * 10)
+    print(f"stopped: longest gap {load.gap:.2f} s")
+    settled(admin, HOSTS)
+    hung.wait(60)  # it was ended, and does not come back
+
+
+def test_a_killed_coordinator_is_not_missed(
+    server: Server, admin: AdminClient, undisturbed: list[Told]
+) -> None:
+    before = settled(admin, HOSTS)
+    load = under_load(server, undisturbed, lambda: actors(server, COORDINATOR)[0].kill(), STREAMS * 10)
+    print(f"coordinator killed: longest gap {load.gap:.2f} s")
+    after = settled_again(admin)
+    assert [host["id"] for host in after["hosts"]] == [host["id"] for host in before["hosts"]]
+    assert after["epoch"] == before["epoch"]
+    load = under_load(server, undisturbed, lambda: actors(server, HOST)[0].kill(), STREAMS * 10)
+    settled(admin, HOSTS)
+
+
+def settled_again(admin: AdminClient) -> dict[str, Any]:
+    """The status, as soon as there is a coordinator to tell it."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return settled(admin, HOSTS)
+        except Exception:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_hosts_come_and_go_under_load(server: Server, admin: AdminClient, undisturbed: list[Told]) -> None:
+    settled(admin, HOSTS)
+    for target in (4, 1, 3):
+        took: list[dict[str, Any]] = []
+
+        def scale(target: int = target, took: list[dict[str, Any]] = took) -> None:
+            took.append(admin.scale(target))
+
+        load = under_load(server, undisturbed, scale, STREAMS * 10)
+        assert took[0]["done"]
+        status = settled(admin, target)
+        assert len(actors(server, HOST)) == target
+        print(
+            f"to {target} hosts in {took[0]['seconds']:.2f} s, epoch {status['epoch']}: "
+            f"longest gap {load.gap:.2f} s"
+        )
+
+
+def test_a_chosen_host_is_drained(server: Server, admin: AdminClient, undisturbed: list[Told]) -> None:
+    names = [host["id"] for host in settled(admin, HOSTS)["hosts"]]
+    load = under_load(server, undisturbed, lambda: admin.drain(names[1], replace=True), STREAMS * 10)
+    left = [host["id"] for host in settled(admin, HOSTS)["hosts"]]
+    assert names[1] not in left and set(names) - {names[1]} < set(left)
+    print(f"drained: longest gap {load.gap:.2f} s")
+
+
+def test_what_cannot_be_is_refused_in_one_line(server: Server, admin: AdminClient) -> None:
+    settled(admin, HOSTS)
+    for wrong in (0, 9):
+        with pytest.raises(ConfigError, match=f"{wrong} expert hosts cannot be: .* 8 routed experts"):
+            admin.scale(wrong)
+    with pytest.raises(ConfigError, match="there is no expert host nobody"):
+        admin.drain("nobody")
+    assert admin.status()["wanted"] == HOSTS

@@ -1,0 +1,236 @@
+"""Replicas of the trunk that are killed, or hang, in mid-stream: no request fails, all say the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import pytest
+from openai import AsyncOpenAI
+from serving import PROMPT, Server, running, save_model, tiny_model
+
+pytestmark = pytest.mark.timeout(600)
+COUNT = 160
+STREAMS = 12
+DEAD_AFTER = 2.0
+Told = tuple[str, tuple[str, ...], tuple[float, ...], str | None]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = tiny_model()
+    directory = save_model(model, tmp_path_factory.mktemp("served") / "tiny")
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    settings = {
+        "serving.replicas": 2,
+        "serving.cpus_per_replica": 0.5,
+        "cluster.dead_after": DEAD_AFTER,
+    }
+    options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
+    with running(model, directory, log, *options) as server:
+        yield server
+
+
+def request(index: int) -> dict[str, Any]:
+    """Greedy, seeded, with penalties, with log probabilities, in turns."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": index, "logprobs": 2},
+        {"temperature": 0.8, "seed": index, "presence_penalty": 0.5, "top_p": 0.95},
+        {"temperature": 0.0, "logprobs": 0, "echo": True, "frequency_penalty": 0.3},
+    ]
+    return {
+        "model": "tiny",
+        "prompt": PROMPT[: 3 + index % 11],
+        "max_tokens": COUNT + index,
+        "extra_body": {"ignore_eos": True},
+        **kinds[index % len(kinds)],
+    }
+
+
+@dataclass
+class Load:
+    """Streams that run together, what they have said so far, and how long one of them was silent."""
+
+    server: Server
+    chunks: int = 0
+    gap: float = 0.0
+    told: list[Told] = field(default_factory=list)
+
+    async def run(self) -> list[Told]:
+        async with self.server.async_client as client:
+            self.told = await asyncio.gather(*(self._one(client, index) for index in range(STREAMS)))
+        return self.told
+
+    async def _one(self, client: AsyncOpenAI, index: int) -> Told:
+        stream = await client.completions.create(**request(index), stream=True)
+        text, tokens, logprobs, reason = "", [], [], None
+        last = time.monotonic()
+        async for chunk in stream:
+            now = time.monotonic()
+            self.gap, last = max(self.gap, now - last), now
+            self.chunks += 1
+            choice = chunk.choices[0]
+            text += choice.text
+            reason = choice.finish_reason or reason
+            if choice.logprobs is not None:
+                tokens += choice.logprobs.tokens or []
+                logprobs += [round(value or 0.0, 6) for value in choice.logprobs.token_logprobs or []]
+        return text, tuple(tokens), tuple(logprobs), reason
+
+
+def trunks(server: Server) -> list[psutil.Process]:
+    """The processes of its replicas of the trunk."""
+    found = []
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        try:
+            if "ServeReplica:raymoe:trunk" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def engines(server: Server) -> int:
+    """Replicas that answer."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(line.startswith("raymoe_num_requests_running{") for line in lines)
+
+
+def all_there(server: Server) -> None:
+    deadline = time.monotonic() + 120
+    while engines(server) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> list[Told]:
+    all_there(server)
+    told = asyncio.run(Load(server).run())
+    assert all(reason == "length" for *_, reason in told)
+    return told
+
+
+async def disturbed(server: Server, at: list[int], disturb: Callable[[], object]) -> Load:
+    """The same load, disturbed whenever so many chunks have come in all."""
+    load = Load(server)
+    running = asyncio.create_task(load.run())
+    for count in at:
+        while load.chunks < count and not running.done():
+            await asyncio.sleep(0.002)
+        assert not running.done()
+        await asyncio.to_thread(disturb)
+    await running
+    return load
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_replica_costs_time_and_nothing_else(
+    server: Server, undisturbed: list[Told], seed: int
+) -> None:
+    all_there(server)
+    source = random.Random(seed)
+    at = source.randrange(STREAMS, STREAMS * COUNT // 2)
+    load = asyncio.run(disturbed(server, [at], lambda: source.choice(trunks(server)).kill()))
+    assert load.told == undisturbed
+    print(f"killed after {at} chunks: longest gap between two chunks {load.gap:.2f} s")
+
+
+def test_replicas_that_are_killed_one_after_the_other(server: Server, undisturbed: list[Told]) -> None:
+    """The second one as soon as Serve has started the first one again."""
+    all_there(server)
+    killed: list[psutil.Process] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while engines(server) < 2:
+            assert time.monotonic() < deadline
+        killed.append(next(one for one in trunks(server) if one not in killed))
+        killed[-1].kill()
+
+    load = asyncio.run(disturbed(server, [STREAMS * 10], kill))
+    assert load.told == undisturbed
+    load = asyncio.run(disturbed(server, [STREAMS * 20], kill))
+    assert load.told == undisturbed
+    assert len(killed) == 2
+
+
+def test_all_replicas_killed_at_once_are_waited_for(server: Server, undisturbed: list[Told]) -> None:
+    all_there(server)
+
+    def kill() -> None:
+        for one in trunks(server):
+            one.kill()
+
+    load = asyncio.run(disturbed(server, [STREAMS * 30], kill))
+    assert load.told == undisturbed
+    print(f"all killed: longest gap between two chunks {load.gap:.2f} s")
+
+
+def test_a_replica_that_hangs_is_given_up(server: Server, undisturbed: list[Told]) -> None:
+    all_there(server)
+    hung: list[psutil.Process] = []
+
+    def stop() -> None:
+        hung.append(trunks(server)[0])
+        hung[0].send_signal(signal.SIGSTOP)
+
+    try:
+        load = asyncio.run(disturbed(server, [STREAMS * 20], stop))
+    finally:
+        hung[0].send_signal(signal.SIGCONT)
+    assert load.told == undisturbed
+    print(f"hung: longest gap between two chunks {load.gap:.2f} s")
+
+
+def rounded(choices: list[Any]) -> Any:
+    """As data, with log probabilities to the digits that do not hang on the company of a request."""
+    return json.loads(
+        json.dumps([choice.model_dump() for choice in choices]),
+        parse_float=lambda text: round(float(text), 6),
+    )
+
+
+def test_answers_in_one_piece_and_conversations_survive_as_well(server: Server) -> None:
+    all_there(server)
+
+    async def ask_all() -> list[Any]:
+        async with server.async_client as client:
+            whole = [
+                client.completions.create(**{**request(index), "n": 2, "temperature": 0.9, "seed": 5})
+                for index in range(4)
+            ]
+            chats = [
+                client.chat.completions.create(
+                    model="tiny",
+                    messages=[{"role": "user", "content": PROMPT}],
+                    max_tokens=COUNT,
+                    seed=index,
+                    extra_body={"ignore_eos": True},
+                )
+                for index in range(4)
+            ]
+            asking = asyncio.gather(*whole, *chats)
+            if kill:
+                await asyncio.sleep(0.15)
+                trunks(server)[0].kill()
+            answers = await asking
+        return [
+            (answer.usage.model_dump(exclude={"prompt_tokens_details"}), rounded(answer.choices))
+            for answer in answers
+        ]
+
+    kill = False
+    calm = asyncio.run(ask_all())
+    kill = True
+    assert asyncio.run(ask_all()) == calm

@@ -1,0 +1,399 @@
+"""Requests go on when a replica of the trunk dies: over gRPC, with replicas that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+
+from engine.params import SamplingParams
+from engine.sequence import TokenLogprobs
+from engine.service import Delta
+from errors import ConfigError, QueueFull
+from jobs.serving.overview import Overview
+from jobs.serving.trunk_messages import delta_message, delta_of, sampling_message, sampling_params
+from jobs.serving.trunk_server import Leases
+from jobs.serving.trunks import Trunks
+from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus
+from protos.trunk_pb2_grpc import TrunkServicer, add_TrunkServicer_to_server
+
+PROMPT = [5, 6, 7]
+COUNT = 12
+VOCABULARY = 1000
+PARAMS = SamplingParams(max_tokens=COUNT, temperature=0.0)
+
+
+def token(prompt: list[int], output: list[int], seed: str) -> int:
+    """A function of what was said so far, as an engine's is."""
+    return random.Random(f"{prompt}{output}{seed}").randrange(VOCABULARY)
+
+
+def expected(prompt: list[int], params: SamplingParams = PARAMS) -> list[int]:
+    output: list[int] = []
+    while len(output) < params.max_tokens:
+        output.append(token(prompt, output, "" if params.seed is None else str(params.seed)))
+    return output
+
+
+class Fake(TrunkServicer):
+    """A replica; `plan` says after how many tokens of a request what happens, the first time."""
+
+    def __init__(self, plan: dict[int, str]) -> None:
+        self.plan = plan
+        self.server: Any = None
+        self._stopping: asyncio.Task[None] | None = None
+        self.hung = asyncio.Event()
+        self.asked: list[TrunkRequest] = []
+        self.cancelled = 0
+        self.version = "v1"
+        self.unwell = ""
+
+    async def Generate(self, request: TrunkRequest, context: Any) -> None:  # type: ignore[override]
+        self.asked.append(request)
+        output = list(request.output)
+        try:
+            await self._trouble(-1, context)
+            await context.write(TrunkDelta())
+            while True:
+                await self._trouble(len(output), context)
+                output.append(token(list(request.prompt), output, request.sampling.seed))
+                reason = "length" if len(output) == request.sampling.max_tokens else ""
+                delta = TrunkDelta(
+                    text=f"{output[-1]} ",
+                    tokens=output[-1:],
+                    finish_reason=reason,
+                    cached=0 if request.output else 2,
+                    version=self.version,
+                )
+                await context.write(delta)
+                if reason:
+                    return
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def Status(self, request: Any, context: Any) -> TrunkStatus:
+        if self.hung.is_set():
+            await asyncio.sleep(3600)
+        return TrunkStatus(version=self.version, running=3, pages=7, unwell=self.unwell)
+
+    def stop(self) -> asyncio.Task[None]:
+        """Cut everything off."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self.server.stop(None))
+        return self._stopping
+
+    async def _trouble(self, at: int, context: Any) -> None:
+        what = self.plan.pop(at, None)
+        if what == "dies":
+            self.stop()
+            await asyncio.sleep(3600)
+        elif what == "hangs":
+            self.hung.set()
+            await asyncio.sleep(3600)
+        elif what == "ends":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this replica ends")
+        elif what == "breaks off":
+            raise RuntimeError("something unforeseen")
+        elif what == "refuses":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "prompt is not to its taste")
+        elif what == "is full":
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "3 requests are waiting already")
+        elif what == "fails":
+            await context.write(TrunkDelta(error="expert host host-1 is gone"))
+            await asyncio.sleep(3600)
+
+
+@dataclass
+class Scene:
+    """Replicas in the order in which they are picked; the last one is picked from then on."""
+
+    plans: list[dict[int, str]]
+    fakes: list[Fake] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
+    picks: int = 0
+    absent: float = 0.0
+
+    async def take(self, name: str) -> tuple[str, object]:
+        if self.picks and self.absent:
+            await asyncio.sleep(self.absent)
+        at = min(self.picks, len(self.addresses) - 1)
+        self.picks += 1
+        return self.addresses[at], object()
+
+    @asynccontextmanager
+    async def running(self, *, patience: float = 20.0, dead_after: float = 20.0) -> AsyncIterator[Trunks]:
+        for plan in self.plans:
+            fake = Fake(dict(plan))
+            fake.server = grpc.aio.server()
+            add_TrunkServicer_to_server(fake, fake.server)
+            self.addresses.append(f"127.0.0.1:{fake.server.add_insecure_port('127.0.0.1:0')}")
+            await fake.server.start()
+            self.fakes.append(fake)
+        trunks = Trunks(self, vocabulary=VOCABULARY, patience=patience, dead_after=dead_after)
+        try:
+            yield trunks
+        finally:
+            await trunks.close()
+            for fake in self.fakes:
+                await fake.stop()
+
+
+async def heard(trunks: Trunks, params: SamplingParams = PARAMS, **options: Any) -> list[Delta]:
+    deltas: asyncio.Queue[Delta] = asyncio.Queue()
+    await trunks.submit("one", PROMPT, params, deltas.put_nowait, **options)
+    found = [await deltas.get()]
+    while found[-1].finish_reason is None and found[-1].error is None:
+        found.append(await deltas.get())
+    await asyncio.sleep(0.01)
+    assert deltas.empty()
+    return found
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.tokens]
+
+
+def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize("what", ["dies", "ends", "breaks off"])
+@pytest.mark.parametrize("at", range(-1, COUNT))
+def test_a_request_goes_on_wherever_its_replica_is_lost(at: int, what: str) -> None:
+    async def check() -> None:
+        scene = Scene([{at: what}, {}])
+        async with scene.running() as trunks:
+            deltas = await heard(trunks, limit=5)
+            assert tokens(deltas) == expected(PROMPT)
+            assert "".join(d.text for d in deltas) == "".join(f"{t} " for t in expected(PROMPT))
+            assert deltas[-1].finish_reason == "length"
+            assert {delta.cached for delta in deltas} == {2}
+            again = scene.fakes[1].asked[0]
+            assert list(again.output) == expected(PROMPT)[: max(0, at)]
+            # A request that had been taken is not refused for others that wait.
+            assert again.HasField("limit") == (at < 0)
+            assert trunks.resumed == 1
+
+    run(check)
+
+
+def test_several_losses_in_a_row_and_one_version_after_the_other() -> None:
+    async def check() -> None:
+        scene = Scene([{2: "dies"}, {2: "dies"}, {5: "ends"}, {9: "breaks off"}, {}])
+        async with scene.running() as trunks:
+            for fake in scene.fakes[2:]:
+                fake.version = "v2"
+            deltas = await heard(trunks)
+            assert tokens(deltas) == expected(PROMPT)
+            assert [delta.version for delta in deltas] == ["v1"] * 2 + ["v2"] * (COUNT - 2)
+
+    run(check)
+
+
+def test_a_replica_that_hangs_is_given_up_and_all_its_requests_go_on() -> None:
+    async def check() -> None:
+        scene = Scene([{4: "hangs"}, {}])
+        async with scene.running(dead_after=0.5) as trunks:
+            began = asyncio.get_running_loop().time()
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            assert 0.4 < asyncio.get_running_loop().time() - began < 5
+            assert scene.fakes[0].cancelled == 1
+            # Picked again while it hangs, it is passed over.
+            scene.picks = 0
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            assert len(scene.fakes[0].asked) == 1
+            # And it is taken back when it answers.
+            scene.fakes[0].hung.clear()
+            scene.picks = 0
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            assert len(scene.fakes[0].asked) == 2
+
+    run(check)
+
+
+def test_a_replica_that_is_slow_to_generate_and_answers_is_waited_for() -> None:
+    async def check() -> None:
+        scene = Scene([{}])
+        async with scene.running(dead_after=0.2) as trunks:
+            fake, slow = scene.fakes[0], asyncio.Event()
+
+            async def trouble(at: int, context: Any) -> None:
+                if at == 3:
+                    await asyncio.sleep(1)
+                    slow.set()
+
+            fake._trouble = trouble  # type: ignore[method-assign]
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            assert slow.is_set()
+            assert trunks.resumed == 0
+
+    run(check)
+
+
+def test_a_request_waits_for_a_replica_and_not_for_ever() -> None:
+    async def check() -> None:
+        scene = Scene([{3: "dies"}, {}], absent=0.5)
+        async with scene.running() as trunks:
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+        scene = Scene([{3: "dies"}, {}], absent=10)
+        async with scene.running(patience=0.3) as trunks:
+            deltas = await heard(trunks)
+            assert tokens(deltas) == expected(PROMPT)[:3]
+            assert "no replica of the trunk within 0.3 s" in str(deltas[-1].error)
+
+    run(check)
+
+
+def test_a_request_that_every_replica_dies_of_is_given_up() -> None:
+    async def check() -> None:
+        scene = Scene([{3: "ends"} for _ in range(8)])
+        async with scene.running() as trunks:
+            deltas = await heard(trunks)
+            assert tokens(deltas) == expected(PROMPT)[:3]
+            assert "in a row without a token" in str(deltas[-1].error)
+            assert scene.picks == 6
+
+    run(check)
+
+
+def test_what_a_living_replica_says_is_final() -> None:
+    async def check() -> None:
+        scene = Scene([{4: "fails", -1: "nothing"}, {}])
+        async with scene.running() as trunks:
+            deltas = await heard(trunks)
+            assert tokens(deltas) == expected(PROMPT)[:4]
+            assert deltas[-1].error == "expert host host-1 is gone"
+            scene.picks = 0
+            scene.fakes[0].plan[-1] = "refuses"
+            with pytest.raises(ConfigError, match="taste"):
+                await heard(trunks)
+            scene.picks = 0
+            scene.fakes[0].plan[-1] = "is full"
+            with pytest.raises(QueueFull, match="3 requests"):
+                await heard(trunks)
+            with pytest.raises(ConfigError, match="stop_token_ids has token"):
+                await heard(trunks, SamplingParams(stop_token_ids=(10**30,)))
+            assert not scene.fakes[1].asked
+
+    run(check)
+
+
+def test_who_leaves_stops_the_generation_and_nobody_goes_on_with_it() -> None:
+    async def check() -> None:
+        scene = Scene([{4: "hangs"}, {}])
+        async with scene.running() as trunks:
+            deltas: asyncio.Queue[Delta] = asyncio.Queue()
+            await trunks.submit("one", PROMPT, PARAMS, deltas.put_nowait)
+            for _ in range(4):
+                await deltas.get()
+            trunks.cancel("one")
+            while not scene.fakes[0].cancelled:
+                await asyncio.sleep(0.01)
+            trunks.cancel("one")
+            assert deltas.empty()
+            assert not scene.fakes[1].asked
+
+    run(check)
+
+
+def test_a_request_without_a_seed_gets_one_that_goes_with_it() -> None:
+    async def check() -> None:
+        scene = Scene([{4: "dies"}, {}])
+        async with scene.running() as trunks:
+            deltas = await heard(trunks, SamplingParams(max_tokens=COUNT))
+            seeds = {fake.asked[0].sampling.seed for fake in scene.fakes}
+            assert len(seeds) == 1
+            assert tokens(deltas) == expected(PROMPT, SamplingParams(max_tokens=COUNT, seed=int(seeds.pop())))
+
+    run(check)
+
+
+def test_parameters_and_deltas_come_through_as_they_are() -> None:
+    params = SamplingParams(
+        max_tokens=7,
+        min_tokens=3,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=50,
+        min_p=0.1,
+        seed=2**64 + 5,
+        repetition_penalty=1.1,
+        presence_penalty=-0.5,
+        frequency_penalty=0.3,
+        logit_bias={4: -2.5, 7: 1.0},
+        stop=("a", "ü"),
+        stop_token_ids=(1, 2),
+        ignore_eos=True,
+        logprobs=0,
+        prompt_logprobs=True,
+    )
+    assert sampling_params(sampling_message(params)) == params
+    assert sampling_params(sampling_message(SamplingParams())) == SamplingParams()
+    at = TokenLogprobs(token=-1.25, best=[(3, -0.5), (4, -2.0)])
+    first = Delta(text="a", tokens=[1, 2], logprobs=[at, at], prompt_logprobs=[at], cached=3, version="v")
+    last = Delta(text="b", tokens=[3], logprobs=[at], finish_reason="stop", cached=3, version="v")
+    assert delta_of(delta_message([first])) == first
+    both = delta_of(delta_message([first, last]))
+    assert (both.text, both.tokens, both.finish_reason) == ("ab", [1, 2, 3], "stop")
+    assert both.logprobs == [at] * 3 and both.prompt_logprobs == [at]
+    assert delta_of(delta_message([Delta(error="gone")])) == Delta(error="gone")
+
+
+def test_a_lease_lasts_as_long_as_its_request() -> None:
+    async def check() -> None:
+        leases = Leases()
+        lease = leases.hold("a", "there")
+        assert await anext(lease) == "there"
+        end = asyncio.create_task(anext(lease, None))
+        with leases.using("a"):
+            await asyncio.sleep(0.05)
+            assert not end.done()
+        assert await asyncio.wait_for(end, 5) is None
+        early = leases.hold("b", "there")  # a request that ends before Serve asks for more
+        assert await anext(early) == "there"
+        with leases.using("b"):
+            pass
+        assert await asyncio.wait_for(anext(early, None), 5) is None
+
+    run(check)
+
+
+def test_a_lease_without_a_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.serving.trunk_server._UNUSED_SECONDS", 0.1)
+
+    async def check() -> None:
+        leases = Leases()
+        assert [one async for one in leases.hold("a", "there")] == ["there"]
+
+    run(check)
+
+
+def test_health_and_figures_are_those_of_all_replicas_that_answer() -> None:
+    async def check() -> None:
+        scene = Scene([{}, {}])
+        async with scene.running(dead_after=0.5) as trunks:
+            known = {f"app#trunk#{i}": address for i, address in enumerate(scene.addresses)}
+
+            async def where() -> dict[str, str]:
+                return known
+
+            overview = Overview(trunks, where)
+            assert await overview.health() is None
+            engines = await overview.engines()
+            assert {name: at.running for name, at in engines.items()} == {"0": 3, "1": 3}
+            scene.fakes[1].unwell = "expert host host-1 is gone"
+            assert await overview.health() == "expert host host-1 is gone"
+            await scene.fakes[1].stop()
+            assert await overview.health() is None
+            assert list(await overview.engines()) == ["0"]
+            await scene.fakes[0].stop()
+            assert await overview.health() == "no replica of the trunk answers"
+
+    run(check)
