@@ -90,6 +90,10 @@ def raising(peer: str) -> Iterator[None]:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise ChannelTimeout(f"{peer} did not answer in time") from None
         raise ChannelError(f"{peer} cannot be reached ({error.code().name}): {error.details()}") from None
+    except ValueError as error:
+        if "closed channel" not in str(error):
+            raise
+        raise ChannelError(f"{peer} has been given up") from None  # so gRPC says that we hung up ourselves
 
 
 __all__ = ["ControlServer", "control_channel", "not_served", "raising", "refusing"]

@@ -1,81 +1,51 @@
 """The coordinator: control plane of a job. No rows, weights or gradients pass through it.
 
 It knows the hosts and what they hold (`actors.elastic`), in training it decides the steps
-(`actors.training_steps`), it looks after the hosts' health, and it answers those who operate the job. It can
-be lost: hosts and routers go on without it, and the next one begins with `state()` and with what hosts tell.
+(`actors.training_steps`), it looks after the hosts' health, in serving after their number and balance, and
+it answers those who operate the job. It can be lost: hosts and routers go on without it, and the next one
+begins with `state()` and with what hosts tell.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
-from actors.elastic import Elastic, Shape, nothing
-from actors.published import Placed, Published
+from actors.elastic import Elastic, Shape
+from actors.health import Health
+from actors.published import Published
+from actors.scaling import Autoscaler, Rebalancer
+from actors.status import describe
 from actors.steps import HostControl
+from actors.succession import State, epochs_held, still_held
 from actors.training_steps import TrainingSteps
+from cluster.config import AutoscalingSettings
 from cluster.membership import Event, Membership, Orders, Scaling
-from cluster.placement import Placement, plan
 from cluster.topology import HostInfo, RoutingTable
 from errors import ProtocolError, RaymoeError, ResourceError
 
-_PER_DEATH = 4  # times that a host is asked before it is taken for dead
 _LONGEST_WAIT = 60.0  # of a call that waits for news; whoever waits longer asks again
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """What a coordinator that takes over begins with.
-
-    Attributes:
-        wanted: hosts that there should be.
-        versions: what hosts held, as far as was known.
-    """
-
-    wanted: int
-    versions: tuple[Placed, ...]
-    serial: int
-
-    def to_json(self) -> str:
-        """As text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> State:
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        return cls(
-            wanted=values["wanted"],
-            serial=values["serial"],
-            versions=tuple(
-                Placed(
-                    name=one["name"],
-                    epoch=one["epoch"],
-                    directory=one["directory"],
-                    placement=Placement(
-                        sites=tuple(one["placement"]["sites"]),
-                        holders=tuple(tuple(map(tuple, row)) for row in one["placement"]["holders"]),
-                    ),
-                )
-                for one in values["versions"]
-            ),
-        )
+_LONGEST_REST = 5.0  # seconds after moves that failed
+_MEASURED_EVERY = 1.0
 
 
 class Coordinator:
     """One of a job. All methods may be called from several threads at once.
 
     Args:
-        shape: what is placed.
+        shape: what is placed; in training one holder of each expert, for only it gets the gradients.
         hosts: expert hosts that there should be.
         control: how to command a host.
         weights: name of the weights to begin with.
         directory: where hosts read them; empty for what a run begins with.
+        moments: whether the directory has the optimizer's state too.
+        step: that the weights are of, in training.
         steps: makes the steps of a training run, given the hosts; None in serving.
         dead_after: seconds of silence after which a host is taken for dead.
+        autoscaling: changes the number of hosts by load, in serving; None leaves it alone.
+        rebalance_below: balancedness below which serving places experts anew; None never does.
         state: of the coordinator before; None for a job that begins.
     """
 
@@ -91,26 +61,37 @@ class Coordinator:
         step: int | None = None,
         steps: Callable[[Elastic], TrainingSteps] | None = None,
         dead_after: float = 5.0,
+        autoscaling: AutoscalingSettings | None = None,
+        rebalance_below: float | None = None,
         state: State | None = None,
     ) -> None:
         self._weights, self._directory, self._moments, self._step = weights, directory, moments, step
-        self._dead_after = dead_after
-        self._state = state
-        self._membership = Membership(wanted=hosts if state is None else state.wanted, most=shape.n_experts)
-        versions = Published(serial=0 if state is None else state.serial + 1000)
+        self._dead_after, self._state = dead_after, state
+        self._membership = Membership(wanted=hosts, most=shape.n_experts)
+        if state is not None:
+            self._membership.wanted, self._membership.retiring = state.wanted, frozenset(state.leaving)
+        if steps is not None:
+            shape = replace(shape, replicas=1, redundant=0)
         self.elastic = Elastic(
             shape,
             self._membership,
-            versions,
+            Published(serial=0 if state is None else state.serial + 1000),
             control,
             reloadable=steps is None,
             on_lost=self._lost,
+            patience=dead_after,
         )
         self.training = None if steps is None else steps(self.elastic)
+        if self.training is not None and state is not None:
+            self.training.hold("the coordinator was started anew")
+        self._autoscaler = None if autoscaling is None else Autoscaler(self.elastic, autoscaling)
+        self._rebalancer = Rebalancer(self.elastic, rebalance_below)
+        self._founding = threading.Event()  # there are weights to be placed as soon as there is a host
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="health", daemon=True)]
         if self.training is None:
             self._threads.append(threading.Thread(target=self._keep_in_place, name="placement", daemon=True))
+            self._threads.append(threading.Thread(target=self._measure, name="scaling", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -131,7 +112,7 @@ class Coordinator:
         return 1 if self.training is None else self.training.workers
 
     def register_host(self, info: HostInfo) -> None:
-        """Take in a host, which holds nothing yet; a repeat is fine.
+        """Take in a host; a repeat is fine.
 
         Raises:
             ProtocolError: a host of this name has been there and is gone.
@@ -141,31 +122,18 @@ class Coordinator:
     def found(self, timeout: float = 0.0) -> None:
         """Place all experts on the hosts that have registered; again, nothing.
 
+        After another coordinator it goes on with what hosts hold. That may take longer than this call.
+
         Raises:
             RaymoeError: what a host failed with, or there is none.
         """
-        elastic = self.elastic
-        if elastic.versions.current is not None:
+        if self.elastic.versions.current is not None or self._founding.is_set():
             return
-        if self._state is not None:
-            self._take_over(self._state)
+        held = epochs_held(self.elastic)
+        if self._state is not None or any(held.values()):
+            self._take_over(held)
             return
-        sites = elastic.await_sites(timeout)
-        placement = plan(
-            sites,
-            n_layers=len(elastic.shape.layers),
-            n_experts=elastic.shape.n_experts,
-            n_group=elastic.shape.n_group,
-            replicas=elastic.shape.replicas,
-            redundant=elastic.shape.redundant,
-        )
-        version = Placed(
-            name=self._weights,
-            epoch=elastic.versions.next_epoch(),
-            directory=self._directory,
-            placement=placement,
-        )
-        elastic.install(version, nothing(placement), step=self._step, moments=self._moments)
+        self._begin(timeout)
 
     def table(self, weights: str | None = None, timeout: float = 0.0) -> RoutingTable:
         """The routing table of these weights (None: in use), once there is one and every expert has a host.
@@ -200,7 +168,14 @@ class Coordinator:
     def state(self) -> State:
         """What the next coordinator begins with."""
         versions = self.elastic.versions
-        return State(wanted=self._membership.wanted, versions=versions.live, serial=versions.serial)
+        if versions.current is None and self._state is not None:
+            return self._state  # nothing has been taken over yet
+        return State(
+            wanted=self._membership.wanted,
+            versions=versions.live,
+            serial=versions.serial,
+            leaving=self.elastic.leaving(),
+        )
 
     def scale(self, hosts: int, timeout: float) -> Scaling:
         """Want another number of expert hosts, and wait until they are there, so many seconds at most.
@@ -229,66 +204,56 @@ class Coordinator:
 
     def status(self) -> dict[str, Any]:
         """How the job stands, for people and programs that operate it."""
-        elastic, training = self.elastic, self.training
-        current = elastic.versions.current
-        holders = () if current is None else current.placement.holders
-        copies = [len(ids) for row in holders for ids in row]
         return {
-            "mode": "serve" if training is None else "train",
-            "epoch": -1 if current is None else current.epoch,
-            "serial": elastic.versions.serial,
-            "weights": "" if current is None else current.name,
-            "bias_version": 0 if training is None else training.step,
-            "step": None if training is None else training.step,
-            "attempt": None if training is None else training.attempt,
+            **describe(self.elastic, self.training),
             "wanted": self._membership.wanted,
-            "hosts": elastic.describe(),
-            "replicas_min": min(copies, default=0),
-            "replicas_max": max(copies, default=0),
-            "pauses": []
-            if training is None
-            else [{"why": why, "seconds": seconds} for why, seconds in training.pauses],
+            "balancedness": self._rebalancer.balancedness,
+            "autoscaling": None if self._autoscaler is None else self._autoscaler.last.why,
             "events": [asdict(event) for event in self.events()],
         }
 
     def events(self) -> Sequence[Event]:
         """What happened, oldest first, as far back as it is kept."""
-        with self.elastic.changed:
-            return tuple(self._membership.events)
+        return self.elastic.events()
 
     def close(self) -> None:
         """Wake every waiter with an error and end the threads."""
         self._closing.set()
-        with self.elastic.changed:
-            self.elastic.changed.notify_all()
+        if self.training is not None:
+            self.training.fail("the coordinator has been closed")
+        self.elastic.close()
         if self.training is not None:
             self.training.close()
-        self.elastic.close()
         for thread in self._threads:
             thread.join()
 
-    def _take_over(self, state: State) -> None:
-        """Go on with what hosts hold; what is not whole is put together anew."""
-        elastic = self.elastic
-        if self.training is not None:  # it brings the hosts to a common step by itself
-            self.training.interrupt("the coordinator was started anew")
-            return
-        hosts = elastic.hosts()
-        held = {id: set(host.stats().epochs) for id, (_, host) in hosts.items()}
-        elastic.versions.next_epoch(above=max((e for epochs in held.values() for e in epochs), default=-1))
-        whole = all(
-            version.epoch in held.get(site, ())
-            for version in state.versions
-            for site in version.placement.sites
+    def _begin(self, timeout: float = 0.0) -> None:
+        """Place what this job begins with."""
+        self.elastic.begin(
+            self._weights, self._directory, step=self._step, moments=self._moments, timeout=timeout
         )
-        if whole and state.versions:
-            elastic.adopt(state.versions)
+        if self.training is not None:
+            self.training.founded()
+
+    def _take_over(self, held: dict[str, set[int]]) -> None:
+        """Go on with what hosts hold; what is not whole is healed as after a loss."""
+        elastic, versions = self.elastic, () if self._state is None else self._state.versions
+        elastic.versions.next_epoch(above=max((e for epochs in held.values() for e in epochs), default=-1))
+        if versions:
+            elastic.remember(versions[-1].placement)
+        self._founding.set()
+        if self.training is not None:  # it brings the hosts to a common step by itself
+            if self._state is None:
+                self.training.interrupt("the coordinator was started anew")
+            else:
+                self.training.recover()
             return
-        version = state.versions[-1] if state.versions else None
-        self._weights = self._weights if version is None else version.name
-        self._directory = self._directory if version is None else version.directory or ""
-        self._state = None
-        self.found(self._dead_after)
+        left = still_held(versions, held)
+        if left:
+            elastic.adopt(left)
+        if versions:
+            self._weights = versions[-1].name
+            self._directory = versions[-1].directory or self._directory
 
     def _ended(self, scaling: Scaling, timeout: float) -> Scaling:
         with self.elastic.changed:
@@ -305,35 +270,39 @@ class Coordinator:
 
     def _lost(self, host: str, why: str) -> None:
         if self.training is not None:
-            self.training.interrupt(f"expert host {host}: {why}")
+            self.training.lost(host, why)
 
     def _watch(self) -> None:
-        """Ask every host, several times before its silence counts as death."""
-        pause = self._dead_after / _PER_DEATH
-        while not self._closing.wait(pause):
-            self.elastic.ping_all(self._dead_after)
-            for id in self.elastic.silent(self._dead_after):
-                self.elastic.lose(id, f"silent for {self._dead_after:g} s")
+        health = Health(self.elastic, self._dead_after)
+        while not self._closing.wait(health.pause):
+            health.look()
+
+    def _measure(self) -> None:
+        """In serving: look at the hosts' load."""
+        while not self._closing.wait(_MEASURED_EVERY):
+            if self._autoscaler is not None:
+                self._autoscaler.look()
+            self._rebalancer.look()
 
     def _keep_in_place(self) -> None:
         """In serving: move experts whenever they are to, without a pause."""
         elastic, failures = self.elastic, 0
         while not self._closing.is_set():
             why = elastic.due()
-            if why is None or failures:
+            begins = elastic.versions.current is None and self._founding.is_set()
+            if why is None and not begins:
                 with elastic.changed:
-                    elastic.changed.wait(min(0.1 * 2**failures, 5.0))
-            if why is None:
-                failures = 0
+                    elastic.changed.wait(0.1)
                 continue
             try:
-                elastic.reshape(why)
+                if why is None:
+                    self._begin(_LONGEST_REST)
+                else:
+                    elastic.reshape(why)
                 failures = 0
             except RaymoeError:  # noted; tried again, less and less often
+                self._closing.wait(min(0.1 * 2**failures, _LONGEST_REST))
                 failures += 1
-            except RuntimeError:
-                if not self._closing.is_set():
-                    raise
 
 
 __all__ = ["Coordinator", "State"]

@@ -39,6 +39,7 @@ class HostState:
         source: where the weights come from.
         open_source: opens a directory with other weights for `assemble`; None refuses that.
         open_moments: opens a directory's moments, likewise.
+        require_room: is told how many bytes an assembly needs beside what is held; refuses by raising.
         optimizer: settings of AdamW; None for a host that only infers.
         moments: where the optimizer's moments come from; None starts with zeros.
         dtype: of weights, rows and replies.
@@ -62,6 +63,7 @@ class HostState:
         *,
         open_source: Callable[[str], WeightSource] | None = None,
         open_moments: Callable[[str], MomentSource] | None = None,
+        require_room: Callable[[int], None] | None = None,
         optimizer: OptimizerSettings | None = None,
         moments: MomentSource | None = None,
         dtype: torch.dtype = torch.float32,
@@ -79,6 +81,7 @@ class HostState:
         self.dtype = dtype
         self._open_source = open_source
         self._open_moments = open_moments
+        self._require_room = require_room
         self._connect = connect
         self._trains = optimizer is not None
         self._device = torch.device(device)
@@ -123,6 +126,7 @@ class HostState:
 
         Raises:
             ProtocolError: the epoch is held already, an expert is nowhere, or own state is of another step.
+            ResourceError: there is no room for it beside what is held.
             ChannelError: another host did not give what the order named it for.
             RaymoeError: from the directory.
         """
@@ -139,9 +143,9 @@ class HostState:
                 for index, ids in order.experts.items():
                     if ids and index in base.layers and base.layers[index].experts == tuple(ids):
                         layers[index] = base.layers[index]
-            made = self._empty_layers(
-                {index: ids for index, ids in order.experts.items() if index not in layers}, step
-            )
+            wanted = {index: ids for index, ids in order.experts.items() if index not in layers}
+            self._check_room(wanted)
+            made = self._empty_layers(wanted, step)
             sources = Sources(
                 host=self.id,
                 connect=self._connect,
@@ -288,6 +292,14 @@ class HostState:
         """
         with self._committing:
             return save_experts(Path(directory), self.id, self.weights(), self.moments())
+
+    def _check_room(self, experts: ExpertIds) -> None:
+        """Room for what a host begins with has been seen to before it was started."""
+        if self._require_room is None or not any(held.layers for held in self._versions.held.values()):
+            return
+        config = self.config
+        size = 3 * config.hidden_size * config.moe_intermediate_size * self.dtype.itemsize
+        self._require_room(size * sum(map(len, experts.values())))
 
     def _empty_layers(self, experts: Mapping[int, Sequence[int]], step: int) -> Layers:
         return {index: self._maker.layer(experts[index], step) for index in sorted(experts) if experts[index]}

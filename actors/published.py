@@ -42,6 +42,7 @@ class Published:
         self._changed = threading.Condition()
         self._live: dict[str, Placed] = {}  # the one in use last
         self._hosts: Mapping[str, HostInfo] = {}
+        self._gone: set[str] = set()
         self._serial = serial
         self._epoch = epoch
         self._closed: str | None = None
@@ -62,6 +63,12 @@ class Published:
         """The one in use; None before there is one."""
         return next(reversed(self.live), None)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every expert of the version in use has a holder; not before there is one."""
+        current = self.current
+        return current is not None and all(ids for row in current.placement.holders for ids in row)
+
     def next_epoch(self, *, above: int = -1) -> int:
         """An epoch that no version has had, nor `above`."""
         with self._changed:
@@ -69,16 +76,21 @@ class Published:
             return self._epoch
 
     def publish(self, versions: Iterable[Placed], hosts: Mapping[str, HostInfo]) -> None:
-        """Make these, and no others, the live ones, the last of them the one in use."""
+        """Make these, and no others, the live ones, the last of them the one in use.
+
+        Args:
+            hosts: that are there; placements lose those that are not, or are gone since.
+        """
         with self._changed:
-            self._live = {version.name: version for version in versions}
-            self._hosts = dict(hosts)
+            self._hosts = {id: info for id, info in hosts.items() if id not in self._gone}
+            self._live = {version.name: self._without_the_gone(version) for version in versions}
             self._epoch = max([self._epoch, *(version.epoch for version in self._live.values())])
             self._bump()
 
     def without(self, host: str) -> None:
         """A host is gone; what it alone held has no holder now."""
         with self._changed:
+            self._gone.add(host)
             if host not in self._hosts:
                 return
             self._hosts = {id: info for id, info in self._hosts.items() if id != host}
@@ -104,11 +116,7 @@ class Published:
     def complete(self, timeout: float | None) -> RoutingTable | None:
         """The table in use once every expert has a holder; None when that takes longer."""
 
-        def whole() -> bool:
-            table = self._table(None)
-            return table is not None and all(hosts for row in table.holders for hosts in row)
-
-        return self._wait(whole, None, timeout)
+        return self._wait(lambda: self.whole, None, timeout)
 
     def close(self, why: str) -> None:
         """Wake everybody who waits."""
@@ -124,6 +132,12 @@ class Published:
             if self._closed is not None:
                 raise ResourceError(self._closed)
             return self._table(weights) if found else None
+
+    def _without_the_gone(self, version: Placed) -> Placed:
+        placement = version.placement
+        for site in placement.sites:
+            placement = placement if site in self._hosts else without(placement, site)
+        return replace(version, placement=placement)
 
     def _bump(self) -> None:
         self._serial += 1

@@ -76,13 +76,15 @@ class Scaling:
 
     Attributes:
         before: the number to go back to when it fails.
-        ended: when it was reached or given up.
+        replaced: a host in whose place another one shall come; it stays when none does.
+        ended: when it was reached, or, given up, when the hosts were as before.
         failure: why it was given up.
     """
 
     target: int
     before: int
     began: float
+    replaced: str | None = None
     ended: float | None = None
     failure: str | None = None
 
@@ -94,6 +96,7 @@ class Membership:
     Args:
         wanted: hosts that there should be.
         most: hosts that there can be, of which each holds an expert.
+        retiring: hosts that are to go when they register: a membership before this one wanted so.
     """
 
     wanted: int
@@ -101,13 +104,14 @@ class Membership:
     members: dict[str, Member] = field(default_factory=dict)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=_EVENTS))
     scaling: Scaling | None = None
+    retiring: frozenset[str] = frozenset()
     _buried: dict[str, str] = field(default_factory=dict)  # id -> why, until it has been stopped
     _known: set[str] = field(default_factory=set)
     _failures: int = 0
     _not_before: float = 0.0
 
-    def register(self, info: HostInfo, now: float, *, stage: Stage = Stage.JOINING) -> None:
-        """A host is there, and holds nothing yet. A repeat is fine.
+    def register(self, info: HostInfo, now: float) -> None:
+        """A host is there, and holds nothing that counts yet. A repeat is fine.
 
         Raises:
             ProtocolError: a host of this name has been there and is gone.
@@ -121,10 +125,10 @@ class Membership:
                 "are not used again, start it under another one"
             )
         self._known.add(info.id)
+        stage = Stage.LEAVING if info.id in self.retiring else Stage.JOINING
         self.members[info.id] = Member(info, stage, now)
-        self._failures = 0
-        self._not_before = 0.0
         self.note(now, "joined", f"expert host {info.id} on node {info.node or '?'}, process {info.pid}")
+        self._retire_surplus()
 
     def saw(self, id: str, now: float) -> None:
         """A host has answered."""
@@ -144,6 +148,7 @@ class Membership:
         self._buried[id] = why
         self.note(now, "died", f"expert host {id}: {why}")
         if member.stage is Stage.JOINING:
+            self._start_came_to_nothing(now)
             self._give_up(f"expert host {id} died while joining: {why}", now)
         return True
 
@@ -154,8 +159,7 @@ class Membership:
             return
         self._known.add(id)
         self.note(now, "failed", f"expert host {id} did not start: {why}")
-        self._not_before = now + _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
-        self._failures += 1
+        self._start_came_to_nothing(now)
         self._give_up(f"expert host {id} did not start: {why}", now)
 
     def stopped(self, ids: Iterable[str]) -> None:
@@ -163,8 +167,11 @@ class Membership:
         for id in ids:
             self._buried.pop(id, None)
 
-    def scale(self, target: int, now: float) -> Scaling:
-        """Want another number of hosts.
+    def scale(self, target: int, now: float, *, replaced: str | None = None) -> Scaling:
+        """Want another number of hosts. What was given up does not stand in the way.
+
+        Args:
+            replaced: see `Scaling`.
 
         Raises:
             ConfigError: less than one, or more than there are experts in a layer.
@@ -175,12 +182,12 @@ class Membership:
                 f"{target} expert hosts cannot be: every layer has {self.most} routed experts, so it takes 1 "
                 f"to {self.most}"
             )
-        if self.scaling is not None and self.scaling.ended is None:
+        if self.under_way is not None:
             raise ResourceError(
-                f"the change to {self.scaling.target} expert hosts is under way; wait for its end, which "
+                f"the change to {self.under_way.target} expert hosts is under way; wait for its end, which "
                 "`raymoe status` tells"
             )
-        self.scaling = Scaling(target=target, before=self.wanted, began=now)
+        self.scaling = Scaling(target=target, before=self.wanted, began=now, replaced=replaced)
         self.wanted = target
         self.note(now, "scaling", f"from {self.scaling.before} to {target} expert hosts")
         self._retire_surplus()
@@ -202,14 +209,22 @@ class Membership:
         target = self.wanted if replace else self.wanted - 1
         if target < 1:
             raise ConfigError(f"expert host {id} is the only one; let another take its place (--replace)")
-        member.stage = Stage.LEAVING
+        stage, member.stage = member.stage, Stage.LEAVING
         try:
-            scaling = self.scale(target, now)
+            scaling = self.scale(target, now, replaced=id if replace else None)
         except (ConfigError, ResourceError):
-            member.stage = Stage.SERVING
+            member.stage = stage
             raise
         self.note(now, "draining", f"expert host {id}")
         return scaling
+
+    @property
+    def under_way(self) -> Scaling | None:
+        """The change that is neither reached nor given up yet; None without one."""
+        scaling = self.scaling
+        return (
+            None if scaling is None or scaling.ended is not None or scaling.failure is not None else scaling
+        )
 
     def sites(self) -> tuple[Site, ...]:
         """The hosts that should hold experts, in the order in which they came.
@@ -228,6 +243,7 @@ class Membership:
         for id, member in list(self.members.items()):
             if id in holding and member.stage is Stage.JOINING:
                 member.stage = Stage.SERVING
+                self._failures, self._not_before = 0, 0.0
             elif id not in holding and member.stage is Stage.LEAVING:
                 del self.members[id]
                 self._buried[id] = "it was retired"
@@ -257,17 +273,24 @@ class Membership:
         self.events.append(Event(at=at, kind=kind, text=text))
 
     def _give_up(self, why: str, now: float) -> None:
-        """A change that is under way and wants more hosts goes back to the number before."""
-        scaling = self.scaling
-        if scaling is None or scaling.ended is not None or scaling.target <= scaling.before:
+        """A change that is under way and needs another host goes back to what was before."""
+        scaling = self.under_way
+        if scaling is None or (scaling.target <= scaling.before and scaling.replaced is None):
             return
         scaling.failure = why
         self.wanted = scaling.before
+        if scaling.replaced in self.members:
+            self.members[scaling.replaced].stage = Stage.SERVING
         self.note(now, "failed", f"the change to {scaling.target} expert hosts: {why}")
         self._retire_surplus()
         serving = [m for m in self.members.values() if m.stage is Stage.SERVING]
         if len(serving) == len(self.members) == self.wanted:
             scaling.ended = now
+
+    def _start_came_to_nothing(self, now: float) -> None:
+        """Wait with the next one, longer each time, until one holds experts."""
+        self._not_before = now + _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
+        self._failures += 1
 
     def _retire_surplus(self) -> None:
         """Let the newest of too many go; those that hold nothing yet first."""

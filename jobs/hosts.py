@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from actors.elastic import Shape
+from actors.transfers import Shape
 from channels.base import Channel
 from channels.choose import connect, pick
 from cluster.config import ClusterConfig

@@ -20,7 +20,7 @@ from jobs.fleet import Fleet
 from jobs.hosts import host_threads, shape_of
 from jobs.serving.config import ServeConfig
 from jobs.serving.rollout import Rollout, Standing, Wanted
-from jobs.serving.weights import Kind, Version, serving_dtype, weights_version
+from jobs.serving.weights import Kind, Version, require_room, serving_dtype, weights_version
 from model.checkpoint import PretrainedSource
 
 _CONTROL_SECONDS = 30.0
@@ -184,6 +184,7 @@ def build_serving_host(config: ServeConfig, directory: Path, id: str) -> ExpertH
         {},
         source,
         open_source=open_source,
+        require_room=partial(require_room, who=f"expert host {id}"),
         dtype=dtype,
         threads=host_threads(config.cluster),
     )
@@ -204,6 +205,8 @@ def build_serving_coordinator(config: ServeConfig, version: Version, state: Stat
         weights=version.name,
         directory=version.directory,
         dead_after=cluster.dead_after,
+        autoscaling=cluster.autoscaling,
+        rebalance_below=cluster.rebalance_below,
         state=state,
     )
 

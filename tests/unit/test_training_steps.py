@@ -1,97 +1,23 @@
+"""The steps of a training run, with hosts that only remember what they were told."""
+
 from __future__ import annotations
 
 import json
 import math
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from training_run import PLAN, E, L, Run, report
 
-from actors.coordinator import Coordinator
-from actors.steps import HostControl, HostStats, StepReport, TrainingPlan
-from cluster import HostInfo, plan_placement
-from errors import CheckpointError, ProtocolError, RaymoeError
-
-L, E = 2, 4
-PLAN = TrainingPlan(steps=10, workers=2, learning_rate=1e-2, warmup_steps=2, clip_norm=1.0)
-
-
-class FakeHost:
-    """Remembers what it was told; a gate may hold its commits back."""
-
-    def __init__(self, squared: float = 4.0) -> None:
-        self.squared = squared
-        self.calls: list[tuple[Any, ...]] = []
-        self.error: Exception | None = None
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def prepare(self, step: int) -> float:
-        self.calls.append(("prepare", step))
-        return self.squared
-
-    def commit(self, step: int, learning_rate: float, scale: float) -> None:
-        assert self.gate.wait(20)
-        if self.error is not None:
-            raise self.error
-        self.calls.append(("commit", step, learning_rate, scale))
-
-    def save(self, directory: str) -> list[str]:
-        self.calls.append(("save", directory))
-        return [f"{directory}/{id(self)}"]
-
-    def stats(self) -> HostStats:
-        raise NotImplementedError
-
-
-class Run:
-    """A coordinator with fake hosts."""
-
-    def __init__(self, plan: TrainingPlan = PLAN, n_hosts: int = 2, **options: Any) -> None:
-        self.hosts = [FakeHost() for _ in range(n_hosts)]
-        names = {f"host-{i}": host for i, host in enumerate(self.hosts)}
-        control: Callable[[HostInfo], HostControl] = lambda info: names[info.id]  # noqa: E731
-        self.coordinator = Coordinator(
-            plan,
-            holders=plan_placement(L, E, 1, max(1, n_hosts)),
-            n_layers=L,
-            n_experts=E,
-            n_hosts=n_hosts,
-            control=control,
-            **options,
-        )
-        for id in reversed(names):
-            self.coordinator.register_host(HostInfo(id=id))
-        self.pool = ThreadPoolExecutor(4)
-
-    def report(self, worker: int, step: int = 0, **fields: Any) -> Future[Any]:
-        return self.pool.submit(self.coordinator.report, report(worker, step, **fields))
-
-    def end_step(self, step: int, **fields: Any) -> Any:
-        pending = [self.report(worker, step, **fields) for worker in range(PLAN.workers)]
-        decisions = [one.result(20) for one in pending]
-        assert decisions[0] is decisions[1]
-        return decisions[0]
-
-
-def report(worker: int, step: int = 0, **fields: Any) -> StepReport:
-    loads = torch.zeros(L, E, dtype=torch.int64)
-    loads[:, worker] = 10
-    return StepReport(worker=worker, step=step, **{"loads": loads, **fields})
+from errors import CheckpointError, Interrupted, ProtocolError, RaymoeError
 
 
 @pytest.fixture
 def run() -> Any:
-    run = Run()
-    yield run
-    for host in run.hosts:
-        host.gate.set()
-    run.coordinator.close()
-    run.pool.shutdown()
+    with Run() as run:
+        yield run
 
 
 def test_all_workers_get_one_decision(run: Run) -> None:
@@ -114,9 +40,9 @@ def test_all_workers_get_one_decision(run: Run) -> None:
 def test_a_repeated_report_gets_the_same_decision_and_changes_nothing(run: Run) -> None:
     decision = run.end_step(0)
     assert run.report(1).result(20) is decision
-    bias = run.coordinator.bias()
+    bias = run.steps.bias()
     assert torch.equal(bias, decision.bias)
-    assert run.coordinator.step == 1
+    assert run.steps.step == 1
 
 
 def test_a_worker_that_asks_twice_within_a_step_is_counted_once(run: Run) -> None:
@@ -124,25 +50,25 @@ def test_a_worker_that_asks_twice_within_a_step_is_counted_once(run: Run) -> Non
     assert not any(future.done() for future in twice)
     decision = run.report(1).result(20)
     assert [future.result(20) for future in twice] == [decision, decision]
-    assert run.coordinator.metrics()[0].max_violation == (1.0, 1.0)
+    assert run.steps.metrics()[0].max_violation == (1.0, 1.0)
 
 
 def test_a_wrong_step_names_both(run: Run) -> None:
     with pytest.raises(ProtocolError, match="worker 0 reports step 3, but the run is at step 0"):
-        run.coordinator.report(report(0, 3))
+        run.steps.report(report(0, 3))
     run.end_step(0)
     run.end_step(1)
     with pytest.raises(ProtocolError, match="reports step 0, but the run is at step 2"):
-        run.coordinator.report(report(0, 0))
+        run.steps.report(report(0, 0))
 
 
 def test_unknown_workers_and_misshapen_loads_are_refused(run: Run) -> None:
     with pytest.raises(ProtocolError, match="worker 2 is unknown: the run has 2"):
-        run.coordinator.report(report(2))
+        run.steps.report(report(2))
     with pytest.raises(ProtocolError, match=r"loads \[2, 3\]"):
-        run.coordinator.report(report(0, loads=torch.zeros(L, 3, dtype=torch.int64)))
+        run.steps.report(report(0, loads=torch.zeros(L, 3, dtype=torch.int64)))
     with pytest.raises(ProtocolError, match="float32"):
-        run.coordinator.report(report(0, loads=torch.zeros(L, E)))
+        run.steps.report(report(0, loads=torch.zeros(L, E)))
 
 
 def test_workers_go_on_while_hosts_commit_and_the_next_step_waits(run: Run) -> None:
@@ -164,7 +90,7 @@ def test_a_host_that_does_not_commit_ends_the_run(run: Run) -> None:
     with pytest.raises(RaymoeError, match="host-1 did not commit step 0: out of memory"):
         waiting.result(20)
     with pytest.raises(RaymoeError, match="out of memory"):
-        run.coordinator.report(report(1, 1))
+        run.steps.report(report(1, 1))
 
 
 def test_a_host_that_does_not_prepare_ends_the_run_before_any_commit(run: Run) -> None:
@@ -181,10 +107,10 @@ def test_a_host_that_does_not_prepare_ends_the_run_before_any_commit(run: Run) -
 
 def test_a_failure_wakes_the_waiting(run: Run) -> None:
     waiting = run.report(0)
-    run.coordinator.fail("worker 1 died")
+    run.steps.fail("worker 1 died")
     with pytest.raises(RaymoeError, match="worker 1 died"):
         waiting.result(20)
-    assert run.coordinator.failure == "worker 1 died"
+    assert run.steps.failure == "worker 1 died"
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_any_commit(run: Run) -> None:
@@ -194,27 +120,26 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_any_commit(run: Run) 
 
 
 def test_stop_and_checkpoints_come_at_a_boundary() -> None:
-    run = Run(replace(PLAN, steps=5, checkpoint_interval=2))
-    assert [(d.checkpoint, d.stop) for d in map(run.end_step, range(2))] == [(False, False), (True, False)]
-    assert run.coordinator.request_stop() == 2
-    last = run.end_step(2)
-    assert last.checkpoint and last.stop
-    run.coordinator.close()
+    with Run(replace(PLAN, steps=5, checkpoint_interval=2)) as run:
+        first = [(d.checkpoint, d.stop) for d in map(run.end_step, range(2))]
+        assert first == [(False, False), (True, False)]
+        assert run.steps.request_stop() == 2
+        last = run.end_step(2)
+        assert last.checkpoint and last.stop
 
 
 def test_the_last_step_stops_with_a_checkpoint() -> None:
-    run = Run(replace(PLAN, steps=1))
-    decision = run.end_step(0)
-    assert decision.checkpoint and decision.stop
-    run.coordinator.close()
+    with Run(replace(PLAN, steps=1)) as run:
+        decision = run.end_step(0)
+        assert decision.checkpoint and decision.stop
 
 
 def test_save_waits_for_the_commits(run: Run) -> None:
     run.hosts[0].gate.clear()
     run.end_step(0)
     with pytest.raises(ProtocolError, match="after 4 steps was asked for, the run is at 1"):
-        run.coordinator.save("d", 4)
-    saving = run.pool.submit(run.coordinator.save, "d", 1)
+        run.steps.save("d", 4)
+    saving = run.pool.submit(run.steps.save, "d", 1)
     assert not saving.done()
     assert ("save", "d") not in run.hosts[1].calls
     run.hosts[0].gate.set()
@@ -222,15 +147,13 @@ def test_save_waits_for_the_commits(run: Run) -> None:
     assert run.hosts[0].calls[-2:][0][0] == "commit"
 
 
-def test_a_restored_coordinator_goes_on(run: Run) -> None:
+def test_a_run_begun_at_a_step_goes_on(run: Run) -> None:
     first = run.end_step(0)
-    state, bias = json.loads(json.dumps(run.coordinator.state())), run.coordinator.bias()
-    again = Run(state=state, bias=bias)
-    assert again.coordinator.step == 1
-    expected, got = run.end_step(1), again.end_step(1)
+    with Run(step=1, bias=run.steps.bias()) as again:
+        assert again.steps.step == 1
+        expected, got = run.end_step(1), again.end_step(1)
     assert torch.equal(expected.bias, got.bias)
     assert not torch.equal(first.bias, got.bias)
-    again.coordinator.close()
 
 
 def test_a_bias_of_another_model_is_refused() -> None:
@@ -242,37 +165,23 @@ def test_a_bias_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("change", [{"strategy": "none"}, {"update_rate": 0.0}])
 def test_other_strategies_leave_the_bias(change: dict[str, Any]) -> None:
-    run = Run(replace(PLAN, **change))
-    assert not run.end_step(0).bias.any()
-    run.coordinator.close()
+    with Run(replace(PLAN, **change)) as run:
+        assert not run.end_step(0).bias.any()
 
 
 def test_without_hosts_the_workers_experts_count_once() -> None:
-    run = Run(n_hosts=0)
-    decision = run.end_step(0, trunk_squared_norm=9.0, local_expert_squared_norm=16.0)
-    assert decision.grad_norm == pytest.approx(5.0)
-    run.coordinator.close()
+    with Run(n_hosts=0) as run:
+        decision = run.end_step(0, trunk_squared_norm=9.0, local_expert_squared_norm=16.0)
+        assert decision.grad_norm == pytest.approx(5.0)
 
 
-def test_the_table_needs_all_hosts_and_has_them_in_the_order_of_their_numbers() -> None:
-    coordinator = Coordinator(
-        PLAN,
-        holders=plan_placement(L, 12, 1, 11),
-        n_layers=L,
-        n_experts=12,
-        n_hosts=11,
-        control=lambda info: FakeHost(),
-    )
-    for i in (10, *range(9)):
-        coordinator.register_host(HostInfo(id=f"host-{i}"))
-    with pytest.raises(ProtocolError, match="10 of 11 expert hosts have registered"):
-        coordinator.table()
-    coordinator.register_host(HostInfo(id="host-9"))
-    coordinator.register_host(HostInfo(id="host-9"))
-    assert [host.id for host in coordinator.table().hosts] == [f"host-{i}" for i in range(11)]
-    with pytest.raises(ProtocolError, match="one too many"):
-        coordinator.register_host(HostInfo(id="host-11"))
-    coordinator.close()
+def test_who_has_not_joined_since_the_last_interruption_is_not_counted(run: Run) -> None:
+    attempt = run.join(0).attempt  # began anew: the process before is gone
+    assert attempt == 1
+    with pytest.raises(Interrupted, match="worker 1 has not joined since"):
+        run.steps.report(report(1))
+    run.join(1)
+    assert run.end_step(0).step == 0
 
 
 def test_metrics_are_merged_over_workers(run: Run) -> None:
@@ -289,8 +198,8 @@ def test_metrics_are_merged_over_workers(run: Run) -> None:
         rows_sent=30,
         bytes=7,
     )
-    (step,) = run.coordinator.metrics()
+    (step,) = run.steps.metrics()
     assert (step.loss, step.mtp_loss, step.balance_loss) == (3.0, 1.0, 1.0)
     assert (step.tokens, step.seconds, step.hosts_per_token, step.bytes) == (24, 0.5, 1.5, 14)
-    assert run.coordinator.metrics(since_step=0) == []
+    assert run.steps.metrics(since_step=0) == []
     assert json.loads(json.dumps(step.to_json()))["max_violation"] == [1.0, 1.0]
