@@ -37,8 +37,8 @@ POOL = "experts"
 _MAX_ONGOING = 100_000  # our own queue says when it is full, with an answer that says so
 _GRACE_SECONDS = 30.0
 _HEAD = "node:__internal_head__"
-"""A resource that Ray gives the head node. Pool, coordinator and interface are there, beside Serve's controller,
-so that the loss of another node costs none of them."""
+"""A resource that Ray gives the head node. Pool, coordinator and interface are there, beside Serve's
+controller, so that the loss of another node costs none of them."""
 
 
 class TrunkReplica:
