@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 
 import grpc
 
 from actors.control_server import refusing
 from actors.coordinator import Coordinator
+from actors.roster import steady
 from actors.wire import decision_to, host_from, host_to, metrics_to, report_from, table_to, tensor_to
 from cluster.membership import Scaling
 from protos import admin_pb2, admin_pb2_grpc, coordinator_pb2, coordinator_pb2_grpc
@@ -172,7 +172,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
 
 def _reply(scaling: Scaling) -> admin_pb2.ScaleReply:
-    ended = time.time() if scaling.ended is None else scaling.ended
+    ended = steady() if scaling.ended is None else scaling.ended
     return admin_pb2.ScaleReply(
         done=scaling.ended is not None, hosts=scaling.target, seconds=ended - scaling.began
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,16 +13,29 @@ import torch
 from tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
 
 from actors import wire
-from actors.clients import CoordinatorClient, HostClient
+from actors.clients import HostClient
 from actors.control_server import ControlServer
 from actors.coordinator import Coordinator
+from actors.coordinator_client import AdminClient, CoordinatorClient
+from actors.coordinator_servicer import AdminServicer, CoordinatorServicer
+from actors.elastic import Elastic
 from actors.gate_router import GateRouter
-from actors.servicers import CoordinatorServicer, RouterServicer
+from actors.servicers import RouterServicer
 from actors.serving import ExpertHostServer
 from actors.steps import StepReport, TrainingPlan
-from errors import ChannelError, CheckpointError, ProtocolError, RaymoeError
+from actors.training_steps import TrainingSteps
+from actors.transfers import Shape
+from errors import (
+    ChannelError,
+    CheckpointError,
+    ConfigError,
+    ProtocolError,
+    RaymoeError,
+    ResourceError,
+    is_loss,
+)
 from model.routing import affinity, gate_values, select_experts
-from protos import coordinator_pb2_grpc, expert_pb2, router_pb2, router_pb2_grpc
+from protos import admin_pb2_grpc, coordinator_pb2_grpc, expert_pb2, router_pb2, router_pb2_grpc
 
 PLAN = TrainingPlan(steps=5, workers=2, learning_rate=1e-2)
 
@@ -32,19 +46,24 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def serve_coordinator(stack: ExitStack, cluster: TinyCluster) -> CoordinatorClient:
+def serve_coordinator(stack: ExitStack, *, train: bool = True) -> CoordinatorClient:
+    def steps(elastic: Elastic) -> TrainingSteps:
+        return TrainingSteps(PLAN, (len(LAYERS), CONFIG.n_routed_experts), elastic)
+
     coordinator = Coordinator(
-        PLAN,
-        holders=cluster.holders,
-        n_layers=len(LAYERS),
-        n_experts=CONFIG.n_routed_experts,
-        n_hosts=len(cluster.hosts),
+        Shape(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
+        hosts=2,
         control=lambda info: HostClient(info, timeout=20),
+        step=0 if train else None,
+        steps=steps if train else None,
     )
     stack.callback(coordinator.close)
-    server = ControlServer(
-        lambda s: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorServicer(coordinator), s)
-    )
+
+    def register(server: grpc.Server) -> None:
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorServicer(coordinator), server)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(coordinator), server)
+
+    server = ControlServer(register)
     stack.callback(server.close)
     client = CoordinatorClient(server.address)
     stack.callback(client.close)
@@ -64,14 +83,18 @@ def report(worker: int, step: int = 0) -> StepReport:
 
 
 def test_a_step_over_grpc(stack: ExitStack) -> None:
-    cluster = TinyCluster(2)
-    client = serve_coordinator(stack, cluster)
-    with pytest.raises(ProtocolError, match=r"the coordinator \(grpc:.*0 of 2 expert hosts have registered"):
+    cluster = TinyCluster(2, empty=True)
+    client = serve_coordinator(stack)
+    with pytest.raises(ResourceError, match=r"the coordinator \(grpc:.*experts are without a host"):
         client.table()
     servers = serve_hosts(stack, cluster)
     for server in servers:
         client.register_host(server.info)
+    client.found()
+    client.found()
+    assert [client.join(rank, 2, -1, "").step for rank in range(2)] == [0, 0]
     table = client.table()
+    assert table.epoch == 0
     assert table.hosts == tuple(server.info for server in servers)
     assert table.holders == cluster.holders
     rows, idx, gates = tokens(6, grad=True)
@@ -83,7 +106,6 @@ def test_a_step_over_grpc(stack: ExitStack) -> None:
     assert torch.equal(first.bias, second.bias)
     assert first.bias.any()
     assert torch.equal(client.bias(), first.bias)
-    assert client.state()["step"] == 1
     assert client.metrics()[0].loss == 3.0
     assert client.failure is None
     with pytest.raises(ProtocolError, match="reports step 7, but the run is at step 1"):
@@ -98,7 +120,8 @@ def test_a_step_over_grpc(stack: ExitStack) -> None:
 
 
 def test_a_waiting_report_hears_of_a_failure(stack: ExitStack) -> None:
-    client = serve_coordinator(stack, TinyCluster(1))
+    client = serve_coordinator(stack)
+    client.join(0, 2, -1, "")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.report, report(0))
         client.fail("worker 1 died")
@@ -193,7 +216,53 @@ def test_an_error_class_of_ours_crosses_and_others_become_remote_errors(stack: E
 
 
 def test_a_text_too_long_for_a_status_arrives_cut(stack: ExitStack) -> None:
-    client = serve_coordinator(stack, TinyCluster(1))
+    client = serve_coordinator(stack)
     client.fail("é\n" * 10_000)
     with pytest.raises(RaymoeError, match="é"):
-        client.table()
+        client.join(0, 2, -1, "")
+
+
+def test_a_job_is_operated_over_grpc(stack: ExitStack) -> None:
+    cluster = TinyCluster(3, train=False, empty=True)
+    client = serve_coordinator(stack, train=False)
+    servers = serve_hosts(stack, cluster)
+    for server in servers[:2]:
+        client.register_host(server.info)
+    client.found()
+    admin = AdminClient(client._peer.partition("(")[2].rstrip(")"))
+    stack.callback(admin.close)
+    status = admin.status()
+    assert (status["mode"], status["wanted"], status["replicas_min"]) == ("serve", 2, 1)
+    assert [(host["id"], host["state"], host["answers"]) for host in status["hosts"]] == [
+        ("host-0", "serving", True),
+        ("host-1", "serving", True),
+    ]
+    with pytest.raises(ConfigError, match="it takes 1 to 8"):
+        admin.scale(9)
+    assert admin.scale(3, timeout=0)["done"] is False
+    with pytest.raises(ResourceError, match="is under way"):
+        admin.scale(1)
+    orders, wanted, state = client.orders(starting=0, failed={}, stopped=[])
+    assert (orders.start, orders.stop, wanted, state.wanted) == (1, (), 3, 3)
+    serial = client.table().serial
+    client.register_host(servers[2].info)
+    table = client.table_after(serial, None, 20.0)
+    assert table is not None
+    assert [host.id for host in table.hosts] == ["host-0", "host-1", "host-2"]
+    while "scaled" not in [event["kind"] for event in admin.status()["events"]]:
+        threading.Event().wait(0.01)
+    assert admin.drain("host-0", timeout=20.0)["done"] is True
+    assert [host.id for host in client.table().hosts] == ["host-1", "host-2"]
+    orders, wanted, _ = client.orders(starting=0, failed={}, stopped=[])
+    assert (orders.start, orders.stop, wanted) == (0, ("host-0",), 2)
+    with pytest.raises(ProtocolError, match="has no training steps"):
+        client.join(0, 1, -1, "")
+
+
+def test_a_client_that_was_hung_up_is_a_channel_error(stack: ExitStack) -> None:
+    (server,) = serve_hosts(stack, TinyCluster(1))
+    client = HostClient(server.info, timeout=20)
+    client.close()
+    with pytest.raises(ChannelError, match="has been given up") as caught:
+        client.stats()
+    assert is_loss(caught.value)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from actors.coordinator import Coordinator
 from actors.expert_host import ExpertHost
+from actors.moves import Assembly
 from actors.router import Router
-from actors.steps import TrainingPlan
 from actors.tables import CoordinatorTables
+from actors.transfers import Shape
 from channels.base import Phase, Request, RequestId
 from cluster import RoutingTable, experts_held
-from errors import CheckpointError, ProtocolError, RaymoeError, StaleEpoch
+from errors import CheckpointError, ProtocolError, RaymoeError, ResourceError, StaleEpoch
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 
@@ -136,20 +137,27 @@ class Weighted(TinyCluster):
     def __init__(self, n_hosts: int) -> None:
         super().__init__(n_hosts)
         for index, server in enumerate(self.servers):
-            self.hosts[index] = serving_host(index=index, hosts=n_hosts)
+            self.hosts[index] = ExpertHost(
+                f"host-{index}", CONFIG, {}, SeededSource(), open_source=Scaled, dtype=torch.float64
+            )
             server.handler = self.hosts[index].handle
         by_id = {host.id: host for host in self.hosts}
         self.coordinator = Coordinator(
-            TrainingPlan(steps=0, workers=1, learning_rate=0.0),
-            holders=self.holders,
-            n_layers=len(LAYERS),
-            n_experts=CONFIG.n_routed_experts,
-            n_hosts=n_hosts,
+            Shape(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
+            hosts=n_hosts,
             control=lambda info: by_id[info.id],
             weights="old",
+            directory="1",
         )
         for info in self.infos:
             self.coordinator.register_host(info)
+        self.coordinator.found()
+
+    def __enter__(self) -> Weighted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.coordinator.close()
 
     def replica(self, name: str) -> Router:
         table = self.coordinator.table()
@@ -162,57 +170,95 @@ def computed(router: Router, layer: int = LAYERS[0]) -> Tensor:
 
 
 def test_replicas_change_one_after_the_other_each_with_one_version() -> None:
-    cluster = Weighted(2)
-    first, second = cluster.replica("a"), cluster.replica("b")
-    before = computed(first)
-    epoch = cluster.coordinator.load("3", "new")
-    assert cluster.coordinator.table().weights == "old"
-    cluster.coordinator.publish(epoch)
-    table = cluster.coordinator.table()
-    assert (table.epoch, table.weights) == (epoch, "new")
-    first.set_table(table)
-    torch.testing.assert_close(computed(first), 3 * before, **EXACT)
-    assert torch.equal(computed(second), before)
-    second.set_table(table)
-    cluster.coordinator.retire()
-    assert [host.epochs for host in cluster.hosts] == [(epoch,)] * 2
-    torch.testing.assert_close(computed(second), 3 * before, **EXACT)
-    torch.testing.assert_close(computed(cluster.replica("c")), 3 * before, **EXACT)
+    with Weighted(2) as cluster:
+        first, second = cluster.replica("a"), cluster.replica("b")
+        before = computed(first)
+        epoch = cluster.coordinator.load("3", "new")
+        assert cluster.coordinator.table().weights == "old"
+        cluster.coordinator.publish(epoch)
+        table = cluster.coordinator.table()
+        assert (table.epoch, table.weights) == (epoch, "new")
+        first.set_table(table)
+        torch.testing.assert_close(computed(first), 3 * before, **EXACT)
+        assert torch.equal(computed(second), before)
+        second.set_table(table)
+        cluster.coordinator.retire()
+        assert [host.epochs for host in cluster.hosts] == [(epoch,)] * 2
+        torch.testing.assert_close(computed(second), 3 * before, **EXACT)
+        torch.testing.assert_close(computed(cluster.replica("c")), 3 * before, **EXACT)
 
 
 def test_one_host_that_cannot_load_makes_all_of_them_drop_it() -> None:
-    cluster = Weighted(2)
-    before = computed(cluster.replica("a"))
-    cluster.hosts[1]._open_source = None
-    with pytest.raises(RaymoeError, match="host-1 failed to load the weights"):
-        cluster.coordinator.load("3", "new")
-    assert [host.epochs for host in cluster.hosts] == [(0,)] * 2
-    assert torch.equal(computed(cluster.replica("b")), before)
-    cluster.hosts[1]._open_source = Scaled
-    assert cluster.coordinator.load("3", "new") == 2  # no epoch stands for two attempts
+    with Weighted(2) as cluster:
+        before = computed(cluster.replica("a"))
+        cluster.hosts[1]._open_source = None
+        with pytest.raises(
+            RaymoeError, match=r"host-1 failed to load the weights: .* takes no other weights"
+        ):
+            cluster.coordinator.load("3", "new")
+        assert [host.epochs for host in cluster.hosts] == [(0,)] * 2
+        assert torch.equal(computed(cluster.replica("b")), before)
+        cluster.hosts[1]._open_source = Scaled
+        assert cluster.coordinator.load("3", "new") == 2  # no epoch stands for two attempts
 
 
 def test_only_what_was_loaded_last_can_be_published() -> None:
-    cluster = Weighted(1)
-    with pytest.raises(ProtocolError, match="load them first"):
-        cluster.coordinator.publish(1)
-    epoch = cluster.coordinator.load("3", "new")
-    cluster.coordinator.retire()
-    with pytest.raises(ProtocolError, match="load them first"):
+    with Weighted(1) as cluster:
+        with pytest.raises(ResourceError, match="load them again"):
+            cluster.coordinator.publish(1)
+        epoch = cluster.coordinator.load("3", "new")
+        cluster.coordinator.retire()
+        with pytest.raises(ResourceError, match="load them again"):
+            cluster.coordinator.publish(epoch)
+        epoch = cluster.coordinator.load("3", "new")
         cluster.coordinator.publish(epoch)
-    epoch = cluster.coordinator.load("3", "new")
-    cluster.coordinator.publish(epoch)
-    cluster.coordinator.publish(epoch)
-    assert RoutingTable.from_json(cluster.coordinator.table().to_json()).weights == "new"
+        cluster.coordinator.publish(epoch)
+        assert RoutingTable.from_json(cluster.coordinator.table().to_json()).weights == "new"
 
 
 def test_a_step_that_began_with_weights_that_are_gone_fails_and_is_not_mixed() -> None:
-    cluster = Weighted(2)
-    late = cluster.replica("late")
-    before = computed(late)
-    cluster.coordinator.publish(cluster.coordinator.load("3", "new"))
-    cluster.coordinator.retire()
-    with pytest.raises(StaleEpoch):
-        computed(late, LAYERS[1])
-    late.set_table(cluster.coordinator.table())
-    torch.testing.assert_close(computed(late), 3 * before, **EXACT)
+    with Weighted(2) as cluster:
+        late = cluster.replica("late")
+        before = computed(late)
+        cluster.coordinator.publish(cluster.coordinator.load("3", "new"))
+        cluster.coordinator.retire()
+        with pytest.raises(ResourceError, match="hold no weights 'old' any more"):
+            computed(late, LAYERS[1])
+        late.set_table(cluster.coordinator.table())
+        torch.testing.assert_close(computed(late), 3 * before, **EXACT)
+
+
+def test_a_reload_for_which_there_is_no_room_is_refused_in_one_line() -> None:
+    asked: list[int] = []
+
+    def require_room(size: int) -> None:
+        asked.append(size)
+        raise ResourceError("expert host host-0 needs more than there is; deploy the checkpoint anew instead")
+
+    with Weighted(2) as cluster:
+        before = computed(cluster.replica("a"))
+        cluster.hosts[0]._require_room = require_room
+        with pytest.raises(ResourceError, match=r"host-0 failed to load .* needs more than") as caught:
+            cluster.coordinator.load("3", "new")
+        assert "\n" not in str(caught.value)
+        experts = sum(len(ids) for ids in experts_held(cluster.holders, LAYERS, 0).values())
+        assert asked == [experts * 3 * CONFIG.hidden_size * CONFIG.moe_intermediate_size * 8]
+        assert [host.epochs for host in cluster.hosts] == [(0,)] * 2
+        assert torch.equal(computed(cluster.replica("b")), before)
+
+
+def test_what_a_host_begins_with_needs_no_room_beside_anything() -> None:
+    def refuse(size: int) -> None:
+        raise AssertionError(f"asked for {size}")
+
+    host = ExpertHost(
+        "host-0",
+        CONFIG,
+        {},
+        SeededSource(),
+        open_source=Scaled,
+        require_room=refuse,
+        dtype=torch.float64,
+    )
+    host.assemble(Assembly(epoch=0, experts={LAYERS[0]: (0, 1)}, directory="1"))
+    assert host.epochs == (0,)

@@ -81,7 +81,7 @@ def tokens(n: int, seed: int = 0, *, grad: bool = False) -> tuple[Tensor, Tensor
 
 
 class TinyCluster:
-    """Hosts behind local channels, and a router to them."""
+    """Hosts behind local channels, and a router to them; `empty` ones wait for a coordinator's orders."""
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class TinyCluster:
         epoch: int = 0,
         step: int = 0,
         replicas: int = 1,
+        empty: bool = False,
     ) -> None:
         single = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
         self.holders = tuple(
@@ -102,8 +103,9 @@ class TinyCluster:
             ExpertHost(
                 f"host-{index}",
                 CONFIG,
-                experts_held(self.holders, LAYERS, index),
+                {} if empty else experts_held(self.holders, LAYERS, index),
                 SeededSource(),
+                open_source=(lambda _: SeededSource()) if empty else None,
                 optimizer=SETTINGS if train else None,
                 dtype=torch.float64,
                 epoch=epoch,
