@@ -18,8 +18,6 @@ from cluster.exchange import exchange, level
 from cluster.shelves import Shelves
 from cluster.topology import Holders
 
-_KEEP = 1.1
-"""A replica that is there may be this much less useful than one that is not."""
 _STAY = 1.01
 """Moves are worth it while the highest load is this much above the lowest that there can be."""
 _TOGETHER = 1.003
@@ -55,28 +53,24 @@ def pack(
         redundant: further replicas of each layer.
         held: `[H][L]` expert ids that each host holds.
     """
-    n_layers, n_experts = loads.shape
+    n_experts = loads.shape[1]
     node_of = np.unique(np.asarray(nodes), return_inverse=True)[1].astype(np.int64)
-    hold = _held(held, n_layers, n_experts, len(nodes)) if held is not None else None
-    copies = count_replicas(loads, len(nodes), replicas, redundant, hold)
+    n_hosts, extra = len(nodes), min(redundant, n_experts * (len(nodes) - replicas))
+    least = np.full(loads.shape, replicas, dtype=np.int64)
     # The placement from nothing says what balance can be had, and is the answer when nothing is held.
-    free = _from_nothing(loads, count_replicas(loads, len(nodes), replicas, redundant, hold), node_of)
-    for heavy in _HEAVY:
+    free = _from_nothing(loads, add_replicas(loads, n_hosts, least, extra), node_of)
+    for heavy in _HEAVY if extra else ():
         layers = np.nonzero(free.load.mean(axis=1) < _GOOD * free.load.max(axis=1))[0]
-        if not len(layers) or not redundant:
+        if not len(layers):
             break
-        held_there = None if hold is None else hold[layers]
-        copies = count_replicas(loads[layers], len(nodes), replicas, redundant, held_there, heavy)
+        copies = add_replicas(loads[layers], n_hosts, least[layers], extra, heavy)
         other = _from_nothing(loads[layers], copies, node_of)
         better = other.load.max(axis=1) < free.load[layers].max(axis=1)
         free.take_over(layers[better], other, better)
     lowest = free.load.max(axis=1)
     copies = free.copies[:, :n_experts]
-    if hold is not None:
-        kept = Shelves(loads, copies, node_of, hold)
-        kept.fill()
-        exchange(kept, lowest * _STAY)
-        return _holders(kept)
+    if held is not None:
+        return _holders(_from_held(loads, copies, node_of, _held(held, n_experts), replicas, lowest * _STAY))
     enough = lowest * _TOGETHER
     for domain in _domains(node_of, n_group):
         homes, uneven = _homes(loads, domain, n_group)
@@ -91,6 +85,43 @@ def pack(
     return _holders(free)
 
 
+def _from_held(
+    loads: NDArray[np.float64],
+    copies: NDArray[np.int64],
+    node_of: NDArray[np.int64],
+    hold: NDArray[np.bool_],
+    replicas: int,
+    target: NDArray[np.float64],
+) -> Shelves:
+    """What is held (`hold`: `[L, E, H]`), changed as little as the rules and `target` (`[L]`) ask for."""
+    now = hold.sum(axis=2).clip(replicas)
+    missing = copies.sum(axis=1) - now.sum(axis=1)
+    now = add_replicas(loads, len(node_of), drop_replicas(loads, now, replicas, -missing), missing)
+    kept = Shelves(loads, now, node_of, hold)
+    kept.fill()
+    exchange(kept, target)
+    layers = np.nonzero((kept.load.max(axis=1) > target) & (now != copies).any(axis=1))[0]
+    if len(layers):
+        # Other experts have become hot: the replicas have to change too.
+        other = Shelves(loads[layers], copies[layers], node_of, hold[layers])
+        other.fill()
+        exchange(other, target[layers])
+        better = other.load.max(axis=1) * _STAY < kept.load[layers].max(axis=1)
+        kept.take_over(layers[better], other, better)
+    # What is held may be as good as what came out: then nothing moves.
+    many = hold.sum(axis=2)
+    load = ((loads / np.maximum(many, 1))[:, None] @ hold)[:, 0]
+    nodes = node_of == np.arange(node_of.max() + 1)[:, None]
+    exposed = (len(nodes) > 1) & (many > 1) & ((hold @ nodes.T.astype(np.int64)).max(axis=2) == many)
+    valid = (many >= replicas).all(axis=1) & (many.sum(axis=1) == copies.sum(axis=1)) & ~exposed.any(axis=1)
+    better = kept.load.max(axis=1) * _STAY < load.max(axis=1)
+    evener = np.ptp(kept.hold[:, : loads.shape[1]].sum(axis=1), axis=1) < np.ptp(hold.sum(axis=1), axis=1)
+    same = np.nonzero(valid & ~better & ~evener)[0]
+    kept.hold[same, : loads.shape[1]] = hold[same]
+    kept.copies[same, : loads.shape[1]] = many[same]
+    return kept
+
+
 def _from_nothing(
     loads: NDArray[np.float64], copies: NDArray[np.int64], node_of: NDArray[np.int64]
 ) -> Shelves:
@@ -101,44 +132,47 @@ def _from_nothing(
     return shelves
 
 
-def count_replicas(
+def add_replicas(
     loads: NDArray[np.float64],
     n_hosts: int,
-    replicas: int,
-    redundant: int,
-    hold: NDArray[np.bool_] | None = None,
+    copies: NDArray[np.int64],
+    extra: int | NDArray[np.int64],
     heavy: float | None = None,
 ) -> NDArray[np.int64]:
-    """`[L, E]` replicas: `replicas` each, and each further one to the highest load per replica.
+    """`copies` (`[L, E]`) and `extra` more in each layer, one by one to the highest load per replica.
 
     Args:
-        hold: `[L, E, H]` who holds what; replicas that are there are preferred.
         heavy: share of a host's mean load above which a replica wants a host without another such; when
             there is one for each host, experts get no more of them.
     """
-    n_layers, n_experts = loads.shape
-    copies = np.full((n_layers, n_experts), replicas, dtype=np.int64)
+    copies, layers = copies.copy(), np.arange(len(loads))
+    extra = np.broadcast_to(extra, len(loads))
     # Equal loads, and none at all, are dealt out evenly.
     weight = loads + np.maximum(loads.mean(axis=1, keepdims=True), 1.0) * 1e-9
     limit = np.inf if heavy is None else heavy * loads.sum(axis=1, keepdims=True) / n_hosts
-    bonus = np.zeros_like(copies) if hold is None else hold.sum(axis=2)
-    layers = np.arange(n_layers)
-    for _ in range(min(redundant, n_experts * (n_hosts - replicas))):
+    for step in range(int(extra.max(initial=0))):
         use = weight / copies
         if heavy is not None:
             taken = np.where(use > limit, copies, 0).sum(axis=1, keepdims=True)
             use = np.where((taken >= n_hosts) & (weight / (copies + 1) > limit), use * 1e-6, use)
-        if hold is not None:
-            use = np.where(copies < bonus, use * _KEEP, use)
-        copies[layers, np.where(copies < n_hosts, use, -1.0).argmax(axis=1)] += 1
+        copies[layers, np.where(copies < n_hosts, use, -1.0).argmax(axis=1)] += step < extra
     return copies
 
 
-def _held(
-    held: Sequence[Sequence[Sequence[int]]], n_layers: int, n_experts: int, n_hosts: int
-) -> NDArray[np.bool_]:
+def drop_replicas(
+    loads: NDArray[np.float64], copies: NDArray[np.int64], least: int, surplus: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """`copies` (`[L, E]`) without `surplus` (`[L]`) of them, where load per replica stays lowest."""
+    copies, layers = copies.copy(), np.arange(len(loads))
+    for step in range(int(surplus.max(initial=0))):
+        then = np.where(copies > least, loads / np.maximum(copies - 1, 1), np.inf)
+        copies[layers, then.argmin(axis=1)] -= step < surplus
+    return copies
+
+
+def _held(held: Sequence[Sequence[Sequence[int]]], n_experts: int) -> NDArray[np.bool_]:
     """`[L, E, H]` who holds what."""
-    hold = np.zeros((n_layers, n_experts, n_hosts), dtype=np.bool_)
+    hold = np.zeros((len(held[0]), n_experts, len(held)), dtype=np.bool_)
     for host, rows in enumerate(held):
         for layer, experts in enumerate(rows):
             hold[layer, list(experts), host] = True
@@ -204,4 +238,4 @@ def _holders(shelves: Shelves) -> Holders:
     return tuple(rows)
 
 
-__all__ = ["count_replicas", "pack"]
+__all__ = ["add_replicas", "drop_replicas", "pack"]

@@ -98,6 +98,9 @@ class _Layer:
             shares[host] += 1
         sums = [sum(shares[(h + j) % len(nodes)] for j in range(replicas)) for h in self.hosts]
         self.least, self.most = min(sums), max(sums)
+        # What hosts may differ by without anything moving for it: a group, or the largest part of one.
+        self.unit = size if len(nodes) <= n_group else -(-size // (len(nodes) // n_group))
+        self.joined = {host for host in self.hosts if not self.count[host]}
 
     def result(self, was_held: bool) -> tuple[tuple[int, ...], ...]:
         """Holders of each expert, in the order of replicas."""
@@ -147,17 +150,18 @@ class _Layer:
             queue.insert(0, part)
 
     def _even_out(self) -> None:
-        """Move parts from hosts with too many experts, and to hosts with too few."""
-        while max(self.count) > self.most or min(self.count) < self.least:
-            if not any(self._transfer(*transfer) for transfer in self._transfers()):
-                return
+        """Move parts to hosts that have joined, and from and to those that differ by more than a unit."""
+        while any(self._transfer(*transfer) for transfer in self._transfers()):
+            pass
 
     def _transfers(self) -> Iterator[tuple[int, int, int]]:
         """Who could give how many experts to whom, the most pressing first."""
         count = list(self.count)
-        donors = sorted(self.hosts, key=lambda host: (-count[host], self._rank(host)))
         takers = sorted(self.hosts, key=lambda host: (count[host], self._rank(host)))
-        for donor in donors:
+        if max(count) - min(count) <= self.unit:
+            takers = [host for host in takers if host in self.joined and count[host] < self.least]
+        donors = sorted(self.hosts, key=lambda host: (-count[host], self._rank(host)))
+        for donor in donors if takers else ():
             for taker in takers:
                 wanted = max(count[donor] - self.most, self.least - count[taker])
                 possible = min(count[donor] - self.least, self.most - count[taker])

@@ -79,14 +79,14 @@ class Shelves:
         lacking = self.copies[:, : self.n_experts] - self.hold[:, : self.n_experts].sum(axis=2)
         order = np.argsort(-self.weight[:, : self.n_experts], axis=1, kind="stable")
         steps = self._steps(order, np.take_along_axis(lacking, order, axis=1))
-        several = (self.copies[self.layers, steps] > 1).any(axis=1)
-        whole = (steps < self.n_experts).all(axis=1)
+        alone = np.logical_and(self.copies[self.layers, steps] == 1, steps < self.n_experts)
+        single = np.logical_and.reduce(alone, axis=1).tolist()
         for at, expert in enumerate(steps):
             away = self._near_home(expert, homes, domain)
-            if several[at] or not whole[at]:
-                self._place_replica(expert, away)
-            else:
+            if single[at]:
                 self._place_single(expert, away)
+            else:
+                self._place_replica(expert, away)
         layer, host, slot = np.nonzero(self.at < self.n_experts)
         self.hold[layer, self.at[layer, host, slot], host] = True
         self.near[:, : self.n_experts] = self.hold[:, : self.n_experts] @ self.nodes.T.astype(np.int64)
