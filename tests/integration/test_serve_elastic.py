@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +82,23 @@ def test_a_killed_host_costs_nothing_but_time(
     assert "died" in events
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_twenty_hosts_are_lost(
+    server: Server, admin: AdminClient, undisturbed: list[Told], how: signal.Signals
+) -> None:
+    gaps = []
+    for seed in range(20):
+        settled(admin, HOSTS)
+        source = random.Random(seed)
+        at = source.randrange(STREAMS, STREAMS * TOKENS // 2)
+        lost = source.choice(actors(server, HOST))
+        gaps.append(under_load(server, undisturbed, lambda lost=lost: lost.send_signal(how), at).gap)  # type: ignore[misc]
+        lost.wait(60)
+    print(f"{how.name} 20 times: longest gaps {', '.join(f'{gap:.2f}' for gap in sorted(gaps))} s")
+
+
 def test_a_host_that_hangs_is_given_up(server: Server, admin: AdminClient, undisturbed: list[Told]) -> None:
     settled(admin, HOSTS)
     hung = actors(server, HOST)[0]
@@ -148,3 +166,19 @@ def test_what_cannot_be_is_refused_in_one_line(server: Server, admin: AdminClien
     with pytest.raises(ConfigError, match="there is no expert host nobody"):
         admin.drain("nobody")
     assert admin.status()["wanted"] == HOSTS
+
+
+def test_without_replicas_streams_wait_for_the_reload(tmp_path: Path) -> None:
+    model = tiny_model()
+    directory = save_model(model, tmp_path / "tiny")
+    options = ("--set", f"cluster.expert_hosts={HOSTS}", "--set", "cluster.dead_after=1.0")
+    with running(model, directory, tmp_path / "serve.log", *options) as server:
+        admin = AdminClient(f"grpc:{server.coordinator}")
+        calm = asyncio.run(Load(server, REQUESTS).run())
+        settled(admin, HOSTS, replicas=1)
+        load = under_load(server, calm, lambda: actors(server, HOST)[0].kill(), STREAMS * 10)
+        moved = [
+            event["text"] for event in settled(admin, HOSTS, replicas=1)["events"] if event["kind"] == "moved"
+        ]
+        admin.close()
+    print(f"without replicas: longest gap {load.gap:.2f} s ({'; '.join(moved)})")
