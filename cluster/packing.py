@@ -24,6 +24,8 @@ _TOGETHER = 1.003
 """Groups that stay together may cost as much."""
 _HEAVY = (0.5, 0.4)
 """Shares of the mean load above which two replicas on one host may be one too many."""
+_IDLE = 2
+"""Redundant replicas that may go to experts without load, where more of hot ones do not help."""
 _GOOD = 0.99
 """Layers of this balancedness are left as they are."""
 _ROUNDS = 8
@@ -59,14 +61,14 @@ def pack(
     least = np.full(loads.shape, replicas, dtype=np.int64)
     # The placement from nothing says what balance can be had, and is the answer when nothing is held.
     free = _from_nothing(loads, add_replicas(loads, n_hosts, least, extra), node_of)
-    for heavy in _HEAVY if extra else ():
-        layers = np.nonzero(free.load.mean(axis=1) < _GOOD * free.load.max(axis=1))[0]
-        if not len(layers):
-            break
-        copies = add_replicas(loads[layers], n_hosts, least[layers], extra, heavy)
-        other = _from_nothing(loads[layers], copies, node_of)
-        better = other.load.max(axis=1) < free.load[layers].max(axis=1)
-        free.take_over(layers[better], other, better)
+    layers = np.nonzero(free.load.mean(axis=1) < _GOOD * free.load.max(axis=1))[0]
+    if extra and len(layers):
+        tried = _other_replicas(loads[layers], n_hosts, least[layers], extra)
+        other = _from_nothing(np.tile(loads[layers], (len(tried), 1)), np.concatenate(tried), node_of)
+        highest = other.load.max(axis=1).reshape(len(tried), -1)
+        best = highest.argmin(axis=0) * len(layers) + np.arange(len(layers))
+        better = highest.min(axis=0) < free.load[layers].max(axis=1)
+        free.take_over(layers[better], other, best[better])
     lowest = free.load.max(axis=1)
     copies = free.copies[:, :n_experts]
     if held is not None:
@@ -120,6 +122,24 @@ def _from_held(
     kept.hold[same, : loads.shape[1]] = hold[same]
     kept.copies[same, : loads.shape[1]] = many[same]
     return kept
+
+
+def _other_replicas(
+    loads: NDArray[np.float64], n_hosts: int, least: NDArray[np.int64], extra: int
+) -> list[NDArray[np.int64]]:
+    """Other numbers of replicas (`[L, E]` each) to try where those of the highest loads pack badly."""
+    found = [add_replicas(loads, n_hosts, least, extra, heavy) for heavy in _HEAVY]
+    for idle in range(1, min(_IDLE, extra) + 1):
+        # Split once less, an expert may fill a host that its halves would overfill two of.
+        hot = add_replicas(loads, n_hosts, least, extra - idle)
+        coldest = np.where(hot < n_hosts, -loads, -np.inf)
+        for _ in range(idle):
+            expert = coldest.argmax(axis=1)
+            hot[np.arange(len(loads)), expert] += 1
+            coldest[np.arange(len(loads)), expert] = -np.inf
+        if (hot <= n_hosts).all():
+            found.append(hot)
+    return found
 
 
 def _from_nothing(

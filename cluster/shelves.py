@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -64,7 +66,7 @@ class Shelves:
         self.near[:, : self.n_experts] = held @ self.nodes.T.astype(np.int64)
         self.load = (self.weight[:, None, : self.n_experts] @ held)[:, 0]
 
-    def take_over(self, layers: NDArray[np.int64], other: Shelves, which: NDArray[np.bool_]) -> None:
+    def take_over(self, layers: NDArray[np.int64], other: Shelves, which: NDArray[Any]) -> None:
         """Replace some layers by those of `other`; what lies in which slot is not kept up."""
         for name in ("hold", "load", "copies", "weight"):
             getattr(self, name)[layers] = getattr(other, name)[which]
