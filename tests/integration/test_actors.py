@@ -17,17 +17,21 @@ import torch
 from torch import Tensor
 
 from actors import wire
-from actors.clients import CoordinatorClient, HostClient
+from actors.clients import HostClient
 from actors.coordinator import Coordinator
+from actors.coordinator_client import CoordinatorClient
+from actors.elastic import Elastic
 from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter, gates_of
 from actors.remote import CoordinatorActor, ExpertHostActor, RouterActor, ask, start
 from actors.router import Router
 from actors.steps import OptimizerSettings, StepReport, TrainingPlan
+from actors.training_steps import Beginning, TrainingSteps
+from actors.transfers import Shape
 from channels.base import Channel
 from channels.choose import connect, pick
-from cluster import HostInfo, RoutingTable, experts_held, plan_placement
-from errors import ChannelError, ChannelTimeout, CheckpointError, RaymoeError, ResourceError
+from cluster import HostInfo, RoutingTable, plan_placement
+from errors import ChannelError, ChannelTimeout, CheckpointError, Interrupted, RaymoeError, ResourceError
 from model.config import ModelConfig
 from model.experts import LocalExperts
 from model.routing import affinity, gate_values, select_experts
@@ -52,7 +56,6 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
 )
 LAYERS = CONFIG.moe_layers
-HOLDERS = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, 2)
 SETTINGS = OptimizerSettings()
 PLAN = TrainingPlan(steps=4, workers=1, learning_rate=1e-2, clip_norm=0.5)
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -63,13 +66,13 @@ def source() -> RandomSource:
     return RandomSource(CONFIG, 7, torch.float64)
 
 
-def build_host(index: int, n_hosts: int = 2) -> ExpertHost:
-    holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n_hosts)
+def build_host(index: int) -> ExpertHost:
     return ExpertHost(
         f"host-{index}",
         CONFIG,
-        experts_held(holders, LAYERS, index),
+        {},
         source(),
+        open_source=lambda _: source(),
         optimizer=SETTINGS,
         dtype=torch.float64,
         threads=1,
@@ -77,13 +80,18 @@ def build_host(index: int, n_hosts: int = 2) -> ExpertHost:
 
 
 def build_coordinator() -> Coordinator:
+    bias = torch.zeros(len(LAYERS), CONFIG.n_routed_experts)
+
+    def steps(elastic: Elastic) -> TrainingSteps:
+        beginning = Beginning(directory="", step=0, moments=False, bias=bias)
+        return TrainingSteps(PLAN, tuple(bias.shape), elastic, beginning=lambda: beginning)  # type: ignore[arg-type]
+
     return Coordinator(
-        PLAN,
-        holders=HOLDERS,
-        n_layers=len(LAYERS),
-        n_experts=CONFIG.n_routed_experts,
-        n_hosts=2,
+        Shape(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
+        hosts=2,
         control=partial(HostClient, timeout=60.0),
+        step=0,
+        steps=steps,
     )
 
 
@@ -121,19 +129,25 @@ def ray_cluster() -> Iterator[None]:
 
 
 class Hosts:
-    """Expert host actors, and their table."""
+    """Expert host actors with their experts, and their table."""
 
     def __init__(self, n: int) -> None:
-        self.actors = [start(ExpertHostActor, partial(build_host, index, n)) for index in range(n)]
+        self.actors = [start(ExpertHostActor, partial(build_host, index)) for index in range(n)]
         self.infos = tuple(
             ask(actor.info.remote(), what=f"expert host {index}", timeout=PATIENCE)
             for index, actor in enumerate(self.actors)
         )
-        holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, n)
-        self.table = RoutingTable(epoch=0, hosts=self.infos, holders=holders)
+        self.coordinator_actor = start(CoordinatorActor, build_coordinator)
+        address = ask(self.coordinator_actor.address.remote(), what="the coordinator", timeout=PATIENCE)
+        self.coordinator = CoordinatorClient(address)
+        for info in self.infos:
+            self.coordinator.register_host(info)
+        self.coordinator.found()
+        self.table = self.coordinator.table()
 
     def close(self) -> None:
-        for actor in self.actors:
+        self.coordinator.close()
+        for actor in (*self.actors, self.coordinator_actor):
             ray.kill(actor)
 
 
@@ -197,12 +211,10 @@ def test_both_channels_equal_local_experts_and_a_commit_equals_adamw(hosts: Host
         router.close()
     through(oracle)  # the hosts have seen the rows twice
     squared = sum(float(p.grad.square().sum()) for p in oracle.parameters() if p.grad is not None)
-    coordinator_actor = start(CoordinatorActor, build_coordinator)
-    address = ask(coordinator_actor.address.remote(), what="the coordinator", timeout=PATIENCE)
-    coordinator = CoordinatorClient(address)
-    for info in hosts.infos:
-        coordinator.register_host(info)
-    assert coordinator.table() == hosts.table
+    coordinator = hosts.coordinator
+    holders = plan_placement(len(LAYERS), CONFIG.n_routed_experts, CONFIG.n_group, 2)
+    assert (hosts.table.hosts, hosts.table.holders) == (hosts.infos, holders)
+    assert coordinator.join(0, 1, -1, "").step == 0
     loads = torch.arange(len(LAYERS) * 8).reshape(len(LAYERS), 8)
     report = StepReport(worker=0, step=0, loads=loads, trunk_squared_norm=1.0)
     decision = coordinator.report(report)
@@ -227,8 +239,6 @@ def test_both_channels_equal_local_experts_and_a_commit_equals_adamw(hosts: Host
     assert [one.step for one in stats] == [1, 1]
     assert [one.kept for one in stats] == [0, 0]
     router.close()
-    coordinator.close()
-    ray.kill(coordinator_actor)
 
 
 @pytest.mark.parametrize("hosts", [2], indirect=True)
@@ -239,9 +249,8 @@ def test_a_killed_host_is_an_error_at_once(hosts: Hosts) -> None:
         router = Router(kind, "run", CONFIG, hosts.table, lambda h, k=kind: open_channel(h, k), timeout=60.0)
         router.lane(0).begin(0, 0)
         waiting.append((router, router.lane(0).dispatch(LAYERS[0], rows, idx, gates).combine()))
-    coordinator = build_coordinator()
-    for info in hosts.infos:
-        coordinator.register_host(info)
+    coordinator = hosts.coordinator
+    assert coordinator.join(0, 1, -1, "").attempt == 0
     os.kill(hosts.infos[1].pid, signal.SIGKILL)
     begin = time.monotonic()
     for router, out in waiting:
@@ -255,11 +264,15 @@ def test_a_killed_host_is_an_error_at_once(hosts: Hosts) -> None:
         lane.abandon()
         router.close()
     report = StepReport(worker=0, step=0, loads=torch.zeros(len(LAYERS), 8, dtype=torch.int64))
-    with pytest.raises(RaymoeError, match="expert host host-1 failed to prepare"):
+    with pytest.raises(Interrupted, match="host-1"):
         coordinator.report(report)
+    resume = coordinator.join(0, 1, 0, "host-1 is gone")
+    assert (resume.attempt, resume.step) == (1, 0)
+    table = coordinator.table()
+    assert table.hosts == hosts.infos[:1]
+    assert all(holders == (0,) for row in table.holders for holders in row)
     assert time.monotonic() - begin < 40
     assert HostClient(hosts.infos[0], timeout=60.0).stats().kept == 0
-    coordinator.close()
 
 
 @pytest.mark.parametrize("hosts", [1], indirect=True)
