@@ -14,6 +14,7 @@ from tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, local_expert
 from torch import Tensor
 
 from actors.expert_host import ExpertHost
+from actors.moves import Assembly
 from actors.lane import Lane
 from actors.mail import MailCall
 from actors.router import Router
@@ -280,7 +281,8 @@ def test_a_newer_table_heals(made: Callable[..., Cluster], kind: str) -> None:
         dtype=torch.float64,
         epoch=1,
     )
-    cluster.hosts[0]._held = dict.fromkeys((0, 1), cluster.hosts[0]._layers)
+    held = experts_held(cluster.holders, LAYERS, 0)
+    cluster.hosts[0].assemble(Assembly(epoch=1, experts=held, base=0))
     cluster.sites.append(Site(spare, cluster.kind))
     hosts = (cluster.infos[0], cluster.sites[-1].info)
 
