@@ -6,7 +6,6 @@ thread at the server for as long as it lasts.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -201,17 +200,24 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
     """Open a channel to a server of any machine.
 
     Raises:
-        ChannelTimeout: nobody answers in time, which is how gRPC tells that nobody listens.
+        ChannelError: nobody listens there.
+        ChannelTimeout: nobody answers in time.
     """
     channel = grpc.insecure_channel(address.removeprefix("grpc:"), options=OPTIONS)
-    ready = grpc.channel_ready_future(channel)
+    decided, found = threading.Event(), [grpc.ChannelConnectivity.IDLE]
+
+    def moved(state: grpc.ChannelConnectivity) -> None:
+        found[0] = state
+        if state not in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+            decided.set()
+
     try:
-        ready.result(timeout=timeout)
-    except grpc.FutureTimeoutError:
-        with contextlib.suppress(Exception):
-            ready.cancel()
-        channel.close()
-        raise ChannelTimeout(f"{address} does not answer within {timeout} s; is its process alive?") from None
+        channel.subscribe(moved, try_to_connect=True)
+        if not decided.wait(timeout):
+            raise ChannelTimeout(f"{address} does not answer within {timeout} s; is its process alive?")
+        channel.unsubscribe(moved)
+        if found[0] is not grpc.ChannelConnectivity.READY:
+            raise ChannelError(f"nobody listens at {address}; has its process ended?")
     except BaseException:
         channel.close()
         raise
