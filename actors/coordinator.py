@@ -140,7 +140,10 @@ class Coordinator:
 
         Raises:
             ResourceError: that takes longer than so many seconds.
+            Interrupted: experts of a training run are without a host; its workers have to join again.
         """
+        if self.training is not None:
+            return self.training.table()
         versions = self.elastic.versions
         found = versions.table(weights) if weights else versions.complete(min(timeout, _LONGEST_WAIT))
         if found is None:

@@ -169,7 +169,7 @@ class Rebalancer:
         now: dict[str, NDArray[np.int64]] = {}
         for id, (_, control) in self._hosts.hosts().items():
             with suppress(RaymoeError):
-                now[id] = np.asarray(control.loads().numpy(), dtype=np.int64)
+                now[id] = np.array(control.loads().numpy(), dtype=np.int64)  # a copy
         if self._epoch != current.epoch:
             self._epoch, self._before = current.epoch, now
             return None

@@ -119,8 +119,10 @@ class TrainingWorker:
         """Train until the coordinator says stop; after a loss on the way, from the last common step on."""
         attempt, why = -1, ""
         while True:
-            attempt = self._join(attempt, why)
+            resume, table = self._join(attempt, why)
+            attempt = resume.attempt
             try:
+                self._take_up(resume, table)
                 self._train()
                 return
             except RaymoeError as error:
@@ -128,18 +130,23 @@ class TrainingWorker:
                     raise
                 why = str(error)
 
-    def _join(self, attempt: int, why: str) -> int:
-        """Become part of the run, and what the run is at: the attempt."""
+    def _join(self, attempt: int, why: str) -> tuple[Resume, RoutingTable | None]:
+        """Become part of the run: what it is at."""
         deadline = time.monotonic() + self._patience
         while True:
             try:
                 resume = self._coordinator.join(self._rank, self._workers, attempt, why)
-                table = None if self._router is None else self._coordinator.table()
-                break
+                attempt = resume.attempt
+                return resume, None if self._router is None else self._coordinator.table()
             except RaymoeError as error:
-                if not is_loss(error) or time.monotonic() > deadline:
+                # The coordinator is away, and will be back; or a host was lost again.
+                passes = is_loss(error) or isinstance(error, Interrupted)
+                if not passes or time.monotonic() > deadline:
                     raise
-                time.sleep(_AWAY_SECONDS)  # the coordinator is away, and will be back
+                time.sleep(_AWAY_SECONDS)
+
+    def _take_up(self, resume: Resume, table: RoutingTable | None) -> None:
+        """Go to where the run is."""
         if self._router is not None and table is not None:
             self._router.set_table(table)
         if self._snapshots is not None and resume.trunk:
@@ -148,7 +155,6 @@ class TrainingWorker:
             self._begin_again(resume.directory)
         self._step = resume.step
         self._keep()
-        return resume.attempt
 
     def _train(self) -> None:
         """Steps until the run stops. Worker 0 writes down what happened."""
