@@ -14,7 +14,6 @@ from tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, local_expert
 from torch import Tensor
 
 from actors.expert_host import ExpertHost
-from actors.moves import Assembly
 from actors.lane import Lane
 from actors.mail import MailCall
 from actors.moves import Assembly
@@ -282,13 +281,8 @@ def test_a_newer_table_heals(made: Callable[..., Cluster], kind: str) -> None:
         dtype=torch.float64,
         epoch=1,
     )
-<<<<<<< HEAD
-    held = experts_held(cluster.holders, LAYERS, 0)
-    cluster.hosts[0].assemble(Assembly(epoch=1, experts=held, base=0))
-=======
     keeps = experts_held(cluster.holders, LAYERS, 0)
     cluster.hosts[0].assemble(Assembly(epoch=1, experts=keeps, base=0))
->>>>>>> coord
     cluster.sites.append(Site(spare, cluster.kind))
     hosts = (cluster.infos[0], cluster.sites[-1].info)
 
