@@ -31,11 +31,17 @@ _T = TypeVar("_T")
 class _Process(Generic[_T]):
     """Builds once; remembers the error if that fails."""
 
-    def __init__(self, build: Callable[[], _T], interface: str | None = None, port: int = 0) -> None:
+    def __init__(self, build: Callable[[], _T] | None, interface: str | None = None, port: int = 0) -> None:
         self._interface = interface or _node_ip()
         self._port = port
         self._error: Exception | None = None
         self._built: Any = None
+        if build is not None:
+            self.begin(build, port)
+
+    def begin(self, build: Callable[[], _T], port: int) -> None:
+        """Build, in a process that was started without anything to build."""
+        self._port = port
         try:
             self._built = self._open(build())
         except Exception as error:
@@ -84,9 +90,9 @@ class _CoordinatorProcess(_Process[Coordinator]):
         return ControlServer(register, host=self._interface, port=self._port, threads=plain.workers + 64)
 
     def address(self) -> str:
-        """What `CoordinatorClient` takes."""
-        address: str = self._running().address
-        return address
+        """What `CoordinatorClient` takes; empty as long as the process stands by."""
+        running = self._running()
+        return "" if running is None else str(running.address)
 
     def close(self) -> None:
         if self._built is not None:
@@ -116,7 +122,7 @@ RouterActor = ray.remote(max_restarts=0)(_RouterProcess)
 
 def start(
     actor: Any,
-    build: Callable[[], Any],
+    build: Callable[[], Any] | None,
     *,
     interface: str | None = None,
     port: int = 0,
@@ -127,7 +133,7 @@ def start(
     """Start one of the actors, spread over the cluster's nodes; returns its handle at once.
 
     Args:
-        build: makes the plain class; called in the actor's process.
+        build: makes the plain class; called in the actor's process. None: the process waits for `begin`.
         interface: that it listens on; None takes the address that Ray knows its node by.
         port: that it listens on, where it has one for control calls alone; 0 takes a free one.
         cpus, gpus: what Ray reserves.

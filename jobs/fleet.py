@@ -8,6 +8,7 @@ last.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -33,6 +34,7 @@ NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
 
 _PAUSE = 0.1  # seconds between two reports
 _CALL_SECONDS = 10.0
+_STANDBY_SECONDS = 5.0  # that a job has run for before a process stands by: short ones do without
 _CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
 
 
@@ -74,6 +76,8 @@ class Fleet:
     _stopped: list[str] = field(default_factory=list)
     _next: int = 0
     _next_census: float = 0.0
+    _standby: Any = None
+    _standby_at: float = math.inf
     _closing: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -98,6 +102,7 @@ class Fleet:
         except BaseException:
             self.close()
             raise
+        self._standby_at = time.monotonic() + _STANDBY_SECONDS
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
         self._thread.start()
         return self.address
@@ -109,7 +114,7 @@ class Fleet:
             self._thread.join()
         if self._client is not None:
             self._client.close()
-        for actor in [self._coordinator, *(host.actor for host in self._hosts.values())]:
+        for actor in [self._coordinator, self._standby, *(host.actor for host in self._hosts.values())]:
             if actor is not None:
                 with suppress(RayError):
                     ray.kill(actor)
@@ -122,6 +127,8 @@ class Fleet:
             try:
                 self._look()
                 self._follow_nodes(self._obey())
+                if self._standby is None and time.monotonic() > self._standby_at:
+                    self._standby = self._coordinator_process(None)
             except RaymoeError:
                 if not self._alive(self._coordinator):
                     self._replace_coordinator()
@@ -222,13 +229,31 @@ class Fleet:
     # --- the coordinator
 
     def _start_coordinator(self) -> None:
-        port = int(self.address.rpartition(":")[2]) if self.address else 0
+        build = _Succeeding(self.coordinator, self._state)
+        standby, self._standby = self._standby, None
+        if standby is None:
+            self._coordinator = self._coordinator_process(build)
+            return
+        self._coordinator = standby
+        self._standby_at = time.monotonic() + _STANDBY_SECONDS
+        ask(
+            standby.begin.remote(build, self._port),
+            what="the coordinator",
+            timeout=self.cluster.start_timeout,
+        )
+
+    @property
+    def _port(self) -> int:
+        return int(self.address.rpartition(":")[2]) if self.address else 0
+
+    def _coordinator_process(self, build: Callable[[], Coordinator] | None) -> Any:
+        """A coordinator, or a process that stands by to become one without the time that its start takes."""
         here = ray.get_runtime_context().get_node_id()
-        self._coordinator = start(
+        return start(
             CoordinatorActor,
-            _Succeeding(self.coordinator, self._state),
+            build,
             interface=self.cluster.interface,
-            port=port,
+            port=self._port,
             # Where the fleet is: so its address stays as long as there is somebody to start it anew.
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             name=f"{COORDINATOR}{uuid.uuid4().hex[:8]}",

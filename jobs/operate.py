@@ -80,7 +80,8 @@ def find_coordinator(address: str | None, *, debug: bool = False) -> str:
         found = []
         for name in names:
             actor = ray.get_actor(name, namespace=NAMESPACE)
-            found.append(ask(actor.address.remote(), what="the coordinator", timeout=_ASK_SECONDS))
+            at = ask(actor.address.remote(), what="the coordinator", timeout=_ASK_SECONDS)
+            found += [at] if at else []  # others stand by
     if len(found) != 1:
         what = f"{len(found)} jobs with a coordinator run" if found else "no job with a coordinator runs"
         which = f": {', '.join(at.removeprefix('grpc:') for at in found)}" if found else ""

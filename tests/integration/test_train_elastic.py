@@ -91,11 +91,15 @@ class Run:
         self.pauses.append(time.monotonic() - began)
 
     def kill(self, title: str, source: random.Random) -> None:
-        """SIGKILL for one of its processes of this title, as soon as there is one."""
+        """SIGKILL for one of its processes of this title, as soon as there is one.
+
+        Of coordinators the oldest one: others stand by.
+        """
         while not (found := [p for p in family(self.process) if title in _title(p)]):
             assert self.process.poll() is None, "".join(self._said)
             time.sleep(0.05)
-        source.choice(sorted(found, key=lambda p: p.pid)).kill()
+        found.sort(key=lambda p: p.create_time())
+        (found[0] if title == COORDINATOR else source.choice(found)).kill()
 
     def finish(self) -> list[float]:
         """Its losses, step by step."""
