@@ -18,6 +18,7 @@ from actors.coordinator_client import AdminClient
 from jobs.metrics import METRICS_FILE, read_metrics
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.timeout(600),
     # Ray's own cluster helper leaves its log files and pipes to the interpreter's end.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

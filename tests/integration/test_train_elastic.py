@@ -205,6 +205,7 @@ def test_hosts_come_and_go_between_steps(corpus: Path, tmp_path: Path) -> None:
     assert differ(got, expected[: len(got)]) <= 1e-9
 
 
+@pytest.mark.soak
 def test_a_host_that_hangs_is_given_up(corpus: Path, whole: Path, tmp_path: Path) -> None:
     run = Run(corpus, tmp_path / "run")
     try:
