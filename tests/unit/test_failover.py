@@ -156,6 +156,12 @@ class Cluster(TinyCluster):
             site.server.close()
 
 
+@pytest.fixture(autouse=True)
+def _a_busy_machine_lets_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost host is gone around for as long as a test takes."""
+    monkeypatch.setattr("actors.router._SHUNNED", 600.0)
+
+
 @pytest.fixture
 def made() -> Iterator[Callable[..., Cluster]]:
     clusters: list[Cluster] = []
