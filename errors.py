@@ -8,6 +8,7 @@
     ├── ResourceError         the cluster cannot give what the configuration asks for
     │   └── QueueFull         as many requests wait as may; one comes back later
     ├── Interrupted           a training step is given up, to begin again at a common one
+    ├── WorkersLost           another worker's process is gone, and all are started anew
     ├── ChannelError          a peer could not be reached, or hung up
     │   ├── ChannelTimeout    no answer before the deadline
     │   └── RemoteError       the peer answered with an error of its own
@@ -56,6 +57,10 @@ class QueueFull(ResourceError):
     """As many requests wait as may: come back later."""
 
 
+class WorkersLost(RaymoeError):
+    """Another worker's process is gone, and with it the group that sums gradients."""
+
+
 class ChannelError(RaymoeError):
     """A peer could not be reached, or hung up in the middle of a call."""
 
@@ -89,6 +94,11 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, ChannelError) and not isinstance(error, RemoteError)
 
 
+def gives_way(error: BaseException) -> bool:
+    """Whether a training step is given up for an error, to join the run again, and not the run."""
+    return is_loss(error) or isinstance(error, Interrupted | StaleEpoch)
+
+
 __all__ = [
     "ChannelError",
     "ChannelTimeout",
@@ -103,5 +113,7 @@ __all__ = [
     "ResourceError",
     "StaleEpoch",
     "UsageError",
+    "WorkersLost",
+    "gives_way",
     "is_loss",
 ]

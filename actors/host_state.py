@@ -215,8 +215,6 @@ class HostState:
         """
         if not self._trains:
             raise ProtocolError(f"expert host {self.id} does not train: it has no step to copy")
-        # Two copies are kept: one that no buddy has yet must not be the only one of its step.
-        self._pusher.settle(self._commit_timeout)
         version = self._versions.current
         self._versions.settle(version, step, self._commit_timeout)
         with self._snapping:

@@ -20,22 +20,14 @@ class Pusher:
     def __init__(self, connect: Callable[[HostInfo], Peer]) -> None:
         self._connect = connect
         self._turn = threading.Lock()
-        self._last: threading.Thread | None = None
-
-    def settle(self, timeout: float) -> None:
-        """Wait until the last copy is where it was to go, or could not be sent; so many seconds at most."""
-        if self._last is not None:
-            self._last.join(timeout)
 
     def push(self, copy: Copy, buddies: Sequence[HostInfo]) -> None:
         """Begin; what becomes of it is written to `copy.pushes`."""
         copy.pushes = dict.fromkeys((buddy.id for buddy in buddies), None)
         if buddies:
-            arguments = (copy, tuple(buddies))
-            self._last = threading.Thread(
-                target=self._push, args=arguments, name=f"push-{copy.step}", daemon=True
-            )
-            self._last.start()
+            threading.Thread(
+                target=self._push, args=(copy, tuple(buddies)), name=f"push-{copy.step}", daemon=True
+            ).start()
 
     def _push(self, copy: Copy, buddies: Sequence[HostInfo]) -> None:
         with self._turn:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actors.common_snapshot import DECISIONS, buddies
 from actors.elastic import Elastic
-from actors.moves import Blob
+from actors.moves import EXPERTS, Blob
 from actors.roster import failed_on
 from actors.steps import HostControl, StepDecision
 from cluster.topology import HostInfo
@@ -29,6 +29,7 @@ class StepHosts:
     def __init__(self, elastic: Elastic | None) -> None:
         self.elastic = elastic
         self._commits: list[tuple[HostInfo, Future[None]]] = []
+        self._kept: tuple[int, dict[str, str]] = (-1, {})  # the last snapshot: step, host -> its keeper
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="steps")
 
     @property
@@ -86,6 +87,7 @@ class StepHosts:
         assert self.elastic is not None
         members = self.elastic.hosts()
         keepers = buddies([(id, info.node) for id, (info, _) in members.items()])
+        self._kept = (step, keepers)
         blob = Blob(name=DECISIONS, step=step, tensors={"bias": bias})
         before = {info.id: commit for info, commit in self._commits}
 
@@ -99,6 +101,21 @@ class StepHosts:
 
         copies = [(info, self._submit(keep, id, host)) for id, (info, host) in members.items()]
         self._commits = [*self._commits, *copies]
+
+    def copied(self) -> bool:
+        """Whether all copies of the last snapshot are with their keepers, or could not be sent.
+
+        Hosts keep two steps: a third one too soon would leave none that all of them have.
+        """
+        step, keepers = self._kept
+        members = {} if self.elastic is None else self.elastic.hosts()
+        for id, keeper in keepers.items():
+            with suppress(RaymoeError):
+                for stored in members[id][1].inventory() if id in members else ():
+                    mine = (stored.kind, stored.of, stored.step) == (EXPERTS, id, step)
+                    if mine and keeper not in stored.pushed and keeper not in stored.failed:
+                        return False
+        return True
 
     def save(self, directory: str) -> list[str]:
         """Let all write their part of a checkpoint; the files' names."""

@@ -56,6 +56,10 @@ class TrainingPlan:
     checkpoint_interval: int = 0
     snapshot_interval: int = 0
 
+    def keeps(self, step: int) -> bool:
+        """Whether a snapshot is due after so many steps."""
+        return self.snapshot_interval > 0 and step % self.snapshot_interval == 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepReport:

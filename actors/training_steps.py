@@ -241,17 +241,23 @@ class TrainingSteps:
         """Let all hosts write their part of the checkpoint after `step` steps; the files' names.
 
         Raises:
+            Interrupted: the run is being brought back to a common step, or has been.
             ProtocolError: the run is at another step.
             RaymoeError: a host failed to commit or to write.
         """
-        with self._changed:
-            self._raise_failure()
-            self._raise_interrupted(self._attempt)
-            if step != self._step:
-                raise ProtocolError(
-                    f"a checkpoint after {step} steps was asked for, the run is at {self._step}"
-                )
-        return self._hosts.save(directory)
+        with self._deciding:  # so no recovery changes the hosts meanwhile
+            with self._changed:
+                self._raise_failure()
+                attempt = self._attempt
+                self._raise_interrupted(attempt)
+                if step != self._step:
+                    kind = Interrupted if attempt else ProtocolError
+                    raise kind(f"a checkpoint after {step} steps was asked for, the run is at {self._step}")
+            files = self._hosts.save(directory)
+            if self._elastic is not None:
+                self.table()  # a host that is lost has written nothing
+            self._go_on(attempt)
+        return files
 
     def bias(self) -> Tensor:
         """[L, E] float32, the gates' bias of the current step."""
@@ -295,7 +301,7 @@ class TrainingSteps:
             experts_squared=squared,
             epoch=self._hosts.epoch,
             stop=self._stop,
-            keeps=self._elastic is not None,
+            keeps=self._elastic is not None and self._plan.keeps(step + 1) and self._hosts.copied(),
         )
         self._go_on(attempt)
         self._hosts.commit(decision, lambda text, error: self._failed(text, error, attempt))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actors.lane import LaneCounters
 from actors.steps import StepDecision, StepReport
-from errors import Interrupted, RaymoeError, is_loss
+from errors import Interrupted, RaymoeError, gives_way
 from model.balance_loss import BalanceWeights
 from model.experts import Experts
 from model.losses import Evaluation, Losses, evaluation_loss, training_loss
@@ -123,6 +123,7 @@ class TrunkWorker:
 
     Args:
         rank: of this worker, from 0.
+        workers: that there are.
         model: the trunk; its parameters belong to `optimizer`.
         lanes: one for each microbatch in flight.
         reducer: sums gradients over the workers.
@@ -134,6 +135,7 @@ class TrunkWorker:
         self,
         *,
         rank: int,
+        workers: int = 1,
         model: Transformer,
         optimizer: AdamW,
         lanes: Sequence[StepLane],
@@ -141,7 +143,8 @@ class TrunkWorker:
         experts: ExpertsInProcess | None = None,
         recompute: bool = False,
     ) -> None:
-        self._rank = rank
+        self._rank, self._workers = rank, workers
+        self.attempt = 0  # of the run, see `actors.training_steps`
         self._model = model
         self._optimizer = optimizer
         self._lanes = tuple(lanes)
@@ -189,10 +192,10 @@ class TrunkWorker:
             for losses, loads in self._over_lanes(inputs.step, inputs.microbatches, work):
                 sums.add(losses, loads, self._layers)
         except RaymoeError as error:
-            if not is_loss(error):
+            if not gives_way(error):
                 raise
             loss = error
-        self._agree(loss)
+        self.agree(loss)
         after = self._counted()
         gradients = list(self._optimizer.gradient_buffers())
         if self._experts is not None:
@@ -244,14 +247,29 @@ class TrunkWorker:
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
 
-    def _agree(self, loss: RaymoeError | None) -> None:
-        """Whoever lost a host says so before all wait for one another's gradients."""
-        lost = torch.tensor([0.0 if loss is None else 1.0])
-        self._reducer.all_reduce([lost])
-        if loss is not None:
-            raise loss
-        if float(lost):
-            raise Interrupted("another worker has lost an expert host")
+    def agree(self, loss: RaymoeError | None = None) -> None:
+        """All workers come here before they sum something up: whoever has given up says so.
+
+        They are all of one attempt when this returns, since sums of different ones must not meet.
+
+        Args:
+            loss: why this one has given up.
+
+        Raises:
+            RaymoeError: the loss.
+            Interrupted: another worker has given up, or the run has begun again.
+        """
+        while True:
+            said = torch.zeros(self._workers, 2, dtype=torch.int64)
+            said[self._rank] = torch.tensor([self.attempt, loss is not None])
+            self._reducer.all_reduce([said])
+            if loss is not None:
+                raise loss
+            newest = int(said[:, 0].max())
+            if self.attempt < newest or (said[:, 1].any() and bool((said[:, 0] == newest).all())):
+                raise Interrupted("another worker has lost an expert host")
+            if bool((said[:, 0] == newest).all()):
+                return
 
     def _counted(self) -> LaneCounters:
         total = LaneCounters()

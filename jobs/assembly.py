@@ -298,6 +298,7 @@ def assemble_worker(
     )
     trunk = TrunkWorker(
         rank=rank,
+        workers=workers or training.workers,
         model=model,
         optimizer=optimizer,
         lanes=[router.lane(i) for i in range(training.microbatches_in_flight)],
@@ -324,6 +325,7 @@ def assemble_worker(
         begin_again=begin_again if host is None else None,
         reducer=reducer,
         patience=config.cluster.start_timeout,
+        begun_with=start.weights,
     )
     return Assembled(worker=worker, trunk=trunk, router=router, snapshots=snapshots)
 

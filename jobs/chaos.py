@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import psutil
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.clients import HostClient
@@ -50,6 +51,7 @@ TITLES: Final = {
 """Kind of process -> what its title has in it."""
 
 _SECONDS: Final = {Kind.STOP: 10.0, Kind.SLOW: 5.0}
+_LONGEST: Final = max(_SECONDS.values())
 _PULSE: Final = 0.1  # seconds of a pulse of SLOW, of which the process stands still for most
 _STILL: Final = 0.8
 
@@ -95,15 +97,18 @@ def run_chaos(
         Each fault with the process that it was for, and how it went.
     """
     began = time.monotonic()
-    done = []
+    done: list[dict[str, Any]] = []
+    tasks: list[Any] = []  # what is stopped is let go on by these, so they have to end
     for fault in faults:
         time.sleep(max(0.0, began + fault.at - time.monotonic()))
         try:
-            how = _drop(job, fault) if fault.kind is Kind.DROP else _signal(fault)
-        except RaymoeError as error:
-            how = f"not done: {error}"
+            how = _drop(job, fault) if fault.kind is Kind.DROP else _signal(fault, tasks)
+        except (RaymoeError, RayError) as error:
+            how = f"not done: {str(error).strip().splitlines()[0]}"
         tell(f"{time.monotonic() - began:7.2f} s  {fault.kind} {fault.target}: {how}")
         done.append({**asdict(fault), "how": how})
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=2 * _LONGEST)
     return done
 
 
@@ -123,7 +128,7 @@ def _drop(job: AdminClient, fault: Fault) -> str:
     return f"connections of {host.id}"
 
 
-def _signal(fault: Fault) -> str:
+def _signal(fault: Fault, tasks: list[Any]) -> str:
     """Let the node of a process do it."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     found = []
@@ -133,7 +138,7 @@ def _signal(fault: Fault) -> str:
     if not found:
         return "not done: there is none"
     node, pid = found[int(fault.pick * len(found))]
-    _on(node, _do).remote(pid, str(fault.kind), _SECONDS.get(fault.kind, 0.0))
+    tasks.append(_on(node, _do).remote(pid, str(fault.kind), _SECONDS.get(fault.kind, 0.0)))
     return f"process {pid} on node {node[:8]}"
 
 

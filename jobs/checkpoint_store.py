@@ -54,11 +54,13 @@ class CheckpointStore:
     Args:
         directory: made when the first checkpoint begins.
         keep: complete checkpoints that stay.
+        needed: one that stays as well.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2) -> None:
+    def __init__(self, directory: Path, *, keep: int = 2, needed: Path | None = None) -> None:
         self._directory = directory
         self._keep = keep
+        self._needed = None if needed is None else needed.resolve()
 
     def begin(self, step: int) -> Path:
         """An empty directory in the making, for all owners to write into."""
@@ -85,7 +87,8 @@ class CheckpointStore:
         _sync(self._directory)
         others = [path for path in self.complete() if path != final]
         for old in others[: max(0, len(others) - self._keep + 1)]:
-            self._delete(old)
+            if old.resolve() != self._needed:
+                self._delete(old)
         return final
 
     def _delete(self, checkpoint: Path) -> None:

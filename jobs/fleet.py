@@ -27,7 +27,7 @@ from actors.expert_host import ExpertHost
 from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
 from cluster.config import ClusterConfig
 from cluster.topology import HostInfo
-from errors import ConfigError, RaymoeError, ResourceError
+from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
 
 NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
 """Where the actors of coordinators are found, and what their names begin with."""
@@ -157,7 +157,8 @@ class Fleet:
                         f"the {self.cluster.cpus_per_host:g} CPUs that cluster.cpus_per_host asks for"
                     )
             except RaymoeError as error:
-                if host.info is not None and self._alive(host.actor):  # the coordinator is away
+                refused = isinstance(error, ProtocolError)  # it was there, and has been retired
+                if host.info is not None and not refused and self._alive(host.actor):  # coordinator away
                     host.info = None
                     raise
                 self._failed[id] = str(error)

@@ -79,7 +79,10 @@ def find_coordinator(address: str | None, *, debug: bool = False) -> str:
         ]
         found = []
         for name in names:
-            actor = ray.get_actor(name, namespace=NAMESPACE)
+            try:
+                actor = ray.get_actor(name, namespace=NAMESPACE)
+            except ValueError:  # it has died since
+                continue
             at = ask(actor.address.remote(), what="the coordinator", timeout=_ASK_SECONDS)
             found += [at] if at else []  # others stand by
     if len(found) != 1:
@@ -105,11 +108,11 @@ def shown(status: dict[str, Any]) -> Group:
             host["id"],
             state,
             host["node"][:8],
-            host["channel"],
             str(host["pid"]),
             str(host["experts"]),
             str(host["in_flight"]),
             f"{host['rows']:,}",
+            host["channel"],
         )
     what = "serves" if status["mode"] == "serve" else f"trains, at step {status['step']}"
     head = Text(

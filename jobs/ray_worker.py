@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from actors.coordinator_client import CoordinatorClient
 from actors.trunk import Reducer, SingleWorker
-from errors import RaymoeError
+from cluster.topology import RoutingTable
+from errors import RaymoeError, WorkersLost, gives_way
 from jobs.assembly import Start, assemble_worker, compute_threads
 from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import connector
+
+_AGAIN_SECONDS = 0.1  # between two questions for a table that is not whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,24 @@ class ProcessGroupReducer:
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """See `Reducer.all_reduce`."""
-        pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for work in pending:
-            work.wait()
+        try:
+            pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for work in pending:
+                work.wait()
+        except RuntimeError as error:  # how gloo says that a peer has hung up
+            raise WorkersLost(f"the workers' process group is broken: {error}") from error
+
+
+def _table(coordinator: CoordinatorClient, config: RunConfig) -> RoutingTable:
+    """The routing table, as soon as every expert has a host."""
+    deadline = time.monotonic() + config.cluster.start_timeout
+    while True:
+        try:
+            return coordinator.table()
+        except RaymoeError as error:
+            if not gives_way(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_AGAIN_SECONDS)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -66,7 +85,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             start=given.start,
             output=Path(given.output),
             coordinator=coordinator,
-            table=coordinator.table() if config.cluster.expert_hosts else None,
+            table=_table(coordinator, config) if config.cluster.expert_hosts else None,
             connect=connector(config.cluster),
             reducer=reducer,
             workers=workers,
@@ -75,6 +94,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             made.worker.run()
         finally:
             made.close()
+    except WorkersLost:
+        raise  # Ray Train starts all workers anew
     except Exception as error:
         # The others wait in the coordinator for this worker's report: tell them that none will come.
         text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -260,7 +260,11 @@ class _Watch:
                     self._note(
                         "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
                     )
-                    self._coordinator.request_stop()
+                if stopping:
+                    with suppress(
+                        RaymoeError
+                    ):  # again and again: a coordinator that was lost has not heard it
+                        self._coordinator.request_stop()
                 if self._interrupts > 1:
                     raise KeyboardInterrupt
                 self._show()

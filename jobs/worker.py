@@ -20,7 +20,7 @@ from actors.steps import Resume, StepDecision, StepMetrics, StepReport
 from actors.trunk import Microbatch, Reducer, SingleWorker, StepInputs, TrunkWorker
 from actors.trunk_snapshots import TrunkSnapshots
 from cluster.topology import RoutingTable
-from errors import Interrupted, RaymoeError, is_loss
+from errors import Interrupted, RaymoeError, gives_way
 from jobs.batches import microbatch_rows, microbatches_of_worker, rows_of_step
 from jobs.checkpoint_store import CheckpointStore, TrainingState
 from jobs.config import RunConfig
@@ -79,6 +79,7 @@ class TrainingWorker:
         snapshots: the trunk's states in memory; None with experts in this process.
         begin_again: goes back to a checkpoint, or with an empty name to what the run began with.
         patience: seconds to wait for a coordinator that is away.
+        begun_with: the checkpoint that the run began with, which new processes of it read.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class TrainingWorker:
         begin_again: Callable[[str], None] | None = None,
         reducer: Reducer | None = None,
         patience: float = 120.0,
+        begun_with: Path | None = None,
     ) -> None:
         self._config = config
         self._data = data
@@ -112,7 +114,7 @@ class TrainingWorker:
         self._router, self._snapshots, self._begin_again = router, snapshots, begin_again
         self._patience = patience
         self._reducer = reducer or SingleWorker()
-        self._store = CheckpointStore(output / "checkpoints", keep=config.checkpoint.keep)
+        self._store = CheckpointStore(output / "checkpoints", keep=config.checkpoint.keep, needed=begun_with)
         self._validation: Validation | None = None
 
     def run(self) -> None:
@@ -126,7 +128,7 @@ class TrainingWorker:
                 self._train()
                 return
             except RaymoeError as error:
-                if not is_loss(error) and not isinstance(error, Interrupted):
+                if not gives_way(error):
                     raise
                 why = str(error)
 
@@ -140,8 +142,7 @@ class TrainingWorker:
                 return resume, None if self._router is None else self._coordinator.table()
             except RaymoeError as error:
                 # The coordinator is away, and will be back; or a host was lost again.
-                passes = is_loss(error) or isinstance(error, Interrupted)
-                if not passes or time.monotonic() > deadline:
+                if not gives_way(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(_AWAY_SECONDS)
 
@@ -153,17 +154,18 @@ class TrainingWorker:
             self._snapshots.restore(resume.step, resume.trunk)
         elif resume.directory is not None and self._begin_again is not None:
             self._begin_again(resume.directory)
-        self._step = resume.step
+        self._step, self._trunk.attempt = resume.step, resume.attempt
         self._keep()
 
     def _train(self) -> None:
         """Steps until the run stops. Worker 0 writes down what happened."""
         if self._rank:
             self._loop(None)
-            return
-        tensorboard = self._config.training.tensorboard
-        with MetricsWriter(self._output, first_step=self._step, tensorboard=tensorboard) as writer:
-            self._loop(writer)
+        else:
+            tensorboard = self._config.training.tensorboard
+            with MetricsWriter(self._output, first_step=self._step, tensorboard=tensorboard) as writer:
+                self._loop(writer)
+        self._trunk.agree()  # until the last checkpoint is there, a loss may need all of them again
 
     def _keep(self) -> None:
         """Keep the trunk in memory, so that the run can go back to here."""
@@ -181,8 +183,6 @@ class TrainingWorker:
             self._step, stop = decision.step + 1, decision.stop
             if self._router is not None and decision.epoch != self._router.table.epoch:
                 self._router.set_table(self._coordinator.table())
-            if decision.snapshot:
-                self._keep()
             last = self._step >= self._config.training.steps
             if last or (interval and self._step % interval == 0):
                 self._evaluate(everything=last)
@@ -190,6 +190,8 @@ class TrainingWorker:
                 self._write(writer, decision, seconds)
             if decision.checkpoint:
                 self._checkpoint(decision)
+            if decision.snapshot:  # at last: whoever comes back to this step has nothing left to do for it
+                self._keep()
 
     def inputs(self, step: int) -> StepInputs:
         """This worker's microbatches of a step: a function of the step alone."""
@@ -215,10 +217,15 @@ class TrainingWorker:
         # Nothing is kept for a backward pass, so short rows can go through many at once.
         size = max(training.microbatch_size, _EVALUATED_AT_ONCE // corpus.sequence_length)
         starts = range(self._rank * size, n_rows, self._workers * size)
-        judged, loads = self._trunk.evaluate(
-            self._step,
-            [_microbatch(corpus, at, range(at, min(at + size, n_rows))) for at in starts],
-        )
+        rows = [_microbatch(corpus, at, range(at, min(at + size, n_rows))) for at in starts]
+        loss: RaymoeError | None = None
+        try:
+            judged, loads = self._trunk.evaluate(self._step, rows)
+        except RaymoeError as error:
+            if not gives_way(error):
+                raise
+            loss = error
+        self._trunk.agree(loss)
         depth = self._config.model.num_nextn_predict_layers
         sums = torch.zeros(2 + 2 * depth, dtype=torch.float64)
         for one in judged:
@@ -239,7 +246,10 @@ class TrainingWorker:
             _write_json(self._output / VALIDATION_FILE, values)
 
     def _write(self, writer: MetricsWriter, decision: StepDecision, seconds: float) -> None:
-        step = self._coordinator.metrics(decision.step - 1)[0]
+        found = self._coordinator.metrics(decision.step - 1)
+        if not found:  # the coordinator that decided it is gone
+            raise Interrupted(f"nobody knows the figures of step {decision.step}; it is done again")
+        step = found[0]
         violation = step.max_violation
         values: dict[str, Any] = {
             "step": self._step,

@@ -147,14 +147,14 @@ class ExpertPool:
             else:
                 epoch = self._last_epoch = self._last_epoch + 1
             await self._rollout.prepare(Version(epoch=epoch, directory=directory, name=name))
+            if hosts is not None:
+                await asyncio.to_thread(hosts.publish, epoch)
         except BaseException:
             self._rollout.abandon()
             if hosts is not None:
                 with suppress(RaymoeError):  # what a host keeps, it drops at the next reload
                     await asyncio.to_thread(hosts.retire)
             raise
-        if hosts is not None:
-            await asyncio.to_thread(hosts.publish, epoch)
         await self._rollout.exchange()
         if hosts is not None:
             # No replica is left whose step could ask for the old ones.

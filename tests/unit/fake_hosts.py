@@ -174,7 +174,10 @@ class FakeHost:
 
     def inventory(self) -> list[Stored]:
         self._up()
-        own = [Stored(kind=EXPERTS, of=of, step=step, experts=held) for (of, step), held in self.kept.items()]
+        own = [
+            Stored(kind=EXPERTS, of=of, step=step, experts=held, pushed=tuple(self.world))
+            for (of, step), held in self.kept.items()
+        ]
         return own + [Stored(kind=name, of=name, step=step) for name, step in self.blobs]
 
 
