@@ -23,10 +23,13 @@ class TrunkRequest(google.protobuf.message.Message):
     OUTPUT_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     LIMIT_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
     id: builtins.str
-    """Unique, and the name of the lease that Serve gave for it (jobs/serving/leases.py)."""
+    """Unique."""
     limit: builtins.int
     """Refuse with RESOURCE_EXHAUSTED if so many requests wait."""
+    lease: builtins.str
+    """Name of the call by which Serve counts the request at this replica (jobs/serving/routes.py)."""
     @property
     def prompt(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -43,9 +46,10 @@ class TrunkRequest(google.protobuf.message.Message):
         output: collections.abc.Iterable[builtins.int] | None = ...,
         sampling: global___Sampling | None = ...,
         limit: builtins.int | None = ...,
+        lease: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_limit", b"_limit", "limit", b"limit", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_limit", b"_limit", "id", b"id", "limit", b"limit", "output", b"output", "prompt", b"prompt", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_limit", b"_limit", "id", b"id", "lease", b"lease", "limit", b"limit", "output", b"output", "prompt", b"prompt", "sampling", b"sampling"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_limit", b"_limit"]) -> typing.Literal["limit"] | None: ...
 
 global___TrunkRequest = TrunkRequest

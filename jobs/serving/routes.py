@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
+
+from jobs.serving.trunks import Lease
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -12,25 +16,51 @@ if TYPE_CHECKING:
 _ASK_AGAIN_SECONDS = 1.0  # a replica that hangs may have been asked
 _ASKED_AT_MOST = 3
 _RETRY_SECONDS = 0.05
+_REUSE_SECONDS = 0.5  # well below what a replica keeps a lease open for
+_LONGEST_SECONDS = 10.0  # so that Serve is asked again: its replicas change
 
 
 class ServeRoutes:
-    """As Serve's own router picks them, by their load.
+    """As Serve's own router picks replicas, by their load.
+
+    A call to Serve takes some milliseconds. A request that comes soon after another one has ended goes
+    without, to where that one was: there is room now.
 
     Args:
         trunk: handle of the deployment.
+        clock: seconds.
     """
 
-    def __init__(self, trunk: DeploymentHandle) -> None:
+    def __init__(self, trunk: DeploymentHandle, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._hold = trunk.options(stream=True).hold
+        self._clock = clock
+        self._free: list[tuple[float, Lease]] = []
 
-    async def take(self, name: str) -> tuple[str, object]:
+    async def take(self) -> Lease:
         """See `jobs.serving.trunks.Routes`."""
-        asked: set[asyncio.Task[tuple[str, object]]] = set()
+        now = self._clock()
+        while self._free:
+            since, lease = self._free.pop()
+            if now - since > _REUSE_SECONDS:
+                self._free.clear()  # the others have been free for longer
+            elif now - lease.began <= _LONGEST_SECONDS:
+                return lease
+        return await self._ask_serve()
+
+    def give_back(self, lease: Lease) -> None:
+        """See `jobs.serving.trunks.Routes`."""
+        self._free.append((self._clock(), lease))
+
+    def lost(self, lease: Lease) -> None:
+        """See `jobs.serving.trunks.Routes`."""
+        self._free = [one for one in self._free if one[1].address != lease.address]
+
+    async def _ask_serve(self) -> Lease:
+        asked: set[asyncio.Task[Lease]] = set()
         try:
             while True:
                 if len(asked) < _ASKED_AT_MOST:
-                    asked.add(asyncio.create_task(self._ask(name)))
+                    asked.add(asyncio.create_task(self._ask_once()))
                 done, asked = await asyncio.wait(
                     asked, timeout=_ASK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -43,13 +73,15 @@ class ServeRoutes:
             for one in asked:
                 one.cancel()
 
-    async def _ask(self, name: str) -> tuple[str, object]:
-        lease: AsyncIterator[Any] = self._hold.remote(name)
+    async def _ask_once(self) -> Lease:
+        name = uuid.uuid4().hex
+        call: AsyncIterator[Any] = self._hold.remote(name)
         try:
-            return await anext(lease), lease
+            address = await anext(call)
         except asyncio.CancelledError:
-            lease.cancel()  # type: ignore[attr-defined]
+            call.cancel()  # type: ignore[attr-defined]
             raise
+        return Lease(name=name, address=address, began=self._clock(), call=call)
 
 
 __all__ = ["ServeRoutes"]

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -17,42 +18,53 @@ from jobs.serving.trunk_messages import delta_message, sampling_params
 from protos import trunk_pb2_grpc
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus, TrunkStatusRequest
 
-_UNUSED_SECONDS = 15.0
+_UNUSED_SECONDS = 15.0  # before a lease's first request
+_IDLE_SECONDS = 1.0  # after one
+
+
+@dataclass(slots=True)
+class _Lease:
+    requests: int = 0
+    patience: float = _UNUSED_SECONDS
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Leases:
-    """The requests that Serve has sent here, by their names: each is open as long as its gRPC call is.
+    """The calls by which Serve counts requests here: each lasts as long as a request does, and a bit longer.
 
     Serve counts its own calls, to balance them, to scale, and to let a replica end when it has none. So there
-    is one of those for each request, and it lasts as long.
+    is one of those for each request that is under way; one that comes soon after another takes its over.
     """
 
     def __init__(self) -> None:
-        self._ended: dict[str, asyncio.Event] = {}
-        self._in_use: set[str] = set()
+        self._open: dict[str, _Lease] = {}
 
     async def hold(self, name: str, address: str) -> AsyncGenerator[str, None]:
-        """Gives the address, and lasts until the request ends; one that does not begin in time is none."""
-        ended = self._ended.setdefault(name, asyncio.Event())
+        """Gives the address, and lasts until no request has used the lease for a while."""
+        lease = self._open.setdefault(name, _Lease())
         try:
             yield address
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), _UNUSED_SECONDS)
-            if name in self._in_use:
-                await ended.wait()
+            while True:
+                lease.changed.clear()
+                async with asyncio.timeout(None if lease.requests else lease.patience):
+                    await lease.changed.wait()
+        except TimeoutError:
+            return
         finally:
-            self._ended.pop(name, None)
+            self._open.pop(name, None)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Around a request."""
-        self._in_use.add(name)
+        """Around a request; its lease may have ended, then Serve does not count it."""
+        lease = self._open.get(name, _Lease())
+        lease.requests += 1
+        lease.changed.set()
         try:
             yield
         finally:
-            self._in_use.discard(name)
-            if name in self._ended:
-                self._ended[name].set()
+            lease.requests -= 1
+            lease.patience = _IDLE_SECONDS
+            lease.changed.set()
 
 
 class TrunkService(trunk_pb2_grpc.TrunkServicer):
@@ -75,7 +87,7 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
         self, request: TrunkRequest, context: Any
     ) -> None:
         """See trunk.proto."""
-        with self._leases.using(request.id):
+        with self._leases.using(request.lease):
             try:
                 async for message in self._deltas(request):
                     await context.write(message)

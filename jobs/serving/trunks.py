@@ -31,15 +31,36 @@ _SUSPECT_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lease:
+    """A replica for one request at a time.
+
+    Attributes:
+        name: of the lease, for the replica.
+        address: of the replica's gRPC service.
+        began: when it was given, of the clock of whoever gave it.
+        call: to be kept as long as it is used.
+    """
+
+    name: str
+    address: str
+    began: float
+    call: object = None
+
+
 class Routes(Protocol):
     """Knows replicas."""
 
-    async def take(self, name: str) -> tuple[str, object]:
-        """A replica for the request of this name, as soon as there is one.
+    async def take(self) -> Lease:
+        """A replica for a request, as soon as there is one."""
+        ...
 
-        Returns:
-            Its gRPC address, and what is to be kept as long as the request goes on.
-        """
+    def give_back(self, lease: Lease) -> None:
+        """A request has ended."""
+        ...
+
+    def lost(self, lease: Lease) -> None:
+        """A request has not, for its replica is gone or hangs."""
         ...
 
 
@@ -148,15 +169,16 @@ class Trunks:
             name = f"{request.id}-{attempt}"
             try:
                 async with asyncio.timeout(self._patience):
-                    link, lease = await self._route(name)
+                    link, lease = await self._route()
             except TimeoutError:
                 raise ResourceError(
                     f"no replica of the trunk within {self._patience:g} s (serving.resume_timeout); {why}"
                 ) from None
             try:
-                await self._follow(link, name, request)
+                await self._follow(link, lease, name, request)
             except ChannelError as error:
                 why = str(error)
+                self._routes.lost(lease)
                 self._gone(link)
                 request.losses += 1
                 self.resumed += 1
@@ -165,24 +187,28 @@ class Trunks:
                     raise ResourceError(
                         f"{request.losses} replicas of the trunk were lost in a row without a token; {why}"
                     ) from None
-            finally:
-                del lease
+            except BaseException:
+                self._routes.give_back(lease)
+                raise
+            else:
+                self._routes.give_back(lease)
 
-    async def _route(self, name: str) -> tuple[TrunkLink, object]:
+    async def _route(self) -> tuple[TrunkLink, Lease]:
         while True:
-            address, lease = await self._routes.take(name)
-            link = self._link(address)
-            if address not in self._suspects:
+            lease = await self._routes.take()
+            link = self._link(lease.address)
+            if lease.address not in self._suspects:
                 return link, lease
             try:
                 await link.status(timeout=_SUSPECT_SECONDS)
             except ChannelError:
+                self._routes.lost(lease)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
-                self._suspects.discard(address)
+                self._suspects.discard(lease.address)
                 return link, lease
 
-    async def _follow(self, link: TrunkLink, name: str, request: _Request) -> None:
+    async def _follow(self, link: TrunkLink, lease: Lease, name: str, request: _Request) -> None:
         """Tell what comes from one replica.
 
         Raises:
@@ -192,7 +218,12 @@ class Trunks:
         taken = request.taken
         limit = None if taken.done() else request.limit
         message = TrunkRequest(
-            id=name, prompt=request.prompt, output=request.output, sampling=request.sampling, limit=limit
+            id=name,
+            prompt=request.prompt,
+            output=request.output,
+            sampling=request.sampling,
+            limit=limit,
+            lease=lease.name,
         )
         resumed = bool(request.output)
         async with aclosing(link.generate(message)) as replies:
@@ -234,4 +265,4 @@ class Trunks:
         task.add_done_callback(self._closing.discard)
 
 
-__all__ = ["Routes", "Trunks"]
+__all__ = ["Lease", "Routes", "Trunks"]

@@ -17,9 +17,10 @@ from engine.sequence import TokenLogprobs
 from engine.service import Delta
 from errors import ConfigError, QueueFull
 from jobs.serving.overview import Overview
+from jobs.serving.routes import ServeRoutes
 from jobs.serving.trunk_messages import delta_message, delta_of, sampling_message, sampling_params
 from jobs.serving.trunk_server import Leases
-from jobs.serving.trunks import Trunks
+from jobs.serving.trunks import Lease, Trunks
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus
 from protos.trunk_pb2_grpc import TrunkServicer, add_TrunkServicer_to_server
 
@@ -119,13 +120,21 @@ class Scene:
     addresses: list[str] = field(default_factory=list)
     picks: int = 0
     absent: float = 0.0
+    given_back: list[str] = field(default_factory=list)
+    lost_ones: list[str] = field(default_factory=list)
 
-    async def take(self, name: str) -> tuple[str, object]:
+    async def take(self) -> Lease:
         if self.picks and self.absent:
             await asyncio.sleep(self.absent)
         at = min(self.picks, len(self.addresses) - 1)
         self.picks += 1
-        return self.addresses[at], object()
+        return Lease(name=f"lease-{self.picks}", address=self.addresses[at], began=0.0)
+
+    def give_back(self, lease: Lease) -> None:
+        self.given_back.append(lease.name)
+
+    def lost(self, lease: Lease) -> None:
+        self.lost_ones.append(lease.name)
 
     @asynccontextmanager
     async def running(self, *, patience: float = 20.0, dead_after: float = 20.0) -> AsyncIterator[Trunks]:
@@ -180,6 +189,8 @@ def test_a_request_goes_on_wherever_its_replica_is_lost(at: int, what: str) -> N
             # A request that had been taken is not refused for others that wait.
             assert again.HasField("limit") == (at < 0)
             assert trunks.resumed == 1
+            assert (scene.lost_ones, scene.given_back) == (["lease-1"], ["lease-2"])
+            assert [fake.asked[0].lease for fake in scene.fakes] == ["lease-1", "lease-2"]
 
     run(check)
 
@@ -346,16 +357,23 @@ def test_parameters_and_deltas_come_through_as_they_are() -> None:
     assert delta_of(delta_message([Delta(error="gone")])) == Delta(error="gone")
 
 
-def test_a_lease_lasts_as_long_as_its_request() -> None:
+def test_a_lease_lasts_as_long_as_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.serving.trunk_server._IDLE_SECONDS", 0.2)
+
     async def check() -> None:
         leases = Leases()
         lease = leases.hold("a", "there")
         assert await anext(lease) == "there"
         end = asyncio.create_task(anext(lease, None))
-        with leases.using("a"):
+        for _ in range(2):  # the second one takes it over
+            with leases.using("a"):
+                await asyncio.sleep(0.4)
+                assert not end.done()
             await asyncio.sleep(0.05)
             assert not end.done()
         assert await asyncio.wait_for(end, 5) is None
+        with leases.using("a"):  # nobody counts this one, and nothing goes wrong
+            pass
         early = leases.hold("b", "there")  # a request that ends before Serve asks for more
         assert await anext(early) == "there"
         with leases.using("b"):
@@ -365,12 +383,94 @@ def test_a_lease_lasts_as_long_as_its_request() -> None:
     run(check)
 
 
-def test_a_lease_without_a_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.serving.trunk_server._UNUSED_SECONDS", 0.1)
-
+def test_a_lease_without_a_request_ends() -> None:
     async def check() -> None:
         leases = Leases()
-        assert [one async for one in leases.hold("a", "there")] == ["there"]
+        lease = leases.hold("a", "there")
+        assert await anext(lease) == "there"
+        leases._open["a"].patience = 0.1
+        assert await asyncio.wait_for(anext(lease, None), 5) is None
+
+    run(check)
+
+
+class Handle:
+    """As much of Serve's handle as routes use; `answers` are addresses, errors, or None for silence."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers = answers
+        self.calls = 0
+        self.cancelled = 0
+        self.hold = self
+
+    def options(self, *, stream: bool) -> Handle:
+        assert stream
+        return self
+
+    def remote(self, name: str) -> Any:
+        answer = self.answers[min(self.calls, len(self.answers) - 1)]
+        self.calls += 1
+        return Call(self, answer)
+
+
+class Call:
+    def __init__(self, handle: Handle, answer: Any) -> None:
+        self._handle, self._answer = handle, answer
+
+    async def __anext__(self) -> str:
+        if self._answer is None:
+            await asyncio.sleep(3600)
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return str(self._answer)
+
+    def cancel(self) -> None:
+        self._handle.cancelled += 1
+
+
+def test_serve_is_asked_unless_a_request_has_just_ended() -> None:
+    async def check() -> None:
+        now = 0.0
+        handle = Handle(["a:1", "b:1", "c:1", "d:1", "e:1"])
+        routes = ServeRoutes(handle, clock=lambda: now)  # type: ignore[arg-type]
+        first, second = await routes.take(), await routes.take()
+        assert (first.address, second.address) == ("a:1", "b:1")
+        routes.give_back(first)
+        now = 0.4
+        assert await routes.take() is first
+        routes.give_back(first)
+        routes.give_back(second)
+        routes.lost(second)
+        assert await routes.take() is first
+        routes.give_back(first)
+        now = 1.0
+        assert (await routes.take()).address == "c:1"
+        now = 10.9
+        last = await routes.take()
+        routes.give_back(last)
+        now = 11.2
+        assert await routes.take() is last
+        now = 21.0
+        routes.give_back(last)
+        assert (await routes.take()).address == "e:1"
+        assert handle.calls == 5
+
+    run(check)
+
+
+def test_serve_is_asked_again_when_a_replica_is_gone_or_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.serving.routes._ASK_AGAIN_SECONDS", 0.1)
+
+    async def check() -> None:
+        handle = Handle([RuntimeError("the actor died"), None, "a:1"])
+        routes = ServeRoutes(handle)  # type: ignore[arg-type]
+        assert (await routes.take()).address == "a:1"
+        await asyncio.sleep(0)
+        assert (handle.calls, handle.cancelled) == (3, 1)
+        waiting = asyncio.create_task(ServeRoutes(Handle([None])).take())  # type: ignore[arg-type]
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        waiting.cancel()
 
     run(check)
 
