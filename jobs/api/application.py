@@ -120,7 +120,7 @@ def _card(backend: Backend) -> dict[str, Any]:
         "created": backend.created,
         "owned_by": "raymoe",
         "max_model_len": backend.longest,
-        "version": backend.version,
+        "version": backend.version(),
     }
 
 

@@ -77,7 +77,7 @@ class Backend:
 
     Attributes:
         model: its name.
-        version: of the weights in use; every answer carries that of those that computed it.
+        version: says which weights are in use; every answer carries that of those that computed it.
         longest: tokens that prompt and answer may have together.
         end_of_text: token that ends a text.
         health: says what is wrong, or None.
@@ -85,7 +85,7 @@ class Backend:
     """
 
     model: str
-    version: str
+    version: Callable[[], str]
     service: Service
     tokenizer: Tokenizer
     chat: ChatTemplate

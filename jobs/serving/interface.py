@@ -77,7 +77,7 @@ class Interface(GrpcMethods):
         overview = Overview(trunks, self._link.trunks)
         self._backend = Backend(
             model=title,
-            version=member.version.name,
+            version=lambda: self._templates.version,
             service=trunks,
             tokenizer=tokenizer,
             chat=ChatTemplate.beside(Path(member.version.directory)),
@@ -88,6 +88,7 @@ class Interface(GrpcMethods):
             engines=overview.engines,
             metrics=ServingMetrics(title),
         )
+        self._templates = Templates(self._backend, member.version.name)
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
 
@@ -102,7 +103,7 @@ class Interface(GrpcMethods):
     async def _follow(self, run: str, version: Version) -> None:
         """Keep to the version that the pool wants; after a crash of the pool, to that of the new one."""
         templates: asyncio.Future[Exchanger] = asyncio.get_running_loop().create_future()
-        templates.set_result(Templates(self._backend))
+        templates.set_result(self._templates)
         while True:
             follower = Follower(run, version, ask=self._link.ask, report=self._link.report)
             await follower.follow(templates)

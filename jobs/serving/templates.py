@@ -15,10 +15,15 @@ class Templates:
 
     Args:
         backend: uses it.
+        version: name of the weights to begin with.
+
+    Attributes:
+        version: name of the weights in use.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, version: str) -> None:
         self._backend = backend
+        self.version = version
         self._prepared: ChatTemplate | None = None
 
     async def prepare(self, version: Version) -> None:
@@ -33,7 +38,7 @@ class Templates:
         """Use what was prepared."""
         assert self._prepared is not None
         self._backend.chat, self._prepared = self._prepared, None
-        self._backend.version = version.name
+        self.version = version.name
 
     def forget(self) -> None:
         """Drop what was prepared."""

@@ -62,7 +62,7 @@ class Served:
         self.unwell: str | None = None
         self.backend = Backend(
             model="tiny",
-            version="v1",
+            version=lambda: self.service.version,
             service=self.service,
             tokenizer=self.tokenizer,
             chat=ChatTemplate(),

@@ -182,9 +182,10 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         second = Version(epoch=1, directory=str(new), name="new")
         rollout = Rollout("run", first)
         # As much of a backend as a template is exchanged in.
-        backend: Any = SimpleNamespace(chat=ChatTemplate.beside(old), version="old")
+        backend: Any = SimpleNamespace(chat=ChatTemplate.beside(old))
+        exchanger = Templates(backend, "old")
         templates: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        templates.set_result(Templates(backend))
+        templates.set_result(exchanger)
 
         async def report(standing: Standing) -> None:
             rollout.report("api", replace(standing, interface=True))
@@ -198,13 +199,13 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         assert rollout.trunks == {"trunk": "127.0.0.1:1"}
         rollout.leave("trunk")
         await rollout.prepare(second)
-        assert (backend.chat.render([{"content": "hi"}]), backend.version) == ("old: hi", "old")
+        assert (backend.chat.render([{"content": "hi"}]), exchanger.version) == ("old: hi", "old")
         await rollout.exchange()
-        assert (backend.chat.render([{"content": "hi"}]), backend.version) == ("new: hi", "new")
+        assert (backend.chat.render([{"content": "hi"}]), exchanger.version) == ("new: hi", "new")
         (new / "chat_template.jinja").write_text("{{ broken")
         with pytest.raises(ResourceError, match="chat template"):
             await rollout.prepare(Version(epoch=2, directory=str(new), name="newer"))
-        assert backend.version == "new"
+        assert exchanger.version == "new"
         following.cancel()
 
     asyncio.run(scene())
