@@ -63,6 +63,7 @@ def test_each_chunk_says_which_weights_computed_it(monkeypatch: pytest.MonkeyPat
         count = -1000
         whole = served.complete(**body).json()
         assert whole["system_fingerprint"] == "v2"
+        assert served.client.get("/v1/models").json()["data"][0]["version"] == "v2"
         ids = served.tokenizer.encode(PROMPT).ids
         start, known = len(ids), served.tokenizer.get_vocab_size()
         with torch.no_grad():
