@@ -149,10 +149,7 @@ def test_reflection_lists_and_describes_the_service(channel: grpc.Channel) -> No
     assert method.output_type.full_name == "raymoe.v1.GenerateReply"
 
 
-def test_health_follows_the_hosts_and_requests_say_that_they_are_gone(
-    server: Server, channel: grpc.Channel
-) -> None:
-    """The last one with this server: what it does after the loss of a host is another matter."""
+def test_health_is_told_and_a_killed_host_is_not_missed(server: Server, channel: grpc.Channel) -> None:
     health = HealthStub(channel)
     for name in ("", SERVICE):
         assert health.Check(HealthCheckRequest(service=name)).status == HealthCheckResponse.SERVING
@@ -160,12 +157,12 @@ def test_health_follows_the_hosts_and_requests_say_that_they_are_gone(
     with pytest.raises(grpc.RpcError) as caught:
         health.Check(HealthCheckRequest(service="other"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    said = text(list(call(channel, max_tokens=20)))
     changes = health.Watch(HealthCheckRequest(), timeout=60)
     assert next(changes).status == HealthCheckResponse.SERVING
-    server.hosts()[0].kill()
-    assert next(changes).status == HealthCheckResponse.NOT_SERVING
     changes.cancel()
-    with pytest.raises(grpc.RpcError) as lost:
-        list(call(channel, max_tokens=20))
-    assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert "expert host" in lost.value.details()
+    server.hosts()[0].kill()
+    assert text(list(call(channel, max_tokens=20))) == said
+    deadline = time.monotonic() + 60
+    while health.Check(HealthCheckRequest()).status != HealthCheckResponse.SERVING:
+        assert time.monotonic() < deadline
