@@ -40,7 +40,6 @@ OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.http2.max_ping_strikes", 0),
     # One that comes back is found soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Each channel has a connection of its own, so that lanes do not share one's flow control.
     ("grpc.use_local_subchannel_pool", 1),
