@@ -20,8 +20,6 @@ from cluster.topology import Holders
 
 _STAY = 1.01
 """Moves are worth it while the highest load is this much above the lowest that there can be."""
-_TOGETHER = 1.003
-"""Groups that stay together may cost as much."""
 _HEAVY = (0.5, 0.4)
 """Shares of the mean load above which two replicas on one host may be one too many."""
 _IDLE = 2
@@ -72,7 +70,8 @@ def pack(
     lowest = free.load.max(axis=1)
     copies = free.copies[:, :n_experts]
     if held is not None:
-        return _holders(_from_held(loads, copies, node_of, _held(held, n_experts), replicas, lowest * _STAY))
+        hold = _held(held, n_experts)
+        return _holders(_from_held(loads, copies, node_of, hold, replicas, lowest * _STAY, _uneven(free)))
     enough = lowest * _TOGETHER
     for domain in _domains(node_of, n_group):
         homes, uneven = _homes(loads, domain, n_group)
@@ -94,8 +93,13 @@ def _from_held(
     hold: NDArray[np.bool_],
     replicas: int,
     target: NDArray[np.float64],
+    uneven: NDArray[np.int64],
 ) -> Shelves:
-    """What is held (`hold`: `[L, E, H]`), changed as little as the rules and `target` (`[L]`) ask for."""
+    """What is held (`hold`: `[L, E, H]`), changed as little as the rules and the goals ask for.
+
+    Goals, of each layer (`[L]`), are what a placement from nothing reaches: `target` for the highest load,
+    `uneven` for the difference between the most and the fewest experts of a host.
+    """
     now = hold.sum(axis=2).clip(replicas)
     missing = copies.sum(axis=1) - now.sum(axis=1)
     now = add_replicas(loads, len(node_of), drop_replicas(loads, now, replicas, -missing), missing)
@@ -117,11 +121,18 @@ def _from_held(
     exposed = (len(nodes) > 1) & (many > 1) & ((hold @ nodes.T.astype(np.int64)).max(axis=2) == many)
     valid = (many >= replicas).all(axis=1) & (many.sum(axis=1) == copies.sum(axis=1)) & ~exposed.any(axis=1)
     better = kept.load.max(axis=1) * _STAY < load.max(axis=1)
-    evener = np.ptp(kept.hold[:, : loads.shape[1]].sum(axis=1), axis=1) < np.ptp(hold.sum(axis=1), axis=1)
+    counts = np.ptp(hold.sum(axis=1), axis=1)
+    evener = (_uneven(kept) < counts) & (uneven < counts)
     same = np.nonzero(valid & ~better & ~evener)[0]
     kept.hold[same, : loads.shape[1]] = hold[same]
     kept.copies[same, : loads.shape[1]] = many[same]
     return kept
+
+
+def _uneven(shelves: Shelves) -> NDArray[np.int64]:
+    """`[L]` by how many experts the hosts of a layer differ."""
+    found: NDArray[np.int64] = np.ptp(shelves.hold[:, : shelves.n_experts].sum(axis=1), axis=1)
+    return found
 
 
 def _other_replicas(
