@@ -35,15 +35,15 @@ class HostClient:
         self._stub = expert_pb2_grpc.ExpertStub(self._channel)
         self._state = StateClient(self._channel, self._peer)
 
-    def prepare(self, step: int) -> float:
+    def prepare(self, step: int, epoch: int | None = None) -> float:
         """See `ExpertHost.prepare`."""
+        request = expert_pb2.PrepareRequest(step=step, epoch=epoch)
         with raising(self._peer):
-            reply = self._stub.Prepare(expert_pb2.PrepareRequest(step=step), timeout=self._timeout)
-            return float(reply.squared_norm)
+            return float(self._stub.Prepare(request, timeout=self._timeout).squared_norm)
 
-    def commit(self, step: int, learning_rate: float, scale: float) -> None:
+    def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
         """See `ExpertHost.commit`."""
-        request = expert_pb2.CommitRequest(step=step, lr=learning_rate, scale=scale)
+        request = expert_pb2.CommitRequest(step=step, lr=learning_rate, scale=scale, epoch=epoch)
         with raising(self._peer):
             self._stub.Commit(request, timeout=self._timeout)
 
@@ -51,11 +51,6 @@ class HostClient:
         """See `ExpertHost.save`."""
         with raising(self._peer):
             return list(self._stub.Save(expert_pb2.SaveRequest(directory=directory)).files)
-
-    def load(self, epoch: int, directory: str) -> None:
-        """See `ExpertHost.load`."""
-        with raising(self._peer):
-            self._stub.Load(expert_pb2.LoadRequest(epoch=epoch, directory=directory))
 
     def assemble(self, order: Assembly) -> None:
         """See `ExpertHost.assemble`."""
@@ -71,9 +66,9 @@ class HostClient:
         """See `ExpertHost.fetch`."""
         return self._state.fetch(pull)
 
-    def snapshot(self, step: int, buddies: Sequence[HostInfo]) -> None:
+    def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
         """See `ExpertHost.snapshot`; returns when the state has been copied aside."""
-        request = expert_pb2.SnapshotRequest(step=step, buddies=[host_to(buddy) for buddy in buddies])
+        request = expert_pb2.SnapshotRequest(step=step, buddies=map(host_to, buddies), epoch=epoch)
         with raising(self._peer):
             self._stub.Snapshot(request)
 

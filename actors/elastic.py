@@ -29,7 +29,7 @@ from actors.transfers import Shape, Work, arrivals, assemblies, nothing
 from cluster.membership import Membership, Stage
 from cluster.placement import Holding, Placement, Site, plan
 from cluster.topology import HostInfo
-from errors import ChannelError, RaymoeError, ResourceError
+from errors import ChannelError, RaymoeError, ResourceError, is_loss
 
 _T = TypeVar("_T")
 _ATTEMPTS = 5
@@ -313,10 +313,15 @@ class Elastic(Roster):
         self._settled(self._placed())
 
     def _retain(self, epochs: Sequence[int]) -> None:
-        """Let hosts drop other epochs; who cannot be reached is dealt with as dead, by others."""
+        """Let hosts drop other epochs; who cannot be reached, twice, is dealt with as dead, by others."""
 
         def retain(id: str) -> None:
-            members[id][1].retain(*epochs)
+            try:
+                members[id][1].retain(*epochs)
+            except RaymoeError as error:
+                if not is_loss(error):
+                    raise
+                members[id][1].retain(*epochs)  # it may be the reply that was lost
 
         members = self.hosts()
         with suppress(RaymoeError):

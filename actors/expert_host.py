@@ -92,14 +92,17 @@ class ExpertHost(HostState):
             return self._backward(version, layer, request)
         return self._forward(version, layer, request)
 
-    def prepare(self, step: int) -> float:
+    def prepare(self, step: int, epoch: int | None = None) -> float:
         """First half of a commit: seal the step's gradients and return the sum of their squares (float64).
 
+        Args:
+            epoch: that whoever asks believes current; None for whichever is.
+
         Raises:
-            ProtocolError: the host is at another step.
+            ProtocolError: the host is at another step or epoch.
         """
         with self._committing:
-            version = self._versions.current
+            version = self._versions.at(epoch)
             self._versions.check(version, step)
             version.sealed = True
             return sum(
@@ -111,17 +114,18 @@ class ExpertHost(HostState):
                 0.0,
             )
 
-    def commit(self, step: int, learning_rate: float, scale: float) -> None:
+    def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
         """Second half: AdamW with gradients times `scale`; layer by layer, each usable at once.
 
         A repeat of the last commit does nothing. Activations that were never used are dropped.
 
         Raises:
-            ProtocolError: the step is neither the prepared one nor the last committed one.
+            ProtocolError: the step is neither the prepared one nor the last committed one, or the epoch is
+                not the current one: whoever asks is of an attempt that is over.
         """
         changed = self._versions.changed
         with self._committing:
-            version = self._versions.current
+            version = self._versions.at(epoch)
             if step == version.step - 1:
                 return
             self._versions.check(version, step)

@@ -156,18 +156,6 @@ class HostState:
             sources.fill(made, order, self._own(order, base))
             self._versions.add(Version(order.epoch, layers | made, step, order))
 
-    def load(self, epoch: int, directory: str) -> None:
-        """Assemble the same experts with another checkpoint's weights.
-
-        Raises:
-            RaymoeError: see `assemble`.
-        """
-        if self._open_source is None:
-            raise ProtocolError(
-                f"expert host {self.id} takes no other weights; it was asked to load {directory}"
-            )
-        self.assemble(Assembly(epoch=epoch, experts=_ids(self._versions.current.layers), directory=directory))
-
     def retain(self, *epochs: int) -> None:
         """Drop the experts of all epochs but these. Requests under way end with those that they began with.
 
@@ -204,18 +192,18 @@ class HostState:
             parts, intact = found
             yield from frames(parts if pull.moments else parts[:2], intact)
 
-    def snapshot(self, step: int, buddies: Sequence[HostInfo]) -> None:
+    def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
         """Copy the state aside, and then send it to buddies, in the background. A repeat does nothing.
 
         Waits for the step's commit if it is under way. Requests are answered meanwhile; the next commit
         waits until memory has been copied.
 
         Raises:
-            ProtocolError: the host does not train, or is at another step.
+            ProtocolError: the host does not train, or is at another step or epoch.
         """
         if not self._trains:
             raise ProtocolError(f"expert host {self.id} does not train: it has no step to copy")
-        version = self._versions.current
+        version = self._versions.at(epoch)
         self._versions.settle(version, step, self._commit_timeout)
         with self._snapping:
             if self._memory.own(step, version.epoch) is not None:

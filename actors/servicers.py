@@ -35,23 +35,19 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request: expert_pb2.PrepareRequest, context: grpc.ServicerContext
     ) -> expert_pb2.PrepareReply:
         with refusing(context):
-            return expert_pb2.PrepareReply(step=request.step, squared_norm=self._host.prepare(request.step))
+            squared = self._host.prepare(request.step, _epoch(request))
+            return expert_pb2.PrepareReply(step=request.step, squared_norm=squared)
 
     def Commit(
         self, request: expert_pb2.CommitRequest, context: grpc.ServicerContext
     ) -> expert_pb2.CommitReply:
         with refusing(context):
-            self._host.commit(request.step, request.lr, request.scale)
+            self._host.commit(request.step, request.lr, request.scale, _epoch(request))
             return expert_pb2.CommitReply(step=request.step)
 
     def Save(self, request: expert_pb2.SaveRequest, context: grpc.ServicerContext) -> expert_pb2.SaveReply:
         with refusing(context):
             return expert_pb2.SaveReply(files=self._host.save(request.directory))
-
-    def Load(self, request: expert_pb2.LoadRequest, context: grpc.ServicerContext) -> expert_pb2.LoadReply:
-        with refusing(context):
-            self._host.load(request.epoch, request.directory)
-            return expert_pb2.LoadReply()
 
     def Assemble(
         self, request: expert_pb2.AssembleRequest, context: grpc.ServicerContext
@@ -83,7 +79,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request: expert_pb2.SnapshotRequest, context: grpc.ServicerContext
     ) -> expert_pb2.SnapshotReply:
         with refusing(context):
-            self._host.snapshot(request.step, [host_from(buddy) for buddy in request.buddies])
+            self._host.snapshot(
+                request.step, [host_from(buddy) for buddy in request.buddies], _epoch(request)
+            )
             return expert_pb2.SnapshotReply()
 
     def Inventory(
@@ -121,6 +119,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request: expert_pb2.GetRequest, context: grpc.ServicerContext
     ) -> Iterator[expert_pb2.Frame]:
         not_served(context)
+
+
+def _epoch(
+    request: expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.SnapshotRequest,
+) -> int | None:
+    return request.epoch if request.HasField("epoch") else None
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):

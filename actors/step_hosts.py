@@ -45,14 +45,17 @@ class StepHosts:
             RaymoeError: a host did not commit the step before, or does not prepare this one.
         """
         self.finish()
-        return sum(self._on_all("prepare", lambda host: host.prepare(step)))
+        epoch = self.epoch
+        return sum(self._on_all("prepare", lambda host: host.prepare(step, epoch)))
 
     def commit(self, decision: StepDecision, failed: Callable[[str, BaseException], None]) -> None:
         """Let all apply the step; nobody waits, and `failed` is told of a host that does not."""
 
+        epoch = self.epoch
+
         def commit(info: HostInfo, host: HostControl) -> None:
             try:
-                host.commit(decision.step, decision.learning_rate, decision.scale)
+                host.commit(decision.step, decision.learning_rate, decision.scale, epoch)
             except Exception as error:
                 failed(f"expert host {info.id} did not commit step {decision.step}: {error}", error)
                 raise
@@ -89,14 +92,14 @@ class StepHosts:
         keepers = buddies([(id, info.node) for id, (info, _) in members.items()])
         self._kept = (step, keepers)
         blob = Blob(name=DECISIONS, step=step, tensors={"bias": bias})
-        before = {info.id: commit for info, commit in self._commits}
+        before, epoch = {info.id: commit for info, commit in self._commits}, self.epoch
 
         def keep(id: str, host: HostControl) -> None:
             commit, keeper = before.get(id), keepers.get(id)
             with suppress(RaymoeError):  # without a copy there is one step less to go back to
                 if commit is not None:
                     commit.result()
-                host.snapshot(step, [members[keeper][0]] if keeper is not None else [])
+                host.snapshot(step, [members[keeper][0]] if keeper is not None else [], epoch)
                 host.put(blob)
 
         copies = [(info, self._submit(keep, id, host)) for id, (info, host) in members.items()]

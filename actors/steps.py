@@ -208,20 +208,16 @@ class HostStats:
 class HostControl(Protocol):
     """What the coordinator asks of an expert host: `ExpertHost` itself, or a client of one."""
 
-    def prepare(self, step: int) -> float:
-        """Seal the gradients of a step; the sum of their squares, in float64."""
+    def prepare(self, step: int, epoch: int | None = None) -> float:
+        """Seal the gradients of a step of this epoch; the sum of their squares, in float64."""
         ...
 
-    def commit(self, step: int, learning_rate: float, scale: float) -> None:
+    def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
         """Apply the optimizer step; a repeat does nothing."""
         ...
 
     def save(self, directory: str) -> Sequence[str]:
         """Write own experts and moments into a checkpoint; the names of the files written."""
-        ...
-
-    def load(self, epoch: int, directory: str) -> None:
-        """Load other weights beside those in use, for requests of this epoch; a repeat does nothing."""
         ...
 
     def assemble(self, order: Assembly) -> None:
@@ -232,7 +228,7 @@ class HostControl(Protocol):
         """Go on with the experts of these epochs, the last above all, and drop every other."""
         ...
 
-    def snapshot(self, step: int, buddies: Sequence[HostInfo]) -> None:
+    def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
         """Copy the state aside, and send it to buddies in the background; a repeat does nothing."""
         ...
 

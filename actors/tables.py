@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Protocol
 
 from cluster.topology import RoutingTable
 from errors import RaymoeError
-
-_BETWEEN: Final = 0.5  # seconds between two looks at a coordinator that has no long poll
 
 
 class Tables(Protocol):
@@ -36,40 +34,38 @@ class Tables(Protocol):
         ...
 
 
+class TableSource(Protocol):
+    """Who has tables: a coordinator, or a client of one."""
+
+    def table(self, weights: str) -> RoutingTable: ...
+
+    def table_after(self, serial: int, weights: str, timeout: float) -> RoutingTable | None: ...
+
+    def suspect(self, host: str, why: str) -> None: ...
+
+
 class CoordinatorTables:
     """The tables of a coordinator, through its client.
 
     Args:
-        client: a `CoordinatorClient`, which stays its owner's to close.
+        client: stays its owner's to close.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: TableSource) -> None:
         self._client = client
-        # Until coordinators publish serials, all that they have is the table as it is.
-        self._polls = hasattr(client, "table_after")
         self._lock = threading.Lock()
         self._reporting: set[str] = set()
 
     def newest(self, weights: str) -> RoutingTable:
         """See `Tables`."""
-        table: RoutingTable = self._client.table(weights) if self._polls else self._client.table()
-        return table
+        return self._client.table(weights)
 
     def after(self, serial: int, weights: str, timeout: float) -> RoutingTable | None:
         """See `Tables`."""
-        if self._polls:
-            found: RoutingTable | None = self._client.table_after(serial, weights, timeout)
-            return found
-        table = self.newest(weights)
-        if table.serial > serial and table.weights == weights:
-            return table
-        threading.Event().wait(min(timeout, _BETWEEN))
-        return None
+        return self._client.table_after(serial, weights, timeout)
 
     def suspect(self, host_id: str, why: str) -> None:
         """See `Tables`; told in a thread of its own, as the coordinator may be slow or gone itself."""
-        if not hasattr(self._client, "suspect"):
-            return
         with self._lock:
             if host_id in self._reporting:
                 return

@@ -148,7 +148,9 @@ class TrainingSteps:
         """
         with self._changed:
             self._raise_failure()
-            if self._attempt == attempt or (attempt < 0 and rank in self._joined):
+            # A process that begins knows no step that has been made here; one of this rank may still be lost.
+            late = attempt < 0 and (rank in self._joined or self._decision is not None)
+            if self._attempt == attempt or late:
                 self._interrupt(why or f"worker {rank} began anew")
             self._joined.add(rank)
             self._workers = workers

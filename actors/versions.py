@@ -52,6 +52,17 @@ class Versions:
         self.current = first
         self.held = {first.epoch: first}
 
+    def at(self, epoch: int | None) -> Version:
+        """The current version, which has to be of this epoch unless None is given.
+
+        Raises:
+            ProtocolError: it is of another.
+        """
+        current = self.current
+        if epoch is not None and epoch != current.epoch:
+            raise ProtocolError(f"expert host {self._id} trains in epoch {current.epoch}, not in {epoch}")
+        return current
+
     def has(self, order: Assembly) -> bool:
         """Whether an order has been carried out already.
 

@@ -1,22 +1,24 @@
 """`raymoe chaos`: faults on demand, so that the operators of a job can rehearse what they hope never to see.
 
 What happens when is drawn from a seed, apart from doing it. A fault is done by a Ray task on the node of the
-process that it is for; only processes that Ray has started on that node are touched.
+process that it is for; only processes that Ray has started there, and for this job, are touched.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Final
 
 import psutil
 import ray
+from ray._private.state import actors
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -42,13 +44,12 @@ class Kind(StrEnum):
     DROP = "drop"
 
 
-TITLES: Final = {
-    "host": "_ExpertHostProcess",
-    "coordinator": "_CoordinatorProcess",
-    "trunk": "ServeReplica:raymoe:trunk",
-    "worker": "RayTrainWorker",
-}
-"""Kind of process -> what its title has in it."""
+TARGETS: Final = ("host", "coordinator", "trunk", "worker")
+"""Kinds of processes."""
+
+_COORDINATOR: Final = re.compile("_CoordinatorProcess")
+_CLASSES: Final = {"trunk": re.compile("ServeReplica:.*:trunk$"), "worker": re.compile("RayTrainWorker")}
+"""Kind of process -> class of its actor, as Ray knows it."""
 
 _SECONDS: Final = {Kind.STOP: 10.0, Kind.SLOW: 5.0}
 _LONGEST: Final = max(_SECONDS.values())
@@ -62,7 +63,7 @@ class Fault:
 
     Attributes:
         at: seconds from the beginning.
-        target: a key of `TITLES`.
+        target: one of `TARGETS`.
         pick: in [0, 1): which of the processes that there are then.
     """
 
@@ -102,7 +103,7 @@ def run_chaos(
     for fault in faults:
         time.sleep(max(0.0, began + fault.at - time.monotonic()))
         try:
-            how = _drop(job, fault) if fault.kind is Kind.DROP else _signal(fault, tasks)
+            how = _drop(job, fault) if fault.kind is Kind.DROP else _signal(job, fault, tasks)
         except (RaymoeError, RayError) as error:
             how = f"not done: {str(error).strip().splitlines()[0]}"
         tell(f"{time.monotonic() - began:7.2f} s  {fault.kind} {fault.target}: {how}")
@@ -128,13 +129,9 @@ def _drop(job: AdminClient, fault: Fault) -> str:
     return f"connections of {host.id}"
 
 
-def _signal(fault: Fault, tasks: list[Any]) -> str:
+def _signal(job: AdminClient, fault: Fault, tasks: list[Any]) -> str:
     """Let the node of a process do it."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    found = []
-    for node in nodes:
-        there = ray.get(_on(node, _processes).remote(TITLES[fault.target]))
-        found += [(node, pid) for pid in there]
+    found = processes(fault.target, job.status(), list(actors().values()))
     if not found:
         return "not done: there is none"
     node, pid = found[int(fault.pick * len(found))]
@@ -142,27 +139,40 @@ def _signal(fault: Fault, tasks: list[Any]) -> str:
     return f"process {pid} on node {node[:8]}"
 
 
+def processes(
+    target: str, status: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, int]]:
+    """Node and process id of a job's processes of a kind, in a lasting order.
+
+    Args:
+        target: one of `TARGETS`.
+        status: of the job.
+        known: all actors of its Ray cluster, as Ray describes them.
+    """
+    if target == "host":
+        return sorted((host["node"], host["pid"]) for host in status["hosts"])
+    alive = [actor for actor in known if actor["State"] == "ALIVE"]
+    # Others stand by, or are of other jobs.
+    leading = [a for a in alive if a["Pid"] == status["pid"] and _COORDINATOR.search(a["ActorClassName"])]
+    if target == "coordinator":
+        wanted = leading
+    else:
+        jobs = {actor["JobID"] for actor in leading}
+        wanted = [a for a in alive if a["JobID"] in jobs and _CLASSES[target].search(a["ActorClassName"])]
+    return sorted((actor["Address"]["NodeID"], actor["Pid"]) for actor in wanted)
+
+
 def _on(node: str, work: Callable[..., Any]) -> Any:
     place = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
 
 
-def _processes(title: str) -> list[int]:
-    """Of this node, by their titles; in a task, whose siblings they are."""
-    found = []
-    for process in psutil.Process(os.getppid()).children():
-        try:
-            if title in " ".join(process.cmdline()):
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return sorted(found)
-
-
 def _do(pid: int, kind: str, seconds: float) -> None:
-    """In a task on the process's node."""
+    """In a task on the process's node, whose sibling it has to be."""
     deadline = time.monotonic() + seconds
     try:
+        if psutil.Process(pid).ppid() != os.getppid():
+            return
         if kind == Kind.KILL:
             os.kill(pid, signal.SIGKILL)
         elif kind == Kind.STOP:
@@ -175,8 +185,8 @@ def _do(pid: int, kind: str, seconds: float) -> None:
                 time.sleep(_PULSE * _STILL)
                 os.kill(pid, signal.SIGCONT)
                 time.sleep(_PULSE * (1 - _STILL))
-    except ProcessLookupError:  # it has ended, or was ended for its silence
+    except (ProcessLookupError, psutil.NoSuchProcess):  # it has ended, or was ended for its silence
         return
 
 
-__all__ = ["TITLES", "Fault", "Kind", "run_chaos", "schedule"]
+__all__ = ["TARGETS", "Fault", "Kind", "processes", "run_chaos", "schedule"]

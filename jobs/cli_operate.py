@@ -102,14 +102,14 @@ def chaos(
     from jobs.ray_token import use_own_token
 
     use_own_token()
-    from jobs.chaos import TITLES, Kind, schedule
+    from jobs.chaos import TARGETS, Kind, schedule
 
     faults = schedule(
         seed,
         duration=duration,
         every=every,
         kinds=[Kind(one) for one in _choices(kinds, [str(kind) for kind in Kind], "--kinds")],
-        targets=_choices(targets, list(TITLES), "--targets"),
+        targets=_choices(targets, list(TARGETS), "--targets"),
     )
 
     def compute() -> Result:

@@ -8,6 +8,7 @@ last.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -32,7 +33,9 @@ from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
 NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
 """Where the actors of coordinators are found, and what their names begin with."""
 
+_log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two reports
+_LONGEST_PAUSE = 5.0  # between two starts of a coordinator that does not come up
 _CALL_SECONDS = 10.0
 _STANDBY_SECONDS = 5.0  # that a job has run for before a process stands by: short ones do without
 _CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
@@ -111,13 +114,13 @@ class Fleet:
         """End all actors."""
         self._closing.set()
         if self._thread is not None:
+            for actor in (self._coordinator, self._standby):  # else it waits for a start to end
+                _kill(actor)
             self._thread.join()
         if self._client is not None:
             self._client.close()
         for actor in [self._coordinator, self._standby, *(host.actor for host in self._hosts.values())]:
-            if actor is not None:
-                with suppress(RayError):
-                    ray.kill(actor)
+            _kill(actor)
         self._hosts.clear()
 
     # --- the loop
@@ -215,8 +218,7 @@ class Fleet:
     def _end(self, id: str) -> None:
         host = self._hosts.pop(id, None)
         if host is not None:
-            with suppress(RayError):
-                ray.kill(host.actor)
+            _kill(host.actor)
 
     def _why(self, host: _Host) -> str:
         try:
@@ -268,9 +270,11 @@ class Fleet:
 
     def _replace_coordinator(self) -> None:
         """Start another one at the same address, and introduce the hosts to it."""
-        while not self._closing.wait(_PAUSE):
+        pause = _PAUSE
+        while not self._closing.wait(pause):
+            pause = min(2 * pause, _LONGEST_PAUSE)
             try:
-                ray.kill(self._coordinator)  # it may hang, and hold the port
+                _kill(self._coordinator)  # it may hang, and hold the port
                 self._start_coordinator()
                 self._await_coordinator(self.cluster.start_timeout)
                 assert self._client is not None
@@ -279,8 +283,8 @@ class Fleet:
                         self._client.register_host(host.info)
                 self._client.found()
                 return
-            except (RaymoeError, RayError):
-                continue
+            except (RaymoeError, RayError) as error:  # hosts serve on without one; training workers wait
+                _log.warning("no coordinator has come up at %s yet: %s", self.address, error)
 
     def _alive(self, actor: Any) -> bool:
         try:
@@ -288,6 +292,12 @@ class Fleet:
         except RayError:
             return False
         return True
+
+
+def _kill(actor: Any) -> None:
+    if actor is not None:
+        with suppress(RayError):
+            ray.kill(actor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,15 +207,21 @@ class PrepareRequest(google.protobuf.message.Message):
 
     RUN_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
     run: builtins.str
     step: builtins.int
+    epoch: builtins.int
+    """That has to be the current one; without it, whichever is."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         step: builtins.int = ...,
+        epoch: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["run", b"run", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "run", b"run", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_epoch", b"_epoch"]) -> typing.Literal["epoch"] | None: ...
 
 global___PrepareRequest = PrepareRequest
 
@@ -248,11 +254,13 @@ class CommitRequest(google.protobuf.message.Message):
     STEP_FIELD_NUMBER: builtins.int
     LR_FIELD_NUMBER: builtins.int
     SCALE_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
     run: builtins.str
     step: builtins.int
     lr: builtins.float
     scale: builtins.float
     """Clip factor that multiplies the gradients."""
+    epoch: builtins.int
     def __init__(
         self,
         *,
@@ -260,8 +268,11 @@ class CommitRequest(google.protobuf.message.Message):
         step: builtins.int = ...,
         lr: builtins.float = ...,
         scale: builtins.float = ...,
+        epoch: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lr", b"lr", "run", b"run", "scale", b"scale", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "lr", b"lr", "run", b"run", "scale", b"scale", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_epoch", b"_epoch"]) -> typing.Literal["epoch"] | None: ...
 
 global___CommitRequest = CommitRequest
 
@@ -343,36 +354,6 @@ class SaveReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "files", b"files", "index", b"index"]) -> None: ...
 
 global___SaveReply = SaveReply
-
-@typing.final
-class LoadRequest(google.protobuf.message.Message):
-    """Loads the experts of another checkpoint beside those in use, for requests of this epoch. Sent again, it changes nothing."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    EPOCH_FIELD_NUMBER: builtins.int
-    DIRECTORY_FIELD_NUMBER: builtins.int
-    epoch: builtins.int
-    directory: builtins.str
-    def __init__(
-        self,
-        *,
-        epoch: builtins.int = ...,
-        directory: builtins.str = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["directory", b"directory", "epoch", b"epoch"]) -> None: ...
-
-global___LoadRequest = LoadRequest
-
-@typing.final
-class LoadReply(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-
-global___LoadReply = LoadReply
 
 @typing.final
 class RetainRequest(google.protobuf.message.Message):
@@ -640,7 +621,9 @@ class SnapshotRequest(google.protobuf.message.Message):
 
     STEP_FIELD_NUMBER: builtins.int
     BUDDIES_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
     step: builtins.int
+    epoch: builtins.int
     @property
     def buddies(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.coordinator_pb2.HostInfo]: ...
     def __init__(
@@ -648,8 +631,11 @@ class SnapshotRequest(google.protobuf.message.Message):
         *,
         step: builtins.int = ...,
         buddies: collections.abc.Iterable[protos.coordinator_pb2.HostInfo] | None = ...,
+        epoch: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["buddies", b"buddies", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epoch", b"_epoch", "buddies", b"buddies", "epoch", b"epoch", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_epoch", b"_epoch"]) -> typing.Literal["epoch"] | None: ...
 
 global___SnapshotRequest = SnapshotRequest
 

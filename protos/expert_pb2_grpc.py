@@ -54,11 +54,6 @@ class ExpertStub(object):
                 request_serializer=protos_dot_expert__pb2.SaveRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.SaveReply.FromString,
                 _registered_method=True)
-        self.Load = channel.unary_unary(
-                '/raymoe.v1.Expert/Load',
-                request_serializer=protos_dot_expert__pb2.LoadRequest.SerializeToString,
-                response_deserializer=protos_dot_expert__pb2.LoadReply.FromString,
-                _registered_method=True)
         self.Retain = channel.unary_unary(
                 '/raymoe.v1.Expert/Retain',
                 request_serializer=protos_dot_expert__pb2.RetainRequest.SerializeToString,
@@ -138,12 +133,6 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Save(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Load(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -238,11 +227,6 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Save,
                     request_deserializer=protos_dot_expert__pb2.SaveRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.SaveReply.SerializeToString,
-            ),
-            'Load': grpc.unary_unary_rpc_method_handler(
-                    servicer.Load,
-                    request_deserializer=protos_dot_expert__pb2.LoadRequest.FromString,
-                    response_serializer=protos_dot_expert__pb2.LoadReply.SerializeToString,
             ),
             'Retain': grpc.unary_unary_rpc_method_handler(
                     servicer.Retain,
@@ -408,33 +392,6 @@ class Expert(object):
             '/raymoe.v1.Expert/Save',
             protos_dot_expert__pb2.SaveRequest.SerializeToString,
             protos_dot_expert__pb2.SaveReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Load(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/raymoe.v1.Expert/Load',
-            protos_dot_expert__pb2.LoadRequest.SerializeToString,
-            protos_dot_expert__pb2.LoadReply.FromString,
             options,
             channel_credentials,
             insecure,

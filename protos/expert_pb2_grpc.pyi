@@ -39,11 +39,6 @@ class ExpertStub:
         protos.expert_pb2.SaveReply,
     ]
 
-    Load: grpc.UnaryUnaryMultiCallable[
-        protos.expert_pb2.LoadRequest,
-        protos.expert_pb2.LoadReply,
-    ]
-
     Retain: grpc.UnaryUnaryMultiCallable[
         protos.expert_pb2.RetainRequest,
         protos.expert_pb2.RetainReply,
@@ -119,11 +114,6 @@ class ExpertAsyncStub:
     Save: grpc.aio.UnaryUnaryMultiCallable[
         protos.expert_pb2.SaveRequest,
         protos.expert_pb2.SaveReply,
-    ]
-
-    Load: grpc.aio.UnaryUnaryMultiCallable[
-        protos.expert_pb2.LoadRequest,
-        protos.expert_pb2.LoadReply,
     ]
 
     Retain: grpc.aio.UnaryUnaryMultiCallable[
@@ -210,13 +200,6 @@ class ExpertServicer(metaclass=abc.ABCMeta):
         request: protos.expert_pb2.SaveRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.expert_pb2.SaveReply, collections.abc.Awaitable[protos.expert_pb2.SaveReply]]: ...
-
-    @abc.abstractmethod
-    def Load(
-        self,
-        request: protos.expert_pb2.LoadRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[protos.expert_pb2.LoadReply, collections.abc.Awaitable[protos.expert_pb2.LoadReply]]: ...
 
     @abc.abstractmethod
     def Retain(

@@ -184,9 +184,5 @@ class TrunkServer:
         """Listen."""
         await self._server.start()
 
-    async def stop(self) -> None:
-        """Cut off the calls under way."""
-        await self._server.stop(grace=None)
-
 
 __all__ = ["Leases", "TrunkServer", "TrunkService"]

@@ -133,17 +133,14 @@ class FakeHost:
             raise ProtocolError(f"expert host {self.id} holds {sorted(self.held)}, not {epochs}")
         self.held = {epoch: self.held[epoch] for epoch in epochs}
 
-    def load(self, epoch: int, directory: str) -> None:
-        raise NotImplementedError
-
     # --- steps
 
-    def prepare(self, step: int) -> float:
+    def prepare(self, step: int, epoch: int | None = None) -> float:
         self._up()
         self.calls.append(("prepare", step))
         return self.squared
 
-    def commit(self, step: int, learning_rate: float, scale: float) -> None:
+    def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
         assert self.gate.wait(20)
         self._up()
         if self.error is not None:
@@ -157,7 +154,7 @@ class FakeHost:
 
     # --- memory
 
-    def snapshot(self, step: int, buddies: Sequence[HostInfo]) -> None:
+    def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
         self._up()
         mine = dict(self.held[max(self.held)])
         self.kept[self.id, step] = mine

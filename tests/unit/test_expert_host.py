@@ -238,6 +238,22 @@ def test_commits_are_idempotent_and_in_order(host: ExpertHost) -> None:
         host.handle(forward())
 
 
+def test_commands_of_another_epoch_change_nothing(host: ExpertHost) -> None:
+    """A coordinator that is gone may have sent them."""
+    for late in (
+        lambda: host.prepare(0, epoch=7),
+        lambda: host.commit(0, 1e-2, 1.0, epoch=7),
+        lambda: host.snapshot(0, [], epoch=7),
+    ):
+        with pytest.raises(ProtocolError, match="trains in epoch 0, not in 7"):
+            late()
+    host.handle(forward())
+    host.handle(backward())  # the step is not sealed
+    host.prepare(0, epoch=0)
+    host.commit(0, 1e-2, 1.0, epoch=0)
+    assert host.step == 1
+
+
 def test_a_request_of_the_next_step_waits_for_the_commit(host: ExpertHost) -> None:
     host.handle(forward())
     host.handle(backward())

@@ -45,6 +45,13 @@ def serving_host(
     )
 
 
+def load(host: ExpertHost, epoch: int, directory: str) -> None:
+    """The same experts with other weights."""
+    holders = TinyCluster(1).holders
+    experts = {layer: tuple(ids) for layer, ids in experts_held(holders, LAYERS, 0).items()}
+    host.assemble(Assembly(epoch=epoch, experts=experts, directory=directory))
+
+
 def infer(host: ExpertHost, epoch: int, layer: int = LAYERS[0]) -> Tensor:
     rows, idx, gates = tokens(5)
     row_ptr = torch.arange(0, idx.numel() + 1, idx.shape[1], dtype=torch.int32)
@@ -55,7 +62,7 @@ def infer(host: ExpertHost, epoch: int, layer: int = LAYERS[0]) -> Tensor:
 def test_each_epoch_is_answered_with_its_own_weights_until_it_is_dropped() -> None:
     host = serving_host()
     before = infer(host, 0)
-    host.load(1, "3")
+    load(host, 1, "3")
     assert host.epochs == (0, 1)
     assert host.epoch == 0
     assert torch.equal(infer(host, 0), before)
@@ -71,7 +78,7 @@ def test_each_epoch_is_answered_with_its_own_weights_until_it_is_dropped() -> No
 def test_dropping_what_was_loaded_leaves_what_is_in_use() -> None:
     host = serving_host()
     before = infer(host, 0)
-    host.load(1, "3")
+    load(host, 1, "3")
     host.retain(0)
     assert host.epochs == (0,)
     assert torch.equal(infer(host, 0), before)
@@ -79,12 +86,12 @@ def test_dropping_what_was_loaded_leaves_what_is_in_use() -> None:
 
 def test_loading_again_changes_nothing_and_other_weights_are_refused() -> None:
     host = serving_host()
-    host.load(1, "3")
+    load(host, 1, "3")
     loaded = infer(host, 1)
-    host.load(1, "3")
+    load(host, 1, "3")
     assert torch.equal(infer(host, 1), loaded)
     with pytest.raises(ProtocolError, match="holds epoch 1 already"):
-        host.load(1, "4")
+        load(host, 1, "4")
     with pytest.raises(ProtocolError, match="holds epochs"):
         host.retain(7)
 
@@ -99,14 +106,14 @@ def test_weights_that_cannot_be_loaded_leave_no_trace() -> None:
     host = serving_host(Damaged)
     before = infer(host, 0)
     with pytest.raises(CheckpointError, match="is missing"):
-        host.load(1, "3")
+        load(host, 1, "3")
     assert host.epochs == (0,)
     assert torch.equal(infer(host, 0), before)
 
 
-def test_a_host_that_trains_takes_no_other_weights() -> None:
+def test_a_host_that_opens_no_directories_takes_no_other_weights() -> None:
     with pytest.raises(ProtocolError, match="takes no other weights"):
-        TinyCluster(1).hosts[0].load(1, "3")
+        load(serving_host(open_source=None), 1, "3")
 
 
 def test_requests_are_answered_while_weights_are_loaded() -> None:
@@ -120,7 +127,7 @@ def test_requests_are_answered_while_weights_are_loaded() -> None:
 
     host = serving_host(Slow)
     before = infer(host, 0)
-    thread = threading.Thread(target=host.load, args=(1, "3"))
+    thread = threading.Thread(target=load, args=(host, 1, "3"))
     thread.start()
     assert loading.wait(20)
     assert torch.equal(infer(host, 0), before)

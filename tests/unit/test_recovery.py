@@ -202,6 +202,17 @@ def test_workers_that_are_started_anew_interrupt_once() -> None:
         assert run.end_step(2).step == 2
 
 
+def test_a_worker_more_brings_all_to_a_common_step() -> None:
+    """Its process knows nothing of the steps made, though none of its rank was lost."""
+    with Run(KEEPS) as run:
+        run.end_step(0)
+        run.end_step(1)
+        resume = run.steps.join(2, 3, -1, "", timeout=20)
+        assert (resume.attempt, resume.step) == (1, 2)
+        assert resume.trunk, "it would have gone on from the beginning's weights"
+        assert run.steps.workers == 3
+
+
 def test_a_run_without_a_host_waits_for_the_first_new_one() -> None:
     with Run(KEEPS, n_hosts=2) as run:
         run.end_step(0)
@@ -233,7 +244,7 @@ def test_an_interruption_in_the_middle_of_a_decision_is_no_step() -> None:
     with Run(KEEPS, n_hosts=2) as run:
         prepare = run.world["host-0"].prepare
 
-        def lost_meanwhile(step: int) -> float:
+        def lost_meanwhile(step: int, epoch: int | None = None) -> float:
             run.lose("host-1")
             return prepare(step)
 

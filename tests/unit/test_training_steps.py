@@ -94,7 +94,7 @@ def test_a_host_that_does_not_commit_ends_the_run(run: Run) -> None:
 
 
 def test_a_host_that_does_not_prepare_ends_the_run_before_any_commit(run: Run) -> None:
-    def broken(step: int) -> float:
+    def broken(step: int, epoch: int | None = None) -> float:
         raise RaymoeError("hung up")
 
     run.hosts[1].prepare = broken  # type: ignore[method-assign]

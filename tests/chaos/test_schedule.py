@@ -1,0 +1,74 @@
+"""What `raymoe chaos` would do, and to whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.chaos import TARGETS, Kind, processes, schedule
+
+
+@given(
+    seed=st.integers(0, 1000),
+    duration=st.floats(0, 100),
+    kinds=st.lists(st.sampled_from(Kind), min_size=1, unique=True),
+    targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True),
+)
+def test_a_seed_is_a_schedule(seed: int, duration: float, kinds: list[Kind], targets: list[str]) -> None:
+    def drawn() -> Any:
+        return schedule(seed, duration=duration, every=5.0, kinds=kinds, targets=targets)
+
+    faults = drawn()
+    assert faults == drawn()
+    times = [fault.at for fault in faults]
+    assert times == sorted(times) and all(0 <= at <= duration for at in times)
+    for fault in faults:
+        assert fault.kind in kinds and 0 <= fault.pick < 1
+        assert fault.target == "host" if fault.kind is Kind.DROP else fault.target in targets
+
+
+def test_faults_come_as_often_as_asked_for() -> None:
+    faults = schedule(0, duration=10_000, every=5.0, kinds=list(Kind), targets=list(TARGETS))
+    assert len(faults) == pytest.approx(2000, rel=0.1)
+    assert {fault.kind for fault in faults} == set(Kind)
+    assert {fault.target for fault in faults} == set(TARGETS)
+
+
+def actor(name: str, pid: int, job: str = "02", state: str = "ALIVE", node: str = "n0") -> dict[str, Any]:
+    return {"ActorClassName": name, "Pid": pid, "JobID": job, "State": state, "Address": {"NodeID": node}}
+
+
+STATUS = {"pid": 10, "hosts": [{"node": "n1", "pid": 21}, {"node": "n0", "pid": 20}]}
+ACTORS = [
+    actor("_CoordinatorProcess", 10),
+    actor("_CoordinatorProcess", 11),  # stands by
+    actor("_CoordinatorProcess", 12, job="03"),
+    actor("_ExpertHostProcess", 20),
+    actor("ServeReplica:mine:trunk", 31, node="n1"),
+    actor("ServeReplica:mine:trunk", 30),
+    actor("ServeReplica:mine:trunk", 32, state="DEAD"),
+    actor("ServeReplica:other:trunk", 33, job="03"),
+    actor("ServeReplica:mine:api", 34),
+    actor("RayTrainWorker", 40),
+    actor("RayTrainWorker", 41, job="03"),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("host", [("n0", 20), ("n1", 21)]),
+        ("coordinator", [("n0", 10)]),
+        ("trunk", [("n0", 30), ("n1", 31)]),
+        ("worker", [("n0", 40)]),
+    ],
+)
+def test_only_a_jobs_own_processes_are_touched(target: str, expected: list[tuple[str, int]]) -> None:
+    assert processes(target, STATUS, ACTORS) == expected
+
+
+def test_without_a_coordinator_there_is_nobody_to_be_found() -> None:
+    assert processes("trunk", {"pid": 99, "hosts": []}, ACTORS) == []
