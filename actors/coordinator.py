@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from actors.elastic import Elastic, Shape
@@ -35,7 +35,7 @@ class Coordinator:
     """One of a job. All methods may be called from several threads at once.
 
     Args:
-        shape: what is placed; in training one holder of each expert, for only it gets the gradients.
+        shape: what is placed.
         hosts: expert hosts that there should be.
         control: how to command a host.
         weights: name of the weights to begin with.
@@ -45,7 +45,7 @@ class Coordinator:
         steps: makes the steps of a training run, given the hosts; None in serving.
         dead_after: seconds of silence after which a host is taken for dead.
         autoscaling: changes the number of hosts by load, in serving; None leaves it alone.
-        rebalance_below: balancedness below which serving places experts anew; None never does.
+        rebalance_below: balancedness below which experts are placed anew; None never does.
         state: of the coordinator before; None for a job that begins.
     """
 
@@ -70,8 +70,6 @@ class Coordinator:
         self._membership = Membership(wanted=hosts, most=shape.n_experts)
         if state is not None:
             self._membership.wanted, self._membership.retiring = state.wanted, frozenset(state.leaving)
-        if steps is not None:
-            shape = replace(shape, replicas=1, redundant=0)
         self.elastic = Elastic(
             shape,
             self._membership,
@@ -89,8 +87,9 @@ class Coordinator:
         self._founding = threading.Event()  # there are weights to be placed as soon as there is a host
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="health", daemon=True)]
-        if self.training is None:
+        if self.training is None:  # else experts move between two steps
             self._threads.append(threading.Thread(target=self._keep_in_place, name="placement", daemon=True))
+        if self.training is None or shape.redundant or rebalance_below is not None:
             self._threads.append(threading.Thread(target=self._measure, name="scaling", daemon=True))
         for thread in self._threads:
             thread.start()
@@ -281,7 +280,7 @@ class Coordinator:
             health.look()
 
     def _measure(self) -> None:
-        """In serving: look at the hosts' load."""
+        """Look at the hosts' load."""
         while not self._closing.wait(_MEASURED_EVERY):
             if self._autoscaler is not None:
                 self._autoscaler.look()

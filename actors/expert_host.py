@@ -100,11 +100,17 @@ class ExpertHost(HostState):
 
         Raises:
             ProtocolError: the host is at another step or epoch.
+            ChannelError: another holder of its experts is lost.
         """
         with self._committing:
             version = self._versions.at(epoch)
             self._versions.check(version, step)
-            version.sealed = True
+            with self._versions.changed:
+                version.sealed = True
+                self._versions.changed.notify_all()
+            if version.shares is not None:
+                version.shares.gather(version.layers, step)
+                return version.shares.squared_norm(version.layers)
             return sum(
                 (
                     layer.optimizer.squared_norm()
@@ -134,8 +140,10 @@ class ExpertHost(HostState):
             version.moving = True
             try:
                 version.ledger.clear()
-                for layer in version.layers.values():
+                for index, layer in version.layers.items():
                     if layer.optimizer is not None:
+                        if version.shares is not None:
+                            version.shares.apply(index, layer)
                         layer.optimizer.step(learning_rate, scale)
                         layer.optimizer.zero_grad()
                     with changed:

@@ -20,6 +20,7 @@ from actors.pushing import Pusher
 from actors.snapshots import Memory
 from actors.state_stream import frames
 from actors.steps import OptimizerSettings
+from actors.summing import Summing, gradients
 from actors.versions import Version, Versions
 from cluster.topology import HostInfo
 from errors import ProtocolError
@@ -154,7 +155,10 @@ class HostState:
                 trains=self._trains,
             )
             sources.fill(made, order, self._own(order, base))
-            self._versions.add(Version(order.epoch, layers | made, step, order))
+            version = Version(order.epoch, layers | made, step, order)
+            if self._trains:
+                version.summing = Summing(self.id, order.epoch, order.shared, self._connect)
+            self._versions.add(version)
 
     def retain(self, *epochs: int) -> None:
         """Drop the experts of all epochs but these. Requests under way end with those that they began with.
@@ -181,6 +185,9 @@ class HostState:
         base = None if pull.base is None else self._versions.held.get(pull.base)
         if pull.base is not None and base is None:
             raise ProtocolError(f"expert host {self.id} holds epochs {self.epochs}, not {pull.base}")
+        if pull.gradients:
+            yield from self._gradients(pull, base)
+            return
         own = self._own(pull, base)
         for layer, expert in pairs(pull.experts):
             found = own(layer, expert)
@@ -279,7 +286,28 @@ class HostState:
             CheckpointError: the directory cannot be written to.
         """
         with self._committing:
-            return save_experts(Path(directory), self.id, self.weights(), self.moments())
+            mine = self._speaks_for
+            weights = (one for one in self.weights() if mine(one[0], one[1]))
+            moments = (one for one in self.moments() if mine(one[0], one[1]))
+            return save_experts(Path(directory), self.id, weights, moments)
+
+    def _speaks_for(self, layer: int, expert: int) -> bool:
+        shares = self._versions.current.shares
+        return shares is None or shares.speaks_for(layer, expert)
+
+    def _gradients(self, pull: Pull, version: Version | None) -> Iterator[bytes]:
+        """For other holders of the same experts."""
+        if version is None or pull.step is None or not self._trains:
+            raise ProtocolError(f"expert host {self.id}: gradients are of an epoch and a step of training")
+        step = pull.step
+        self._versions.await_seal(version, step, self._commit_timeout)
+        wanted = list(pairs(pull.experts))
+        for layer, expert in wanted:
+            held = version.layers.get(layer)
+            if held is None or not held.local_of[expert] >= 0:
+                raise ProtocolError(f"expert host {self.id} has no expert {expert} of layer {layer}")
+        parts = (part for layer, expert in wanted for part in gradients(version.layers[layer], expert))
+        yield from frames(parts, lambda: self._versions.check_sealed(version, step))
 
     def _check_room(self, experts: ExpertIds) -> None:
         """Room for what a host begins with has been seen to before it was started."""

@@ -37,6 +37,8 @@ class Assembly:
         origins: peers, each with the experts that it has.
         directory: a checkpoint for whatever is left; None when nothing may be.
         moments: whether the optimizer's moments are read from the directory too; else they are zeros.
+        shared: in training, other holders of experts that this host holds, each with those: gradients are
+            summed over them.
     """
 
     epoch: int
@@ -46,6 +48,7 @@ class Assembly:
     origins: tuple[Origin, ...] = ()
     directory: str | None = None
     moments: bool = False
+    shared: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +60,14 @@ class Pull:
         base: epoch whose live state it shall be; None takes what is kept of `step`.
         step: the step that the state is for; None in serving.
         moments: whether the optimizer's moments come too.
+        gradients: the gradients of `step` instead, once they are sealed.
     """
 
     experts: ExpertIds
     base: int | None = None
     step: int | None = None
     moments: bool = False
+    gradients: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

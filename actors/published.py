@@ -46,6 +46,7 @@ class Published:
         self._serial = serial
         self._epoch = epoch
         self._closed: str | None = None
+        self._intact = False
 
     @property
     def serial(self) -> int:
@@ -69,6 +70,11 @@ class Published:
         current = self.current
         return current is not None and all(ids for row in current.placement.holders for ids in row)
 
+    @property
+    def intact(self) -> bool:
+        """Whether no host has been lost that the version in use was placed on; not before there is one."""
+        return self._intact
+
     def next_epoch(self, *, above: int = -1) -> int:
         """An epoch that no version has had, nor `above`."""
         with self._changed:
@@ -83,7 +89,9 @@ class Published:
         """
         with self._changed:
             self._hosts = {id: info for id, info in hosts.items() if id not in self._gone}
-            self._live = {version.name: self._without_the_gone(version) for version in versions}
+            said = {version.name: version for version in versions}
+            self._live = {name: self._without_the_gone(version) for name, version in said.items()}
+            self._intact = bool(said) and list(said.values()) == list(self._live.values())
             self._epoch = max([self._epoch, *(version.epoch for version in self._live.values())])
             self._bump()
 
@@ -94,6 +102,7 @@ class Published:
             if host not in self._hosts:
                 return
             self._hosts = {id: info for id, info in self._hosts.items() if id != host}
+            self._intact &= all(host not in version.placement.sites for version in self._live.values())
             for name, version in self._live.items():
                 self._live[name] = replace(version, placement=without(version.placement, host))
             self._bump()

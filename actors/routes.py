@@ -44,10 +44,6 @@ class Placement:
         ways = np.array(spread(table.holders, len(table.hosts)), np.int64).swapaxes(0, 1).copy()
         self._arrays: dict[int, Array] = dict(zip(config.moe_layers, ways, strict=True))
         self._host_of = {layer: torch.from_numpy(array) for layer, array in self._arrays.items()}
-        self._primary = {
-            layer: torch.tensor([[hosts[0] if hosts else -1 for hosts in row]], dtype=torch.int64)
-            for layer, row in zip(config.moe_layers, table.holders, strict=True)
-        }
         self._spare = {
             layer: all(len(hosts) > 1 for hosts in row)
             for layer, row in zip(config.moe_layers, table.holders, strict=True)
@@ -66,15 +62,6 @@ class Placement:
             raise ProtocolError(
                 f"layer {layer} has no routed experts; these have: {sorted(self._host_of)}"
             ) from None
-
-    def primary(self, layer: int) -> Tensor:
-        """[1, E], the first holders alone: training's.
-
-        Raises:
-            ProtocolError: the layer has no routed experts.
-        """
-        self.host_of(layer)
-        return self._primary[layer]
 
     def array(self, layer: int) -> Array:
         """`host_of` as an array."""

@@ -32,12 +32,10 @@ def assembly_to(order: Assembly) -> expert_pb2.AssembleRequest:
         experts=experts_to(order.experts),
         base=order.base,
         step=order.step,
-        origins=[
-            expert_pb2.Origin(host=host_to(origin.host), experts=experts_to(origin.experts))
-            for origin in order.origins
-        ],
+        origins=map(_origin_to, order.origins),
         directory=order.directory,
         moments=order.moments,
+        shared=map(_origin_to, order.shared),
     )
 
 
@@ -48,19 +46,29 @@ def assembly_from(message: expert_pb2.AssembleRequest) -> Assembly:
         experts=experts_from(message.experts),
         base=message.base if message.HasField("base") else None,
         step=message.step if message.HasField("step") else None,
-        origins=tuple(
-            Origin(host=host_from(origin.host), experts=experts_from(origin.experts))
-            for origin in message.origins
-        ),
+        origins=tuple(map(_origin_from, message.origins)),
         directory=message.directory if message.HasField("directory") else None,
         moments=message.moments,
+        shared=tuple(map(_origin_from, message.shared)),
     )
+
+
+def _origin_to(origin: Origin) -> expert_pb2.Origin:
+    return expert_pb2.Origin(host=host_to(origin.host), experts=experts_to(origin.experts))
+
+
+def _origin_from(message: expert_pb2.Origin) -> Origin:
+    return Origin(host=host_from(message.host), experts=experts_from(message.experts))
 
 
 def pull_to(pull: Pull) -> expert_pb2.FetchRequest:
     """See `Pull`."""
     return expert_pb2.FetchRequest(
-        experts=experts_to(pull.experts), base=pull.base, step=pull.step, moments=pull.moments
+        experts=experts_to(pull.experts),
+        base=pull.base,
+        step=pull.step,
+        moments=pull.moments,
+        gradients=pull.gradients,
     )
 
 
@@ -71,6 +79,7 @@ def pull_from(message: expert_pb2.FetchRequest) -> Pull:
         base=message.base if message.HasField("base") else None,
         step=message.step if message.HasField("step") else None,
         moments=message.moments,
+        gradients=message.gradients,
     )
 
 

@@ -35,7 +35,7 @@ class TrainingCall(Call):
     _d_out: Tensor | None = None  # while gradients are out
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
-        """Submit the rows to the primary holders of their experts."""
+        """Submit the rows to holders of their experts, each to one."""
         self._repeats: Counter[int] = Counter()
         super().send(rows, gates)
 
@@ -90,13 +90,15 @@ class TrainingCall(Call):
 
     def _plan(self, gates: Tensor) -> tuple[HostSlice | None, ...]:
         held = self.placement
-        primary = held.primary(self.layer)
-        if held.lacking and int(primary[0, self._idx].amin()) < 0:
+        if not held.covers(self.layer, self._idx):
             raise ChannelError(
                 f"step {self.step} has no live expert host for some experts of layer {self.layer}"
                 f" (epoch {held.epoch})"
             )
-        return plan_dispatch(self._idx, gates, primary, len(held.hosts))
+        # Whose turn it is among replicas follows from the microbatch: a step done again is the same step.
+        return plan_dispatch(
+            self._idx, gates, held.host_of(self.layer), len(held.hosts), shift=self.microbatch
+        )
 
     def _request(self, part: HostSlice) -> Request:
         if self._d_out is None:

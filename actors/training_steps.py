@@ -176,7 +176,7 @@ class TrainingSteps:
                 self._interrupt(why)
 
     def lost(self, host: str, why: str) -> None:
-        """A host is dead; if it alone held experts, the run is interrupted."""
+        """A host is dead; if it held experts, the run is interrupted."""
         with self._changed:
             if not self._whole():
                 self._interrupt(f"expert host {host}: {why}")
@@ -296,6 +296,8 @@ class TrainingSteps:
         step = reports[0].step
         self._go_on(attempt)
         squared = self._hosts.prepare(step)
+        if not self._whole():  # it lacks what a lost host had, and there is an interruption to come
+            raise Interrupted("an expert host was lost in the middle of the step")
         decision = decide(
             self._plan,
             reports,
@@ -394,8 +396,8 @@ class TrainingSteps:
         return True
 
     def _whole(self) -> bool:
-        """Whether every expert has a holder."""
-        return self._elastic is None or self._elastic.versions.whole
+        """Whether all hosts are there that hold experts, and with them the gradients of the step."""
+        return self._elastic is None or self._elastic.versions.intact
 
     def _go_on(self, attempt: int) -> None:
         with self._changed:

@@ -77,8 +77,12 @@ def assembly(
         rows: per layer row the experts that it is to hold.
     """
     pulls: dict[str, dict[int, list[int]]] = {}
+    shared: dict[str, dict[int, list[int]]] = {}
     for at, experts in enumerate(rows):
         for expert in experts:
+            for other in work.version.placement.holders[at][expert] if step is not None else ():
+                if other != id:
+                    shared.setdefault(other, {}).setdefault(layers[at], []).append(expert)
             there = [other for other in work.sources[at][expert] if other in infos]
             if id not in there and there:
                 peer = there[(at + expert) % len(there)]  # spread over those that have it
@@ -88,12 +92,20 @@ def assembly(
         experts={layer: tuple(experts) for layer, experts in zip(layers, rows, strict=True) if experts},
         base=work.base,
         step=step,
-        origins=tuple(
-            Origin(host=infos[peer], experts={layer: tuple(experts) for layer, experts in wanted.items()})
-            for peer, wanted in pulls.items()
-        ),
+        origins=_origins(pulls, infos),
         directory=work.version.directory,
         moments=work.moments,
+        shared=_origins(shared, infos),
+    )
+
+
+def _origins(
+    wanted: Mapping[str, Mapping[int, Sequence[int]]], infos: Mapping[str, HostInfo]
+) -> tuple[Origin, ...]:
+    return tuple(
+        Origin(host=infos[id], experts={layer: tuple(experts) for layer, experts in rows.items()})
+        for id, rows in wanted.items()
+        if id in infos  # else it is dead, and the change comes to nothing
     )
 
 

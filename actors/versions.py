@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from actors.layers import Layers
 from actors.ledger import Ledger
 from actors.moves import Assembly
+from actors.summing import Summing
 from errors import ProtocolError, RaymoeError
 
 
@@ -24,6 +25,7 @@ class Version:
         moving: a commit is changing the weights.
         gone: the host holds it no more.
         failure: why nothing in it is of one step now.
+        summing: of gradients with other holders of the same experts.
     """
 
     epoch: int
@@ -35,6 +37,12 @@ class Version:
     moving: bool = False
     gone: bool = False
     failure: str | None = None
+    summing: Summing | None = None
+
+    @property
+    def shares(self) -> Summing | None:
+        """Sums gradients over other holders; None where no expert has another one."""
+        return self.summing if self.summing else None
 
 
 class Versions:
@@ -96,16 +104,44 @@ class Versions:
             if missing or not epochs:
                 raise ProtocolError(f"expert host {self._id} holds epochs {tuple(self.held)}, not {missing}")
             kept = {epoch: self.held[epoch] for epoch in epochs}
-            for version in (self.current, *self.held.values()):
+            dropped = {self.current.epoch: self.current, **self.held}
+            for version in dropped.values():
                 version.gone = version not in kept.values()
             self.current, self.held = kept[epochs[-1]], kept
             self.changed.notify_all()
+        for version in dropped.values():
+            if version.gone and version.summing is not None:
+                version.summing.close()
 
     def rename(self, epoch: int) -> None:
         """The current version under another epoch, and nothing else."""
         with self.changed:
             self.current.epoch = epoch
             self.held = {epoch: self.current}
+
+    def await_seal(self, version: Version, step: int, timeout: float) -> None:
+        """Wait until the gradients of a step are complete.
+
+        Raises:
+            ProtocolError: the version is at another step, or the wait too long.
+        """
+        with self.changed:
+            if step == version.step + 1:
+                self.changed.wait_for(lambda: version.step >= step or version.gone, timeout)
+            if step == version.step:
+                self.changed.wait_for(lambda: version.sealed or version.gone, timeout)
+        self.check_sealed(version, step)
+
+    def check_sealed(self, version: Version, step: int) -> None:
+        """Raises unless a version's gradients are complete, and those of this step.
+
+        Raises:
+            ProtocolError: they are not.
+            RaymoeError: a commit of it failed.
+        """
+        self.check(version, step)
+        if not version.sealed or version.gone:
+            raise ProtocolError(f"expert host {self._id} has not sealed the gradients of step {step}")
 
     def settle(self, version: Version, step: int, timeout: float) -> None:
         """Wait for a commit that is under way; then the version has to be at `step`.

@@ -79,8 +79,8 @@ class ClusterConfig(BaseModel):
         dead_after: seconds without a sign of life after which a host, or a replica of the trunk, is dead.
         hedge_after: seconds that inference waits for one host before it turns to other replicas; null: it
             waits for as long as the host lives.
-        rebalance_below: balancedness (mean over highest load of the hosts) below which serving places the
-            experts anew; null never does.
+        rebalance_below: balancedness (mean over highest load of the hosts) below which experts are placed
+            anew, in training between two steps; null never does.
         snapshot_interval: training steps between snapshots in the memory of other hosts; 0 takes none.
         autoscaling: when serving adds and retires expert hosts by load; null leaves their number alone.
     """

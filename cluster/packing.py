@@ -244,7 +244,7 @@ def _homes(
 
 
 def _holders(shelves: Shelves) -> Holders:
-    """Holders in the order of replicas: primaries are balanced, as training uses them alone."""
+    """Holders in the order of replicas: primaries are balanced too."""
     hold = shelves.hold[:, : shelves.n_experts]
     n_layers, n_experts = hold.shape[:2]
     layers = np.arange(n_layers)

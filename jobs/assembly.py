@@ -215,6 +215,7 @@ def build_coordinator(
         step=start.step,
         steps=steps,
         dead_after=cluster.dead_after,
+        rebalance_below=cluster.rebalance_below,
         state=state,
     )
 

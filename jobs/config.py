@@ -180,15 +180,6 @@ def _conflicts(config: RunConfig) -> list[str]:
             f"training.min_workers ({training.min_workers}) is more than training.workers "
             f"({training.workers}); lower it"
         )
-    for field, value, usual in (
-        ("replicas", cluster.replicas, 1),
-        ("redundant_experts", cluster.redundant_experts, 0),
-    ):
-        if value != usual:
-            problems.append(
-                f"cluster.{field} ({value}) is for serving: in training every expert has one host, whose "
-                f"state another host keeps a copy of (cluster.snapshot_interval); leave it at {usual}"
-            )
     if training.sequence_length > model.max_position_embeddings:
         problems.append(
             f"training.sequence_length ({training.sequence_length}) is beyond model.max_position_embeddings "

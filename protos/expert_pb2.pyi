@@ -442,6 +442,7 @@ class AssembleRequest(google.protobuf.message.Message):
     ORIGINS_FIELD_NUMBER: builtins.int
     DIRECTORY_FIELD_NUMBER: builtins.int
     MOMENTS_FIELD_NUMBER: builtins.int
+    SHARED_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     base: builtins.int
     """Epoch whose live state is taken, here and at the origins; without it, from snapshots of `step`."""
@@ -457,6 +458,10 @@ class AssembleRequest(google.protobuf.message.Message):
     def experts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerExperts]: ...
     @property
     def origins(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Origin]: ...
+    @property
+    def shared(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Origin]:
+        """In training: other holders of experts of this host, each with those, over which gradients are summed."""
+
     def __init__(
         self,
         *,
@@ -467,9 +472,10 @@ class AssembleRequest(google.protobuf.message.Message):
         origins: collections.abc.Iterable[global___Origin] | None = ...,
         directory: builtins.str | None = ...,
         moments: builtins.bool = ...,
+        shared: collections.abc.Iterable[global___Origin] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_base", b"_base", "_directory", b"_directory", "_step", b"_step", "base", b"base", "directory", b"directory", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_base", b"_base", "_directory", b"_directory", "_step", b"_step", "base", b"base", "directory", b"directory", "epoch", b"epoch", "experts", b"experts", "moments", b"moments", "origins", b"origins", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_base", b"_base", "_directory", b"_directory", "_step", b"_step", "base", b"base", "directory", b"directory", "epoch", b"epoch", "experts", b"experts", "moments", b"moments", "origins", b"origins", "shared", b"shared", "step", b"step"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_base", b"_base"]) -> typing.Literal["base"] | None: ...
     @typing.overload
@@ -501,10 +507,13 @@ class FetchRequest(google.protobuf.message.Message):
     BASE_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     MOMENTS_FIELD_NUMBER: builtins.int
+    GRADIENTS_FIELD_NUMBER: builtins.int
     base: builtins.int
     """Live state of this epoch, or else what a snapshot of `step` holds."""
     step: builtins.int
     moments: builtins.bool
+    gradients: builtins.bool
+    """The gradients of `step` instead, of w13 and of w2, once this host has sealed them."""
     @property
     def experts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerExperts]: ...
     def __init__(
@@ -514,9 +523,10 @@ class FetchRequest(google.protobuf.message.Message):
         base: builtins.int | None = ...,
         step: builtins.int | None = ...,
         moments: builtins.bool = ...,
+        gradients: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_base", b"_base", "_step", b"_step", "base", b"base", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_base", b"_base", "_step", b"_step", "base", b"base", "experts", b"experts", "moments", b"moments", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_base", b"_base", "_step", b"_step", "base", b"base", "experts", b"experts", "gradients", b"gradients", "moments", b"moments", "step", b"step"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_base", b"_base"]) -> typing.Literal["base"] | None: ...
     @typing.overload

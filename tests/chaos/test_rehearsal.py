@@ -20,6 +20,7 @@ SETTINGS = {
     "serving.replicas": 2,
 }
 FAULTS = ("--seed", "3", "--duration", "40", "--every", "4", "--kinds", "kill,stop,slow,drop")
+FAULTS += ("--targets", "host,coordinator,trunk")
 
 
 def test_a_rehearsal_under_load(tmp_path: Path) -> None:
@@ -29,9 +30,9 @@ def test_a_rehearsal_under_load(tmp_path: Path) -> None:
     requests = greedy_requests(8, 60)
     with running(model, directory, tmp_path / "serve.log", *options) as server:
         calm = asyncio.run(Load(server, requests).run())
+        at = ("--coordinator", server.coordinator, "--address", server.ray)
         chaos = subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", "chaos", *FAULTS, "--targets", "host,coordinator,trunk"]
-            + ["--coordinator", server.coordinator, "--address", server.ray, "--json"],
+            [sys.executable, "-m", "jobs.cli", "chaos", *FAULTS, *at, "--json"],
             stdout=subprocess.PIPE,
             text=True,
         )

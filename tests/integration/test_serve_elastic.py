@@ -180,5 +180,13 @@ def test_without_replicas_streams_wait_for_the_reload(tmp_path: Path) -> None:
         moved = [
             event["text"] for event in settled(admin, HOSTS, replicas=1)["events"] if event["kind"] == "moved"
         ]
+        print(f"without replicas: longest gap {load.gap:.2f} s ({'; '.join(moved)})")
+
+        def kill_all() -> None:
+            for host in actors(server, HOST):
+                host.kill()
+
+        load = under_load(server, calm, kill_all, STREAMS * 10)
+        print(f"all hosts killed at once: longest gap {load.gap:.2f} s")
+        settled(admin, HOSTS, replicas=1)
         admin.close()
-    print(f"without replicas: longest gap {load.gap:.2f} s ({'; '.join(moved)})")

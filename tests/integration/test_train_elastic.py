@@ -180,6 +180,22 @@ def test_whatever_is_killed_the_trajectory_is_the_same(corpus: Path, whole: Path
     assert apart(run.output, whole) <= 1e-9
 
 
+def test_two_workers_and_replicas_change_no_step(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    """One of the workers is killed, and a host that holds no expert alone."""
+    source = random.Random(1)
+    options = {"training__workers": 2, "cluster__replicas": 2, "cluster__redundant_experts": 2}
+    run = Run(corpus, tmp_path / "run", **options)
+    try:
+        for step, title in ((13, WORKER), (37, HOST)):
+            run.at(step, lambda title=title: run.kill(title, source))  # type: ignore[misc]
+        got = run.finish()
+    finally:
+        run.stop()
+    print(f"seconds until the next step: {', '.join(f'{s:.1f}' for s in run.pauses)}")
+    assert differ(got, losses(whole)) <= 1e-9
+    assert apart(run.output, whole) <= 1e-9
+
+
 def test_hosts_come_and_go_between_steps(corpus: Path, tmp_path: Path) -> None:
     """Until they have: as many steps as that takes, held against a run of as many with one host."""
     run = Run(corpus, tmp_path / "run", cluster__expert_hosts=1, training__steps=100_000)
