@@ -49,6 +49,10 @@ class ResourceError(RaymoeError):
     """The cluster cannot give what the configuration asks for."""
 
 
+class HostsChanged(ResourceError):
+    """Expert hosts came or went in the middle of a change of weights; do it again."""
+
+
 class Interrupted(RaymoeError):
     """A training step is given up since something that it needs is lost; join the run again."""
 
@@ -105,6 +109,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HostsChanged",
     "Interrupted",
     "ProtocolError",
     "QueueFull",

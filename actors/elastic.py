@@ -29,7 +29,7 @@ from actors.transfers import Shape, Work, arrivals, assemblies, nothing
 from cluster.membership import Membership, Stage
 from cluster.placement import Holding, Placement, Site, plan
 from cluster.topology import HostInfo
-from errors import ChannelError, RaymoeError, ResourceError, is_loss
+from errors import ChannelError, HostsChanged, RaymoeError, ResourceError, is_loss
 
 _T = TypeVar("_T")
 _ATTEMPTS = 5
@@ -206,7 +206,7 @@ class Elastic(Roster):
         """Publish the weights that were loaded last beside those before them.
 
         Raises:
-            ResourceError: hosts have changed meanwhile, or nothing has been loaded under this epoch.
+            HostsChanged: they have meanwhile, or nothing has been loaded under this epoch.
         """
         with self._changing:
             current, version, infos = self.versions.current, self._loaded, self._infos()
@@ -218,7 +218,7 @@ class Elastic(Roster):
                 or version.epoch != epoch
                 or not infos.keys() >= set(version.placement.sites)
             ):
-                raise ResourceError(
+                raise HostsChanged(
                     f"no weights have been loaded for epoch {epoch}, or the expert hosts have changed since; "
                     "load them again"
                 )

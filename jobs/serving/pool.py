@@ -15,7 +15,7 @@ from actors.clients import HostClient
 from actors.coordinator import Coordinator, State
 from actors.coordinator_client import CoordinatorClient
 from actors.expert_host import ExpertHost
-from errors import RaymoeError
+from errors import HostsChanged, RaymoeError, is_loss
 from jobs.fleet import Fleet
 from jobs.hosts import host_threads, shape_of
 from jobs.serving.config import ServeConfig
@@ -24,6 +24,7 @@ from jobs.serving.weights import Kind, Version, require_room, serving_dtype, wei
 from model.checkpoint import PretrainedSource
 
 _CONTROL_SECONDS = 30.0
+_TRIES = 3  # at loading other weights, while hosts come and go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,22 @@ class ExpertPool:
         return weights_version(directory)
 
     async def _exchange(self, directory: str, name: str) -> None:
-        """Both phases: until the end of the first, everything can be undone."""
+        """Both phases: until the end of the first, everything can be undone, and done again."""
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                await self._load(directory, name)
+                break
+            except RaymoeError as error:
+                if not tries_left or not (isinstance(error, HostsChanged) or is_loss(error)):
+                    raise
+        await self._rollout.exchange()
+        if self._coordinator is not None:
+            # No replica is left whose step could ask for the old ones.
+            with suppress(RaymoeError):
+                await asyncio.to_thread(self._coordinator.retire)
+
+    async def _load(self, directory: str, name: str) -> None:
+        """Get other weights beside those in use, everywhere; nothing is left of a failure."""
         hosts = self._coordinator
         try:
             if hosts is not None:
@@ -155,11 +171,6 @@ class ExpertPool:
                 with suppress(RaymoeError):  # what a host keeps, it drops at the next reload
                     await asyncio.to_thread(hosts.retire)
             raise
-        await self._rollout.exchange()
-        if hosts is not None:
-            # No replica is left whose step could ask for the old ones.
-            with suppress(RaymoeError):
-                await asyncio.to_thread(hosts.retire)
 
     def __del__(self) -> None:
         self._actors.close()

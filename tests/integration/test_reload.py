@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from openai import AsyncOpenAI
 from serving import PROMPT, Server, greedy, running, save_model, tiny_model, tiny_tokenizer
+from streams import HOST, actors
 
 from model.causal_lm import CausalLM
 
@@ -254,6 +256,21 @@ def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
     text, version = answer_in_time(server)
     assert text == expected["new"][PROMPT]
     assert version.startswith("new-")
+
+
+@pytest.mark.soak
+def test_hosts_that_die_in_the_middle_of_a_reload_do_not_stop_it(
+    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+) -> None:
+    for name, after in (("old", 0.0), ("new", 0.5), ("old", 1.0), ("new", 2.0)):
+        hosts = actors(server, HOST)
+        timer = threading.Timer(after, hosts[0].kill)
+        timer.start()
+        reloaded(server, directories[name])
+        timer.join()
+        text, version = answer_in_time(server)
+        assert text == expected[name][PROMPT]
+        assert version.startswith(f"{name}-")
 
 
 @pytest.mark.parametrize(
