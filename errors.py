@@ -6,6 +6,7 @@
     │   ├── DataError         a corpus, a file or a tokenizer
     │   └── CheckpointError   a checkpoint that is missing, damaged or of another shape
     ├── ResourceError         the cluster cannot give what the configuration asks for
+    │   ├── HostsChanged      expert hosts came or went in the middle of a change of weights
     │   └── QueueFull         as many requests wait as may; one comes back later
     ├── Interrupted           a training step is given up, to begin again at a common one
     ├── WorkersLost           another worker's process is gone, and all are started anew

@@ -39,7 +39,12 @@ class HostClient:
         """See `ExpertHost.prepare`."""
         request = expert_pb2.PrepareRequest(step=step, epoch=epoch)
         with raising(self._peer):
-            return float(self._stub.Prepare(request, timeout=self._timeout).squared_norm)
+            return float(self._stub.Prepare(request).squared_norm)
+
+    def seal(self, step: int, epoch: int | None = None) -> None:
+        """See `ExpertHost.seal`."""
+        with raising(self._peer):
+            self._stub.Seal(expert_pb2.PrepareRequest(step=step, epoch=epoch), timeout=self._timeout)
 
     def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
         """See `ExpertHost.commit`."""
@@ -47,10 +52,10 @@ class HostClient:
         with raising(self._peer):
             self._stub.Commit(request, timeout=self._timeout)
 
-    def save(self, directory: str) -> Sequence[str]:
+    def save(self, directory: str, epoch: int | None = None) -> Sequence[str]:
         """See `ExpertHost.save`."""
         with raising(self._peer):
-            return list(self._stub.Save(expert_pb2.SaveRequest(directory=directory)).files)
+            return list(self._stub.Save(expert_pb2.SaveRequest(directory=directory, epoch=epoch)).files)
 
     def assemble(self, order: Assembly) -> None:
         """See `ExpertHost.assemble`."""

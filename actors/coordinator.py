@@ -47,6 +47,9 @@ class Coordinator:
         autoscaling: changes the number of hosts by load, in serving; None leaves it alone.
         rebalance_below: balancedness below which experts are placed anew; None never does.
         state: of the coordinator before; None for a job that begins.
+
+    Attributes:
+        actor: id of the Ray actor that it runs in; empty elsewhere.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Coordinator:
         rebalance_below: float | None = None,
         state: State | None = None,
     ) -> None:
+        self.actor = ""
         self._weights, self._directory, self._moments, self._step = weights, directory, moments, step
         self._dead_after, self._state = dead_after, state
         self._membership = Membership(wanted=hosts, most=shape.n_experts)
@@ -200,14 +204,15 @@ class Coordinator:
         """See `Elastic.use`."""
         self.elastic.use(epoch)
 
-    def retire(self) -> None:
+    def retire(self, keep: str = "") -> None:
         """See `Elastic.retire`."""
-        self.elastic.retire()
+        self.elastic.retire(keep)
 
     def status(self) -> dict[str, Any]:
         """How the job stands, for people and programs that operate it."""
         return {
             **describe(self.elastic, self.training),
+            "actor": self.actor,
             "wanted": self._membership.wanted,
             "balancedness": self._rebalancer.balancedness,
             "autoscaling": None if self._autoscaler is None else self._autoscaler.last.why,

@@ -133,10 +133,11 @@ class CoordinatorClient:
         with raising(self._peer):
             self._stub.PublishWeights(request, timeout=self._timeout)
 
-    def retire(self) -> None:
+    def retire(self, keep: str = "") -> None:
         """See `Coordinator.retire`."""
+        request = coordinator_pb2.RetireWeightsRequest(keep=keep)
         with raising(self._peer):
-            self._stub.RetireWeights(coordinator_pb2.RetireWeightsRequest(), timeout=self._timeout)
+            self._stub.RetireWeights(request, timeout=self._timeout)
 
     def bias(self) -> Tensor:
         """See `TrainingSteps.bias`."""

@@ -132,7 +132,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: coordinator_pb2.RetireWeightsRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.RetireWeightsReply:
         with refusing(context):
-            self._coordinator.retire()
+            self._coordinator.retire(request.keep)
             return coordinator_pb2.RetireWeightsReply()
 
     def GetState(

@@ -190,7 +190,8 @@ class Elastic(Roster):
         Raises:
             RaymoeError: what a host failed with; the others have dropped theirs.
         """
-        with self._changing:
+
+        def attempt() -> Placed:
             current = self.versions.current
             if current is None:
                 raise ResourceError("no experts are served yet; wait until they are")
@@ -199,8 +200,11 @@ class Elastic(Roster):
                 name=name, epoch=self.versions.next_epoch(), directory=directory, placement=placement
             )
             self._assemble([Work(version=version, sources=nothing(placement))], None, "load the weights")
-            self._loaded = version
-            return version.epoch
+            return version
+
+        with self._changing:
+            self._loaded = self._persistently("loading other weights", attempt)
+            return self._loaded.epoch
 
     def use(self, epoch: int) -> None:
         """Publish the weights that were loaded last beside those before them.
@@ -225,13 +229,14 @@ class Elastic(Roster):
             self._loaded = None
             self.versions.publish([*self.versions.live, version], infos)
 
-    def retire(self) -> None:
-        """Drop all versions but the one in use."""
+    def retire(self, keep: str = "") -> None:
+        """Drop all versions but the weights of this name, or where there are none, those in use."""
         with self._changing:
             self._loaded = None
-            current = self.versions.current
-            if current is not None:
-                self._publish([current])
+            live = {version.name: version for version in self.versions.live}
+            kept = live.get(keep, self.versions.current)
+            if kept is not None:
+                self._publish([kept])
 
     # --- how; with `_changing` held
 

@@ -95,6 +95,9 @@ class ExpertHost(HostState):
     def prepare(self, step: int, epoch: int | None = None) -> float:
         """First half of a commit: seal the step's gradients and return the sum of their squares (float64).
 
+        Those of experts that others hold too are summed over the holders, all of which have sealed them, and
+        counted by one.
+
         Args:
             epoch: that whoever asks believes current; None for whichever is.
 
@@ -102,23 +105,28 @@ class ExpertHost(HostState):
             ProtocolError: the host is at another step or epoch.
             ChannelError: another holder of its experts is lost.
         """
+        version = self._seal(step, epoch)
+        # Without the lock: a holder that hangs shall keep nobody else waiting.
+        if version.shares is not None:
+            version.shares.gather(version.layers, step)
+            return version.shares.squared_norm(version.layers)
+        optimizers = (layer.optimizer for layer in version.layers.values())
+        return sum((one.squared_norm() for one in optimizers if one is not None), 0.0)
+
+    def seal(self, step: int, epoch: int | None = None) -> None:
+        """Take no more gradients of a step, so that other holders of experts can fetch them.
+
+        Raises:
+            ProtocolError: the host is at another step or epoch.
+        """
+        self._seal(step, epoch)
+
+    def _seal(self, step: int, epoch: int | None) -> Version:
         with self._committing:
             version = self._versions.at(epoch)
             self._versions.check(version, step)
-            with self._versions.changed:
-                version.sealed = True
-                self._versions.changed.notify_all()
-            if version.shares is not None:
-                version.shares.gather(version.layers, step)
-                return version.shares.squared_norm(version.layers)
-            return sum(
-                (
-                    layer.optimizer.squared_norm()
-                    for layer in version.layers.values()
-                    if layer.optimizer is not None
-                ),
-                0.0,
-            )
+            version.sealed = True
+            return version
 
     def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
         """Second half: AdamW with gradients times `scale`; layer by layer, each usable at once.
@@ -135,15 +143,16 @@ class ExpertHost(HostState):
             if step == version.step - 1:
                 return
             self._versions.check(version, step)
-            if not version.sealed:
+            shares = version.shares
+            if not version.sealed or not (shares is None or shares.has(step)):
                 raise ProtocolError(f"commit of step {step} on expert host {self.id} without a prepare")
             version.moving = True
             try:
                 version.ledger.clear()
                 for index, layer in version.layers.items():
                     if layer.optimizer is not None:
-                        if version.shares is not None:
-                            version.shares.apply(index, layer)
+                        if shares is not None:
+                            shares.apply(index, layer)
                         layer.optimizer.step(learning_rate, scale)
                         layer.optimizer.zero_grad()
                     with changed:

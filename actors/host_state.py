@@ -168,6 +168,8 @@ class HostState:
         Raises:
             ProtocolError: the host does not hold one of them.
         """
+        if set(epochs) <= set(self._versions.held):
+            self._versions.leave(epochs)
         with self._committing:  # no copy of another version is made any more when this returns
             before = self._versions.current
             self._versions.retain(*epochs)
@@ -254,7 +256,8 @@ class HostState:
         """Answers."""
 
     def close(self) -> None:
-        """For those who take a host for its client: there is nothing to hang up."""
+        """Hang up on other hosts."""
+        self._versions.close()
 
     def gradients(self) -> list[Tensor]:
         """The gradient buffers, flat, for workers that hold the experts themselves and all-reduce them."""
@@ -279,13 +282,17 @@ class HostState:
                 for at, expert in enumerate(layer.experts):
                     yield index, expert, (one[0][at], one[1][at]), (two[0][at], two[1][at])
 
-    def save(self, directory: str) -> list[str]:
+    def save(self, directory: str, epoch: int | None = None) -> list[str]:
         """Write own weights and moments into a checkpoint; the names of the files (see `expert_state`).
 
+        Of an expert with several holders one writes.
+
         Raises:
+            ProtocolError: the host is at another epoch.
             CheckpointError: the directory cannot be written to.
         """
         with self._committing:
+            self._versions.at(epoch)
             mine = self._speaks_for
             weights = (one for one in self.weights() if mine(one[0], one[1]))
             moments = (one for one in self.moments() if mine(one[0], one[1]))
@@ -300,7 +307,7 @@ class HostState:
         if version is None or pull.step is None or not self._trains:
             raise ProtocolError(f"expert host {self.id}: gradients are of an epoch and a step of training")
         step = pull.step
-        self._versions.await_seal(version, step, self._commit_timeout)
+        self._versions.check_sealed(version, step)
         wanted = list(pairs(pull.experts))
         for layer, expert in wanted:
             held = version.layers.get(layer)

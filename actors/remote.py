@@ -81,6 +81,7 @@ class _ExpertHostProcess(_Process[ExpertHost]):
 class _CoordinatorProcess(_Process[Coordinator]):
     def _open(self, plain: Coordinator) -> ControlServer:
         self._coordinator = plain
+        plain.actor = ray.get_runtime_context().get_actor_id() or ""
 
         def register(server: grpc.Server) -> None:
             coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorServicer(plain), server)

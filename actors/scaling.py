@@ -1,4 +1,4 @@
-"""Measures the expert hosts of a served model, and acts on it: more or fewer of them, experts elsewhere.
+"""Measures the expert hosts, and acts on it: more or fewer of them, experts elsewhere.
 
 What follows from the measurements is decided by `cluster.policy`; here they are taken, and carried out.
 """

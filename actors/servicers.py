@@ -38,6 +38,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
             squared = self._host.prepare(request.step, _epoch(request))
             return expert_pb2.PrepareReply(step=request.step, squared_norm=squared)
 
+    def Seal(self, request: expert_pb2.PrepareRequest, context: grpc.ServicerContext) -> expert_pb2.SealReply:
+        with refusing(context):
+            self._host.seal(request.step, _epoch(request))
+            return expert_pb2.SealReply()
+
     def Commit(
         self, request: expert_pb2.CommitRequest, context: grpc.ServicerContext
     ) -> expert_pb2.CommitReply:
@@ -47,7 +52,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
 
     def Save(self, request: expert_pb2.SaveRequest, context: grpc.ServicerContext) -> expert_pb2.SaveReply:
         with refusing(context):
-            return expert_pb2.SaveReply(files=self._host.save(request.directory))
+            return expert_pb2.SaveReply(files=self._host.save(request.directory, _epoch(request)))
 
     def Assemble(
         self, request: expert_pb2.AssembleRequest, context: grpc.ServicerContext
@@ -122,7 +127,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
 
 
 def _epoch(
-    request: expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.SnapshotRequest,
+    request: (
+        expert_pb2.PrepareRequest
+        | expert_pb2.CommitRequest
+        | expert_pb2.SnapshotRequest
+        | expert_pb2.SaveRequest
+    ),
 ) -> int | None:
     return request.epoch if request.HasField("epoch") else None
 

@@ -22,6 +22,7 @@ class ExpertHostServer:
     """
 
     def __init__(self, host: ExpertHost, *, bind: str = "127.0.0.1", node: str = "") -> None:
+        self._host = host
         servicer = ExpertServicer(host, self.hang_up)
         self._shm = shm.serve(host.handle, host.answer)
         self._grpc = grpc.serve(
@@ -48,6 +49,7 @@ class ExpertHostServer:
         """Hang up on every caller."""
         self._shm.close()
         self._grpc.close()
+        self._host.close()
 
 
 __all__ = ["ExpertHostServer"]

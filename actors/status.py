@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +19,6 @@ def describe(elastic: Elastic, training: TrainingSteps | None) -> dict[str, Any]
     copies = [len(ids) for row in holders for ids in row]
     pauses = () if training is None else tuple(training.pauses)
     return {
-        "pid": os.getpid(),
         "mode": "serve" if training is None else "train",
         "epoch": -1 if current is None else current.epoch,
         "serial": elastic.versions.serial,

@@ -15,7 +15,7 @@ from actors.moves import EXPERTS, Blob
 from actors.roster import failed_on
 from actors.steps import HostControl, StepDecision
 from cluster.topology import HostInfo
-from errors import RaymoeError, ResourceError
+from errors import ProtocolError, RaymoeError, ResourceError
 
 _T = TypeVar("_T")
 
@@ -46,7 +46,10 @@ class StepHosts:
         """
         self.finish()
         epoch = self.epoch
-        return sum(self._on_all("prepare", lambda host: host.prepare(step, epoch)))
+        if self._shared():
+            self._on_all("seal its gradients", lambda host: _at(epoch, host, host.seal, step))
+            return sum(self._on_all("prepare", lambda host: host.prepare(step, epoch)))
+        return sum(self._on_all("prepare", lambda host: _at(epoch, host, host.prepare, step)))
 
     def commit(self, decision: StepDecision, failed: Callable[[str, BaseException], None]) -> None:
         """Let all apply the step; nobody waits, and `failed` is told of a host that does not."""
@@ -123,11 +126,18 @@ class StepHosts:
     def save(self, directory: str) -> list[str]:
         """Let all write their part of a checkpoint; the files' names."""
         self.finish()
-        return [name for names in self._on_all("save", lambda host: host.save(directory)) for name in names]
+        epoch = self.epoch
+        found = self._on_all("save", lambda host: host.save(directory, epoch))
+        return [name for names in found for name in names]
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _shared(self) -> bool:
+        """Whether an expert has several holders."""
+        current = None if self.elastic is None else self.elastic.versions.current
+        return current is not None and any(len(ids) > 1 for row in current.placement.holders for ids in row)
 
     def _on_all(self, what: str, call: Callable[[HostControl], _T]) -> list[_T]:
         """Call every host at once; the results in the order of the hosts."""
@@ -149,6 +159,15 @@ class StepHosts:
             return self._pool.submit(call, *arguments)
         except RuntimeError as error:
             raise ResourceError("the coordinator has been closed") from error
+
+
+def _at(epoch: int, host: HostControl, call: Callable[[int, int | None], _T], step: int) -> _T:
+    """Command a host in an epoch, which it is told again to go on with if it does not know."""
+    try:
+        return call(step, epoch)
+    except ProtocolError:
+        host.retain(epoch)  # what was lost may have been this; fails where the epoch is not held
+        return call(step, epoch)
 
 
 __all__ = ["StepHosts"]

@@ -208,6 +208,10 @@ class HostStats:
 class HostControl(Protocol):
     """What the coordinator asks of an expert host: `ExpertHost` itself, or a client of one."""
 
+    def seal(self, step: int, epoch: int | None = None) -> None:
+        """Take no more gradients of a step: what `prepare` fetches from other holders is complete."""
+        ...
+
     def prepare(self, step: int, epoch: int | None = None) -> float:
         """Seal the gradients of a step of this epoch; the sum of their squares, in float64."""
         ...
@@ -216,7 +220,7 @@ class HostControl(Protocol):
         """Apply the optimizer step; a repeat does nothing."""
         ...
 
-    def save(self, directory: str) -> Sequence[str]:
+    def save(self, directory: str, epoch: int | None = None) -> Sequence[str]:
         """Write own experts and moments into a checkpoint; the names of the files written."""
         ...
 

@@ -7,6 +7,7 @@ step, and one of them speaks for the expert where something is counted or writte
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -16,14 +17,14 @@ from actors.layers import Layer
 from actors.moves import Origin, Peer, Pull, grouped, pairs
 from actors.state_stream import Inflow
 from cluster.topology import HostInfo
-from errors import ChannelError, RaymoeError, RemoteError
+from errors import ChannelError, RaymoeError, RemoteError, is_loss
 
 Pair = tuple[int, int]
 """(layer, expert)."""
 
 
 class Summing:
-    """Of one host and epoch; one thread at a time.
+    """Of one host and epoch. Any thread may call.
 
     Args:
         host: id of this host.
@@ -42,8 +43,12 @@ class Summing:
             for pair in pairs(self._shared[id].experts) if id != host else _all(shared):
                 holders.setdefault(pair, []).append(id)
         self._holders = holders
+        self._gathering = threading.Lock()
         self._sums: dict[Pair, tuple[Tensor, Tensor]] = {}
+        self._gathered = -1  # the step of the sums
+        self._opening = threading.Lock()
         self._peers: dict[str, Peer] = {}
+        self._closed = False
 
     def __bool__(self) -> bool:
         """Whether there is anything to sum."""
@@ -55,24 +60,26 @@ class Summing:
         return holders is None or holders[0] == self._host
 
     def gather(self, layers: Mapping[int, Layer], step: int) -> None:
-        """Fetch the other holders' gradients of a sealed step and add them up; own ones stay as they are.
+        """Fetch the other holders' gradients of a step and add them up; all have sealed it, this host too.
+
+        Own gradients stay as they are, for the others to fetch. Holders come one after the other, in the
+        order of their ids: there is no more in memory than the sums and what one of them sends.
 
         Raises:
-            ChannelError: a holder is lost.
-            RaymoeError: it is at another step or epoch.
+            ChannelError: a holder is lost, or this host is to hold something else by now.
+            RaymoeError: a holder is at another step or epoch.
         """
-        self._sums.clear()
-        found = {id: self._fetch(layers, origin, step) for id, origin in self._shared.items()}
-        found[self._host] = {
-            (layer, expert): gradients(layers[layer], expert) for layer, expert in self._holders
-        }
-        for pair, holders in self._holders.items():
-            first, *others = (found[id][pair] for id in holders)
-            total = (first[0].clone(), first[1].clone())
-            for other in others:
-                for mine, theirs in zip(total, other, strict=True):
-                    mine += theirs
-            self._sums[pair] = total
+        with self._gathering:
+            self._gathered, sums = -1, dict[Pair, tuple[Tensor, Tensor]]()
+            for id in sorted([self._host, *self._shared]):
+                mine = id == self._host
+                for pair, part in self._part(id, layers, step):
+                    if pair not in sums:
+                        sums[pair] = (part[0].clone(), part[1].clone()) if mine else part
+                    else:
+                        for total, one in zip(sums[pair], part, strict=True):
+                            total += one
+            self._sums, self._gathered = sums, step
 
     def squared_norm(self, layers: Mapping[int, Layer]) -> float:
         """Sum of the squared gradients of all experts that this host speaks for, in float64."""
@@ -85,6 +92,10 @@ class Summing:
                         total += float(torch.dot(flat, flat))
         return total
 
+    def has(self, step: int) -> bool:
+        """Whether the sums of a step are complete."""
+        return self._gathered == step
+
     def apply(self, index: int, layer: Layer) -> None:
         """Put the sums in the place of own gradients of a layer."""
         for expert in layer.experts:
@@ -94,10 +105,27 @@ class Summing:
                     mine.copy_(summed)
 
     def close(self) -> None:
-        """Hang up on the other holders."""
-        peers, self._peers = self._peers, {}
+        """Hang up on the other holders, which ends whatever is being fetched, for good."""
+        with self._opening:
+            self._closed = True
+            peers, self._peers = self._peers, {}
         for peer in peers.values():
             peer.close()
+
+    def _part(
+        self, id: str, layers: Mapping[int, Layer], step: int
+    ) -> Iterable[tuple[Pair, tuple[Tensor, Tensor]]]:
+        if id == self._host:
+            return [((layer, e), gradients(layers[layer], e)) for layer, e in self._holders]
+        return self._fetch(layers, self._shared[id], step).items()
+
+    def _peer(self, origin: Origin) -> Peer:
+        with self._opening:
+            if self._closed:
+                raise ChannelError("it holds other experts by now")
+            if origin.host.id not in self._peers:
+                self._peers[origin.host.id] = self._connect(origin.host)
+            return self._peers[origin.host.id]
 
     def _fetch(
         self, layers: Mapping[int, Layer], origin: Origin, step: int
@@ -107,15 +135,14 @@ class Summing:
         pull = Pull(experts=grouped(wanted), base=self._epoch, step=step, gradients=True)
         id = origin.host.id
         try:
-            if id not in self._peers:
-                self._peers[id] = self._connect(origin.host)
-            Inflow([part for pair in wanted for part in made[pair]]).read(self._peers[id].fetch(pull))
-        except RaymoeError as error:
-            peer = self._peers.pop(id, None)
+            Inflow([part for pair in wanted for part in made[pair]]).read(self._peer(origin).fetch(pull))
+        except (RaymoeError, ValueError) as error:  # a ValueError: it has been closed meanwhile
+            with self._opening:
+                peer = self._peers.pop(id, None)
             if peer is not None:
                 peer.close()
-            answered = isinstance(error, RemoteError) or not isinstance(error, ChannelError)
-            raise (RemoteError if answered else ChannelError)(
+            lost = is_loss(error) if isinstance(error, RaymoeError) else self._closed
+            raise (ChannelError if lost or self._closed else RemoteError)(
                 f"expert host {self._host} could not get gradients of step {step} from expert host {id}: "
                 f"{error}"
             ) from error

@@ -256,8 +256,8 @@ class TrainingSteps:
                     kind = Interrupted if attempt else ProtocolError
                     raise kind(f"a checkpoint after {step} steps was asked for, the run is at {self._step}")
             files = self._hosts.save(directory)
-            if self._elastic is not None:
-                self.table()  # a host that is lost has written nothing
+            if not self._whole():
+                raise Interrupted("a host that holds experts is lost; it has written nothing")
             self._go_on(attempt)
         return files
 
@@ -296,7 +296,7 @@ class TrainingSteps:
         step = reports[0].step
         self._go_on(attempt)
         squared = self._hosts.prepare(step)
-        if not self._whole():  # it lacks what a lost host had, and there is an interruption to come
+        if not self._whole():  # the gradients of a host that is lost are missing
             raise Interrupted("an expert host was lost in the middle of the step")
         decision = decide(
             self._plan,
@@ -332,6 +332,9 @@ class TrainingSteps:
         except RaymoeError:  # as it was, and noted; the next boundary tries again
             return decision
         self.pauses.append((why, seconds))
+        with self._changed:
+            if not self._whole():  # it was lost before it was placed, which no loss has told of
+                self._interrupt("a host was lost while experts moved")
         return replace(decision, epoch=self._hosts.epoch, snapshot=self._plan.snapshot_interval > 0)
 
     def _keep(self, step: int, bias: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.layers import Layers
@@ -104,33 +105,16 @@ class Versions:
             if missing or not epochs:
                 raise ProtocolError(f"expert host {self._id} holds epochs {tuple(self.held)}, not {missing}")
             kept = {epoch: self.held[epoch] for epoch in epochs}
-            dropped = {self.current.epoch: self.current, **self.held}
-            for version in dropped.values():
+            for version in (self.current, *self.held.values()):
                 version.gone = version not in kept.values()
             self.current, self.held = kept[epochs[-1]], kept
             self.changed.notify_all()
-        for version in dropped.values():
-            if version.gone and version.summing is not None:
-                version.summing.close()
 
     def rename(self, epoch: int) -> None:
         """The current version under another epoch, and nothing else."""
         with self.changed:
             self.current.epoch = epoch
             self.held = {epoch: self.current}
-
-    def await_seal(self, version: Version, step: int, timeout: float) -> None:
-        """Wait until the gradients of a step are complete.
-
-        Raises:
-            ProtocolError: the version is at another step, or the wait too long.
-        """
-        with self.changed:
-            if step == version.step + 1:
-                self.changed.wait_for(lambda: version.step >= step or version.gone, timeout)
-            if step == version.step:
-                self.changed.wait_for(lambda: version.sealed or version.gone, timeout)
-        self.check_sealed(version, step)
 
     def check_sealed(self, version: Version, step: int) -> None:
         """Raises unless a version's gradients are complete, and those of this step.
@@ -142,6 +126,18 @@ class Versions:
         self.check(version, step)
         if not version.sealed or version.gone:
             raise ProtocolError(f"expert host {self._id} has not sealed the gradients of step {step}")
+
+    def close(self) -> None:
+        """Hang up on other holders."""
+        for version in self.held.values():
+            if version.summing is not None:
+                version.summing.close()
+
+    def leave(self, epochs: Sequence[int]) -> None:
+        """End what is under way for all epochs but these."""
+        for epoch, version in self.held.items():
+            if epoch not in epochs and version.summing is not None:
+                version.summing.close()
 
     def settle(self, version: Version, step: int, timeout: float) -> None:
         """Wait for a commit that is under way; then the version has to be at `step`.

@@ -47,9 +47,8 @@ class Kind(StrEnum):
 TARGETS: Final = ("host", "coordinator", "trunk", "worker")
 """Kinds of processes."""
 
-_COORDINATOR: Final = re.compile("_CoordinatorProcess")
-_CLASSES: Final = {"trunk": re.compile("ServeReplica:.*:trunk$"), "worker": re.compile("RayTrainWorker")}
-"""Kind of process -> class of its actor, as Ray knows it."""
+_POOL: Final = re.compile("ServeReplica:(.*):experts")
+"""Class of the actor that owns a served model's coordinator, with the application's name."""
 
 _SECONDS: Final = {Kind.STOP: 10.0, Kind.SLOW: 5.0}
 _LONGEST: Final = max(_SECONDS.values())
@@ -152,14 +151,25 @@ def processes(
     if target == "host":
         return sorted((host["node"], host["pid"]) for host in status["hosts"])
     alive = [actor for actor in known if actor["State"] == "ALIVE"]
-    # Others stand by, or are of other jobs.
-    leading = [a for a in alive if a["Pid"] == status["pid"] and _COORDINATOR.search(a["ActorClassName"])]
-    if target == "coordinator":
-        wanted = leading
-    else:
-        jobs = {actor["JobID"] for actor in leading}
-        wanted = [a for a in alive if a["JobID"] in jobs and _CLASSES[target].search(a["ActorClassName"])]
+    wanted = [actor for actor in alive if actor["ActorID"] == status["actor"]]  # others stand by
+    if target != "coordinator":
+        wanted = [actor for leading in wanted for actor in alive if _belongs(actor, target, leading, alive)]
     return sorted((actor["Address"]["NodeID"], actor["Pid"]) for actor in wanted)
+
+
+def _belongs(
+    actor: Mapping[str, Any],
+    target: str,
+    coordinator: Mapping[str, Any],
+    alive: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether an actor is a worker, or a replica of the trunk, of a coordinator's job."""
+    if target == "worker":
+        mine = actor["JobID"] == coordinator["JobID"]
+        return mine and "RayTrainWorker" in actor["ActorClassName"]
+    owners = [one["ActorClassName"] for one in alive if one["Address"] == coordinator["OwnerAddress"]]
+    apps = [found[1] for name in owners if (found := _POOL.fullmatch(name))]
+    return any(actor["ActorClassName"] == f"ServeReplica:{app}:trunk" for app in apps)
 
 
 def _on(node: str, work: Callable[..., Any]) -> Any:

@@ -28,7 +28,7 @@ from jobs.data import PreparedData
 from jobs.metrics import MetricsWriter
 from jobs.packing import PackedCorpus
 from model.balance_loss import BalanceWeights
-from model.checkpoint import write_index, write_model_config
+from model.checkpoint import require_experts, write_index, write_model_config
 from model.schedule import value_at
 
 VALIDATION_FILE = "validation.json"
@@ -290,6 +290,7 @@ class TrainingWorker:
         self._data.save_tokenizer(directory)
         write_model_config(directory, self._config.model, dtype=self._trunk.dtype)
         write_index(directory)
+        require_experts(directory, self._config.model)
         validation = self._validation
         self._store.commit(
             self._step,

@@ -7,6 +7,7 @@ head once more under its own names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from errors import CheckpointError
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
-from model.hf_names import HEAD, duplicate_names, expert_tensors
+from model.hf_names import HEAD, duplicate_names, expert_names, expert_tensors
 from model.shards import INDEX, ShardReader, write_index, write_json, write_shard
 from model.sources import PretrainedSource, RandomSource, WeightSource
 
@@ -89,6 +90,22 @@ def write_model_config(
     write_json(Path(directory) / "config.json", {**config.to_hf(), "dtype": _NAMES.get(dtype, "float32")})
 
 
+def require_experts(directory: Path | str, config: ModelConfig) -> None:
+    """Check that a checkpoint's index names every routed expert.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    named = json.loads((Path(directory) / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for layer in config.moe_layers:
+        for expert in range(config.n_routed_experts):
+            missing = [name for name in expert_names(layer, expert) if name not in named]
+            if missing:
+                raise CheckpointError(
+                    f"{directory} lacks {missing[0]}: an expert host has not written its part"
+                )
+
+
 def trunk_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A trunk's `state_dict` as a checkpoint holds it: a tied head left out, MTP's duplicates added."""
     tensors = dict(state)
@@ -134,6 +151,7 @@ __all__ = [
     "ShardReader",
     "WeightSource",
     "load_pretrained",
+    "require_experts",
     "save_pretrained",
     "trunk_tensors",
     "write_index",

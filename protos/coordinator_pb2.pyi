@@ -920,13 +920,19 @@ global___PublishWeightsReply = PublishWeightsReply
 
 @typing.final
 class RetireWeightsRequest(google.protobuf.message.Message):
-    """Lets all hosts drop the weights of every epoch but the routing table's."""
+    """Lets all hosts drop all weights but these."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    KEEP_FIELD_NUMBER: builtins.int
+    keep: builtins.str
+    """Their name; empty for those that were published last."""
     def __init__(
         self,
+        *,
+        keep: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["keep", b"keep"]) -> None: ...
 
 global___RetireWeightsRequest = RetireWeightsRequest
 

@@ -226,6 +226,16 @@ class PrepareRequest(google.protobuf.message.Message):
 global___PrepareRequest = PrepareRequest
 
 @typing.final
+class SealReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___SealReply = SealReply
+
+@typing.final
 class PrepareReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -299,18 +309,23 @@ class SaveRequest(google.protobuf.message.Message):
     DIRECTORY_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     MOMENTS_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
     directory: builtins.str
     step: builtins.int
     moments: builtins.bool
     """Weights alone, or the optimizer's moments too."""
+    epoch: builtins.int
     def __init__(
         self,
         *,
         directory: builtins.str = ...,
         step: builtins.int = ...,
         moments: builtins.bool = ...,
+        epoch: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["directory", b"directory", "moments", b"moments", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epoch", b"_epoch", "directory", b"directory", "epoch", b"epoch", "moments", b"moments", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_epoch", b"_epoch"]) -> typing.Literal["epoch"] | None: ...
 
 global___SaveRequest = SaveRequest
 

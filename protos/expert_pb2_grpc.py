@@ -39,6 +39,11 @@ class ExpertStub(object):
                 request_serializer=protos_dot_expert__pb2.Frame.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.Frame.FromString,
                 _registered_method=True)
+        self.Seal = channel.unary_unary(
+                '/raymoe.v1.Expert/Seal',
+                request_serializer=protos_dot_expert__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.SealReply.FromString,
+                _registered_method=True)
         self.Prepare = channel.unary_unary(
                 '/raymoe.v1.Expert/Prepare',
                 request_serializer=protos_dot_expert__pb2.PrepareRequest.SerializeToString,
@@ -116,6 +121,13 @@ class ExpertServicer(object):
 
     def Exchange(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Seal(self, request, context):
+        """Before Prepare, where experts have several holders: gradients of the step are complete, for the others to fetch.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -212,6 +224,11 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=protos_dot_expert__pb2.Frame.FromString,
                     response_serializer=protos_dot_expert__pb2.Frame.SerializeToString,
+            ),
+            'Seal': grpc.unary_unary_rpc_method_handler(
+                    servicer.Seal,
+                    request_deserializer=protos_dot_expert__pb2.PrepareRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.SealReply.SerializeToString,
             ),
             'Prepare': grpc.unary_unary_rpc_method_handler(
                     servicer.Prepare,
@@ -311,6 +328,33 @@ class Expert(object):
             '/raymoe.v1.Expert/Exchange',
             protos_dot_expert__pb2.Frame.SerializeToString,
             protos_dot_expert__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Seal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Expert/Seal',
+            protos_dot_expert__pb2.PrepareRequest.SerializeToString,
+            protos_dot_expert__pb2.SealReply.FromString,
             options,
             channel_credentials,
             insecure,

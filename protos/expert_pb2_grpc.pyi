@@ -24,6 +24,12 @@ class ExpertStub:
         protos.expert_pb2.Frame,
     ]
 
+    Seal: grpc.UnaryUnaryMultiCallable[
+        protos.expert_pb2.PrepareRequest,
+        protos.expert_pb2.SealReply,
+    ]
+    """Before Prepare, where experts have several holders: gradients of the step are complete, for the others to fetch."""
+
     Prepare: grpc.UnaryUnaryMultiCallable[
         protos.expert_pb2.PrepareRequest,
         protos.expert_pb2.PrepareReply,
@@ -100,6 +106,12 @@ class ExpertAsyncStub:
         protos.expert_pb2.Frame,
         protos.expert_pb2.Frame,
     ]
+
+    Seal: grpc.aio.UnaryUnaryMultiCallable[
+        protos.expert_pb2.PrepareRequest,
+        protos.expert_pb2.SealReply,
+    ]
+    """Before Prepare, where experts have several holders: gradients of the step are complete, for the others to fetch."""
 
     Prepare: grpc.aio.UnaryUnaryMultiCallable[
         protos.expert_pb2.PrepareRequest,
@@ -179,6 +191,14 @@ class ExpertServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[protos.expert_pb2.Frame],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[protos.expert_pb2.Frame], collections.abc.AsyncIterator[protos.expert_pb2.Frame]]: ...
+
+    @abc.abstractmethod
+    def Seal(
+        self,
+        request: protos.expert_pb2.PrepareRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.expert_pb2.SealReply, collections.abc.Awaitable[protos.expert_pb2.SealReply]]:
+        """Before Prepare, where experts have several holders: gradients of the step are complete, for the others to fetch."""
 
     @abc.abstractmethod
     def Prepare(

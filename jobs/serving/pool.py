@@ -24,7 +24,7 @@ from jobs.serving.weights import Kind, Version, require_room, serving_dtype, wei
 from model.checkpoint import PretrainedSource
 
 _CONTROL_SECONDS = 30.0
-_TRIES = 3  # at loading other weights, while hosts come and go
+_TRIES = 4  # at loading other weights, while hosts come and go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,18 +141,19 @@ class ExpertPool:
 
     async def _exchange(self, directory: str, name: str) -> None:
         """Both phases: until the end of the first, everything can be undone, and done again."""
-        for tries_left in reversed(range(_TRIES)):
+        for tried in range(_TRIES):
             try:
                 await self._load(directory, name)
                 break
             except RaymoeError as error:
-                if not tries_left or not (isinstance(error, HostsChanged) or is_loss(error)):
+                if tried + 1 == _TRIES or not (isinstance(error, HostsChanged) or is_loss(error)):
                     raise
+            await asyncio.sleep(2.0**tried)  # until a lost host, or the coordinator, is replaced
         await self._rollout.exchange()
         if self._coordinator is not None:
             # No replica is left whose step could ask for the old ones.
             with suppress(RaymoeError):
-                await asyncio.to_thread(self._coordinator.retire)
+                await asyncio.to_thread(self._coordinator.retire, name)
 
     async def _load(self, directory: str, name: str) -> None:
         """Get other weights beside those in use, everywhere; nothing is left of a failure."""
@@ -169,7 +170,7 @@ class ExpertPool:
             self._rollout.abandon()
             if hosts is not None:
                 with suppress(RaymoeError):  # what a host keeps, it drops at the next reload
-                    await asyncio.to_thread(hosts.retire)
+                    await asyncio.to_thread(hosts.retire, self._rollout.uses.name)
             raise
 
     def __del__(self) -> None:

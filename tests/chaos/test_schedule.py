@@ -38,19 +38,33 @@ def test_faults_come_as_often_as_asked_for() -> None:
 
 
 def actor(name: str, pid: int, job: str = "02", state: str = "ALIVE", node: str = "n0") -> dict[str, Any]:
-    return {"ActorClassName": name, "Pid": pid, "JobID": job, "State": state, "Address": {"NodeID": node}}
+    def address(pid: int) -> dict[str, Any]:
+        return {"NodeID": node, "Port": 1000 + pid}
+
+    return {
+        "ActorID": f"actor-{node}-{pid}",
+        "ActorClassName": name,
+        "Pid": pid,
+        "JobID": job,
+        "State": state,
+        "Address": address(pid),
+        "OwnerAddress": address(50),
+    }
 
 
-STATUS = {"pid": 10, "hosts": [{"node": "n1", "pid": 21}, {"node": "n0", "pid": 20}]}
+STATUS = {"actor": "actor-n0-10", "hosts": [{"node": "n1", "pid": 21}, {"node": "n0", "pid": 20}]}
 ACTORS = [
     actor("_CoordinatorProcess", 10),
+    actor("_CoordinatorProcess", 10, job="04", node="n1"),  # of another job, with the same process id
+    actor("ServeReplica:mine:experts", 50),
+    actor("ServeReplica:other:experts", 51),
     actor("_CoordinatorProcess", 11),  # stands by
     actor("_CoordinatorProcess", 12, job="03"),
     actor("_ExpertHostProcess", 20),
     actor("ServeReplica:mine:trunk", 31, node="n1"),
     actor("ServeReplica:mine:trunk", 30),
     actor("ServeReplica:mine:trunk", 32, state="DEAD"),
-    actor("ServeReplica:other:trunk", 33, job="03"),
+    actor("ServeReplica:other:trunk", 33),
     actor("ServeReplica:mine:api", 34),
     actor("RayTrainWorker", 40),
     actor("RayTrainWorker", 41, job="03"),
@@ -71,4 +85,4 @@ def test_only_a_jobs_own_processes_are_touched(target: str, expected: list[tuple
 
 
 def test_without_a_coordinator_there_is_nobody_to_be_found() -> None:
-    assert processes("trunk", {"pid": 99, "hosts": []}, ACTORS) == []
+    assert processes("trunk", {"actor": "", "hosts": []}, ACTORS) == []

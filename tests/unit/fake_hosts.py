@@ -135,6 +135,9 @@ class FakeHost:
 
     # --- steps
 
+    def seal(self, step: int, epoch: int | None = None) -> None:
+        self._up()
+
     def prepare(self, step: int, epoch: int | None = None) -> float:
         self._up()
         self.calls.append(("prepare", step))
@@ -147,7 +150,7 @@ class FakeHost:
             raise self.error
         self.calls.append(("commit", step, learning_rate, scale))
 
-    def save(self, directory: str) -> list[str]:
+    def save(self, directory: str, epoch: int | None = None) -> list[str]:
         self._up()
         self.calls.append(("save", directory))
         return [f"{directory}/{self.id}"]
