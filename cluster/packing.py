@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.exchange import exchange, level
 from cluster.shelves import Shelves
 from cluster.topology import Holders
 
@@ -80,7 +79,7 @@ def pack(
             continue
         local = Shelves(loads[layers], copies[layers], node_of)
         local.fill(homes[layers], domain)
-        exchange(local, enough[layers])
+        local.exchange(enough[layers])
         good = local.load.max(axis=1) <= enough[layers]
         free.take_over(layers[good], local, good)
     return _holders(free)
@@ -105,13 +104,13 @@ def _from_held(
     now = add_replicas(loads, len(node_of), drop_replicas(loads, now, replicas, -missing), missing)
     kept = Shelves(loads, now, node_of, hold)
     kept.fill()
-    exchange(kept, target)
+    kept.exchange(target)
     layers = np.nonzero((kept.load.max(axis=1) > target) & (now != copies).any(axis=1))[0]
     if len(layers):
         # Other experts have become hot: the replicas have to change too.
         other = Shelves(loads[layers], copies[layers], node_of, hold[layers])
         other.fill()
-        exchange(other, target[layers])
+        other.exchange(target[layers])
         better = other.load.max(axis=1) * _STAY < kept.load[layers].max(axis=1)
         kept.take_over(layers[better], other, better)
     # What is held may be as good as what came out: then nothing moves.
@@ -158,8 +157,8 @@ def _from_nothing(
 ) -> Shelves:
     shelves = Shelves(loads, copies, node_of)
     shelves.fill()
-    level(shelves, _ROUNDS)
-    exchange(shelves, np.zeros(len(loads)))
+    shelves.level(_ROUNDS)
+    shelves.exchange(np.zeros(len(loads)))
     return shelves
 
 

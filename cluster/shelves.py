@@ -8,6 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.rooms import keep, rooms
+from kernels import placing
+
+_SMALL = 1e-6  # a gain that is worth a move, as a share of the mean load
+_HANDS = 2  # replicas that are handed on to make room for one
 
 
 class Shelves:
@@ -34,7 +38,7 @@ class Shelves:
     ) -> None:
         n_layers, self.n_experts = loads.shape
         n_hosts, n_nodes = len(node_of), int(node_of.max()) + 1
-        self.loads, self.node_of, self.layers = loads, node_of, np.arange(n_layers)
+        self.loads, self.node_of = loads, node_of
         self.nodes = node_of[None, :] == np.arange(n_nodes)[:, None]
         pseudo = np.ones((n_layers, 2), dtype=np.int64)
         self.copies = np.concatenate([copies, pseudo], axis=1)
@@ -54,7 +58,6 @@ class Shelves:
         if held is not None:
             weight = self.weight[:, : self.n_experts]
             self._begin_with(keep(held, copies, weight, self.room, self.nodes))
-        self.full = np.where(self.count < self.room, 0.0, np.inf)  # [L, H], added to what a place costs
 
     def _begin_with(self, held: NDArray[np.bool_]) -> None:
         """Put what is held (`[L, E, H]`) into the first slots."""
@@ -78,96 +81,66 @@ class Shelves:
             homes: `[L, E]` domain that the first replica should stay in; the next prefers the next domain.
             domain: `[H]` of each host.
         """
-        lacking = self.copies[:, : self.n_experts] - self.hold[:, : self.n_experts].sum(axis=2)
-        order = np.argsort(-self.weight[:, : self.n_experts], axis=1, kind="stable")
-        steps = self._steps(order, np.take_along_axis(lacking, order, axis=1))
-        alone = np.logical_and(self.copies[self.layers, steps] == 1, steps < self.n_experts)
-        single = np.logical_and.reduce(alone, axis=1).tolist()
-        for at, expert in enumerate(steps):
-            away = self._near_home(expert, homes, domain)
-            if single[at]:
-                self._place_single(expert, away)
-            else:
-                self._place_replica(expert, away)
-        layer, host, slot = np.nonzero(self.at < self.n_experts)
-        self.hold[layer, self.at[layer, host, slot], host] = True
-        self.near[:, : self.n_experts] = self.hold[:, : self.n_experts] @ self.nodes.T.astype(np.int64)
+        n_experts = self.n_experts
+        lacking = self.copies[:, :n_experts] - self.hold[:, :n_experts].sum(axis=2)
+        order = np.argsort(-self.weight[:, :n_experts], axis=1, kind="stable")
+        lacking = np.take_along_axis(lacking, order, axis=1)
+        nowhere = np.zeros(0, dtype=np.int64)
+        for layer in range(len(order)):
+            steps = np.repeat(order[layer], lacking[layer])
+            home = nowhere if homes is None else homes[layer]
+            at = 0
+            while at < len(steps):
+                at = placing.fill_layer(
+                    at,
+                    steps,
+                    n_experts,
+                    *(array[layer] for array in (self.at, self.hold, self.near, self.load, self.count)),
+                    *(array[layer] for array in (self.room, self.weight, self.copies)),
+                    self.node_of,
+                    home,
+                    nowhere if domain is None else domain,
+                )
+                if at < len(steps):
+                    self._squeeze(layer, int(steps[at]))
+                    at += 1
         for layer, host in zip(*np.nonzero(self.vacant), strict=True):
-            self.at[layer, host, -1] = self.n_experts
-            self.hold[layer, self.n_experts, host] = True
+            self.at[layer, host, -1] = n_experts
+            self.hold[layer, n_experts, host] = True
 
-    def _steps(self, order: NDArray[np.int64], times: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`[steps, L]` experts to place, each so many times; E + 1 where a layer has nothing to do."""
-        total = times.sum(axis=1)
-        steps = np.full((len(order), int(total.max())), self.n_experts + 1, dtype=np.int64)
-        steps[np.arange(steps.shape[1]) < total[:, None]] = np.repeat(order.ravel(), times.ravel())
-        return np.ascontiguousarray(steps.T)
+    def exchange(self, target: NDArray[np.float64]) -> None:
+        """Exchange replicas between each layer's busiest host and others until its load falls no more.
 
-    def _near_home(
-        self, expert: NDArray[np.int64], homes: NDArray[np.int64] | None, domain: NDArray[np.int64] | None
-    ) -> NDArray[np.float64] | float:
-        """`[L, H]` what it costs to leave the domain that an expert's next replica should be in."""
-        if homes is None or domain is None:
-            return 0.0
-        real = np.minimum(expert, self.n_experts - 1)
-        n_domains = int(domain.max()) + 1
-        away = np.where(np.arange(n_domains)[:, None] == domain, 0.0, 1e100)
-        found: NDArray[np.float64] = away[
-            (homes[self.layers, real] + self.near[self.layers, real].sum(axis=1)) % n_domains
-        ]
-        return found
-
-    def _place_replica(self, expert: NDArray[np.int64], away: NDArray[np.float64] | float) -> None:
-        """One of several replicas of an expert in every layer (`expert`: `[L]`)."""
-        # Between equal hosts the node with less load, so that its other hosts stay open to other replicas.
-        node = 1e-6 * (self.load @ self.nodes.T)
-        if len(self.nodes) > 1:
-            near = self.near[self.layers, expert]
-            node[(near > 0) & (near == near.sum(axis=1, keepdims=True))] = np.inf
-        key = self.load + self.full + away + node[:, self.node_of]
-        np.putmask(key, self.hold[self.layers, expert], np.inf)
-        to = key.argmin(axis=1)
-        real = expert < self.n_experts
-        stuck = real & np.isinf(key[self.layers, to])
-        for layer in np.nonzero(stuck)[0].tolist():
-            self._squeeze(layer, int(expert[layer]))
-        todo = np.nonzero(real & ~stuck)[0]
-        self._put(todo, expert[todo], to[todo])
-
-    def _place_single(self, expert: NDArray[np.int64], away: NDArray[np.float64] | float) -> None:
-        """The only replica of an expert in every layer: any host with room will do.
-
-        Who holds it is not recorded, as nobody asks before the end.
+        Args:
+            target: `[L]`, a highest load that is low enough.
         """
-        to = (self.load + self.full + away).argmin(axis=1)
-        flat = self.layers * self.load.shape[1] + to
-        load, count, full = self.load.reshape(-1), self.count.reshape(-1), self.full.reshape(-1)
-        slot = count[flat]
-        self.at.reshape(-1)[flat * self.at.shape[2] + slot] = expert
-        load[flat] += self.weight[self.layers, expert]
-        count[flat] = slot + 1
-        full[flat[slot + 1 >= self.room.reshape(-1)[flat]]] = np.inf
+        placing.exchange(*self._arrays(), target, _SMALL)
 
-    def _put(self, layer: NDArray[np.int64], expert: NDArray[np.int64], host: NDArray[np.int64]) -> None:
-        """Put replicas into free slots: one in each of some layers."""
+    def level(self, rounds: int) -> None:
+        """Exchange between all hosts, the busiest with the idlest, the next with the next."""
+        placing.level(*self._arrays(), rounds, _SMALL)
+
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.at, self.hold, self.near, self.load, self.weight, self.copies, self.node_of
+
+    def _put(self, layer: int, expert: int, host: int) -> None:
+        """Put a replica into a free slot."""
         self.at[layer, host, self.count[layer, host]] = expert
         self.count[layer, host] += 1
-        self.full[layer, host] = np.where(self.count[layer, host] < self.room[layer, host], 0.0, np.inf)
         self.hold[layer, expert, host] = True
         self.near[layer, expert, self.node_of[host]] += 1
         self.load[layer, host] += self.weight[layer, expert]
 
-    def _take(self, layer: int, host: int, slot: int) -> int:
-        """Take away what lies in a slot; the last slot's replica fills the gap."""
-        expert, last = int(self.at[layer, host, slot]), int(self.count[layer, host]) - 1
+    def _take(self, layer: int, host: int, expert: int) -> None:
+        """Take a replica away; the last slot's fills the gap."""
+        last = int(self.count[layer, host]) - 1
+        slot = self.at[layer, host, : last + 1].tolist().index(expert)
         self.at[layer, host, slot] = self.at[layer, host, last]
         self.at[layer, host, last] = self.n_experts + 1
         self.count[layer, host] = last
-        self.full[layer, host] = 0.0 if last < self.room[layer, host] else np.inf
         self.hold[layer, expert, host] = False
         self.near[layer, expert, self.node_of[host]] -= 1
         self.load[layer, host] -= self.weight[layer, expert]
-        return expert
 
     def _allows(self, layer: int, expert: int, host: int) -> bool:
         """Whether a host may take a replica, as long as it has room."""
@@ -177,25 +150,35 @@ class Shelves:
 
     def _squeeze(self, layer: int, expert: int) -> None:
         """Place a replica that no host with room may take: on one that hands something on to such a host."""
-        one = np.array([layer])
-        free = np.nonzero(self.count[layer] < self.room[layer])[0].tolist()
-        takers = [host for host in range(len(self.node_of)) if self._allows(layer, expert, host)]
-        takers.sort(key=lambda host: float(self.load[layer, host]))
-        for host in takers:
-            for slot in range(int(self.count[layer, host])):
-                other = self._take(layer, host, slot)
-                to = next((to for to in free if to != host and self._allows(layer, other, to)), None)
-                self._put(one, np.array([other]), np.array([host if to is None else to]))
-                if to is not None:
-                    self._put(one, np.array([expert]), np.array([host]))
-                    return
+        if any(self._hand_on(layer, expert, hands) for hands in range(1, _HANDS + 1)):
+            return
         # The rules leave no other way: one host holds one expert more.
+        takers = [host for host in range(len(self.node_of)) if self._allows(layer, expert, host)]
         host = min(takers, key=lambda host: int(self.count[layer, host] - self.room[layer, host]))
         if self.count[layer, host] == self.at.shape[2]:
             more = np.full((*self.at.shape[:2], 1), self.n_experts + 1, dtype=np.int64)
             self.at = np.concatenate([self.at, more], axis=2)
         self.vacant[layer] = False
-        self._put(one, np.array([expert]), np.array([host]))
+        self._put(layer, expert, host)
+
+    def _hand_on(self, layer: int, expert: int, hands: int) -> bool:
+        """Place a replica; whether that can be done with so many replicas that move on from host to host."""
+        takers = [host for host in range(len(self.node_of)) if self._allows(layer, expert, host)]
+        if not hands:
+            takers = [host for host in takers if self.count[layer, host] < self.room[layer, host]]
+        takers.sort(key=lambda host: float(self.load[layer, host]))
+        for host in takers:
+            if not hands:
+                self._put(layer, expert, host)
+                return True
+            for other in self.at[layer, host, : self.count[layer, host]].tolist():
+                self._take(layer, host, other)
+                self._put(layer, expert, host)  # first, so that the other one finds no room here
+                if self._hand_on(layer, other, hands - 1):
+                    return True
+                self._take(layer, host, expert)
+                self._put(layer, other, host)
+        return False
 
 
 __all__ = ["Shelves"]
