@@ -76,7 +76,7 @@ def test_a_load_of_mixed_requests_is_measured(directory: Path) -> None:
     assert not alive
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_an_interrupted_load_leaves_no_process(directory: Path, number: signal.Signals) -> None:
     process = start("--checkpoint", directory, "--rate", 5, "--duration", 600)
     family = wait_for_workers(process)

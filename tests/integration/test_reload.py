@@ -308,6 +308,7 @@ def test_a_pool_that_crashes_comes_back_with_the_checkpoint_of_the_deployment(
     assert text == expected["new"][PROMPT]
 
 
+@pytest.mark.soak
 def test_experts_in_the_replica_are_reloaded_with_it(
     models: dict[str, CausalLM],
     directories: dict[str, Path],

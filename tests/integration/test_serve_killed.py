@@ -9,19 +9,18 @@ import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any
 
 import psutil
 import pytest
-from openai import AsyncOpenAI
 from serving import PROMPT, Server, running, save_model, tiny_model
+from streams import TRUNK, Load, Told, actors
 
 pytestmark = pytest.mark.timeout(600)
 COUNT = 160
 STREAMS = 12
-DEAD_AFTER = 2.0
-Told = tuple[str, tuple[str, ...], tuple[float, ...], str | None]
+DEAD_AFTER = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -56,47 +55,12 @@ def request(index: int) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Load:
-    """Streams that run together, what they have said so far, and how long one of them was silent."""
-
-    server: Server
-    chunks: int = 0
-    gap: float = 0.0
-    told: list[Told] = field(default_factory=list)
-
-    async def run(self) -> list[Told]:
-        async with self.server.async_client as client:
-            self.told = await asyncio.gather(*(self._one(client, index) for index in range(STREAMS)))
-        return self.told
-
-    async def _one(self, client: AsyncOpenAI, index: int) -> Told:
-        stream = await client.completions.create(**request(index), stream=True)
-        text, tokens, logprobs, reason = "", [], [], None
-        last = time.monotonic()
-        async for chunk in stream:
-            now = time.monotonic()
-            self.gap, last = max(self.gap, now - last), now
-            self.chunks += 1
-            choice = chunk.choices[0]
-            text += choice.text
-            reason = choice.finish_reason or reason
-            if choice.logprobs is not None:
-                tokens += choice.logprobs.tokens or []
-                logprobs += [round(value or 0.0, 6) for value in choice.logprobs.token_logprobs or []]
-        return text, tuple(tokens), tuple(logprobs), reason
-
-
 def trunks(server: Server) -> list[psutil.Process]:
     """The processes of its replicas of the trunk."""
-    found = []
-    for child in psutil.Process(server.process.pid).children(recursive=True):
-        try:
-            if "ServeReplica:raymoe:trunk" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    return actors(server, TRUNK)
+
+
+REQUESTS = [request(index) for index in range(STREAMS)]
 
 
 def engines(server: Server) -> int:
@@ -116,14 +80,14 @@ def all_there(server: Server) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(server: Server) -> list[Told]:
     all_there(server)
-    told = asyncio.run(Load(server).run())
+    told = asyncio.run(Load(server, REQUESTS).run())
     assert all(reason == "length" for *_, reason in told)
     return told
 
 
 async def disturbed(server: Server, at: list[int], disturb: Callable[[], object]) -> Load:
     """The same load, disturbed whenever so many chunks have come in all."""
-    load = Load(server)
+    load = Load(server, REQUESTS)
     running = asyncio.create_task(load.run())
     for count in at:
         while load.chunks < count and not running.done():
@@ -134,7 +98,7 @@ async def disturbed(server: Server, at: list[int], disturb: Callable[[], object]
     return load
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_replica_costs_time_and_nothing_else(
     server: Server, undisturbed: list[Told], seed: int
 ) -> None:
@@ -146,6 +110,26 @@ def test_a_killed_replica_costs_time_and_nothing_else(
     print(f"killed after {at} chunks: longest gap between two chunks {load.gap:.2f} s")
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_twenty_replicas_are_lost(server: Server, undisturbed: list[Told], how: signal.Signals) -> None:
+    gaps = []
+    for seed in range(20):
+        all_there(server)
+        source = random.Random(seed)
+        at = source.randrange(STREAMS, STREAMS * COUNT // 2)
+        lost = source.choice(trunks(server))
+        load = asyncio.run(disturbed(server, [at], lambda lost=lost: lost.send_signal(how)))  # type: ignore[misc]
+        assert load.told == undisturbed
+        gaps.append(load.gap)
+        with suppress(psutil.NoSuchProcess):
+            lost.kill()
+        lost.wait(60)
+    print(f"{how.name} 20 times: longest gaps {', '.join(f'{gap:.2f}' for gap in sorted(gaps))} s")
+
+
+@pytest.mark.soak
 def test_replicas_that_are_killed_one_after_the_other(server: Server, undisturbed: list[Told]) -> None:
     """The second one as soon as Serve has started the first one again."""
     all_there(server)

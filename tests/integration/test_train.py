@@ -114,7 +114,7 @@ def losses(output: Path) -> list[float]:
     return [line["main_loss"] for line in lines]
 
 
-@pytest.mark.parametrize(("hosts", "workers"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("hosts", "workers"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.soak)])
 def test_resume_after_everything_was_killed(
     corpus: Path, whole: Path, killed: Path, tmp_path: Path, hosts: int, workers: int
 ) -> None:

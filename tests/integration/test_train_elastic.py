@@ -180,6 +180,7 @@ def test_whatever_is_killed_the_trajectory_is_the_same(corpus: Path, whole: Path
     assert apart(run.output, whole) <= 1e-9
 
 
+@pytest.mark.soak
 def test_two_workers_and_replicas_change_no_step(corpus: Path, whole: Path, tmp_path: Path) -> None:
     """One of the workers is killed, and a host that holds no expert alone."""
     source = random.Random(1)
