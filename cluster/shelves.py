@@ -142,19 +142,22 @@ class Shelves:
         self.near[layer, expert, self.node_of[host]] -= 1
         self.load[layer, host] -= self.weight[layer, expert]
 
-    def _allows(self, layer: int, expert: int, host: int) -> bool:
-        """Whether a host may take a replica, as long as it has room."""
+    def _takers(self, layer: int, expert: int) -> NDArray[np.int64]:
+        """Hosts that may take a replica, if they have room."""
         near = self.near[layer, expert]
-        alone = len(near) > 1 and near.sum() > 0 and near[self.node_of[host]] == near.sum()
-        return not (self.hold[layer, expert, host] or (alone and self.copies[layer, expert] > 1))
+        found = ~self.hold[layer, expert]
+        placed = int(near.sum())
+        if len(near) > 1 and placed and self.copies[layer, expert] > 1:
+            found &= near[self.node_of] != placed
+        return np.nonzero(found)[0]
 
     def _squeeze(self, layer: int, expert: int) -> None:
         """Place a replica that no host with room may take: on one that hands something on to such a host."""
         if any(self._hand_on(layer, expert, hands) for hands in range(1, _HANDS + 1)):
             return
         # The rules leave no other way: one host holds one expert more.
-        takers = [host for host in range(len(self.node_of)) if self._allows(layer, expert, host)]
-        host = min(takers, key=lambda host: int(self.count[layer, host] - self.room[layer, host]))
+        takers = self._takers(layer, expert)
+        host = int(takers[(self.count[layer, takers] - self.room[layer, takers]).argmin()])
         if self.count[layer, host] == self.at.shape[2]:
             more = np.full((*self.at.shape[:2], 1), self.n_experts + 1, dtype=np.int64)
             self.at = np.concatenate([self.at, more], axis=2)
@@ -163,11 +166,10 @@ class Shelves:
 
     def _hand_on(self, layer: int, expert: int, hands: int) -> bool:
         """Place a replica; whether that can be done with so many replicas that move on from host to host."""
-        takers = [host for host in range(len(self.node_of)) if self._allows(layer, expert, host)]
+        takers = self._takers(layer, expert)
         if not hands:
-            takers = [host for host in takers if self.count[layer, host] < self.room[layer, host]]
-        takers.sort(key=lambda host: float(self.load[layer, host]))
-        for host in takers:
+            takers = takers[self.count[layer, takers] < self.room[layer, takers]]
+        for host in takers[np.argsort(self.load[layer, takers], kind="stable")].tolist():
             if not hands:
                 self._put(layer, expert, host)
                 return True
