@@ -203,7 +203,7 @@ def test_an_error_class_of_ours_crosses_and_others_become_remote_errors(stack: E
     stack.callback(client.close)
 
     def raising(error: Exception) -> None:
-        def save(directory: str) -> list[str]:
+        def save(directory: str, epoch: int | None = None) -> list[str]:
             raise error
 
         cluster.hosts[0].save = save  # type: ignore[method-assign]

@@ -187,6 +187,59 @@ def test_a_lost_holder_interrupts_though_others_hold_its_experts(plain) -> None:
         agrees(cluster, [*decisions[: resume.step], *again], plain)
 
 
+def test_a_host_that_was_not_told_of_its_epoch_is_told_again(plain) -> None:  # type: ignore[no-untyped-def]
+    with Cluster(3, replicas=2) as cluster:
+        decisions = [cluster.run(0)]
+        host = cluster.hosts["host-1"]
+        retain = host.retain
+        host.retain = lambda *epochs: None  # type: ignore[method-assign]
+        loads = torch.ones(len(LAYERS), E)
+        loads[:, 3] = 50.0
+        cluster.coordinator.elastic.rebalance("expert 3 is hot", loads)
+        decisions.append(cluster.run(1))
+        assert host.epoch < cluster.router.table.epoch
+        host.retain = retain  # type: ignore[method-assign]
+        decisions += [cluster.run(step) for step in range(2, 5)]
+        agrees(cluster, decisions, plain)
+
+
+def test_a_host_that_dies_while_experts_move_to_it_is_missed(tmp_path: Path) -> None:
+    """It was in no table when it died, so no loss has told of it; others hold its experts."""
+    with Cluster(2, replicas=2) as cluster:
+        cluster.run(0)
+        cluster.coordinator.scale(3, 0.0)
+        cluster.add("host-2")
+        elastic, publish = cluster.coordinator.elastic, cluster.coordinator.elastic.versions.publish
+
+        def lose_and_publish(*arguments: object) -> None:
+            elastic.versions.publish = publish  # type: ignore[method-assign]
+            cluster.servers.pop("host-2").close()
+            del cluster.hosts["host-2"]
+            elastic.lose("host-2", "its process ended")
+            publish(*arguments)  # type: ignore[arg-type]
+
+        elastic.versions.publish = lose_and_publish  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            cluster.run(1)
+        resume = cluster.training.join(0, 1, 0, "host-2 was lost", timeout=20)
+        assert resume.attempt == 1
+        cluster.router.set_table(cluster.coordinator.table())
+        cluster.run(resume.step)
+        files = cluster.training.save(str(tmp_path), resume.step + 1)
+        names = Counter(name for file in files for name in ShardReader(tmp_path / file).names)
+        assert len([name for name in names if "exp_avg" not in name]) == 3 * E * len(LAYERS)
+        assert set(names.values()) == {1}
+
+
+def test_no_step_is_committed_without_its_sums() -> None:
+    with Cluster(2, replicas=2) as cluster:
+        cluster.run(0)
+        for host in cluster.hosts.values():
+            host.seal(1)
+        with pytest.raises(ProtocolError, match="without a prepare"):
+            cluster.hosts["host-0"].commit(1, 1e-2, 1.0)
+
+
 def test_gradients_are_given_when_they_are_sealed_and_not_before() -> None:
     with Cluster(2, replicas=2) as cluster:
         cluster.run(0)
