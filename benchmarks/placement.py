@@ -1,7 +1,7 @@
 """The planner held against deepseek-ai/EPLB's algorithm: `python -m benchmarks.placement --json`.
 
 Both get the same loads and the same number of replicas; balancedness is the mean over the highest load
-of the hosts, each expert's load split evenly among its replicas. The 120 loads are those of issue 4: 100
+of the hosts, each expert's load split evenly among its replicas. There are 120 loads: 100
 random ones (uniform, and log-normal of three widths) and 20 skewed ones (Zipf, and a few experts that
 take nearly everything). Planning is timed for 58 layers of 256 experts on 64 hosts.
 """
