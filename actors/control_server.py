@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 import errors
+from channels import tls
 from channels.grpc import OPTIONS
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
 
@@ -41,7 +42,7 @@ class ControlServer:
         self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="control"), options=OPTIONS)
         register(self._server)
         try:
-            port = self._server.add_insecure_port(f"{host}:{port}")
+            port = tls.listen(self._server, f"{host}:{port}")
         except RuntimeError as error:
             raise ResourceError(f"cannot listen on {host}:{port}: {error}") from error
         self._server.start()
@@ -54,7 +55,7 @@ class ControlServer:
 
 def control_channel(address: str) -> grpc.Channel:
     """A gRPC channel to a `ControlServer`'s address."""
-    return grpc.insecure_channel(address.removeprefix("grpc:"), options=OPTIONS)
+    return tls.lasting(address.removeprefix("grpc:"), OPTIONS)
 
 
 @contextmanager

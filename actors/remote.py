@@ -21,10 +21,12 @@ from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter
 from actors.servicers import RouterServicer
 from actors.serving import ExpertHostServer
+from channels import tls
 from cluster.topology import HostInfo
 from errors import RaymoeError, ResourceError
 from protos import admin_pb2_grpc, coordinator_pb2_grpc, router_pb2_grpc
 
+OWN_ADDRESS = "node"
 _T = TypeVar("_T")
 
 
@@ -32,7 +34,7 @@ class _Process(Generic[_T]):
     """Builds once; remembers the error if that fails."""
 
     def __init__(self, build: Callable[[], _T] | None, interface: str | None = None, port: int = 0) -> None:
-        self._interface = interface or _node_ip()
+        self._interface = listening_address(interface)
         self._port = port
         self._error: Exception | None = None
         self._built: Any = None
@@ -135,7 +137,7 @@ def start(
 
     Args:
         build: makes the plain class; called in the actor's process. None: the process waits for `begin`.
-        interface: that it listens on; None takes the address that Ray knows its node by.
+        interface: that it listens on; see `listening_address`.
         port: that it listens on, where it has one for control calls alone; 0 takes a free one.
         cpus, gpus: what Ray reserves.
         options: further options of Ray, as `runtime_env`.
@@ -177,9 +179,30 @@ def _one_line(error: Exception) -> str:
     return lines[-1] if "creation task" in str(error) else lines[0] if lines else type(error).__name__
 
 
-def _node_ip() -> str:
-    address: str = ray.util.get_node_ip_address()
-    return address
+def listening_address(interface: str | None) -> str:
+    """Where a process of this node listens (`cluster.interface`).
+
+    Without TLS nobody else is meant to reach it, unless that is said: `node` is the node's own address.
+    """
+    if interface == OWN_ADDRESS or (interface is None and tls.directory() is not None):
+        address: str = ray.util.get_node_ip_address()
+        return address
+    return interface or "127.0.0.1"
+
+
+def require_reach(interface: str | None) -> None:
+    """Whether hosts of this Ray cluster can reach one another.
+
+    Raises:
+        ResourceError: it has several machines, and hosts would listen on the loopback of each.
+    """
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) > 1 and listening_address(interface) == "127.0.0.1":
+        raise ResourceError(
+            f"the Ray cluster has {len(machines)} machines, and without TLS hosts listen on the loopback: "
+            f"give all nodes {tls.VARIABLE} (see `raymoe certs`), or say cluster.interface={OWN_ADDRESS} for "
+            "plain connections on a network that you trust"
+        )
 
 
 def _node_id() -> str:
@@ -187,4 +210,12 @@ def _node_id() -> str:
     return node
 
 
-__all__ = ["CoordinatorActor", "ExpertHostActor", "RouterActor", "ask", "start"]
+__all__ = [
+    "CoordinatorActor",
+    "ExpertHostActor",
+    "RouterActor",
+    "ask",
+    "listening_address",
+    "require_reach",
+    "start",
+]

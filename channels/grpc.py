@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import grpc
 
-from channels import codec
+from channels import codec, tls
 from channels.base import Channel, Handler, Request
 from channels.pipe import Pipe, Reply, call
 from channels.watchdog import Watchdog
@@ -124,7 +124,7 @@ class GrpcServer:
             SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(self._exchange)}
         )
         try:
-            port = self._server.add_insecure_port(bind)
+            port = tls.listen(self._server, bind)
         except RuntimeError as error:
             raise ChannelError(f"grpc cannot listen at {bind}: {error}; choose another port or 0") from error
         host = advertise or bind.rpartition(":")[0]
@@ -206,7 +206,7 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
         ChannelError: nobody listens there.
         ChannelTimeout: nobody answers in time.
     """
-    channel = grpc.insecure_channel(address.removeprefix("grpc:"), options=OPTIONS)
+    channel = tls.dial(address.removeprefix("grpc:"), OPTIONS)
     decided, found = threading.Event(), [grpc.ChannelConnectivity.IDLE]
 
     def moved(state: grpc.ChannelConnectivity) -> None:

@@ -66,8 +66,8 @@ class ClusterConfig(BaseModel):
         expert_hosts: number of expert host actors; 0 keeps the experts in each worker's own process.
         hosts_per_node: expert hosts for each node of the Ray cluster that has CPUs for one, as nodes join
             and leave; null keeps to `expert_hosts`.
-        interface: address that hosts and coordinator listen on; null is the loopback for a cluster of the
-            command's own, else the address that Ray knows a node by.
+        interface: address that hosts, coordinator and trunks listen on; null is the node's own where there is
+            TLS, else the loopback; `node` is the node's own even without.
         channel: how a router reaches a host; `auto` picks by locality.
         threads_per_host: threads of a host's arithmetic; null shares out the machine's cores.
         cpus_per_host: CPUs that Ray reserves for each host.

@@ -1,7 +1,8 @@
-"""The commands that operate a running job: `raymoe status | scale | drain | chaos`."""
+"""The commands that operate a running job: `raymoe status | scale | drain | chaos | certs`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +24,7 @@ Patience = Annotated[float, typer.Option(min=0, help="Seconds to wait until it i
 
 def add_to(app: typer.Typer) -> None:
     """Make these commands of the command line."""
-    for command in (status, scale, drain, chaos):
+    for command in (status, scale, drain, chaos, certs):
         app.command()(surfaced(command))
 
 
@@ -131,6 +132,24 @@ def chaos(
         finish(compute, as_json=True)
     else:
         compute()
+
+
+def certs(
+    directory: Annotated[Path, typer.Argument(help="Where they are written, for RAYMOE_TLS_DIR to name.")],
+    days: Annotated[float, typer.Option(min=0.001, help="That the certificate is good for.")] = 90.0,
+    ca_days: Annotated[float, typer.Option(min=0.001, help="That a new authority is good for.")] = 3650.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make an authority and a certificate for mutual TLS; again, a new certificate of the same authority."""
+    from jobs.certs import make_certificates
+
+    made = make_certificates(directory, days=days, ca_days=ca_days)
+    if as_json:
+        finish(lambda: made, as_json=True)
+        return
+    what = "authority and certificate" if made["new_authority"] else "certificate"
+    print(f"{what} in {directory}, good until {made['certificate_until']}")
 
 
 def _choices(text: str, known: list[str], option: str) -> list[str]:

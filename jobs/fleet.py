@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.coordinator import Coordinator, State
 from actors.coordinator_client import AdminClient, CoordinatorClient
 from actors.expert_host import ExpertHost
-from actors.remote import CoordinatorActor, ExpertHostActor, ask, start
+from actors.remote import CoordinatorActor, ExpertHostActor, ask, require_reach, start
 from cluster.config import ClusterConfig
 from cluster.topology import HostInfo
 from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
@@ -90,6 +90,7 @@ class Fleet:
         Raises:
             RaymoeError: what one of them failed with; nothing is left of the others.
         """
+        require_reach(self.cluster.interface)
         try:
             self._start_coordinator()
             for _ in range(self.cluster.expert_hosts):

@@ -14,11 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from actors.remote import listening_address
 from actors.tables import CoordinatorTables
 from errors import RaymoeError
 from jobs.serving.config import ServeConfig
@@ -73,7 +73,7 @@ class TrunkReplica:
         self._closing.callback(self._replica.close)
         self._leases = Leases()
         service = TrunkService(self._replica.service, self._leases, self._replica.status)
-        self._server = TrunkServer(service, host=config.cluster.interface or ray.util.get_node_ip_address())
+        self._server = TrunkServer(service, host=listening_address(config.cluster.interface))
         await self._server.start()
         self._closing.callback(service.close)
         link.address = self._server.address

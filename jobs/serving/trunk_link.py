@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from channels import tls
 from channels.grpc import OPTIONS
 from errors import ChannelError, ConfigError, QueueFull
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus, TrunkStatusRequest
@@ -32,7 +33,7 @@ class TrunkLink:
         self.used = time.monotonic()
         self.lost: str | None = None
         self._dead_after = dead_after
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._channel = tls.dial_async(address, OPTIONS)
         self._stub: Any = TrunkStub(self._channel)
         self._calls: set[Any] = set()
         self._heard = time.monotonic()

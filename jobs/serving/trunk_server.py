@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from channels import tls
 from channels.grpc import OPTIONS
 from engine.service import Delta, EngineService
 from errors import ConfigError, QueueFull, RaymoeError, ResourceError
@@ -175,7 +176,7 @@ class TrunkServer:
         self._server = grpc.aio.server(options=OPTIONS)
         trunk_pb2_grpc.add_TrunkServicer_to_server(service, self._server)
         try:
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = tls.listen(self._server, f"{host}:0")
         except RuntimeError as error:
             raise ResourceError(f"cannot listen on {host}: {error}") from error
         self.address = f"{host}:{port}"
