@@ -1,4 +1,4 @@
-"""Malformed bytes at an expert host's gRPC port: each ends its own call, the host goes on and does not grow."""
+"""Malformed bytes at a host's gRPC port: each ends its own call, the host goes on and does not grow."""
 
 from __future__ import annotations
 
@@ -78,9 +78,8 @@ class Attacker:
                 list(exchange(iter([mutated(source, self.frame)]), timeout=20))
             elif kind == 2:
                 call = self.channel.unary_unary(f"/{grpc.SERVICE}/{source.choice(UNARY)}", None, None)
-                call(
-                    mutated(source, self.order) if source.random() < 0.5 else source.randbytes(30), timeout=20
-                )
+                ordered = source.random() < 0.5
+                call(mutated(source, self.order) if ordered else source.randbytes(30), timeout=20)
             else:
                 put = self.channel.stream_unary(f"/{grpc.SERVICE}/Put", None, None)
                 put(iter([source.randbytes(40), mutated(source, self.frame)]), timeout=20)
