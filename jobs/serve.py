@@ -98,6 +98,8 @@ def serve(
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         services = [] if grpc_port is None else SERVICES
         ray_serve.start(
+            # The interface is on the head node, and a connection ends with the node that it comes in at.
+            proxy_location="HeadOnly",
             http_options=HTTPOptions(host=host, port=port),
             grpc_options=gRPCOptions(port=grpc_port or 0, grpc_servicer_functions=services),
         )

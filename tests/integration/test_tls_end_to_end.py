@@ -60,7 +60,9 @@ def test_a_model_is_served(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_model_is_trained(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    (corpus / "text.txt").write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    for i, begin in enumerate(range(0, len(text), 8000)):
+        (corpus / f"{i:02}.txt").write_text(text[begin : begin + 8000], encoding="utf-8")
     output = tmp_path / "run"
     finish(start(corpus, output, training__steps=12, training__workers=2, cluster__channel="grpc"))
     assert len(read_metrics(output / METRICS_FILE)) == 12
