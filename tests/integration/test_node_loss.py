@@ -64,7 +64,13 @@ def remove_one_of(cluster: Cluster, nodes: list[str]) -> None:
 
 def test_a_node_is_lost_while_serving(cluster: Cluster, tmp_path: Path) -> None:
     directory = save_model(tiny_model(), tmp_path / "tiny")
-    settings = {"cluster.expert_hosts": 3, "cluster.replicas": 2, "cluster.dead_after": 2.0}
+    settings = {
+        "cluster.expert_hosts": 3,
+        "cluster.replicas": 2,
+        "cluster.dead_after": 2.0,
+        "serving.replicas": 2,  # else all streams wait for another one when the only one was on that node
+        "serving.cpus_per_replica": 0.5,
+    }
     options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
     requests = greedy_requests(STREAMS, TOKENS)
     address = ("--address", cluster.address)
