@@ -1,4 +1,4 @@
-"""values.schema.json, from values.yaml and from raymoe's own configuration: closed, so that a typo is an error."""
+"""values.schema.json, from values.yaml and raymoe's own configuration: closed, so that a typo is an error."""
 
 from __future__ import annotations
 
@@ -76,8 +76,7 @@ def _described(value: Value, schema: Schema) -> Schema:
 
 
 def _definitions(name: str, schema: Mapping[str, Any]) -> Schema:
-    """A pydantic model's schema and those within, as a chart's values may have them: nothing is required, since
-    what is left out is raymoe's to fill in."""
+    """A pydantic model's schema and those within; nothing is required: raymoe fills in what is left out."""
     parts = {name: schema, **schema["$defs"]}
     return {part: _as_values(text) for part, text in parts.items()}
 

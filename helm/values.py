@@ -26,7 +26,7 @@ class Value:
         default: its value there.
         text: what it does; of a section, what it is about, or nothing.
         schema: what its `@schema` comment says.
-        entries: path of the section whose fields each entry of this mapping has; empty: it is no such mapping.
+        entries: section whose fields each entry of this mapping has; empty: it is no such mapping.
         children: of a section; a key with a description has none.
     """
 
@@ -81,7 +81,9 @@ def _value(path: tuple[str, ...], default: Any, comments: Mapping[tuple[str, ...
             entries=comment.entries,
         )
     if not isinstance(default, dict) or not default:
-        raise ValueError(f"values.yaml: {'.'.join(path)} has no description; write one that begins with `# --`")
+        raise ValueError(
+            f"values.yaml: {'.'.join(path)} has no description; write one that begins with `# --`"
+        )
     children = tuple(_value((*path, name), value, comments) for name, value in default.items())
     return Value(path=path, default=default, text=comment.text, children=children)
 
