@@ -1,6 +1,15 @@
 {{- /* The spec of a RayCluster, which all three modes share. */ -}}
 {{- define "raymoe.rayCluster" -}}
 {{- $root := . -}}
+{{- /* What the autoscaler has set. Of a RayService or RayJob, KubeRay has it in a RayCluster of its own; a RayCluster of
+the release would lose it, as an upgrade puts the whole list of groups in the place of the one before. */ -}}
+{{- $live := dict -}}
+{{- if and .Values.autoscaling.enabled (eq .Values.mode "cluster") -}}
+{{- $there := default dict (lookup "ray.io/v1" "RayCluster" .Release.Namespace (include "raymoe.fullname" .)) -}}
+{{- range dig "spec" "workerGroupSpecs" list $there -}}
+{{- $_ := set $live .groupName . -}}
+{{- end -}}
+{{- end -}}
 rayVersion: {{ .Values.rayVersion | quote }}
 enableInTreeAutoscaling: {{ .Values.autoscaling.enabled }}
 {{- if .Values.autoscaling.enabled }}
@@ -44,7 +53,15 @@ workerGroupSpecs:
     minReplicas: {{ int $group.minReplicas }}
     maxReplicas: {{ int $group.maxReplicas }}
     {{- if $root.Values.autoscaling.enabled }}
-    # No `replicas`: that is the autoscaler's, and an upgrade would set it back.
+    # `replicas` is the autoscaler's: none, or what it has set.
+    {{- with get $live $name }}
+    {{- with .replicas }}
+    replicas: {{ max $group.minReplicas (min $group.maxReplicas (int .)) }}
+    {{- end }}
+    {{- with .scaleStrategy }}
+    scaleStrategy: {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- end }}
     {{- if not (kindIs "invalid" $group.idleTimeoutSeconds) }}
     idleTimeoutSeconds: {{ int $group.idleTimeoutSeconds }}
     {{- end }}
