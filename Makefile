@@ -9,6 +9,7 @@ TOOLS := .tools
 CHECKS := $(TOOLS)/checks
 BUILDER ?= docker
 IMAGE ?= raymoe:0.1.0
+VARIANT ?= cpu
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: setup demo lint format test soak chart chart-test image bench protos clean
@@ -60,8 +61,13 @@ $(CHECKS)/.installed: helm/checks.txt
 	$(CHECKS)/bin/python -m pip install --quiet --disable-pip-version-check -r helm/checks.txt
 	touch $@
 
+# BUILDER is docker, podman or buildah; IMAGE_BASE, TORCH_INDEX and PIP_ARGS go to the Dockerfile if they are given.
 image:
-	$(BUILDER) build $(IMAGE_ARGS) --tag $(IMAGE) .
+	$(BUILDER) build --build-arg VARIANT=$(VARIANT) \
+	    $(if $(IMAGE_BASE),--build-arg BASE="$(IMAGE_BASE)") \
+	    $(if $(TORCH_INDEX),--build-arg TORCH_INDEX="$(TORCH_INDEX)") \
+	    $(if $(PIP_ARGS),--build-arg PIP_ARGS="$(PIP_ARGS)") \
+	    $(IMAGE_ARGS) --tag $(IMAGE) .
 
 protos: setup
 	$(BIN)/python -m protos.generate
