@@ -5,9 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 STAMP := $(VENV)/.installed
+TOOLS := .tools
+CHECKS := $(TOOLS)/checks
+BUILDER ?= docker
+IMAGE ?= raymoe:0.1.0
+VARIANT ?= cpu
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo lint format test soak bench protos clean
+.PHONY: setup demo lint format test soak chart chart-test image bench protos clean
 
 setup: $(STAMP)
 
@@ -37,10 +42,32 @@ format: setup
 	$(BIN)/ruff format .
 
 test: setup
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak and not chart"
 
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout 3600 -rP
+
+# What the chart's values.yaml says, in its schema and in docs/kubernetes.md.
+chart: setup
+	$(BIN)/python -m helm.generate
+
+# helm, and what judges its output, in environments of their own.
+chart-test: setup $(CHECKS)/.installed
+	$(BIN)/python -m helm.tools $(TOOLS)
+	$(BIN)/python -m pytest tests/chart --timeout 900
+
+$(CHECKS)/.installed: helm/checks.txt
+	test -x $(CHECKS)/bin/python || $(PYTHON) -m venv $(CHECKS)
+	$(CHECKS)/bin/python -m pip install --quiet --disable-pip-version-check -r helm/checks.txt
+	touch $@
+
+# BUILDER is docker, podman or buildah; IMAGE_BASE, TORCH_INDEX and PIP_ARGS go to the Dockerfile if they are given.
+image:
+	$(BUILDER) build --build-arg VARIANT=$(VARIANT) \
+	    $(if $(IMAGE_BASE),--build-arg BASE="$(IMAGE_BASE)") \
+	    $(if $(TORCH_INDEX),--build-arg TORCH_INDEX="$(TORCH_INDEX)") \
+	    $(if $(PIP_ARGS),--build-arg PIP_ARGS="$(PIP_ARGS)") \
+	    $(IMAGE_ARGS) --tag $(IMAGE) .
 
 protos: setup
 	$(BIN)/python -m protos.generate

@@ -140,7 +140,7 @@ def start(
         interface: that it listens on; see `listening_address`.
         port: that it listens on, where it has one for control calls alone; 0 takes a free one.
         cpus, gpus: what Ray reserves.
-        options: further options of Ray, as `runtime_env`.
+        options: further options of Ray, as `resources`.
     """
     placed = {"scheduling_strategy": "SPREAD", **options}
     return actor.options(num_cpus=cpus, num_gpus=gpus, **placed).remote(build, interface, port)

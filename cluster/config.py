@@ -10,6 +10,7 @@ ChannelKind = Literal["auto", "local", "shm", "grpc"]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Reserved = Annotated[float, Field(ge=0, le=65536)]
 Delay = Annotated[float, Field(ge=0, le=86400)]
+Amount = Annotated[float, Field(gt=0, le=65536)]
 
 
 class AutoscalingSettings(BaseModel):
@@ -72,6 +73,8 @@ class ClusterConfig(BaseModel):
         threads_per_host: threads of a host's arithmetic; null shares out the machine's cores.
         cpus_per_host: CPUs that Ray reserves for each host.
         gpus_per_host: GPUs that Ray reserves for each host; 0 so far, as hosts compute on CPUs.
+        host_resources: custom Ray resources that each host asks for, with how much of each; on nodes that do
+            not offer them there is no host, and Ray's autoscaler adds nodes that do.
         call_timeout: seconds a router waits for one reply of a host.
         start_timeout: seconds the actors have to start and to load their weights.
         replicas: least number of hosts that hold each expert, as far as there are that many hosts.
@@ -94,6 +97,7 @@ class ClusterConfig(BaseModel):
     threads_per_host: int | None = Field(default=None, ge=1, le=1024)
     cpus_per_host: Reserved = 0.5
     gpus_per_host: Reserved = 0
+    host_resources: dict[str, Amount] = Field(default_factory=dict)
     call_timeout: Seconds = 120.0
     start_timeout: Seconds = 180.0
     replicas: int = Field(default=1, ge=1, le=1024)
@@ -109,6 +113,19 @@ class ClusterConfig(BaseModel):
     def _no_idle_gpu(cls, value: float) -> float:
         if value:
             raise ValueError("expert hosts compute on CPUs, and would leave a GPU idle; set it to 0")
+        return value
+
+    @field_validator("host_resources")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        own = sorted(name for name in value if not name or name.lower() in ("cpu", "gpu", "memory"))
+        if own:
+            raise ValueError(
+                f"{', '.join(map(repr, own))} is no custom resource; CPUs are cluster.cpus_per_host's matter"
+            )
+        odd = sorted(name for name, amount in value.items() if amount > 1 and amount % 1)
+        if odd:
+            raise ValueError(f"Ray shares out {', '.join(odd)} whole above 1; give a whole number")
         return value
 
 

@@ -65,7 +65,11 @@ def scale(
 
 
 def drain(
-    host: Annotated[str, typer.Argument(metavar="HOST", help="As `raymoe status` names it.")],
+    host: Annotated[str | None, typer.Argument(metavar="[HOST]", help="As `raymoe status` names it.")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(metavar="ID|here", help="All of a Ray node before it ends; others take their place."),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Start another one in its place; else one less is wanted.")
     ] = False,
@@ -75,7 +79,12 @@ def drain(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Let an expert host give its experts away and go."""
+    """Let an expert host, or all that a node has, give its experts away and go."""
+    if (host is None) == (node is None):
+        raise ConfigError("drain takes either a HOST or --node; name one of them")
+    if node is not None:
+        _drain_node(node, address, timeout, as_json=as_json, debug=debug, coordinator=coordinator)
+        return
     with _operated(coordinator, address, debug) as job:
         done = job.drain(host, replace=replace, timeout=timeout)
     _tell(done, as_json=as_json)
@@ -150,6 +159,24 @@ def certs(
         return
     what = "authority and certificate" if made["new_authority"] else "certificate"
     print(f"{what} in {directory}, good until {made['certificate_until']}")
+
+
+def _drain_node(
+    node: str, address: str | None, timeout: float, *, as_json: bool, debug: bool, coordinator: str | None
+) -> None:
+    if coordinator is not None:
+        raise ConfigError("--node drains the hosts of all jobs there; leave out --coordinator")
+    from jobs.ray_token import use_own_token
+
+    use_own_token()
+    from jobs.leaving import leave
+
+    done = leave(None if node == "here" else node, address=address, timeout=timeout, debug=debug)
+    if as_json:
+        finish(lambda: done, as_json=True)
+    else:
+        hosts = ", ".join(done["drained"]) or "no expert host"
+        print(f"{hosts} and {done['replicas']} replicas of the trunk have left in {done['seconds']:.1f} s")
 
 
 def _choices(text: str, known: list[str], option: str) -> list[str]:

@@ -159,6 +159,7 @@ class Fleet:
                     raise RaymoeError(
                         f"it did not come up within {self.cluster.start_timeout:g} s: the cluster may lack "
                         f"the {self.cluster.cpus_per_host:g} CPUs that cluster.cpus_per_host asks for"
+                        f"{self._resources_asked()}"
                     )
             except RaymoeError as error:
                 refused = isinstance(error, ProtocolError)  # it was there, and has been retired
@@ -168,15 +169,20 @@ class Fleet:
                 self._failed[id] = str(error)
                 self._end(id)
 
+    def _resources_asked(self) -> str:
+        asked = ", ".join(f"{least:g} {name}" for name, least in self.cluster.host_resources.items())
+        return f", or the {asked} of cluster.host_resources" if asked else ""
+
     def _follow_nodes(self, wanted: int) -> None:
         """Want as many hosts as there is room for on the nodes that there are now."""
         if self.cluster.hosts_per_node is None or time.monotonic() < self._next_census:
             return
         self._next_census = time.monotonic() + _CENSUS_SECONDS
+        asked = {"CPU": self.cluster.cpus_per_host, **self.cluster.host_resources}
         nodes = [
             node
             for node in ray.nodes()
-            if node["Alive"] and node["Resources"].get("CPU", 0) >= self.cluster.cpus_per_host
+            if node["Alive"] and all(node["Resources"].get(name, 0) >= least for name, least in asked.items())
         ]
         target = max(1, len(nodes) * self.cluster.hosts_per_node)
         if target != wanted:
@@ -213,6 +219,7 @@ class Fleet:
             interface=self.cluster.interface,
             cpus=self.cluster.cpus_per_host,
             gpus=self.cluster.gpus_per_host,
+            resources=dict(self.cluster.host_resources),
         )
         self._hosts[id] = _Host(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
 

@@ -69,22 +69,8 @@ def find_coordinator(address: str | None, *, debug: bool = False) -> str:
     Raises:
         ResourceError: there is no cluster, no coordinator, or more than one.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    check_answers(address)
-    with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
-        names = [
-            actor["name"]
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if actor["namespace"] == NAMESPACE and actor["name"].startswith(COORDINATOR)
-        ]
-        found = []
-        for name in names:
-            try:
-                actor = ray.get_actor(name, namespace=NAMESPACE)
-            except ValueError:  # it has died since
-                continue
-            at = ask(actor.address.remote(), what="the coordinator", timeout=_ASK_SECONDS)
-            found += [at] if at else []  # others stand by
+    with on_cluster(address, debug=debug) as address:
+        found = coordinators()
     if len(found) != 1:
         what = f"{len(found)} jobs with a coordinator run" if found else "no job with a coordinator runs"
         which = f": {', '.join(at.removeprefix('grpc:') for at in found)}" if found else ""
@@ -92,7 +78,38 @@ def find_coordinator(address: str | None, *, debug: bool = False) -> str:
             f"{what} on the Ray cluster at {address}{which}; say which with --coordinator HOST:PORT, or give "
             "--address"
         )
-    return str(found[0])
+    return found[0]
+
+
+@contextmanager
+def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
+    """Connect to a Ray cluster that runs; its address.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    check_answers(address)
+    with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
+        yield address
+
+
+def coordinators() -> list[str]:
+    """Addresses of all coordinators on the cluster that this process is connected to."""
+    names = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(COORDINATOR)
+    ]
+    found: list[str] = []
+    for name in names:
+        try:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:  # it has died since
+            continue
+        at = ask(actor.address.remote(), what="the coordinator", timeout=_ASK_SECONDS)
+        found += [str(at)] if at else []  # others stand by
+    return found
 
 
 def shown(status: dict[str, Any]) -> Group:
@@ -137,4 +154,4 @@ def watch(ask: Callable[[], dict[str, Any]], *, every: float = 1.0) -> None:
             return
 
 
-__all__ = ["find_coordinator", "operated", "shown", "watch"]
+__all__ = ["coordinators", "find_coordinator", "on_cluster", "operated", "shown", "watch"]

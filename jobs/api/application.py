@@ -1,6 +1,7 @@
 """The routes of the OpenAI-compatible interface."""
 
 # No `from __future__ import annotations`: FastAPI could not read the routes' types, which are local here.
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
@@ -73,7 +74,9 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
     async def metrics() -> Response:
         """For Prometheus."""
         backend = find()
-        backend.metrics.engines = await backend.engines()
+        backend.metrics.engines, backend.metrics.experts = await asyncio.gather(
+            backend.engines(), backend.experts()
+        )
         return Response(backend.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     @api.get("/v1/models", responses=_ERRORS)

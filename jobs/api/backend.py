@@ -17,7 +17,7 @@ from engine.params import SamplingParams
 from engine.service import Delta, Listener
 from errors import ConfigError, QueueFull
 from jobs.api.chat import ChatTemplate
-from jobs.api.metrics import EngineFigures, ServingMetrics
+from jobs.api.metrics import EngineFigures, ExpertFigures, ServingMetrics
 from jobs.api.problems import ApiError, invalid
 
 _RETRY_SECONDS = 1
@@ -71,6 +71,10 @@ async def _no_engines() -> Mapping[str, EngineFigures]:
     return {}
 
 
+async def _no_experts() -> ExpertFigures | None:
+    return None
+
+
 @dataclass(slots=True, kw_only=True)
 class Backend:
     """One process of the interface.
@@ -82,6 +86,7 @@ class Backend:
         end_of_text: token that ends a text.
         health: says what is wrong, or None.
         engines: says how the engines stand, by their names.
+        experts: says how the expert hosts stand, if there are some.
     """
 
     model: str
@@ -94,6 +99,7 @@ class Backend:
     limits: Limits
     health: Callable[[], Awaitable[str | None]]
     engines: Callable[[], Awaitable[Mapping[str, EngineFigures]]] = _no_engines
+    experts: Callable[[], Awaitable[ExpertFigures | None]] = _no_experts
     metrics: ServingMetrics
     created: int = field(default_factory=lambda: int(time.time()))
     _longest_token: int = field(init=False, repr=False)

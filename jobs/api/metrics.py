@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -39,11 +40,42 @@ class EngineFigures:
     requests: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFigures:
+    """How the expert hosts stand.
+
+    Attributes:
+        wanted, hosts: how many there should be, and how many serve and answer.
+        replicas: least number of hosts that hold an expert.
+        in_flight: rows that wait or are computed, on all hosts.
+        balancedness: mean over highest load of the hosts; None before loads are known.
+    """
+
+    wanted: int
+    hosts: int
+    replicas: int
+    in_flight: int
+    balancedness: float | None
+
+    @classmethod
+    def of(cls, status: Mapping[str, Any]) -> Self:
+        """Of what `raymoe status --json` shows."""
+        there = [host for host in status["hosts"] if host["state"] == "serving" and host["answers"]]
+        return cls(
+            wanted=status["wanted"],
+            hosts=len(there),
+            replicas=status["replicas_min"],
+            in_flight=sum(host["in_flight"] for host in there),
+            balancedness=status["balancedness"],
+        )
+
+
 class ServingMetrics(Collector):
     """All metrics, in a registry of their own.
 
     Attributes:
         engines: their figures by their names, as they were asked for last.
+        experts: those of the expert hosts; None where there are none or nobody knows.
 
     Args:
         model: label of all of them.
@@ -53,6 +85,7 @@ class ServingMetrics(Collector):
         self.registry = CollectorRegistry()
         self._model = model
         self.engines: Mapping[str, EngineFigures] = {}
+        self.experts: ExpertFigures | None = None
         self.registry.register(self)
         labels = ["model_name"]
 
@@ -86,6 +119,12 @@ class ServingMetrics(Collector):
             for engine, figures in self.engines.items():
                 family.add_metric([self._model, engine], read(figures))
             yield family
+        for name, text, tell in _EXPERTS:
+            family = GaugeMetricFamily(f"raymoe_{name}", text, labels=["model_name"])
+            value = None if self.experts is None else tell(self.experts)
+            if value is not None:
+                family.add_metric([self._model], value)
+            yield family
 
     def timing(self, began: float) -> Timing:
         """The clock of one request that began at `began` (of `time.perf_counter`)."""
@@ -116,6 +155,14 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineFigures], float]], ...] = (
     ("spec_decode_num_accepted_tokens", "Drafts that were right.", lambda at: at.accepted_tokens),
 )
 
+_EXPERTS: tuple[tuple[str, str, Callable[[ExpertFigures], float | None]], ...] = (
+    ("expert_hosts_wanted", "Expert hosts that there should be.", lambda at: at.wanted),
+    ("expert_hosts", "Expert hosts that serve and answer.", lambda at: at.hosts),
+    ("expert_replicas_min", "Hosts that hold an expert, at least.", lambda at: at.replicas),
+    ("expert_rows_in_flight", "Rows at the expert hosts.", lambda at: at.in_flight),
+    ("expert_balancedness", "Mean over highest load of the hosts.", lambda at: at.balancedness),
+)
+
 
 class Timing:
     """Measures one request."""
@@ -143,4 +190,4 @@ class Timing:
             metrics.whole.observe(now - self._began)
 
 
-__all__ = ["EngineFigures", "ServingMetrics", "Timing"]
+__all__ = ["EngineFigures", "ExpertFigures", "ServingMetrics", "Timing"]

@@ -74,7 +74,7 @@ class Interface(GrpcMethods):
             patience=config.serving.resume_timeout,
             dead_after=config.cluster.dead_after,
         )
-        overview = Overview(trunks, self._link.trunks)
+        overview = Overview(trunks, self._link.trunks, self._link.experts)
         self._backend = Backend(
             model=title,
             version=lambda: self._templates.version,
@@ -86,6 +86,7 @@ class Interface(GrpcMethods):
             limits=config.serving.limits(),
             health=overview.health,
             engines=overview.engines,
+            experts=overview.experts,
             metrics=ServingMetrics(title),
         )
         self._templates = Templates(self._backend, member.version.name)

@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.coordinator_client import CoordinatorClient
 from cluster.topology import RoutingTable
+from jobs.api.metrics import ExpertFigures
 from jobs.serving.pool import Membership
 from jobs.serving.rollout import Standing, Wanted
 
@@ -75,6 +76,11 @@ class PoolLink:
         """See `Rollout.trunks`."""
         trunks: Mapping[str, str] = await self._pool.trunks.remote()
         return trunks
+
+    async def experts(self) -> ExpertFigures | None:
+        """See `ExpertPool.experts`."""
+        figures: ExpertFigures | None = await self._pool.experts.remote()
+        return figures
 
     def close(self) -> None:
         """End the membership; the pool may end now."""

@@ -1,4 +1,4 @@
-"""How all replicas of the trunk stand: for `/health` and `/metrics`."""
+"""How replicas of the trunk and expert hosts stand: for `/health` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 from errors import ChannelError
-from jobs.api.metrics import EngineFigures
+from jobs.api.metrics import EngineFigures, ExpertFigures
 from jobs.serving.trunks import Trunks
 from protos.trunk_pb2 import TrunkStatus
 
@@ -20,10 +20,16 @@ class Overview:
     Args:
         trunks: reaches them.
         where: asks the pool for their addresses by their names.
+        hosts: asks the pool how the expert hosts stand.
     """
 
-    def __init__(self, trunks: Trunks, where: Callable[[], Awaitable[Mapping[str, str]]]) -> None:
-        self._trunks, self._where = trunks, where
+    def __init__(
+        self,
+        trunks: Trunks,
+        where: Callable[[], Awaitable[Mapping[str, str]]],
+        hosts: Callable[[], Awaitable[ExpertFigures | None]],
+    ) -> None:
+        self._trunks, self._where, self._hosts = trunks, where, hosts
         self._known: Mapping[str, str] = {}
 
     async def health(self) -> str | None:
@@ -50,6 +56,12 @@ class Overview:
             )
             for name, status in (await self._ask()).items()
         }
+
+    async def experts(self) -> ExpertFigures | None:
+        """Figures of the expert hosts; None where there are none, or the pool is away."""
+        with suppress(Exception):
+            return await asyncio.wait_for(self._hosts(), _POOL_SECONDS)
+        return None
 
     async def _ask(self, *, health: bool = False) -> dict[str, TrunkStatus]:
         with suppress(Exception):  # of a pool that is away: they are where they were

@@ -13,9 +13,10 @@ from typing import Any
 
 from actors.clients import HostClient
 from actors.coordinator import Coordinator, State
-from actors.coordinator_client import CoordinatorClient
+from actors.coordinator_client import AdminClient, CoordinatorClient
 from actors.expert_host import ExpertHost
 from errors import HostsChanged, RaymoeError, is_loss
+from jobs.api.metrics import ExpertFigures
 from jobs.fleet import Fleet
 from jobs.hosts import host_threads, shape_of
 from jobs.serving.config import ServeConfig
@@ -24,6 +25,7 @@ from jobs.serving.weights import Kind, Version, require_room, serving_dtype, wei
 from model.checkpoint import PretrainedSource
 
 _CONTROL_SECONDS = 30.0
+_STATUS_SECONDS = 2.0
 _TRIES = 4  # at loading other weights, while hosts come and go
 
 
@@ -66,6 +68,7 @@ class ExpertPool:
         self._reloads: set[asyncio.Task[dict[str, Any]]] = set()
         self._address: str | None = None
         self._coordinator: CoordinatorClient | None = None
+        self._admin: AdminClient | None = None
         if cluster.expert_hosts:
             fleet = Fleet(
                 cluster,
@@ -76,6 +79,8 @@ class ExpertPool:
             self._address = fleet.open()
             self._coordinator = CoordinatorClient(self._address, timeout=_CONTROL_SECONDS)
             self._actors.callback(self._coordinator.close)
+            self._admin = AdminClient(self._address, timeout=_STATUS_SECONDS)
+            self._actors.callback(self._admin.close)
 
     async def where(self) -> str | None:
         """Address of the coordinator of the expert hosts; None without hosts."""
@@ -105,6 +110,16 @@ class ExpertPool:
     async def trunks(self) -> dict[str, str]:
         """See `Rollout.trunks`."""
         return self._rollout.trunks
+
+    async def experts(self) -> ExpertFigures | None:
+        """How the expert hosts stand; None without hosts.
+
+        Raises:
+            RaymoeError: the coordinator does not answer.
+        """
+        if self._admin is None:
+            return None
+        return ExpertFigures.of(await asyncio.to_thread(self._admin.status))
 
     async def reload(self, directory: str) -> dict[str, Any]:
         """Change all replicas and hosts to another checkpoint; goes on to its end if the caller goes away.

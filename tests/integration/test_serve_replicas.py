@@ -59,6 +59,8 @@ def metric(server: Server, name: str) -> dict[str, float]:
 def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
     assert len(processes(server, "ServeReplica:raymoe:trunk")) == 2
     assert len(server.hosts()) == 2
+    assert list(metric(server, "expert_hosts").values()) == [2.0]
+    assert list(metric(server, "expert_replicas_min").values()) == [1.0]
 
     async def ask_all() -> list[Completion]:
         async with server.async_client as client:

@@ -16,7 +16,7 @@ from engine.service import Delta, EngineService
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
 from jobs.api.chat import ChatTemplate
-from jobs.api.metrics import ServingMetrics
+from jobs.api.metrics import ExpertFigures, ServingMetrics
 from jobs.tokenizer import train_tokenizer
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
@@ -70,12 +70,16 @@ class Served:
             end_of_text=end,
             limits=limits or Limits(),
             health=self.health,
+            experts=self.experts,
             metrics=ServingMetrics("tiny"),
         )
         self.client = TestClient(build_api(lambda: self.backend), raise_server_exceptions=False)
 
     async def health(self) -> str | None:
         return self.unwell
+
+    async def experts(self) -> ExpertFigures:
+        return ExpertFigures(wanted=3, hosts=2, replicas=1, in_flight=5, balancedness=None)
 
     def complete(self, **body: Any) -> Any:
         return self.client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **body})
@@ -265,6 +269,8 @@ def test_models_health_and_metrics(served: Served) -> None:
     for name in ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_bucket"):
         assert f"raymoe_{name}" in text
     assert 'raymoe_request_success_total{finished_reason="length",model_name="tiny"}' in text
+    assert 'raymoe_expert_hosts_wanted{model_name="tiny"} 3.0' in text
+    assert "raymoe_expert_balancedness{" not in text  # nothing is known of it yet
 
 
 def test_keys_and_a_full_queue() -> None:

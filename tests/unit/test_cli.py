@@ -211,3 +211,10 @@ def test_progress_on_a_terminal_draws_a_bar() -> None:
         _step(progress, 4, note="validation 2.1")
     assert "4/4" in out.getvalue()
     assert "validation 2.1" in out.getvalue()
+
+
+@pytest.mark.parametrize("given", [[], ["host-1", "--node", "here"]])
+def test_drain_takes_a_host_or_a_node(given: list[str]) -> None:
+    result = runner.invoke(app, ["drain", *given])
+    assert result.exit_code == 2
+    assert "name one of them" in result.stderr

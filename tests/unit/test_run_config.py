@@ -209,3 +209,16 @@ def test_strings_that_look_like_numbers_survive_the_round_trip(tmp_path: Path) -
     config = RunConfig.from_dict(values)
     write_config(config, tmp_path / "run.yaml")
     assert load_config(path=tmp_path / "run.yaml") == config
+
+
+def test_what_an_expert_host_asks_for_is_a_custom_resource() -> None:
+    chosen = load_config(preset_name="tiny", overrides=["cluster.host_resources.expert_host=1"])
+    assert chosen.cluster.host_resources == {"expert_host": 1.0}
+    for resources, why in (
+        ("{CPU: 1}", "no custom resource"),
+        ("{expert: 1.5}", "whole"),
+        ("{e: 0}", "above"),
+    ):
+        (line,) = _problems(f"cluster.host_resources={resources}")
+        assert line.startswith("cluster.host_resources")
+        assert why in line or "should be" in line

@@ -16,6 +16,7 @@ from engine.params import SamplingParams
 from engine.sequence import TokenLogprobs
 from engine.service import Delta
 from errors import ConfigError, QueueFull
+from jobs.api.metrics import ExpertFigures
 from jobs.serving.overview import Overview
 from jobs.serving.routes import ServeRoutes
 from jobs.serving.trunk_messages import delta_message, delta_of, sampling_message, sampling_params
@@ -484,7 +485,11 @@ def test_health_and_figures_are_those_of_all_replicas_that_answer() -> None:
             async def where() -> dict[str, str]:
                 return known
 
-            overview = Overview(trunks, where)
+            async def hosts() -> ExpertFigures | None:
+                raise RuntimeError("the pool is away")
+
+            overview = Overview(trunks, where, hosts)
+            assert await overview.experts() is None
             assert await overview.health() is None
             engines = await overview.engines()
             assert {name: at.running for name, at in engines.items()} == {"0": 3, "1": 3}

@@ -1,0 +1,115 @@
+"""What KubeRay's operator would refuse, or what could not work, is refused by the chart in a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from rendering import HELMS, refusal
+
+pytestmark = pytest.mark.chart
+
+SERVE = ("serve.checkpoint=/checkpoints/demo",)
+TRAIN = ("mode=train",)
+CLUSTER = ("mode=cluster",)
+FIXED = (*CLUSTER, "autoscaling.enabled=false")
+LONG = "a" * 48
+
+REFUSED = [
+    ((), "serve.checkpoint is missing"),
+    ((*SERVE, f"fullnameOverride={LONG}"), "has 48 characters and a RayService may have 47"),
+    ((*TRAIN, f"fullnameOverride={LONG}"), "has 48 characters and a RayJob may have 47"),
+    ((*CLUSTER, f"fullnameOverride={LONG}aaaaaa"), "has 54 characters and a RayCluster may have 53"),
+    ((*SERVE, "fullnameOverride=1st"), "has to begin with a letter"),
+    ((*SERVE, "rayVersion=2.51.1"), "auth.enabled needs Ray 2.52 or later"),
+    ((*SERVE, "rayVersion=2.52.0"), "which Ray 2.53 and later has"),
+    ((*SERVE, "workerGroups.expert.minReplicas=9"), "minReplicas (9) is more than maxReplicas (8)"),
+    ((*SERVE, "workerGroups.expert.replicas=3"), "replicas is the autoscaler's to set"),
+    ((*FIXED, "workerGroups.expert.replicas=9"), "is not between minReplicas (2) and maxReplicas (8)"),
+    ((*FIXED, "workerGroups.expert.idleTimeoutSeconds=9"), "idleTimeoutSeconds needs the autoscaler"),
+    ((*FIXED, "workerGroups.expert.priority=9"), "priority needs the autoscaler"),
+    (
+        (*CLUSTER, "workerGroups.expert.priority=9", "rayVersion=2.55.0"),
+        "priority needs Ray 2.56 or later",
+    ),
+    ((*SERVE, "head.rayStartParams.num-cpus=two"), "contradicts the group's resources"),
+    ((*SERVE, "workerGroups.trunk.rayStartParams.resources=some"), "contradicts the group's resources"),
+    ((*SERVE, "workerGroups.trunk.rayStartParams.labels=a"), "set workerGroups.trunk.rayLabels"),
+    ((*SERVE, "head.rayStartParams.redis-password=a"), "set clusterSpec.gcsFaultToleranceOptions"),
+    ((*SERVE, "head.env.RAY_REDIS_ADDRESS=a"), "which KubeRay refuses"),
+    ((*SERVE, "head.extraEnv[0].name=REDIS_USERNAME"), "which KubeRay refuses"),
+    ((*SERVE, "head.env.RAY_enable_autoscaler_v2=yes"), "the chart or KubeRay sets"),
+    ((*SERVE, "workerGroups.expert.env.RAY_AUTH_TOKEN=a"), "the chart or KubeRay sets"),
+    ((*SERVE, "head.rayLabels.a b=c"), "no name of a Kubernetes label"),
+    ((*SERVE, "head.rayLabels.a=b c"), "no value of a Kubernetes label"),
+    ((*SERVE, r"head.podLabels.ray\.io/serve=no"), "by which the chart or KubeRay finds its pods"),
+    ((*SERVE, "workerGroups.Mine.role=other"), "a group's name has to begin with a letter"),
+    ((*SERVE, "workerGroups.head.role=other"), "be none of head"),
+    ((*SERVE, "workerGroups.trunk.hostsPerPod=2"), "hostsPerPod is for expert groups"),
+    ((*SERVE, "workerGroups.trunk.rayResources.raymoe_expert_host=a"), "set those"),
+    ((*SERVE, "workerGroups.trunk.drainSeconds=180"), "leaves no time after drainSeconds (180)"),
+    ((*SERVE, "workerGroups.expert.minAvailable=3"), "no pod could ever be evicted"),
+    ((*SERVE, "clusterSpec.rayVersion=2"), "is the chart's own field: set rayVersion instead"),
+    ((*SERVE, "clusterSpec.upgradeStrategy.type=None"), "is the chart's own field"),
+    ((*SERVE, "clusterSpec.networkPolicy.mode=DenyAll"), "feature gate RayClusterNetworkPolicy"),
+    ((*SERVE, "clusterSpec.tlsOptions.enabled=true"), "feature gate RayClusterMTLS"),
+    ((*SERVE, "clusterSpec.historyServerOptions.a=1"), "feature gate RayClusterHistoryServer"),
+    (
+        (*SERVE, "clusterSpec.gcsFaultToleranceOptions.backend=rocksdb"),
+        "feature gate GCSFaultToleranceEmbeddedStorage",
+    ),
+    (
+        (
+            *SERVE,
+            "kuberay.featureGates[0]=GCSFaultToleranceEmbeddedStorage",
+            "clusterSpec.gcsFaultToleranceOptions.backend=rocksdb",
+            "clusterSpec.gcsFaultToleranceOptions.redisAddress=a",
+        ),
+        "belongs to the backend redis and the backend is rocksdb",
+    ),
+    (
+        (
+            *SERVE,
+            "clusterSpec.gcsFaultToleranceOptions.redisAddress=a",
+            "clusterSpec.gcsFaultToleranceOptions.storage.size=1Gi",
+        ),
+        "belongs to the backend rocksdb and the backend is redis",
+    ),
+    ((*SERVE, "clusterSpec.gcsFaultToleranceOptions.backend=redis"), "redisAddress is missing"),
+    ((*TRAIN, "ingress.enabled=true"), "ingress.enabled is for mode serve"),
+    ((*TRAIN, "monitoring.dashboard.enabled=true"), "is for mode serve"),
+    ((*CLUSTER, "monitoring.prometheusRule.enabled=true"), "is for mode serve"),
+    ((*TRAIN, "train.suspend=true", "train.shutdownAfterJobFinishes=false"), "train.suspend needs"),
+    ((*TRAIN, "train.config.training.workers=4"), "asks for 4 CPUs"),
+    (
+        (*SERVE, "serve.config.cluster.expert_hosts=9"),
+        "is more than the expert groups ever have room for (8)",
+    ),
+    (
+        (*SERVE, "serve.config.cluster.autoscaling.max_hosts=9"),
+        "autoscaling.max_hosts (9) is more than the expert groups ever have room for (8)",
+    ),
+    ((*SERVE, "serve.config.cluster.interface=127.0.0.1"), "is the loopback"),
+    ((*SERVE, "checkpoints.existingClaim=a", "checkpoints.volume.nfs.path=/"), "are both set"),
+    ((*TRAIN, "checkpoints.enabled=false"), "nothing would be left of the run"),
+    (
+        (*SERVE, "serviceAccount.create=false", "serviceAccount.name=a", "serviceAccount.annotations.a=b"),
+        "are for the one that the chart makes",
+    ),
+]
+
+
+@pytest.mark.parametrize("version", HELMS)
+@pytest.mark.parametrize(("settings", "why"), REFUSED, ids=[why for _, why in REFUSED])
+def test_is_refused_in_a_sentence(version: str, settings: tuple[str, ...], why: str) -> None:
+    assert why in refusal(version, *settings)
+
+
+@pytest.mark.parametrize("version", HELMS)
+@pytest.mark.parametrize("base", [SERVE, TRAIN, CLUSTER, FIXED])
+def test_what_the_refusals_begin_with_is_taken(version: str, base: tuple[str, ...]) -> None:
+    assert refusal(version, *base) == ""
+    assert refusal(version, *base, f"fullnameOverride={LONG[1:]}") == ""
+
+
+@pytest.mark.parametrize("version", HELMS)
+def test_a_typo_is_refused(version: str) -> None:
+    assert "workerGroup" in refusal(version, *SERVE, "workerGroups.expert.maxReplica=9")
