@@ -19,6 +19,12 @@ REFUSED = [
     ((*TRAIN, f"fullnameOverride={LONG}"), "has 48 characters and a RayJob may have 47"),
     ((*CLUSTER, f"fullnameOverride={LONG}aaaaaa"), "has 54 characters and a RayCluster may have 53"),
     ((*SERVE, "fullnameOverride=1st"), "has to begin with a letter"),
+    ((*SERVE, "tls.enabled=false", "tls.existingSecret=a"), "switch TLS on, or remove the secret's name"),
+    (
+        (*SERVE, "tls.certManager.enabled=true", "tls.existingSecret=a"),
+        "tls.existingSecret and tls.certManager are both set",
+    ),
+    ((*SERVE, "tls.certManager.issuerRef.name=a"), "switch it on, or remove the issuer"),
     ((*SERVE, "rayVersion=2.51.1"), "auth.enabled needs Ray 2.52 or later"),
     ((*SERVE, "rayVersion=2.52.0"), "which Ray 2.53 and later has"),
     ((*SERVE, "workerGroups.expert.minReplicas=9"), "minReplicas (9) is more than maxReplicas (8)"),

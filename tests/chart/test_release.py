@@ -115,6 +115,7 @@ def kubernetes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kuber
 
 
 SECRET = "/api/v1/namespaces/default/secrets/moe-raymoe-token"
+CERTIFICATES = "/api/v1/namespaces/default/secrets/moe-raymoe-tls"
 CLUSTER = "/apis/ray.io/v1/namespaces/default/rayclusters/moe-raymoe"
 SERVICE = "/apis/ray.io/v1/namespaces/default/rayservices/moe-raymoe"
 
@@ -123,6 +124,7 @@ def test_a_service_lives(kubernetes: Kubernetes) -> None:
     told = kubernetes.helm("install", "moe", str(CHART), "--set", "serve.checkpoint=/checkpoints/demo")
     assert "helm test -n default moe" in told and "raymoe scale 2" in told
     token = kubernetes.get(SECRET)["data"]["auth_token"]
+    certificates = kubernetes.get(CERTIFICATES)["data"]
     before = kubernetes.names()
     assert "rayservices/moe-raymoe" in before and "persistentvolumeclaims/moe-raymoe-checkpoints" in before
 
@@ -133,6 +135,7 @@ def test_a_service_lives(kubernetes: Kubernetes) -> None:
     groups = {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
     assert groups["expert"]["maxReplicas"] == 12
     assert kubernetes.get(SECRET)["data"]["auth_token"] == token, "running pods know the old token"
+    assert kubernetes.get(CERTIFICATES)["data"] == certificates, "running pods trust the old authority"
     assert kubernetes.names() == before
 
     kubernetes.helm("rollback", "moe", "1")

@@ -218,6 +218,17 @@
 {{- end -}}
 
 {{- define "raymoe.checkObjects" -}}
+{{- with .Values.tls -}}
+{{- if and .existingSecret (not .enabled) -}}
+{{- fail "tls.existingSecret is set and tls.enabled is not: switch TLS on, or remove the secret's name." -}}
+{{- end -}}
+{{- if and .certManager.enabled .existingSecret -}}
+{{- fail "tls.existingSecret and tls.certManager are both set: remove one of them." -}}
+{{- end -}}
+{{- if and .certManager.issuerRef (not .certManager.enabled) -}}
+{{- fail "tls.certManager.issuerRef is set and tls.certManager.enabled is not: switch it on, or remove the issuer." -}}
+{{- end -}}
+{{- end -}}
 {{- with .Values.checkpoints -}}
 {{- if and .existingClaim .volume -}}
 {{- fail "checkpoints.existingClaim and checkpoints.volume are both set: remove one of them." -}}

@@ -51,6 +51,7 @@ group, hosts take CPUs wherever there are some. */ -}}
 {{- define "raymoe.cluster" -}}
 {{- $hosts := include "raymoe.hosts" . | fromYaml -}}
 {{- $cluster := dict "start_timeout" 1800 -}}
+{{- if not .Values.tls.enabled -}}{{- $_ := set $cluster "interface" "node" -}}{{- end -}}
 {{- if $hosts.groups -}}
 {{- $_ := set $cluster "expert_hosts" (max 1 (int64 $hosts.room)) -}}
 {{- $_ := set $cluster "cpus_per_host" 0 -}}

@@ -36,6 +36,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- default (printf "%s-token" (include "raymoe.fullname" .)) .Values.auth.existingSecret -}}
 {{- end -}}
 
+{{- define "raymoe.tlsSecret" -}}
+{{- default (printf "%s-tls" (include "raymoe.fullname" .)) .Values.tls.existingSecret -}}
+{{- end -}}
+
 {{- define "raymoe.serviceAccount" -}}
 {{- if .Values.serviceAccount.name -}}{{ .Values.serviceAccount.name }}
 {{- else if .Values.serviceAccount.create -}}{{ include "raymoe.fullname" . }}

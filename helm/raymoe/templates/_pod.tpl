@@ -72,6 +72,9 @@ spec:
         # Compiled functions are kept where the file system can be written to.
         - {name: NUMBA_CACHE_DIR, value: /tmp/numba}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        {{- if $root.Values.tls.enabled }}
+        - {name: RAYMOE_TLS_DIR, value: /etc/raymoe-tls}
+        {{- end }}
         {{- range $key, $value := $group.env }}
         - {name: {{ $key }}, value: {{ $value | quote }}}
         {{- end }}
@@ -119,6 +122,10 @@ spec:
       persistentVolumeClaim: {claimName: {{ include "raymoe.claim" $root }}}
       {{- end }}
     {{- end }}
+    {{- if $root.Values.tls.enabled }}
+    - name: tls
+      secret: {secretName: {{ include "raymoe.tlsSecret" $root }}, defaultMode: 0440}
+    {{- end }}
     {{- if and .head (eq $root.Values.mode "train") }}
     - name: job
       configMap: {name: {{ include "raymoe.fullname" $root }}-job}
@@ -132,6 +139,9 @@ spec:
 - {name: home, mountPath: /home/ray}
 {{- if .root.Values.checkpoints.enabled }}
 - {name: checkpoints, mountPath: {{ .root.Values.checkpoints.mountPath }}}
+{{- end }}
+{{- if .root.Values.tls.enabled }}
+- {name: tls, mountPath: /etc/raymoe-tls, readOnly: true}
 {{- end }}
 {{- if and .head (eq .root.Values.mode "train") }}
 - {name: job, mountPath: /etc/raymoe, readOnly: true}
