@@ -49,7 +49,8 @@ def test_the_restricted_standard_is_fulfilled() -> None:
         assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 1000, where
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
         for volume in spec.get("volumes", []):
-            kinds = {"secret", "emptyDir", "persistentVolumeClaim", "configMap", "csi", "ephemeral", "projected"}
+            kinds = {"emptyDir", "persistentVolumeClaim", "configMap", "secret"}
+            kinds |= {"csi", "ephemeral", "projected"}
             given = set(volume) - {"name"}
             assert given <= kinds or where.startswith("serve-extra"), (where, volume)  # that one adds NFS
         for container in spec["containers"]:
