@@ -148,6 +148,8 @@ def test_a_service_lives(kubernetes: Kubernetes) -> None:
         assert "Succeeded" in kubernetes.helm("test", "moe")
     kubernetes.helm("uninstall", "moe")
     assert kubernetes.names() == ["persistentvolumeclaims/moe-raymoe-checkpoints"], "checkpoints are kept"
+    kubernetes.helm("install", "moe", str(CHART), "--set", "serve.checkpoint=/checkpoints/demo")
+    assert kubernetes.names() == before, "and taken over by the next release of that name"
 
 
 def test_an_upgrade_leaves_the_autoscaler_what_it_has_set(kubernetes: Kubernetes) -> None:

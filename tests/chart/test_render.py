@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from rendering import CHART, HELMS, KUBE, NO_KUBE, ROOT, SETS, TOOLS, clusters, golden, helm, pods, render
 
 from jobs.config_file import load_config
@@ -101,10 +102,14 @@ def test_groups_are_what_raymoe_counts_on(values: str) -> None:
 
 
 def test_the_configuration_of_every_value_set_is_one_of_raymoe() -> None:
+    from ray.serve.schema import ServeDeploySchema  # warns as it is imported
+
     for values in SETS:
         for one in render("helm4", values):
             if one["kind"] == "RayService":
-                (application,) = yaml.safe_load(one["spec"]["serveConfigV2"])["applications"]
+                (application,) = ServeDeploySchema.model_validate(
+                    yaml.safe_load(one["spec"]["serveConfigV2"])
+                ).model_dump()["applications"]
                 arguments = application["args"]
                 assert arguments.pop("checkpoint")
                 config = ServeConfig.from_dict(arguments)
@@ -115,6 +120,25 @@ def test_the_configuration_of_every_value_set_is_one_of_raymoe() -> None:
                 sets = [word for word in words if word not in ("--set", "\n")]
                 name = script.partition("--preset ")[2].split()[0]
                 assert load_config(preset_name=name, overrides=sets).cluster.start_timeout == 1800
+
+
+@pytest.mark.parametrize("values", SETS)
+def test_the_autoscaler_knows_what_groups_offer(values: str) -> None:
+    (cluster,) = clusters(render("helm4", values))
+    if not cluster["enableInTreeAutoscaling"]:
+        return
+    resource = {"metadata": {"name": "demo", "namespace": "moe"}, "spec": cluster}
+    types = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
+    assert types.pop("headgroup")["resources"]["CPU"] == 0
+    assert len(types) == len(cluster["workerGroupSpecs"])
+    for group in cluster["workerGroupSpecs"]:
+        known = types[group["groupName"]]
+        offers = known["resources"]
+        assert (known["min_workers"], known["max_workers"]) == (group["minReplicas"], group["maxReplicas"])
+        if group["groupName"].startswith("expert"):
+            assert offers["CPU"] == 0 and offers["raymoe_expert_host"] >= 1
+        else:
+            assert offers["CPU"] >= 1 and "raymoe_expert_host" not in offers
 
 
 def test_nothing_names_this_repository_or_a_registry() -> None:

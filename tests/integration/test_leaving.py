@@ -53,7 +53,6 @@ def test_hosts_are_where_their_resource_is_and_leave_a_node(cluster: Cluster, tm
         assert done["drained"] == [id for id, at in before.items() if at == node]
         after = {host["id"]: host["node"] for host in admin.status()["hosts"]}
         assert len(after) == 2 and set(after.values()) == offering - {node}
-        assert leave(node, address=cluster.address, timeout=60)["drained"] == []
         with pytest.raises(ResourceError, match="no Ray node"):
             leave("ab" * 28, address=cluster.address, timeout=5)
         admin.close()
