@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cluster.rooms import keep, rooms
 from kernels import placing
 
-_SMALL = 1e-6  # a gain that is worth a move, as a share of the mean load
+_SMALL = 1e-4  # a gain that is worth a move, as a share of the mean load
 _HANDS = 2  # replicas that are handed on to make room for one
 
 
