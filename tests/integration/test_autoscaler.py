@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import AutoscalingCluster
 from serving import running, save_model, tiny_model
 from streams import Load, disturbed, greedy_requests
@@ -26,21 +34,52 @@ RESOURCE = "raymoe_expert_host"
 STREAMS, TOKENS = 8, 60
 
 
-@pytest.fixture
-def cluster() -> Iterator[AutoscalingCluster]:
-    """A head node, and nodes for one expert host each that are added where one finds no room."""
-    nodes = {"resources": {"CPU": 0, RESOURCE: 1}, "node_config": {}, "min_workers": 0, "max_workers": 4}
-    cluster = AutoscalingCluster(
-        head_resources={"CPU": 4},
-        worker_node_types={"expert": nodes},
-        autoscaler_v2=True,
-        idle_timeout_minutes=0.1,
-    )
-    cluster.start()
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+class FakeNodes(AutoscalingCluster):
+    """Ray's own ends every Ray process of the machine, before and after; this one its own alone."""
+
+    def __enter__(self) -> str:
+        """The cluster's address."""
+        head, nodes = {"CPU": 4}, {"resources": {"CPU": 0, RESOURCE: 1}, "node_config": {}}
+        super().__init__(
+            head,
+            {"expert": {**nodes, "min_workers": 0, "max_workers": 4}},
+            autoscaler_v2=True,
+            idle_timeout_minutes=0.1,
+        )
+        self.folder = tempfile.TemporaryDirectory()
+        config = Path(self.folder.name) / "nodes.json"
+        config.write_text(json.dumps(self._config), encoding="utf-8")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = (f"--autoscaling-config={config}", "--num-cpus=4", f"--port={port}", "--block")
+        self.head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *options],
+            env={
+                **os.environ,
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_FAKE_CLUSTER": "1",
+                "RAY_enable_autoscaler_v2": "1",
+                "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            assert self.head.poll() is None and time.monotonic() < deadline, "the cluster does not come up"
+            with suppress(OSError), socket.create_connection((ray.util.get_node_ip_address(), port), 1):
+                return f"{ray.util.get_node_ip_address()}:{port}"
+            time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        members = psutil.Process(self.head.pid).children(recursive=True)
+        for process in (*members, psutil.Process(self.head.pid)):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.head.wait(30)
+        self.folder.cleanup()
 
 
 def expert_nodes(address: str) -> set[str]:
@@ -57,7 +96,12 @@ def wait_for_nodes(address: str, count: int) -> set[str]:
     return found
 
 
-def test_nodes_follow_the_scale_under_traffic(cluster: AutoscalingCluster, tmp_path: Path) -> None:
+def test_nodes_follow_the_scale_under_traffic(tmp_path: Path) -> None:
+    with FakeNodes() as address:
+        follow(address, tmp_path)
+
+
+def follow(cluster: str, tmp_path: Path) -> None:
     directory = save_model(tiny_model(), tmp_path / "tiny")
     settings = {
         "cluster.expert_hosts": 1,
@@ -67,7 +111,7 @@ def test_nodes_follow_the_scale_under_traffic(cluster: AutoscalingCluster, tmp_p
     }
     options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
     requests = greedy_requests(STREAMS, TOKENS)
-    address = ("--address", "auto")
+    address = ("--address", cluster)
     with running(tiny_model(), directory, tmp_path / "serve.log", *options, *address) as server:
         assert len(wait_for_nodes(server.ray, 1)) == 1
         calm = asyncio.run(Load(server, requests).run())
