@@ -37,15 +37,12 @@ STREAMS, TOKENS = 8, 60
 class FakeNodes(AutoscalingCluster):
     """Ray's own ends every Ray process of the machine, before and after; this one its own alone."""
 
+    def __init__(self) -> None:
+        nodes = {"resources": {"CPU": 0, RESOURCE: 1}, "node_config": {}, "min_workers": 0, "max_workers": 4}
+        super().__init__({"CPU": 4}, {"expert": nodes}, autoscaler_v2=True, idle_timeout_minutes=0.1)
+
     def __enter__(self) -> str:
         """The cluster's address."""
-        head, nodes = {"CPU": 4}, {"resources": {"CPU": 0, RESOURCE: 1}, "node_config": {}}
-        super().__init__(
-            head,
-            {"expert": {**nodes, "min_workers": 0, "max_workers": 4}},
-            autoscaler_v2=True,
-            idle_timeout_minutes=0.1,
-        )
         self.folder = tempfile.TemporaryDirectory()
         config = Path(self.folder.name) / "nodes.json"
         config.write_text(json.dumps(self._config), encoding="utf-8")
