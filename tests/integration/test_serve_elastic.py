@@ -168,6 +168,7 @@ def test_what_cannot_be_is_refused_in_one_line(server: Server, admin: AdminClien
     assert admin.status()["wanted"] == HOSTS
 
 
+@pytest.mark.soak
 def test_without_replicas_streams_wait_for_the_reload(tmp_path: Path) -> None:
     model = tiny_model()
     directory = save_model(model, tmp_path / "tiny")

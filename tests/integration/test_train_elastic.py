@@ -197,6 +197,7 @@ def test_two_workers_and_replicas_change_no_step(corpus: Path, whole: Path, tmp_
     assert apart(run.output, whole) <= 1e-9
 
 
+@pytest.mark.soak
 def test_hosts_come_and_go_between_steps(corpus: Path, tmp_path: Path) -> None:
     """Until they have: as many steps as that takes, held against a run of as many with one host."""
     run = Run(corpus, tmp_path / "run", cluster__expert_hosts=1, training__steps=100_000)
