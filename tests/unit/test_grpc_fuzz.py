@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -84,6 +86,14 @@ class Attacker:
             else:
                 put = self.channel.stream_unary(f"/{grpc.SERVICE}/Put", None, None)
                 put(iter([source.randbytes(40), mutated(source, self.frame)]), timeout=20)
+
+
+@pytest.fixture(autouse=True)
+def silence() -> Iterator[None]:
+    """pytest keeps every record, with all that its traceback holds: that would be what grows."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.timeout(600)
