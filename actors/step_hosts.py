@@ -135,9 +135,9 @@ class StepHosts:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _shared(self) -> bool:
-        """Whether an expert has several holders."""
-        current = None if self.elastic is None else self.elastic.versions.current
-        return current is not None and any(len(ids) > 1 for row in current.placement.holders for ids in row)
+        """Whether experts may have several holders."""
+        shape = None if self.elastic is None else self.elastic.shape
+        return shape is not None and (shape.replicas > 1 or shape.redundant > 0)
 
     def _on_all(self, what: str, call: Callable[[HostControl], _T]) -> list[_T]:
         """Call every host at once; the results in the order of the hosts."""

@@ -94,7 +94,6 @@ class Shelves:
                 at = placing.fill_layer(
                     at,
                     steps,
-                    n_experts,
                     *(array[layer] for array in (self.at, self.hold, self.near, self.load, self.count)),
                     *(array[layer] for array in (self.room, self.weight, self.copies)),
                     self.node_of,

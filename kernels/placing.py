@@ -15,13 +15,11 @@ _NODE = 1e-6  # of a node's load: decides between equal hosts, so that its other
 
 
 @_compiled
-def fill_layer(
-    first, steps, n_experts, at, hold, near, load, count, room, weight, copies, node_of, home, domain
-):
+def fill_layer(first, steps, at, hold, near, load, count, room, weight, copies, node_of, home, domain):
     """Put the experts `steps[first:]` on the hosts with the least load, one replica each, as the rules allow.
 
     Args (of one layer):
-        steps: [S] int64, an expert as often as it lacks replicas; E + 1 for nothing to do.
+        steps: [S] int64, an expert as often as it lacks replicas.
         at, hold, near, load, count: changed in place.
         home, domain: [E] and [H] int64: where an expert's first replica should be, the next in the next
             domain; of length 0 for no such wish.
@@ -36,8 +34,6 @@ def fill_layer(
         node_load[node_of[host]] += load[host]
     for step in range(first, len(steps)):
         expert = steps[step]
-        if expert >= n_experts:
-            continue
         several = copies[expert] > 1
         placed = near[expert].sum()
         wanted = (home[expert] + placed) % n_domains if n_domains else 0
