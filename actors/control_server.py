@@ -12,6 +12,7 @@ import grpc
 import errors
 from channels import tls
 from channels.grpc import OPTIONS
+from channels.guard import Guard
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
 
 _ERROR_TYPE = "raymoe-error"
@@ -39,7 +40,11 @@ class ControlServer:
         port: int = 0,
         threads: int = 8,
     ) -> None:
-        self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="control"), options=OPTIONS)
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, thread_name_prefix="control"),
+            interceptors=(Guard(),),
+            options=OPTIONS,
+        )
         register(self._server)
         try:
             port = tls.listen(self._server, f"{host}:{port}")

@@ -17,6 +17,7 @@ import grpc
 
 from channels import codec, tls
 from channels.base import Channel, Handler, Request
+from channels.guard import Guard
 from channels.pipe import Pipe, Reply, call
 from channels.watchdog import Watchdog
 from errors import ChannelError, ChannelTimeout, ProtocolError
@@ -28,9 +29,12 @@ METHOD: Final = "Exchange"
 MAX_STREAMS: Final = 1024
 """Calls and streams that a server takes at a time; one more is refused, never kept waiting unseen."""
 
+MAX_MESSAGE: Final = 1 << 30
+"""Bytes of a frame or of a control call; a peer's longer one is refused before it is held in memory."""
+
 OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
     # A peer whose machine is gone says nothing: ask after it.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -61,7 +65,7 @@ class GrpcChannel(Pipe):
         self._replies: Any = exchange(iter(self._requests.get, None))
 
     def _send(self, request: Request) -> None:
-        self._requests.put(codec.encode_request(request))
+        self._requests.put(_fitting(codec.encode_request(request)))
 
     def _receive(self, deadline: float | None) -> Reply:
         if deadline is not None:
@@ -114,7 +118,12 @@ class GrpcServer:
         self._closed = False
         self._streams: set[Any] = set()
         self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="grpc-serve")
-        self._server = grpc.server(self._threads, options=OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS)
+        self._server = grpc.server(
+            self._threads,
+            interceptors=(Guard(),),
+            options=OPTIONS,
+            maximum_concurrent_rpcs=MAX_STREAMS,
+        )
         for register in services:
             register(self._server)
         # After the services: a servicer made from expert.proto brings an Exchange of its own, which
@@ -169,11 +178,21 @@ class GrpcServer:
             self._streams.discard(context)
 
 
+def _fitting(frame: bytes) -> bytes:
+    if len(frame) > MAX_MESSAGE:
+        mib = 1 << 20
+        raise ProtocolError(
+            f"{len(frame) / mib:.0f} MiB for one host in a message, and the limit is {MAX_MESSAGE // mib}: "
+            "lower training.microbatch_size or serving.max_batch_tokens, or set more cluster.expert_hosts"
+        )
+    return frame
+
+
 def _encode(outcome: Reply | Exception) -> bytes:
     if isinstance(outcome, Exception):
         return codec.encode_error(outcome)
     try:
-        return codec.encode_reply(outcome)
+        return _fitting(codec.encode_reply(outcome))
     except ProtocolError as error:  # what the handler returned cannot travel
         return codec.encode_error(error)
 
@@ -227,4 +246,14 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
     return GrpcChannel(address, channel)
 
 
-__all__ = ["MAX_STREAMS", "METHOD", "OPTIONS", "SERVICE", "GrpcChannel", "GrpcServer", "connect", "serve"]
+__all__ = [
+    "MAX_MESSAGE",
+    "MAX_STREAMS",
+    "METHOD",
+    "OPTIONS",
+    "SERVICE",
+    "GrpcChannel",
+    "GrpcServer",
+    "connect",
+    "serve",
+]

@@ -1,0 +1,125 @@
+"""What a gRPC server of ours lets in: calls that it can parse, and from one address only so many a second.
+
+Requests of control calls are parsed here and not by gRPC: a call that gRPC's own deserializer refuses costs
+the server about 17 KB for good (grpcio 1.85), so a peer that sends garbage would fill its memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from errors import ProtocolError
+
+_log = logging.getLogger(__name__)
+
+CALLS_PER_SECOND: Final = 2000.0
+"""Control calls from one address, on average; a step of training makes a handful to each host."""
+BURST: Final = 4000.0
+_MAX_ADDRESSES: Final = 4096
+
+
+class Rate:
+    """A token bucket for each address.
+
+    Args:
+        per_second: tokens that come back.
+        burst: tokens that an address begins with, and its most.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        per_second: float = CALLS_PER_SECOND,
+        burst: float = BURST,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._per_second, self._burst, self._clock = per_second, burst, clock
+        self._left: dict[str, tuple[float, float]] = {}  # tokens, and when they were counted
+        self._lock = threading.Lock()
+
+    def admits(self, address: str) -> bool:
+        """Take a token, if the address has one."""
+        now = self._clock()
+        with self._lock:
+            left, then = self._left.pop(address, (self._burst, now))
+            left = min(self._burst, left + (now - then) * self._per_second)
+            admitted = left >= 1.0
+            self._left[address] = (left - admitted, now)  # the latest comes last
+            if len(self._left) > _MAX_ADDRESSES:
+                del self._left[next(iter(self._left))]
+        return admitted
+
+
+class Guard(grpc.ServerInterceptor):
+    """Hands gRPC handlers without a deserializer, which count a call and parse it before they act."""
+
+    def __init__(self, rate: Rate | None = None) -> None:
+        self._rate = rate or Rate()
+        self._handlers: dict[str, Any] = {}  # by method: made once
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """The handler of a call; None where nothing serves it."""
+        method = handler_call_details.method
+        found = self._handlers.get(method)
+        if found is None:
+            found = continuation(handler_call_details)
+            if found is None:
+                return None
+            self._handlers[method] = found = self._guarded(method, found)
+        return found
+
+    def _guarded(self, method: str, handler: Any) -> Any:
+        makers = {
+            (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
+            (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
+            (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
+            (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+        }
+        make, behaviour = makers[handler.request_streaming, handler.response_streaming]
+        parse = handler.request_deserializer
+
+        def act(request: Any, context: Any) -> Any:
+            if not self._rate.admits(_address(context.peer())):
+                text = f"more than {CALLS_PER_SECOND:g} calls a second from one address"
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            if parse is None:  # finished bytes, such as frames
+                return behaviour(request, context)
+            if handler.request_streaming:
+                return behaviour(_parsed(method, parse, request, context), context)
+            try:
+                parsed = parse(request)
+            except DecodeError as error:
+                _log.warning("%s: refused %s: %s", method, context.peer(), error)
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the request cannot be parsed: {error}")
+            return behaviour(parsed, context)
+
+        return make(act, None, handler.response_serializer)
+
+
+def _address(peer: str) -> str:
+    """`ipv4:10.0.0.1:4711`, without its port."""
+    return peer.rpartition(":")[0]
+
+
+def _parsed(
+    method: str, parse: Callable[[bytes], Any], frames: Iterator[bytes], context: Any
+) -> Iterator[Any]:
+    for data in frames:
+        try:
+            request = parse(data)
+        except DecodeError as error:
+            _log.warning("%s: refused %s: %s", method, context.peer(), error)
+            raise ProtocolError(f"a request of the stream cannot be parsed: {error}") from None
+        yield request
+
+
+__all__ = ["BURST", "CALLS_PER_SECOND", "Guard", "Rate"]
