@@ -34,7 +34,7 @@ RUN PIP_ONLY_BINARY= pip install ${PIP_ARGS} --no-deps .
 FROM ${BASE}
 RUN python3 -c "import ssl" 2>/dev/null || { \
         apt-get update && apt-get install --yes --no-install-recommends python3 ca-certificates && \
-        rm -rf /var/lib/apt/lists/*; }
+        apt-get clean && rm -rf /var/lib/apt/lists/*; }
 RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --user-group --home-dir /home/ray --shell /bin/bash ray; \
     mkdir -p /home/ray && chown 1000:1000 /home/ray
 COPY --from=build /opt/raymoe /opt/raymoe

@@ -12,7 +12,7 @@ IMAGE ?= raymoe:0.1.0
 VARIANT ?= cpu
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo lint format test soak chart chart-test image bench protos clean
+.PHONY: setup demo lint format test soak chart chart-test image image-test bench protos clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,13 @@ image:
 	    $(if $(TORCH_INDEX),--build-arg TORCH_INDEX="$(TORCH_INDEX)") \
 	    $(if $(PIP_ARGS),--build-arg PIP_ARGS="$(PIP_ARGS)") \
 	    $(IMAGE_ARGS) --tag $(IMAGE) .
+
+# The image, built on a base by debootstrap, in read-only containers that train and serve; needs root, debootstrap,
+# buildah, podman and runc. IMAGE_BASE, SUITE, MIRROR and PODMAN say otherwise what it takes.
+image-test: setup
+	$(BIN)/python tests/image/check.py --work $(TOOLS)/image \
+	    $(if $(IMAGE_BASE),--base "$(IMAGE_BASE)") $(if $(SUITE),--suite "$(SUITE)") \
+	    $(if $(MIRROR),--mirror "$(MIRROR)") $(if $(PODMAN),--podman "$(PODMAN)")
 
 protos: setup
 	$(BIN)/python -m protos.generate
