@@ -42,7 +42,7 @@ class ControlServer:
     ) -> None:
         self._server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="control"),
-            interceptors=(Guard(),),
+            interceptors=[Guard()],
             options=OPTIONS,
         )
         register(self._server)

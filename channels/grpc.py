@@ -120,7 +120,7 @@ class GrpcServer:
         self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="grpc-serve")
         self._server = grpc.server(
             self._threads,
-            interceptors=(Guard(),),
+            interceptors=[Guard()],
             options=OPTIONS,
             maximum_concurrent_rpcs=MAX_STREAMS,
         )

@@ -57,7 +57,7 @@ class Rate:
         return admitted
 
 
-class Guard(grpc.ServerInterceptor):
+class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the stubs alone
     """Hands gRPC handlers without a deserializer, which count a call and parse it before they act."""
 
     def __init__(self, rate: Rate | None = None) -> None:
