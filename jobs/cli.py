@@ -82,6 +82,10 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a model; without --preset and --config, the preset demo."""
+    if address is not None:
+        from jobs.ray_token import use_own_token
+
+        use_own_token()
     chosen = _training_config(
         preset, config, _with_steps(overrides, steps), resume=resume, init=init, output=output
     )
@@ -120,6 +124,10 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI clients, until Ctrl-C."""
+    if address is not None:
+        from jobs.ray_token import use_own_token
+
+        use_own_token()
     from dataclasses import asdict
 
     from jobs.serve import Listening
