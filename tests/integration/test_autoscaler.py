@@ -70,7 +70,7 @@ CONFIG: dict[str, Any] = {
 
 
 class FakeNodes:
-    """A head node with Ray's autoscaler, whose nodes are processes; its own helper ends those of all others."""
+    """A head with Ray's autoscaler, whose nodes are processes; Ray's own helper ends those of all others."""
 
     def __enter__(self) -> str:
         """The cluster's address."""
