@@ -7,7 +7,7 @@ import os
 from actors.expert_host import ExpertHost
 from actors.servicers import ExpertServicer
 from actors.state_servicer import add_state_streams
-from channels import grpc, shm
+from channels import collective, grpc, shm, tls
 from cluster.topology import HostInfo
 from protos import expert_pb2_grpc
 
@@ -33,21 +33,32 @@ class ExpertHostServer:
                 lambda server: add_state_streams(host, server),
             ),
         )
+        # Its rows are not encrypted: where TLS is asked for, there is none.
+        self._collective = (
+            collective.serve(host.handle, bind=f"{bind}:0") if tls.directory() is None else None
+        )
+        addresses = {"shm": self._shm.address, "grpc": self._grpc.address}
+        if self._collective is not None:
+            addresses["collective"] = self._collective.address
         self.info = HostInfo(
             id=host.id,
             node=node,
             pid=os.getpid(),
-            addresses={"shm": self._shm.address, "grpc": self._grpc.address},
+            addresses=addresses,
         )
 
     def hang_up(self) -> None:
         """End every connection of a router that is open now; they may come again."""
         self._shm.hang_up()
+        if self._collective is not None:
+            self._collective.hang_up()
         self._grpc.hang_up()
 
     def close(self) -> None:
         """Hang up on every caller."""
         self._shm.close()
+        if self._collective is not None:
+            self._collective.close()
         self._grpc.close()
         self._host.close()
 

@@ -9,7 +9,12 @@ from channels.base import Channel
 from channels.locality import machine_id, process_id
 from errors import ChannelError, ConfigError
 
-KINDS: Final = ("local", "shm", "grpc")
+KINDS: Final = ("local", "shm", "collective", "grpc")
+_AUTOMATIC: Final = (
+    "local",
+    "shm",
+    "grpc",
+)  # from the nearest on; between CPUs gloo has no advantage over gRPC
 
 
 def connect(address: str, *, timeout: float = 30.0) -> Channel:
@@ -34,6 +39,10 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
         import channels.grpc as grpc
 
         return grpc.connect(address, timeout=timeout)
+    if kind == "collective":
+        import channels.collective as collective
+
+        return collective.connect(address, timeout=timeout)
     raise ConfigError(
         f"channel address {address!r}: unknown kind {kind!r}; an address starts with one of "
         + ", ".join(f"{known}:" for known in KINDS)
@@ -62,10 +71,10 @@ def pick(
         same_process = _place(addresses.get("local")) == process_id()
     if same_machine is None:
         same_machine = same_process or _place(addresses.get("shm")) == machine_id()
-    reachable = {"local": same_process, "shm": same_machine, "grpc": True}
+    reachable = {"local": same_process, "shm": same_machine, "collective": True, "grpc": True}
     offered = ", ".join(sorted(addresses)) or "nothing"
     if kind == "auto":
-        for candidate in KINDS:
+        for candidate in _AUTOMATIC:
             if candidate in addresses and reachable[candidate]:
                 return addresses[candidate]
         raise ChannelError(

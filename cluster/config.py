@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-ChannelKind = Literal["auto", "local", "shm", "grpc"]
+ChannelKind = Literal["auto", "local", "shm", "collective", "grpc"]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Reserved = Annotated[float, Field(ge=0, le=65536)]
 Delay = Annotated[float, Field(ge=0, le=86400)]

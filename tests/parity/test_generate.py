@@ -48,7 +48,7 @@ MODELS: dict[str, Callable[[Path], CausalLM]] = {
     ),
     "trained longer": lambda output: trained_model(output, steps=1500, modules=1),
 }
-HOSTS, CHANNELS = (0, 1, 2, 4), ("shm", "grpc")
+HOSTS, CHANNELS = (0, 1, 2, 4), ("shm", "collective", "grpc")
 ALL = [
     (model, settings, hosts, channel)
     for model, settings, hosts, channel in itertools.product(MODELS, SETTINGS, HOSTS, CHANNELS)

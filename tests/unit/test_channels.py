@@ -1,4 +1,4 @@
-"""Local, shared memory and gRPC channels behave alike: order, errors, deadlines, death, no leak."""
+"""Local, shared memory, collective and gRPC channels behave alike: order, errors, deadlines, death, no leak."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from channels import choose, grpc, local, shm
+from channels import choose, collective, grpc, local, shm
 from channels.base import Channel, Phase, Request, RequestId, Server
 from errors import ChannelError, ChannelTimeout, ConfigError, ProtocolError, RemoteError, StaleEpoch
 
-SERVE: dict[str, Callable[[Any], Server]] = {"local": local.serve, "shm": shm.serve, "grpc": grpc.serve}
-WIRES = ["shm", "grpc"]
+SERVE: dict[str, Callable[[Any], Server]] = {
+    "local": local.serve,
+    "shm": shm.serve,
+    "collective": collective.serve,
+    "grpc": grpc.serve,
+}
+WIRES = ["shm", "collective", "grpc"]
 
 
 def request(*tensors: torch.Tensor, step: int = 0, run: str = "echo") -> Request:

@@ -18,14 +18,14 @@ from actors.lane import Lane
 from actors.mail import MailCall
 from actors.moves import Assembly
 from actors.router import Router
-from channels import choose, grpc, local, shm
+from channels import choose, collective, grpc, local, shm
 from channels.base import Channel, Request
 from channels.mailbox import HostBox
 from cluster import HostInfo, RoutingTable, experts_held
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
-KINDS = ["local", "shm", "mail", "grpc"]
+KINDS = ["local", "shm", "mail", "collective", "grpc"]
 REMOTE = KINDS[1:]  # whose peers can be silent: a call within a process is over when it returns
 LONG = 60.0
 """Seconds that no test waits: what ends in a few has not been waited for."""
@@ -73,6 +73,8 @@ class Site:
             self.server: Any = local.serve(self.handle)
         elif kind == "grpc":
             self.server = grpc.serve(self.handle)
+        elif kind == "collective":
+            self.server = collective.serve(self.handle)
         else:
             self.server = shm.serve(self.handle, self.answer if kind == "mail" else None)
         self.info = HostInfo(id=host.id, addresses={"any": self.server.address})

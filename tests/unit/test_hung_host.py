@@ -37,7 +37,7 @@ def hosts() -> Iterator[tuple[HostInfo, ...]]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["shm", "grpc"])
+@pytest.mark.parametrize("kind", ["shm", "collective", "grpc"])
 def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, ...], kind: str) -> None:
     holders = TinyCluster(HOSTS, train=False, replicas=2).holders
     table = RoutingTable(epoch=0, hosts=hosts, holders=holders)

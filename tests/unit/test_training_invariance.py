@@ -15,7 +15,9 @@ import torch
 from harness import Outcome, difference, text_corpus, tiny, train
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
-ALL = list(itertools.product(["float32", "float64"], [0, 1, 2, 4], [1, 2], ["local", "shm", "grpc"]))
+ALL = list(
+    itertools.product(["float32", "float64"], [0, 1, 2, 4], [1, 2], ["local", "shm", "collective", "grpc"])
+)
 COVERING = [
     ("float64", 0, 2, "local"),
     ("float64", 1, 1, "shm"),
@@ -24,6 +26,7 @@ COVERING = [
     ("float64", 4, 2, "grpc"),
     ("float32", 0, 2, "local"),
     ("float32", 2, 1, "grpc"),
+    ("float64", 2, 2, "collective"),
     ("float32", 4, 2, "shm"),
 ]
 

@@ -1,0 +1,468 @@
+"""The channel of torch.distributed: counts over a socket, then rows between the two ranks of a process group.
+
+Each channel has a group of its own, of caller (rank 0) and host (rank 1), which lives as long as the
+connection: a new placement, a host more or one less touches no other pair's. The connection carries the
+group's rendezvous, then a header ahead of each payload, so the receiver knows what it will be sent before
+it asks for it, waits without a time limit while nothing comes, and hears at once of a peer that died.
+Small payloads come with their header. The backend is gloo, which moves rows between CPUs over TCP.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from channels import header as headers
+from channels import tls
+from channels.base import Channel, Handler, Request
+from channels.codec import address_of, plain, tensor_at
+from channels.header import Layout, Placement
+from channels.pipe import Pipe, Reply, call
+from errors import ChannelError, ChannelTimeout, ProtocolError, ResourceError
+
+_log = logging.getLogger(__name__)
+
+_INLINE: Final = 1 << 12
+"""Bytes of a payload that come with the header. All that may be in flight fits the sockets' buffers, so that
+the two ends never wait for one another with both directions full."""
+_BUFFER: Final = 1 << 19
+_MAX_PAYLOAD: Final = 1 << 30
+_MAX_HEADER: Final = 1 << 16
+_HEAD: Final = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
+_CALLER, _HOST = 0, 1
+_PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
+
+
+class Line:
+    """A socket of messages, each a header's text and the size of its payload; small payloads are in it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._socket = connection
+
+    def write(self, text: bytes, size: int, inline: bytes = b"") -> None:
+        """Send a message.
+
+        Raises:
+            ChannelError: the peer hung up.
+        """
+        try:
+            self._socket.settimeout(None)
+            self._socket.sendall(_HEAD.pack(len(text), size) + text + inline)
+        except OSError as error:
+            raise ChannelError(f"the peer hung up ({error})") from None
+
+    def read(self, deadline: float | None = None) -> tuple[bytes, int, bytes]:
+        """A header's text, its payload's size, and the payload if it is small.
+
+        Raises:
+            ChannelTimeout: nothing came until `deadline`, of `time.monotonic`.
+            ChannelError: the peer hung up.
+            ProtocolError: what came is no message.
+        """
+        length, size = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
+        if length > _MAX_HEADER or size > _MAX_PAYLOAD:
+            raise ProtocolError(
+                f"a message of {length} + {size} bytes; at most {_MAX_HEADER} + {_MAX_PAYLOAD}"
+            )
+        text = self._exactly(length, deadline)
+        return text, size, self._exactly(size, deadline) if size <= _INLINE else b""
+
+    def _exactly(self, count: int, deadline: float | None) -> bytes:
+        found = bytearray(count)
+        view, at = memoryview(found), 0
+        try:
+            while at < count:
+                self._socket.settimeout(remaining(deadline))
+                got = self._socket.recv_into(view[at:])
+                if not got:
+                    raise ChannelError("the peer hung up")
+                at += got
+        except TimeoutError:
+            raise ChannelTimeout("the peer does not answer") from None
+        except OSError as error:
+            raise ChannelError(f"the peer hung up ({error})") from None
+        return bytes(found)
+
+    def shut(self) -> None:
+        """Whoever waits on the socket, here or there, finds it ended. Any thread."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended already
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self.shut()
+        self._socket.close()
+
+
+def remaining(deadline: float | None) -> float | None:
+    """Seconds until then, never 0, which would mean not to wait at all.
+
+    Raises:
+        TimeoutError: it has passed.
+    """
+    if deadline is None:
+        return None
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Meeting(dist.Store):
+    """What the two ends of a line tell each other for a group to form: a store without a port of its own."""
+
+    def __init__(self, line: Line, deadline: float) -> None:
+        super().__init__()
+        self._line, self._deadline = line, deadline
+        self._known: dict[str, bytes] = {}
+        self._guard = threading.RLock()
+
+    def set(self, key: str, value: Any) -> None:
+        """Tell both ends."""
+        told = value.encode() if isinstance(value, str) else bytes(value)
+        with self._guard:
+            self._known[key] = told
+            name = key.encode()
+            self._line.write(name, len(told), told)
+
+    def get(self, key: str) -> bytes:
+        """Wait for what either end tells."""
+        with self._guard:
+            while key not in self._known:
+                name, size, value = self._line.read(self._deadline)
+                if size > _INLINE:
+                    raise ProtocolError(f"{size} bytes for a group to form")
+                self._known[name.decode()] = value
+            return self._known[key]
+
+    def wait(self, keys: Sequence[str], timeout: Any = None) -> None:
+        """Until all are told."""
+        for key in keys:
+            self.get(key)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all have been told, as far as this end knows."""
+        return all(key in self._known for key in keys)
+
+
+class Rows:
+    """A process group of two, and the payloads that are on their way to the other."""
+
+    def __init__(self, line: Line, rank: int, interface: str, timeout: float) -> None:
+        self._peer = 1 - rank
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=interface)]
+        options._timeout = _PATIENCE
+        meeting = _Meeting(line, time.monotonic() + timeout)
+        try:
+            self._group = dist.ProcessGroupGloo(meeting, rank, 2, options)  # type: ignore[call-overload]
+        except RuntimeError as error:
+            raise ChannelError(f"no process group with the peer: {_first_line(error)}") from None
+        self._leaving: deque[tuple[Any, torch.Tensor]] = deque()
+        self._waiting: Any = None
+        self._ended = False
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Begin to send; what has arrived is let go."""
+        while self._leaving and self._leaving[0][0].is_completed():
+            self._leaving.popleft()
+        for tensor in tensors:
+            if tensor.numel():
+                flat = _bytes(tensor)
+                self._leaving.append((self._group.send([flat], self._peer, 0), flat))
+
+    def receive(self, placed: Sequence[Placement], deadline: float | None) -> Reply:
+        """What the peer sends, in memory of its own.
+
+        Raises:
+            ChannelTimeout: not until `deadline`.
+            ChannelError: the peer hung up.
+        """
+        found = []
+        for where in placed:
+            tensor = torch.empty(where.shape, dtype=where.dtype)
+            if where.elements:
+                self._fill(_bytes(tensor), deadline)
+            found.append(tensor)
+        return tuple(found)
+
+    def _fill(self, flat: torch.Tensor, deadline: float | None) -> None:
+        try:
+            limit = _PATIENCE if deadline is None else timedelta(seconds=remaining(deadline) or 0)
+            self._waiting = work = self._group.recv([flat], self._peer, 0)
+            if self._ended:
+                work.abort()
+            work.wait(limit)
+        except TimeoutError:
+            raise ChannelTimeout("the peer does not answer") from None
+        except RuntimeError as error:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise ChannelTimeout("the peer does not answer") from None
+            raise ChannelError(f"the peer hung up ({_first_line(error)})") from None
+        finally:
+            self._waiting = None
+
+    def end(self) -> None:
+        """Whoever waits for rows waits no longer. Any thread."""
+        self._ended = True
+        work = self._waiting
+        if work is not None:
+            work.abort()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory, which need not be of a type that gloo knows."""
+    return plain(tensor).reshape(-1).view(torch.uint8)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class End:
+    """One end of a connection: messages with their payloads."""
+
+    def __init__(self, connection: socket.socket, rank: int, interface: str, timeout: float) -> None:
+        self._line = Line(connection)
+        self._rows = Rows(self._line, rank, interface, timeout)
+
+    def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> None:
+        """A message; large tensors must stay as they are until the peer has read them."""
+        if payload.size > _MAX_PAYLOAD:
+            mib = 1 << 20
+            raise ProtocolError(
+                f"{payload.size / mib:.0f} MiB for one host in a message, and the limit is {_MAX_PAYLOAD // mib}: "
+                "lower training.microbatch_size or serving.max_batch_tokens, or set more cluster.expert_hosts"
+            )
+        if payload.size > _INLINE:
+            self._line.write(text, payload.size)
+            self._rows.send(tensors)
+            return
+        inline = bytearray(payload.size)
+        for tensor, where in zip(tensors, payload.placed, strict=True):
+            if where.elements:
+                inline[where.offset : where.end] = _bytes(tensor).numpy().data
+        self._line.write(text, payload.size, bytes(inline))
+
+    def head(self, deadline: float | None = None) -> tuple[bytes, int, bytes]:
+        """See `Line.read`."""
+        return self._line.read(deadline)
+
+    def payload(self, placed: Sequence[Placement], size: int, inline: bytes, deadline: float | None) -> Reply:
+        """The tensors of the message whose head was read."""
+        if size > _INLINE:
+            return self._rows.receive(placed, deadline)
+        memory = np.frombuffer(bytearray(inline), np.uint8) if inline else np.empty(0, np.uint8)
+        address = address_of(memory)
+        return tuple([tensor_at(memory, address, where) for where in placed])
+
+    def shut(self) -> None:
+        """Whoever waits on this end, or the other, waits no longer. Any thread."""
+        self._line.shut()
+        self._rows.end()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.shut()
+        self._line.close()
+
+
+class CollectiveChannel(Pipe):
+    """The router's end."""
+
+    def __init__(self, name: str, end: End) -> None:
+        super().__init__(name)
+        self._end = end
+
+    def _send(self, request: Request) -> None:
+        payload = headers.layout(request.tensors)
+        self._end.send(headers.request_text(request.id, payload), payload, request.tensors)
+
+    def _receive(self, deadline: float | None) -> Reply:
+        text, size, inline = self._end.head(deadline)
+        return self._end.payload(headers.read_reply(text, size), size, inline, deadline)
+
+    def _hang_up(self) -> None:
+        self._end.close()
+
+    def _wake(self) -> None:
+        self._end.shut()
+
+
+class CollectiveServer:
+    """The host's end: a thread that accepts, and one for each connection.
+
+    Raises:
+        ResourceError: TLS is asked for, which rows between ranks have not.
+        ChannelError: the interface cannot be listened on.
+    """
+
+    def __init__(self, handler: Handler, *, bind: str = "127.0.0.1:0") -> None:
+        if tls.directory() is not None:
+            raise ResourceError(
+                f"the collective channel is not encrypted, and {tls.VARIABLE} is set; use cluster.channel=grpc"
+            )
+        self._handler = handler
+        self._host, _, port = bind.rpartition(":")
+        try:
+            self._listener = socket.create_server((self._host, int(port)), backlog=128)
+        except OSError as error:
+            raise ChannelError(f"collective cannot listen at {bind}: {error}") from error
+        self._address = f"collective:{self._host}:{self._listener.getsockname()[1]}"
+        self._open: dict[socket.socket, End | None] = {}
+        self._threads: set[threading.Thread] = set()
+        self._guard = threading.Lock()
+        self._closed = False
+        self._accepting = threading.Thread(target=self._accept, name="collective-accept", daemon=True)
+        self._accepting.start()
+
+    @property
+    def address(self) -> str:
+        """`collective:<host>:<port>`."""
+        return self._address
+
+    def close(self) -> None:
+        """Hang up on every caller and join every thread; a handler at work is waited for."""
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # some systems refuse it for what only listens
+        self.hang_up()
+        self._accepting.join()
+        self._listener.close()
+        for thread in list(self._threads):
+            thread.join()
+
+    def hang_up(self) -> None:
+        """End every connection that is open now; callers may come again."""
+        with self._guard:
+            connections = dict(self._open)
+        for connection, end in connections.items():
+            if end is not None:
+                end.shut()
+            else:
+                _shut(connection)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                _log.warning("%s: cannot accept: %s", self._address, error)
+                continue
+            thread = threading.Thread(
+                target=self._serve, args=(connection,), name="collective-serve", daemon=True
+            )
+            with self._guard:
+                if self._closed:
+                    connection.close()
+                    return
+                self._open[connection] = None
+                self._threads.add(thread)
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        peer = "a caller"
+        end = None
+        try:
+            peer = str(connection.getpeername())
+            end = End(connection, _HOST, self._host, _FORMING)
+            with self._guard:
+                self._open[connection] = end
+            if self._closed:
+                return
+            while True:
+                self._answer(end)
+        except ProtocolError as error:
+            _log.warning("%s: hung up on %s: %s", self._address, peer, error)
+        except (ChannelError, OSError):
+            pass  # the caller hung up
+        finally:
+            with self._guard:
+                self._open.pop(connection, None)
+                self._threads.discard(threading.current_thread())
+            if end is not None:
+                end.close()
+            connection.close()
+
+    def _answer(self, end: End) -> None:
+        text, size, inline = end.head()
+        name, placed = headers.read_request(text, size)
+        outcome = call(self._handler, Request(name, end.payload(placed, size, inline, None)))
+        if isinstance(outcome, Exception):
+            end.send(headers.error_text(outcome), headers.layout(()), ())
+            return
+        try:
+            payload = headers.layout(outcome)
+            end.send(headers.reply_text(payload), payload, outcome)
+        except ProtocolError as error:  # what the handler returned cannot travel
+            end.send(headers.error_text(error), headers.layout(()), ())
+
+
+_FORMING: Final = 30.0
+"""Seconds that a host gives a caller for the group to form."""
+
+
+def _shut(connection: socket.socket) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it has ended already
+
+
+def serve(handler: Handler, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
+    """Let any process that reaches `bind` call `handler`, which runs in one thread a connection.
+
+    Raises:
+        ResourceError: TLS is asked for.
+        ChannelError: `bind` is taken or not of this machine.
+    """
+    return CollectiveServer(handler, bind=bind)
+
+
+def connect(address: str, *, timeout: float = 30.0) -> Channel:
+    """Open a channel to a server of any machine.
+
+    Raises:
+        ChannelTimeout: the server does not answer in time.
+        ChannelError: nobody listens there, or no group forms.
+    """
+    host, _, port = address.removeprefix("collective:").rpartition(":")
+    deadline = time.monotonic() + timeout
+    try:
+        connection = socket.create_connection((host, int(port)), timeout)
+    except TimeoutError as error:
+        raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
+    except OSError as error:
+        raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
+    try:
+        interface = connection.getsockname()[0]
+        return CollectiveChannel(address, End(connection, _CALLER, interface, deadline - time.monotonic()))
+    except BaseException:
+        connection.close()
+        raise
+
+
+__all__ = ["CollectiveChannel", "CollectiveServer", "connect", "serve"]
