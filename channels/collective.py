@@ -4,7 +4,8 @@ Each channel has a group of its own, of caller (rank 0) and host (rank 1), which
 connection: a new placement, a host more or one less touches no other pair's. The connection carries the
 group's rendezvous, then a header ahead of each payload, so the receiver knows what it will be sent before
 it asks for it, waits without a time limit while nothing comes, and hears at once of a peer that died.
-Small payloads come with their header. The backend is gloo, which moves rows between CPUs over TCP.
+Small tensors come with the header, large ones by the group. The backend is gloo, which moves rows between
+CPUs over TCP.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from channels import header as headers
 from channels import tls
@@ -32,26 +34,29 @@ from channels.pipe import Pipe, Reply, call
 from errors import ChannelError, ChannelTimeout, ProtocolError, ResourceError
 
 _log = logging.getLogger(__name__)
+_dist: Any = torch.distributed  # whose stubs do not know the classes below its functions
 
-_INLINE: Final = 1 << 12
-"""Bytes of a payload that come with the header. All that may be in flight fits the sockets' buffers, so that
-the two ends never wait for one another with both directions full."""
+_INLINE: Final = 1 << 14
+"""Bytes of a payload that come with the header at most. All that may be in flight fits the sockets' buffers,
+so that the two ends never wait for one another with both directions full."""
+_MAX_SPARE: Final = 4
 _BUFFER: Final = 1 << 19
 _MAX_PAYLOAD: Final = 1 << 30
 _MAX_HEADER: Final = 1 << 16
-_HEAD: Final = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
+_HEAD: Final = struct.Struct("!IIQ")  # bytes of the header, of the small tensors, of the whole payload
 _CALLER, _HOST = 0, 1
 _PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
 
 
 class Line:
-    """A socket of messages, each a header's text and the size of its payload; small payloads are in it."""
+    """A socket of messages: a header's text, the size of the payload, and the part of it that is small."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, peer: str) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket = connection
+        self._peer = peer
 
     def write(self, text: bytes, size: int, inline: bytes = b"") -> None:
         """Send a message.
@@ -61,25 +66,23 @@ class Line:
         """
         try:
             self._socket.settimeout(None)
-            self._socket.sendall(_HEAD.pack(len(text), size) + text + inline)
+            self._socket.sendall(_HEAD.pack(len(text), len(inline), size) + text + inline)
         except OSError as error:
-            raise ChannelError(f"the peer hung up ({error})") from None
+            raise ChannelError(f"{self._peer} hung up ({error})") from None
 
     def read(self, deadline: float | None = None) -> tuple[bytes, int, bytes]:
-        """A header's text, its payload's size, and the payload if it is small.
+        """A header's text, its payload's size, and what is small of the payload.
 
         Raises:
             ChannelTimeout: nothing came until `deadline`, of `time.monotonic`.
             ChannelError: the peer hung up.
             ProtocolError: what came is no message.
         """
-        length, size = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
-        if length > _MAX_HEADER or size > _MAX_PAYLOAD:
-            raise ProtocolError(
-                f"a message of {length} + {size} bytes; at most {_MAX_HEADER} + {_MAX_PAYLOAD}"
-            )
+        length, small, size = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
+        if length > _MAX_HEADER or small > _INLINE or size > _MAX_PAYLOAD:
+            raise ProtocolError(f"a message of {length} + {small} + {size} bytes, which is none of ours")
         text = self._exactly(length, deadline)
-        return text, size, self._exactly(size, deadline) if size <= _INLINE else b""
+        return text, size, self._exactly(small, deadline)
 
     def _exactly(self, count: int, deadline: float | None) -> bytes:
         found = bytearray(count)
@@ -89,20 +92,18 @@ class Line:
                 self._socket.settimeout(remaining(deadline))
                 got = self._socket.recv_into(view[at:])
                 if not got:
-                    raise ChannelError("the peer hung up")
+                    raise ChannelError(f"{self._peer} hung up; has its process ended?")
                 at += got
         except TimeoutError:
-            raise ChannelTimeout("the peer does not answer") from None
+            raise ChannelTimeout(f"{self._peer} does not answer") from None
         except OSError as error:
-            raise ChannelError(f"the peer hung up ({error})") from None
+            raise ChannelError(f"{self._peer} hung up ({error})") from None
         return bytes(found)
 
     def shut(self) -> None:
         """Whoever waits on the socket, here or there, finds it ended. Any thread."""
-        try:
+        with suppress(OSError):  # it has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has ended already
 
     def close(self) -> None:
         """Give the socket back."""
@@ -124,7 +125,7 @@ def remaining(deadline: float | None) -> float | None:
     return left
 
 
-class _Meeting(dist.Store):
+class _Meeting(_dist.Store):  # type: ignore[misc]
     """What the two ends of a line tell each other for a group to form: a store without a port of its own."""
 
     def __init__(self, line: Line, deadline: float) -> None:
@@ -146,7 +147,7 @@ class _Meeting(dist.Store):
         with self._guard:
             while key not in self._known:
                 name, size, value = self._line.read(self._deadline)
-                if size > _INLINE:
+                if size != len(value):
                     raise ProtocolError(f"{size} bytes for a group to form")
                 self._known[name.decode()] = value
             return self._known[key]
@@ -164,43 +165,57 @@ class _Meeting(dist.Store):
 class Rows:
     """A process group of two, and the payloads that are on their way to the other."""
 
-    def __init__(self, line: Line, rank: int, interface: str, timeout: float) -> None:
-        self._peer = 1 - rank
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=interface)]
+    def __init__(self, line: Line, rank: int, peer: str, interface: str, timeout: float) -> None:
+        self._peer, self._name = 1 - rank, peer
+        options = _dist.ProcessGroupGloo._Options()
+        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=interface)]
         options._timeout = _PATIENCE
         meeting = _Meeting(line, time.monotonic() + timeout)
         try:
-            self._group = dist.ProcessGroupGloo(meeting, rank, 2, options)  # type: ignore[call-overload]
+            self._group = _dist.ProcessGroupGloo(meeting, rank, 2, options)
         except RuntimeError as error:
-            raise ChannelError(f"no process group with the peer: {_first_line(error)}") from None
+            raise ChannelError(f"no process group with {peer}: {_first_line(error)}") from None
         self._leaving: deque[tuple[Any, torch.Tensor]] = deque()
+        self._spare: list[torch.Tensor] = []  # memory of what has left
         self._waiting: Any = None
         self._ended = False
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Begin to send; what has arrived is let go."""
-        while self._leaving and self._leaving[0][0].is_completed():
-            self._leaving.popleft()
-        for tensor in tensors:
-            if tensor.numel():
-                flat = _bytes(tensor)
-                self._leaving.append((self._group.send([flat], self._peer, 0), flat))
+        """Begin to send; the tensors are the caller's again at once.
 
-    def receive(self, placed: Sequence[Placement], deadline: float | None) -> Reply:
-        """What the peer sends, in memory of its own.
+        Raises:
+            ChannelError: the peer hung up.
+        """
+        try:
+            while self._leaving and self._leaving[0][0].is_completed():
+                memory = self._leaving.popleft()[1]
+                if len(self._spare) < _MAX_SPARE:
+                    self._spare.append(memory)
+            for tensor in tensors:
+                memory = self._memory(tensor.nbytes)
+                leaving = memory[: tensor.nbytes].copy_(_bytes(tensor))
+                self._leaving.append((self._group.send([leaving], self._peer, 0), memory))
+        except RuntimeError as error:
+            raise ChannelError(f"{self._name} hung up; has its process ended?") from error
+
+    def _memory(self, size: int) -> torch.Tensor:
+        """Of at least this size; memory that is new costs more to touch than a copy into it."""
+        for at, memory in enumerate(self._spare):
+            if memory.nbytes >= size:
+                return self._spare.pop(at)
+        if len(self._spare) == _MAX_SPARE:
+            del self._spare[0]
+        return torch.empty(size, dtype=torch.uint8)
+
+    def receive(self, tensors: Sequence[torch.Tensor], deadline: float | None) -> None:
+        """Fill tensors with what the peer sends.
 
         Raises:
             ChannelTimeout: not until `deadline`.
             ChannelError: the peer hung up.
         """
-        found = []
-        for where in placed:
-            tensor = torch.empty(where.shape, dtype=where.dtype)
-            if where.elements:
-                self._fill(_bytes(tensor), deadline)
-            found.append(tensor)
-        return tuple(found)
+        for tensor in tensors:
+            self._fill(_bytes(tensor), deadline)
 
     def _fill(self, flat: torch.Tensor, deadline: float | None) -> None:
         try:
@@ -210,11 +225,11 @@ class Rows:
                 work.abort()
             work.wait(limit)
         except TimeoutError:
-            raise ChannelTimeout("the peer does not answer") from None
+            raise ChannelTimeout(f"{self._name} does not answer") from None
         except RuntimeError as error:
             if deadline is not None and time.monotonic() >= deadline:
-                raise ChannelTimeout("the peer does not answer") from None
-            raise ChannelError(f"the peer hung up ({_first_line(error)})") from None
+                raise ChannelTimeout(f"{self._name} does not answer") from None
+            raise ChannelError(f"{self._name} hung up; has its process ended?") from error
         finally:
             self._waiting = None
 
@@ -224,6 +239,16 @@ class Rows:
         work = self._waiting
         if work is not None:
             work.abort()
+
+
+def _small(placed: Sequence[Placement]) -> list[bool]:
+    """Which tensors come with the header: in their order, as long as they find room."""
+    left, found = _INLINE, []
+    for where in placed:
+        size = where.end - where.offset
+        found.append(size <= left)
+        left -= size if found[-1] else 0
+    return found
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,39 +263,49 @@ def _first_line(error: BaseException) -> str:
 class End:
     """One end of a connection: messages with their payloads."""
 
-    def __init__(self, connection: socket.socket, rank: int, interface: str, timeout: float) -> None:
-        self._line = Line(connection)
-        self._rows = Rows(self._line, rank, interface, timeout)
+    def __init__(
+        self, connection: socket.socket, rank: int, *, peer: str, interface: str, timeout: float
+    ) -> None:
+        self._line = Line(connection, peer)
+        self._rows = Rows(self._line, rank, peer, interface, timeout)
 
     def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> None:
-        """A message; large tensors must stay as they are until the peer has read them."""
+        """A message; its tensors are the caller's again at once."""
         if payload.size > _MAX_PAYLOAD:
             mib = 1 << 20
             raise ProtocolError(
-                f"{payload.size / mib:.0f} MiB for one host in a message, and the limit is {_MAX_PAYLOAD // mib}: "
+                f"{payload.size / mib:.0f} MiB for one host in a message, over {_MAX_PAYLOAD // mib}: "
                 "lower training.microbatch_size or serving.max_batch_tokens, or set more cluster.expert_hosts"
             )
-        if payload.size > _INLINE:
-            self._line.write(text, payload.size)
-            self._rows.send(tensors)
-            return
-        inline = bytearray(payload.size)
-        for tensor, where in zip(tensors, payload.placed, strict=True):
-            if where.elements:
-                inline[where.offset : where.end] = _bytes(tensor).numpy().data
+        small = _small(payload.placed)
+        inline = bytearray()
+        for tensor, where, is_small in zip(tensors, payload.placed, small, strict=True):
+            if is_small and where.elements:
+                inline += _bytes(tensor).numpy().data
         self._line.write(text, payload.size, bytes(inline))
+        self._rows.send([tensor for tensor, is_small in zip(tensors, small, strict=True) if not is_small])
 
     def head(self, deadline: float | None = None) -> tuple[bytes, int, bytes]:
         """See `Line.read`."""
         return self._line.read(deadline)
 
-    def payload(self, placed: Sequence[Placement], size: int, inline: bytes, deadline: float | None) -> Reply:
-        """The tensors of the message whose head was read."""
-        if size > _INLINE:
-            return self._rows.receive(placed, deadline)
+    def payload(self, placed: Sequence[Placement], inline: bytes, deadline: float | None) -> Reply:
+        """The tensors of the message whose head was read, in memory of their own."""
         memory = np.frombuffer(bytearray(inline), np.uint8) if inline else np.empty(0, np.uint8)
-        address = address_of(memory)
-        return tuple([tensor_at(memory, address, where) for where in placed])
+        address, at = address_of(memory), 0
+        found, large = [], []
+        for where, is_small in zip(placed, _small(placed), strict=True):
+            if is_small:
+                size = where.end - where.offset
+                if at + size > len(inline):
+                    raise ProtocolError(f"{len(inline)} bytes came with a header that has more small tensors")
+                found.append(tensor_at(memory, address, where._replace(offset=at, end=at + size)))
+                at += size
+            else:
+                found.append(torch.empty(where.shape, dtype=where.dtype))
+                large.append(found[-1])
+        self._rows.receive(large, deadline)
+        return tuple(found)
 
     def shut(self) -> None:
         """Whoever waits on this end, or the other, waits no longer. Any thread."""
@@ -296,7 +331,7 @@ class CollectiveChannel(Pipe):
 
     def _receive(self, deadline: float | None) -> Reply:
         text, size, inline = self._end.head(deadline)
-        return self._end.payload(headers.read_reply(text, size), size, inline, deadline)
+        return self._end.payload(headers.read_reply(text, size), inline, deadline)
 
     def _hang_up(self) -> None:
         self._end.close()
@@ -316,7 +351,7 @@ class CollectiveServer:
     def __init__(self, handler: Handler, *, bind: str = "127.0.0.1:0") -> None:
         if tls.directory() is not None:
             raise ResourceError(
-                f"the collective channel is not encrypted, and {tls.VARIABLE} is set; use cluster.channel=grpc"
+                f"{tls.VARIABLE} is set, and the collective channel is not encrypted; use grpc"
             )
         self._handler = handler
         self._host, _, port = bind.rpartition(":")
@@ -326,7 +361,7 @@ class CollectiveServer:
             raise ChannelError(f"collective cannot listen at {bind}: {error}") from error
         self._address = f"collective:{self._host}:{self._listener.getsockname()[1]}"
         self._open: dict[socket.socket, End | None] = {}
-        self._threads: set[threading.Thread] = set()
+        self._threads: list[threading.Thread] = []
         self._guard = threading.Lock()
         self._closed = False
         self._accepting = threading.Thread(target=self._accept, name="collective-accept", daemon=True)
@@ -343,14 +378,12 @@ class CollectiveServer:
             if self._closed:
                 return
             self._closed = True
-        try:
+        with suppress(OSError):  # some systems refuse it for what only listens
             self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # some systems refuse it for what only listens
         self.hang_up()
         self._accepting.join()
         self._listener.close()
-        for thread in list(self._threads):
+        for thread in self._threads:  # to their ends, at which their groups' own threads end
             thread.join()
 
     def hang_up(self) -> None:
@@ -380,15 +413,16 @@ class CollectiveServer:
                     connection.close()
                     return
                 self._open[connection] = None
-                self._threads.add(thread)
-            thread.start()
+                self._threads = [one for one in self._threads if one.is_alive()]
+                self._threads.append(thread)
+                thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         peer = "a caller"
         end = None
         try:
             peer = str(connection.getpeername())
-            end = End(connection, _HOST, self._host, _FORMING)
+            end = End(connection, _HOST, peer=peer, interface=self._host, timeout=_FORMING)
             with self._guard:
                 self._open[connection] = end
             if self._closed:
@@ -402,7 +436,6 @@ class CollectiveServer:
         finally:
             with self._guard:
                 self._open.pop(connection, None)
-                self._threads.discard(threading.current_thread())
             if end is not None:
                 end.close()
             connection.close()
@@ -410,7 +443,7 @@ class CollectiveServer:
     def _answer(self, end: End) -> None:
         text, size, inline = end.head()
         name, placed = headers.read_request(text, size)
-        outcome = call(self._handler, Request(name, end.payload(placed, size, inline, None)))
+        outcome = call(self._handler, Request(name, end.payload(placed, inline, None)))
         if isinstance(outcome, Exception):
             end.send(headers.error_text(outcome), headers.layout(()), ())
             return
@@ -426,10 +459,8 @@ _FORMING: Final = 30.0
 
 
 def _shut(connection: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it has ended already
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it has ended already
 
 
 def serve(handler: Handler, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
@@ -459,7 +490,9 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
         raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
     try:
         interface = connection.getsockname()[0]
-        return CollectiveChannel(address, End(connection, _CALLER, interface, deadline - time.monotonic()))
+        left = deadline - time.monotonic()
+        end = End(connection, _CALLER, peer=address, interface=interface, timeout=left)
+        return CollectiveChannel(address, end)
     except BaseException:
         connection.close()
         raise

@@ -82,7 +82,7 @@ def bench_drafts(
 @surfaced
 def bench_channel(
     kinds: Annotated[
-        list[str] | None, typer.Option("--kind", help="shm or grpc; repeatable, both by default.")
+        list[str] | None, typer.Option("--kind", help="shm, collective or grpc; repeatable, all by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which each kind has its turn.")] = 10,
     as_json: Json = False,
@@ -93,7 +93,7 @@ def bench_channel(
     def compute() -> Result:
         from jobs.bench import bench_channel as run
 
-        return run(kinds or ["shm", "grpc"], rounds=rounds)
+        return run(kinds or ["shm", "collective", "grpc"], rounds=rounds)
 
     finish(compute, as_json=as_json)
 

@@ -2,7 +2,8 @@
 
 The server is a process of its own with a host that does nothing but return the rows as the partial.
 Shared memory is measured by itself; gRPC beside a bare stream of the same bytes, with the same options
-and the same way of sending. Rounds alternate, so that whatever else the machine does hits both; medians.
+and the same way of sending; the collective channel beside gloo's own send and receive of the same
+rows. Rounds alternate, so that whatever else the machine does hits both; medians.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -22,7 +27,7 @@ from channels.base import Channel, Phase, Request, RequestId, Server
 from channels.choose import connect
 from errors import ConfigError
 
-KINDS: Final = ("shm", "grpc")
+KINDS: Final = ("shm", "collective", "grpc")
 WIDTH: Final = 256
 SMALL, MEBIBYTE, LARGE = 1, 1024, 8192
 """Rows of 256 floats: one, 1 MiB, 8 MiB."""
@@ -33,12 +38,43 @@ def _rows_back(request: Request) -> tuple[torch.Tensor, ...]:
     return (request.tensors[0],)
 
 
+def _gloo(meeting: str, rank: int) -> Any:
+    """A bare process group of two, whose ends find each other by a file."""
+    c10d: Any = torch.distributed
+    options = c10d.ProcessGroupGloo._Options()
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=_PATIENCE)
+    return c10d.ProcessGroupGloo(c10d.FileStore(meeting, 2), rank, 2, options)
+
+
+def _echo_gloo(meeting: str, calls: int) -> None:
+    group = _gloo(meeting, 1)
+    rows = torch.empty(MEBIBYTE, WIDTH)
+    for _ in range(calls):
+        group.recv([rows], 0, 0).wait()
+        group.send([rows], 0, 0).wait()
+
+
+class _BareGloo:
+    """The least there is: rows there and back."""
+
+    def __init__(self, meeting: str) -> None:
+        self._group = _gloo(meeting, 0)
+        self._rows = torch.randn(MEBIBYTE, WIDTH)
+
+    def call(self) -> None:
+        sent = self._group.send([self._rows], 1, 0)
+        back = torch.empty(MEBIBYTE, WIDTH)  # as the channel does, whose replies are the caller's
+        self._group.recv([back], 1, 0).wait()
+        sent.wait()
+
+
 def _serve(addresses: Connection) -> None:
     """The server's process: all kinds at once; ends when the parent closes its end of the pipe."""
     import grpc
 
+    from channels import collective, shm
     from channels import grpc as grpc_channel
-    from channels import shm
 
     torch.set_num_threads(1)
 
@@ -50,14 +86,21 @@ def _serve(addresses: Connection) -> None:
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Stream", handlers),))
     port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()
-    servers: list[Server] = [shm.serve(_rows_back), grpc_channel.serve(_rows_back)]
+    servers: list[Server] = [
+        shm.serve(_rows_back),
+        collective.serve(_rows_back),
+        grpc_channel.serve(_rows_back),
+    ]
     addresses.send((*(server.address for server in servers), f"127.0.0.1:{port}"))
+    echo_gloo = threading.Thread(target=_echo_gloo, args=addresses.recv())
+    echo_gloo.start()
     try:
         addresses.recv()
     except EOFError:
         pass
     finally:
         bare.stop(grace=None).wait()
+        echo_gloo.join()
         for server in servers:
             server.close()
 
@@ -130,7 +173,8 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
 
     Returns:
         `shm.rtt_us` (1 row there and back, µs), `shm.gb_per_s` (8 MiB, both ways counted),
-        `grpc.over_bare` (time over a bare stream's, the worse of 1 row and 1 MiB), and raw figures.
+        `grpc.over_bare` (time over a bare stream's, the worse of 1 row and 1 MiB),
+        `collective.of_bare` (speed in gloo's own, 1 MiB), and raw figures.
     """
     torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
@@ -140,11 +184,14 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
     theirs.close()
     opened: list[Channel | _BareStream] = []
     try:
-        shm_address, grpc_address, bare_target = ours.recv()
-        shm, grpc, bare = connect(shm_address), connect(grpc_address), _BareStream(bare_target)
-        opened += [shm, grpc, bare]
-        row, block = bytes(WIDTH * 4), bytes(MEBIBYTE * WIDTH * 4)
+        shm_address, collective_address, grpc_address, bare_target = ours.recv()
         few = max(repeats // 10, 1)
+        meeting = tempfile.TemporaryDirectory(prefix="raymoe-bench-")
+        ours.send((str(Path(meeting.name) / "meeting"), 3 + rounds * few))
+        shm, grpc, bare = connect(shm_address), connect(grpc_address), _BareStream(bare_target)
+        collective, gloo = connect(collective_address), _BareGloo(str(Path(meeting.name) / "meeting"))
+        opened += [shm, grpc, bare, collective]
+        row, block = bytes(WIDTH * 4), bytes(MEBIBYTE * WIDTH * 4)
         small = _alternate(
             {"grpc": _through(grpc, SMALL), "bare": lambda: bare.call(row)}, rounds=rounds, repeats=repeats
         )
@@ -154,12 +201,17 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
         # Shared memory is compared with nothing, and takes no turns: a layer's calls follow one another too.
         small |= _alternate({"shm": _through(shm, SMALL)}, rounds=rounds, repeats=10 * repeats)
         mebibyte |= _alternate({"shm": _through(shm, MEBIBYTE)}, rounds=rounds, repeats=repeats)
+        small |= _alternate({"collective": _through(collective, SMALL)}, rounds=rounds, repeats=repeats)
+        mebibyte |= _alternate(
+            {"collective": _through(collective, MEBIBYTE), "gloo": gloo.call}, rounds=rounds, repeats=few
+        )
         large = _alternate({"shm": _through(shm, LARGE)}, rounds=rounds, repeats=few)
     finally:
         for end in opened:
             end.close()
         ours.close()
         process.join()
+        meeting.cleanup()
     ratios = {"1 row": small["grpc"] / small["bare"], "1 MiB": mebibyte["grpc"] / mebibyte["bare"]}
     both_ways = 2 * LARGE * WIDTH * 4
     return {
@@ -175,12 +227,18 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
             "rtt_us": small["grpc"] * 1e6,
             "mebibyte_us": mebibyte["grpc"] * 1e6,
         },
+        "collective": {
+            "of_bare": mebibyte["gloo"] / mebibyte["collective"],
+            "rtt_us": small["collective"] * 1e6,
+            "mebibyte_us": mebibyte["collective"] * 1e6,
+        },
+        "bare_gloo": {"mebibyte_us": mebibyte["gloo"] * 1e6},
         "bare_grpc": {"rtt_us": small["bare"] * 1e6, "mebibyte_us": mebibyte["bare"] * 1e6},
     }
 
 
 def bench_channel(kinds: Sequence[str], *, rounds: int = 10) -> dict[str, Any]:
-    """`measure`, its figures of some kinds (`shm`, `grpc`) alone.
+    """`measure`, its figures of some kinds (`shm`, `collective`, `grpc`) alone.
 
     Raises:
         ConfigError: a kind is unknown.

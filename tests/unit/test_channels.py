@@ -1,4 +1,4 @@
-"""Local, shared memory, collective and gRPC channels behave alike: order, errors, deadlines, death, no leak."""
+"""All kinds of channels behave alike: order, errors, deadlines, death, no leak."""
 
 from __future__ import annotations
 
@@ -193,12 +193,13 @@ def test_nobody_listening_is_said() -> None:
 
 
 def test_auto_takes_the_nearest_that_both_ends_share() -> None:
-    addresses = {"local": "local:x", "shm": "shm:x", "grpc": "grpc:x"}
+    addresses = {kind: f"{kind}:x" for kind in ("local", "shm", "collective", "grpc")}
     pick = choose.pick
     assert pick("auto", addresses, same_process=True, same_machine=True) == "local:x"
     assert pick("auto", addresses, same_process=False, same_machine=True) == "shm:x"
     assert pick("auto", addresses, same_process=False, same_machine=False) == "grpc:x"
-    assert pick("grpc", addresses, same_process=True, same_machine=True) == "grpc:x"
+    for kind in ("collective", "grpc"):
+        assert pick(kind, addresses, same_process=True, same_machine=True) == f"{kind}:x"
     with pytest.raises(ChannelError, match=r"cluster\.channel is shm"):
         pick("shm", addresses, same_process=False, same_machine=False)
     with pytest.raises(ConfigError, match=r"cluster\.channel"):
