@@ -122,9 +122,10 @@ class _OfRank:
 @contextmanager
 def serving(host: ExpertHost, channel: str) -> Iterator[HostInfo]:
     """A host behind a real server of one kind of channel."""
-    from channels import grpc, local, shm
+    from channels import collective, grpc, local, shm
 
-    server = {"local": local.serve, "shm": shm.serve, "grpc": grpc.serve}[channel](host.handle)
+    kinds = {"local": local.serve, "shm": shm.serve, "collective": collective.serve, "grpc": grpc.serve}
+    server = kinds[channel](host.handle)
     try:
         yield HostInfo(id=host.id, addresses={channel: server.address})
     finally:
