@@ -1,4 +1,4 @@
-"""How a router reaches an expert host: in process, over shared memory, or over gRPC.
+"""How a router reaches an expert host: in process, over shared memory, torch.distributed or gRPC.
 
 `base` holds the protocol; `connect` opens a channel to an address, its scheme says which kind.
 """
