@@ -1,4 +1,4 @@
-"""An expert host with everything that others reach it by: shared memory, torch.distributed, gRPC, control calls."""
+"""An expert host with everything that others reach it by: the channels, and control calls."""
 
 from __future__ import annotations
 
