@@ -6,7 +6,7 @@ import signal
 
 import torch
 
-# A shell starts what goes to the background deaf to Ctrl-C, and so would be what the tests start and interrupt.
+# What a shell starts in the background is deaf to Ctrl-C, and so would be all that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
