@@ -46,6 +46,10 @@ def make_certificates(
         folder.mkdir(parents=True, exist_ok=True)
         known = _read_authority(folder)
         authority = known or _authority(now, ca_days)
+        left = authority.certificate.not_valid_after_utc - now
+        if left <= timedelta():
+            raise ConfigError(f"the authority in {folder} has expired; make a new one in an empty directory")
+        days = min(days, left / timedelta(days=1))  # a certificate is no good beyond its authority
         leaf = _leaf(authority, now, days)
         if known is None:
             _write(folder / CA_KEY, _key_pem(authority.key), mode=0o600)

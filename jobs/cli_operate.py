@@ -145,8 +145,12 @@ def chaos(
 
 def certs(
     directory: Annotated[Path, typer.Argument(help="Where they are written, for RAYMOE_TLS_DIR to name.")],
-    days: Annotated[float, typer.Option(min=0.001, help="That the certificate is good for.")] = 90.0,
-    ca_days: Annotated[float, typer.Option(min=0.001, help="That a new authority is good for.")] = 3650.0,
+    days: Annotated[
+        float, typer.Option(min=0.001, max=36500, help="That the certificate is good for.")
+    ] = 90.0,
+    ca_days: Annotated[
+        float, typer.Option(min=0.001, max=36500, help="That a new authority is good for.")
+    ] = 3650.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

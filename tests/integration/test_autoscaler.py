@@ -104,10 +104,11 @@ class FakeNodes:
             time.sleep(0.2)
 
     def __exit__(self, *_: object) -> None:
-        members = psutil.Process(self.head.pid).children(recursive=True)
-        for process in (*members, psutil.Process(self.head.pid)):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        with suppress(psutil.NoSuchProcess):
+            head = psutil.Process(self.head.pid)
+            for process in (*head.children(recursive=True), head):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.head.wait(30)
         self.folder.cleanup()
 
