@@ -41,10 +41,11 @@ _INLINE: Final = 1 << 14
 so that the two ends never wait for one another with both directions full."""
 _MAX_SPARE: Final = 4
 _BUFFER: Final = 1 << 19
-_MAX_PAYLOAD: Final = 1 << 30
 _MAX_HEADER: Final = 1 << 16
 _HEAD: Final = struct.Struct("!IIQ")  # bytes of the header, of the small tensors, of the whole payload
 _CALLER, _HOST = 0, 1
+_FORMING: Final = 30.0
+"""Seconds that a host gives a caller for the group to form."""
 _PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
 
 
@@ -79,7 +80,7 @@ class Line:
             ProtocolError: what came is no message.
         """
         length, small, size = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
-        if length > _MAX_HEADER or small > _INLINE or size > _MAX_PAYLOAD:
+        if length > _MAX_HEADER or small > _INLINE or size > headers.MAX_MESSAGE:
             raise ProtocolError(f"a message of {length} + {small} + {size} bytes, which is none of ours")
         text = self._exactly(length, deadline)
         return text, size, self._exactly(small, deadline)
@@ -149,7 +150,7 @@ class _Meeting(_dist.Store):  # type: ignore[misc]
                 name, size, value = self._line.read(self._deadline)
                 if size != len(value):
                     raise ProtocolError(f"{size} bytes for a group to form")
-                self._known[name.decode()] = value
+                self._known[name.decode("utf-8", "replace")] = value
             return self._known[key]
 
     def wait(self, keys: Sequence[str], timeout: Any = None) -> None:
@@ -271,12 +272,7 @@ class End:
 
     def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> None:
         """A message; its tensors are the caller's again at once."""
-        if payload.size > _MAX_PAYLOAD:
-            mib = 1 << 20
-            raise ProtocolError(
-                f"{payload.size / mib:.0f} MiB for one host in a message, over {_MAX_PAYLOAD // mib}: "
-                "lower training.microbatch_size or serving.max_batch_tokens, or set more cluster.expert_hosts"
-            )
+        headers.require_fit(payload.size)
         small = _small(payload.placed)
         inline = bytearray()
         for tensor, where, is_small in zip(tensors, payload.placed, small, strict=True):
@@ -452,10 +448,6 @@ class CollectiveServer:
             end.send(headers.reply_text(payload), payload, outcome)
         except ProtocolError as error:  # what the handler returned cannot travel
             end.send(headers.error_text(error), headers.layout(()), ())
-
-
-_FORMING: Final = 30.0
-"""Seconds that a host gives a caller for the group to form."""
 
 
 def _shut(connection: socket.socket) -> None:

@@ -18,6 +18,7 @@ import grpc
 from channels import codec, tls
 from channels.base import Channel, Handler, Request
 from channels.guard import Guard
+from channels.header import MAX_MESSAGE, require_fit
 from channels.pipe import Pipe, Reply, call
 from channels.watchdog import Watchdog
 from errors import ChannelError, ChannelTimeout, ProtocolError
@@ -28,9 +29,6 @@ SERVICE: Final = "raymoe.v1.Expert"
 METHOD: Final = "Exchange"
 MAX_STREAMS: Final = 1024
 """Calls and streams that a server takes at a time; one more is refused, never kept waiting unseen."""
-
-MAX_MESSAGE: Final = 1 << 30
-"""Bytes of a frame or of a control call; a peer's longer one is refused before it is held in memory."""
 
 OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE),
@@ -179,12 +177,7 @@ class GrpcServer:
 
 
 def _fitting(frame: bytes) -> bytes:
-    if len(frame) > MAX_MESSAGE:
-        mib = 1 << 20
-        raise ProtocolError(
-            f"{len(frame) / mib:.0f} MiB for one host in a message, and the limit is {MAX_MESSAGE // mib}: "
-            "lower training.microbatch_size or serving.max_batch_tokens, or set more cluster.expert_hosts"
-        )
+    require_fit(len(frame))
     return frame
 
 
@@ -247,7 +240,6 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
 
 
 __all__ = [
-    "MAX_MESSAGE",
     "MAX_STREAMS",
     "METHOD",
     "OPTIONS",

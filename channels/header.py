@@ -19,6 +19,8 @@ from protos import expert_pb2, tensor_pb2
 
 ALIGNMENT: Final = 64
 MAX_TEXT: Final = 8192
+MAX_MESSAGE: Final = 1 << 30
+"""Bytes of a message between machines; a peer's longer one is refused before it is held in memory."""
 _MAX_DIMENSIONS: Final = 8
 _MAX_ELEMENTS: Final = 1 << 48
 
@@ -100,6 +102,20 @@ def _lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
         placed.append(Placement(tensor.dtype, shape, count, offset, end))
         numbers += (wire, len(shape), *shape, offset)
     return Layout(tuple(placed), end, expert_pb2.Header(layout=numbers).SerializeToString())
+
+
+def require_fit(size: int) -> None:
+    """Refuse to send what the peer would refuse.
+
+    Raises:
+        ProtocolError: more than `MAX_MESSAGE` bytes.
+    """
+    if size > MAX_MESSAGE:
+        mib = 1 << 20
+        raise ProtocolError(
+            f"{size / mib:.0f} MiB for one host in a message, and the limit is {MAX_MESSAGE // mib}: lower "
+            "training.microbatch_size or serving.max_batch_tokens, or set more cluster.expert_hosts"
+        )
 
 
 def request_text(name: RequestId, payload: Layout) -> bytes:
@@ -242,6 +258,7 @@ def _read_layout(layout: tuple[int, ...], size: int) -> tuple[Placement, ...]:
 
 __all__ = [
     "ALIGNMENT",
+    "MAX_MESSAGE",
     "Layout",
     "Placement",
     "error_text",
@@ -250,5 +267,6 @@ __all__ = [
     "read_request",
     "reply_text",
     "request_text",
+    "require_fit",
     "varint",
 ]
