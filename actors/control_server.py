@@ -11,7 +11,7 @@ import grpc
 
 import errors
 from channels import tls
-from channels.grpc import OPTIONS
+from channels.grpc import MAX_STREAMS, OPTIONS
 from channels.guard import Guard
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
 
@@ -44,6 +44,7 @@ class ControlServer:
             ThreadPoolExecutor(threads, thread_name_prefix="control"),
             interceptors=[Guard()],
             options=OPTIONS,
+            maximum_concurrent_rpcs=threads + MAX_STREAMS,  # these wait for a thread; one more is refused
         )
         register(self._server)
         try:
@@ -95,7 +96,11 @@ def raising(peer: str) -> Iterator[None]:
             raise (RemoteError if known is StaleEpoch else known)(text) from None
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise ChannelTimeout(f"{peer} did not answer in time") from None
-        raise ChannelError(f"{peer} cannot be reached ({error.code().name}): {error.details()}") from None
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise ChannelError(f"{peer} has more calls than it takes: {error.details()}") from None
+        details = str(error.details())
+        why = f"({error.code().name}): {details}{tls.mistrust(details)}"
+        raise ChannelError(f"{peer} cannot be reached {why}") from None
     except ValueError as error:
         if "closed channel" not in str(error):
             raise

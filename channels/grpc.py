@@ -28,7 +28,11 @@ _log = logging.getLogger(__name__)
 SERVICE: Final = "raymoe.v1.Expert"
 METHOD: Final = "Exchange"
 MAX_STREAMS: Final = 1024
-"""Calls and streams that a server takes at a time; one more is refused, never kept waiting unseen."""
+"""Streams of frames that a server takes at a time; one more is refused, never kept waiting unseen."""
+MAX_CALLS: Final = 64
+"""Control calls beside them: a host with however many streams answers whoever asks after it."""
+
+_ASKING: Final = 1.0  # seconds
 
 OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE),
@@ -115,12 +119,12 @@ class GrpcServer:
         self._closing = threading.Lock()
         self._closed = False
         self._streams: set[Any] = set()
-        self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="grpc-serve")
+        self._threads = ThreadPoolExecutor(MAX_STREAMS + MAX_CALLS, thread_name_prefix="grpc-serve")
         self._server = grpc.server(
             self._threads,
             interceptors=[Guard()],
             options=OPTIONS,
-            maximum_concurrent_rpcs=MAX_STREAMS,
+            maximum_concurrent_rpcs=MAX_STREAMS + MAX_CALLS,
         )
         for register in services:
             register(self._server)
@@ -157,6 +161,9 @@ class GrpcServer:
             context.cancel()
 
     def _exchange(self, frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        if len(self._streams) >= MAX_STREAMS:
+            text = f"{MAX_STREAMS} streams are open, and no more are taken; who never hangs up?"
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._streams.add(context)
         try:
             for frame in frames:
@@ -232,14 +239,29 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
             raise ChannelTimeout(f"{address} does not answer within {timeout} s; is its process alive?")
         channel.unsubscribe(moved)
         if found[0] is not grpc.ChannelConnectivity.READY:
-            raise ChannelError(f"nobody listens at {address}; has its process ended?")
+            why = _why(channel)
+            short = why.rpartition("last error: ")[2]
+            raise ChannelError(
+                f"nobody listens at {address} ({short}); has its process ended?{tls.mistrust(why)}"
+            )
     except BaseException:
         channel.close()
         raise
     return GrpcChannel(address, channel)
 
 
+def _why(channel: grpc.Channel) -> str:
+    """Of a channel that could not connect: gRPC tells it to calls alone."""
+    try:
+        channel.unary_unary(f"/{SERVICE}/Ping", None, None)(b"", timeout=_ASKING)
+    except grpc.RpcError as error:
+        call: Any = error
+        return str(call.details())
+    return "it listens now"
+
+
 __all__ = [
+    "MAX_CALLS",
     "MAX_STREAMS",
     "METHOD",
     "OPTIONS",

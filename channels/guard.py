@@ -40,7 +40,7 @@ class Rate:
         burst: float = BURST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._per_second, self._burst, self._clock = per_second, burst, clock
+        self.per_second, self._burst, self._clock = per_second, burst, clock
         self._left: dict[str, tuple[float, float]] = {}  # tokens, and when they were counted
         self._lock = threading.Lock()
 
@@ -49,7 +49,7 @@ class Rate:
         now = self._clock()
         with self._lock:
             left, then = self._left.pop(address, (self._burst, now))
-            left = min(self._burst, left + (now - then) * self._per_second)
+            left = min(self._burst, left + (now - then) * self.per_second)
             admitted = left >= 1.0
             self._left[address] = (left - admitted, now)  # the latest comes last
             if len(self._left) > _MAX_ADDRESSES:
@@ -89,7 +89,7 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # it is generic 
 
         def act(request: Any, context: Any) -> Any:
             if not self._rate.admits(_address(context.peer())):
-                text = f"more than {CALLS_PER_SECOND:g} calls a second from one address"
+                text = f"more than {self._rate.per_second:g} calls a second from one address"
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             if parse is None:  # finished bytes, such as frames
                 return behaviour(request, context)

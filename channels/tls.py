@@ -7,8 +7,11 @@ not in it, since hosts come and go. Files that are replaced count from the next 
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +20,18 @@ import grpc
 
 from errors import ConfigError
 
+_log = logging.getLogger(__name__)
+
 VARIABLE: Final = "RAYMOE_TLS_DIR"
 NAME: Final = "raymoe"
 CA, CERTIFICATE, KEY = "ca.crt", "tls.crt", "tls.key"
 """Files of the directory, as a Kubernetes secret of type kubernetes.io/tls has them."""
 
 _TRIES: Final = 5  # at reading files while they are being replaced
+_BETWEEN: Final = 0.02
+"""Seconds between them: a file is replaced after another."""
+_MISTRUST: Final = ("handshake failed", "Socket closed", "Connection reset")  # in gRPC's words
+_MAKES: Final = "`raymoe certs` makes such a directory"
 
 Options = Sequence[tuple[str, Any]]
 Signature = tuple[tuple[int, int, int], ...]
@@ -52,17 +61,54 @@ def directory() -> Path | None:
 
 
 def identity(folder: Path) -> Identity:
-    """The files as they are now.
+    """The files as they are now; a set of which only some have been replaced is read again.
 
     Raises:
-        ConfigError: one is missing or empty.
+        ConfigError: one is missing or empty, is no PEM, or the key is not the certificate's.
     """
-    for _ in range(_TRIES):
-        before = _signature(folder)
-        ca, certificate, key = (_read(folder / name) for name in (CA, CERTIFICATE, KEY))
-        if _signature(folder) == before:
-            break
+    for last in (*[False] * (_TRIES - 1), True):
+        try:
+            before = _signature(folder)
+            ca, certificate, key = (_read(folder / name) for name in (CA, CERTIFICATE, KEY))
+            require_pair(ca, certificate, key)
+            if _signature(folder) == before or last:
+                break
+        except ValueError as error:
+            if last:
+                raise ConfigError(f"{VARIABLE}: {folder}: {error}; {_MAKES}") from error
+        time.sleep(_BETWEEN)
     return Identity(ca, certificate, key, before)
+
+
+def require_pair(ca: bytes, certificate: bytes, key: bytes) -> None:
+    """See that PEM files can be read and belong together; gRPC itself only says that a handshake failed.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    from cryptography import x509  # the work of jobs without TLS begins without it
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    shown = {}
+    for name, content in ((CA, ca), (CERTIFICATE, certificate)):
+        try:
+            shown[name] = x509.load_pem_x509_certificates(content)[0]
+        except ValueError as error:
+            raise ValueError(f"{name} holds no PEM certificate ({error})") from error
+    try:
+        private = load_pem_private_key(key, password=None)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{KEY} holds no PEM key without a password ({error})") from error
+    if private.public_key() != shown[CERTIFICATE].public_key():
+        raise ValueError(f"{KEY} is not the key of {CERTIFICATE}")
+
+
+def mistrust(details: str) -> str:
+    """What to look at if gRPC says that it could not connect since one end does not trust the other."""
+    connecting = details.startswith("failed to connect")  # else a connection ended that had been good
+    if not connecting or not any(sign in details for sign in _MISTRUST):
+        return ""
+    return f"; if it lives, both ends need certificates of one authority, or neither: compare {VARIABLE}"
 
 
 def listen(server: Any, target: str) -> int:
@@ -75,20 +121,22 @@ def listen(server: Any, target: str) -> int:
     folder = directory()
     if folder is None or target.startswith("unix"):
         return int(server.add_insecure_port(target))
-    shown = [identity(folder)]
+    first = identity(folder)
+    seen: list[object] = [first.signature]
 
     def renewed() -> Any:
+        state = _current()
+        if state is None or state == seen[0]:
+            return None
+        seen[0] = state
         try:
-            found = identity(folder)
-        except ConfigError:  # what is there goes on being used
+            return _shows(identity(folder))
+        except ConfigError as error:
+            _log.warning("%s; what was shown before is shown further", error)
             return None
-        if found.signature == shown[0].signature:
-            return None
-        shown[0] = found
-        return _shows(found)
 
     credentials = grpc.dynamic_ssl_server_credentials(
-        _shows(shown[0]), renewed, require_client_authentication=True
+        _shows(first), renewed, require_client_authentication=True
     )
     return int(server.add_secure_port(target, credentials))
 
@@ -108,7 +156,7 @@ def dial(target: str, options: Options) -> grpc.Channel:
 def dial_async(target: str, options: Options) -> grpc.aio.Channel:
     """The same for asyncio."""
     folder = directory()
-    if folder is None:
+    if folder is None or target.startswith("unix"):
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, _trusts(identity(folder)), options=_named(options))
 
@@ -125,7 +173,7 @@ class Renewing(grpc.Channel):
 
     Args:
         open: makes a channel.
-        state: makes a new one necessary when it changes.
+        state: makes a new one necessary when it changes; None where it is not known at the moment.
     """
 
     def __init__(self, open: Callable[[], grpc.Channel], state: Callable[[], object]) -> None:
@@ -137,9 +185,10 @@ class Renewing(grpc.Channel):
     def newest(self) -> grpc.Channel:
         """The channel for a new call."""
         state = self._state()
-        if state != self._seen and not self._closed:
-            self._seen = state
-            self._channels.append(self._open())
+        if state is not None and state != self._seen and not self._closed:
+            self._seen = state  # looked at once: the next change is that of the file that does not fit yet
+            with suppress(ConfigError):
+                self._channels.append(self._open())
         return self._channels[-1]
 
     def subscribe(self, callback: Callable[..., None], try_to_connect: bool = False) -> None:
@@ -208,11 +257,9 @@ def _read(path: Path) -> bytes:
     try:
         found = path.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"{VARIABLE}: {path} cannot be read ({error.strerror}); `raymoe certs` makes such a directory"
-        ) from error
+        raise ConfigError(f"{VARIABLE}: {path} cannot be read ({error.strerror}); {_MAKES}") from error
     if not found.strip():
-        raise ConfigError(f"{VARIABLE}: {path} is empty; `raymoe certs` makes such a directory")
+        raise ConfigError(f"{VARIABLE}: {path} is empty; {_MAKES}")
     return found
 
 
@@ -221,8 +268,7 @@ def _signature(folder: Path) -> Signature:
         stats = [(folder / name).stat() for name in (CA, CERTIFICATE, KEY)]
     except OSError as error:
         raise ConfigError(
-            f"{VARIABLE}: {error.filename} cannot be read ({error.strerror}); `raymoe certs` makes such a "
-            "directory"
+            f"{VARIABLE}: {error.filename} cannot be read ({error.strerror}); {_MAKES}"
         ) from error
     return tuple((one.st_mtime_ns, one.st_ino, one.st_size) for one in stats)
 
@@ -238,4 +284,6 @@ __all__ = [
     "dial_async",
     "lasting",
     "listen",
+    "mistrust",
+    "require_pair",
 ]

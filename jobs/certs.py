@@ -58,7 +58,10 @@ def make_certificates(
         _write(folder / KEY, _key_pem(leaf.key), mode=0o600)
         _write(folder / CERTIFICATE, leaf.certificate.public_bytes(serialization.Encoding.PEM))
     except OSError as error:
-        raise ConfigError(f"{error.filename or folder} cannot be written ({error.strerror})") from error
+        raise ConfigError(
+            f"DIRECTORY: {error.filename or folder} cannot be written ({error.strerror}); give one that is "
+            "yours to write to"
+        ) from error
     return {
         "directory": str(folder),
         "new_authority": known is None,
@@ -124,12 +127,17 @@ def _read_authority(folder: Path) -> _Pair | None:
         )
     try:
         found = serialization.load_pem_private_key(key.read_bytes(), password=None)
-        parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
+        bundle = x509.load_pem_x509_certificates(certificate.read_bytes())
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{folder} holds no authority that can be read: {error}") from error
-    if not isinstance(found, ec.EllipticCurvePrivateKey) or parsed.public_key() != found.public_key():
-        raise ConfigError(f"{key} is not the key of {certificate}")
-    return _Pair(parsed, found)
+    # While an authority is replaced by the next, both are trusted: the key tells which of them signs.
+    for one in bundle:
+        if isinstance(found, ec.EllipticCurvePrivateKey) and one.public_key() == found.public_key():
+            return _Pair(one, found)
+    raise ConfigError(
+        f"{key} is not the key of a certificate in {certificate}; put the authority's own there, or give an "
+        "empty directory"
+    )
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -144,7 +144,7 @@ def chaos(
 
 
 def certs(
-    directory: Annotated[Path, typer.Argument(help="Where they are written, for RAYMOE_TLS_DIR to name.")],
+    directory: Annotated[str, typer.Argument(help="Where they are written, for RAYMOE_TLS_DIR to name.")],
     days: Annotated[
         float, typer.Option(min=0.001, max=36500, help="That the certificate is good for.")
     ] = 90.0,
@@ -157,7 +157,9 @@ def certs(
     """Make an authority and a certificate for mutual TLS; again, a new certificate of the same authority."""
     from jobs.certs import make_certificates
 
-    made = make_certificates(directory, days=days, ca_days=ca_days)
+    if not directory.strip():  # a variable that is not set: else the files would lie wherever one stands
+        raise ConfigError("DIRECTORY is empty; name the directory to write to, or . for this one")
+    made = make_certificates(Path(directory), days=days, ca_days=ca_days)
     if as_json:
         finish(lambda: made, as_json=True)
         return

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import ray
 from ray._private.state import actors
@@ -31,37 +34,80 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
 
     Raises:
         ResourceError: there is no such node, or Ray refuses.
-        RaymoeError: something is still there when the time is over.
+        RaymoeError: something is still there when the time is over, or cannot be asked; the rest is drained.
     """
     began = time.monotonic()
-    with on_cluster(address, debug=debug):
+    deadline = began + timeout
+    with on_cluster(address, debug=debug), ExitStack() as jobs:
         node = node or ray.get_runtime_context().get_node_id()
         if not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
             raise ResourceError(f"no Ray node {node} is alive; `raymoe status` shows those with expert hosts")
-        jobs = [AdminClient(at) for at in coordinators()]
-        try:
-            _refuse_newcomers(node, timeout)
-            hosts = [
-                (job, host["id"]) for job in jobs for host in job.status()["hosts"] if host["node"] == node
-            ]
-            for job, id in hosts:
-                left = timeout - (time.monotonic() - began)
-                if not job.drain(id, replace=True, timeout=max(0.1, left))["done"]:
-                    raise RaymoeError(f"{id} still holds experts after {timeout:g} s; give it more --timeout")
-            replicas = _replicas(node)
-            while _replicas(node):
-                if time.monotonic() - began > timeout:
-                    raise RaymoeError(f"Ray Serve has replicas on node {node} after {timeout:g} s still")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            for job in jobs:
-                job.close()
+        _refuse_newcomers(node, timeout)
+        replicas = _replicas(node)
+        clients = [jobs.enter_context(closing(AdminClient(at))) for at in coordinators()]
+        # Each job at its own pace: one that is stuck keeps nobody else's experts on a node that ends.
+        with ThreadPoolExecutor(max(1, len(clients)), thread_name_prefix="drain") as threads:
+            parts = list(threads.map(lambda job: drain_hosts(job, node, deadline), clients))
+        while _replicas(node) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        failed = [why for part in parts for why in part.failed]
+        if left := _replicas(node):
+            failed.append(f"Ray Serve has {left} replicas there still")
+    if failed:
+        raise RaymoeError(f"node {node} is not empty after {timeout:g} s: {'; '.join(failed)}")
     return {
         "node": node,
-        "drained": [id for _, id in hosts],
+        "drained": [id for part in parts for id in part.drained],
         "replicas": replicas,
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Emptied:
+    """What became of a job's expert hosts on a node.
+
+    Attributes:
+        drained: ids of those that hold no experts any more.
+        failed: why the others do, or may.
+    """
+
+    drained: list[str]
+    failed: list[str]
+
+
+class Job(Protocol):
+    """What `drain_hosts` needs of an `AdminClient`."""
+
+    def status(self) -> dict[str, Any]:
+        """See `AdminClient.status`."""
+
+    def drain(self, host: str, *, replace: bool = False, timeout: float = 300.0) -> dict[str, Any]:
+        """See `AdminClient.drain`."""
+
+
+def drain_hosts(job: Job, node: str, deadline: float) -> Emptied:
+    """Drain a job's hosts on a node one after the other, as far as it goes.
+
+    Args:
+        deadline: of `time.monotonic`; a host that comes after it is asked all the same, and not waited for.
+    """
+    found = Emptied([], [])
+    try:
+        hosts = [host["id"] for host in job.status()["hosts"] if host["node"] == node]
+    except RaymoeError as error:
+        return Emptied([], [str(error)])
+    for id in hosts:
+        try:
+            done = job.drain(id, replace=True, timeout=max(0.0, deadline - time.monotonic()))["done"]
+        except RaymoeError as error:
+            found.failed.append(f"{id}: {error}")
+            continue
+        if done:
+            found.drained.append(id)
+        else:
+            found.failed.append(f"{id} still holds experts; give it more --timeout")
+    return found
 
 
 def _refuse_newcomers(node: str, timeout: float) -> None:
@@ -87,4 +133,4 @@ def _replicas(node: str) -> int:
     )
 
 
-__all__ = ["leave"]
+__all__ = ["drain_hosts", "leave"]

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from channels import tls
-from channels.grpc import OPTIONS
+from channels.grpc import MAX_STREAMS, OPTIONS
 from engine.service import Delta, EngineService
 from errors import ConfigError, QueueFull, RaymoeError, ResourceError
 from jobs.serving.trunk_messages import delta_message, sampling_params
@@ -173,7 +173,7 @@ class TrunkServer:
     """
 
     def __init__(self, service: TrunkService, *, host: str) -> None:
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS)
         trunk_pb2_grpc.add_TrunkServicer_to_server(service, self._server)
         try:
             port = tls.listen(self._server, f"{host}:0")

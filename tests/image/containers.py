@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -94,7 +95,9 @@ class Containers:
         files = sorted(Path(self._ids.name).iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
         for file in files:
             command = [*self._podman, "rm", "--force", "--ignore", "--time", "5", file.read_text()]
-            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"{file.name} cannot be removed: {done.stderr.strip()}", file=sys.stderr)
         self._ids.cleanup()
 
     def _id(self, name: str) -> str:

@@ -25,6 +25,8 @@ from actors.serving import ExpertHostServer
 from actors.steps import StepReport, TrainingPlan
 from actors.training_steps import TrainingSteps
 from actors.transfers import Shape
+from channels import grpc as grpc_channel
+from channels.base import Phase, Request, RequestId
 from errors import (
     ChannelError,
     CheckpointError,
@@ -32,6 +34,7 @@ from errors import (
     Interrupted,
     ProtocolError,
     RaymoeError,
+    RemoteError,
     ResourceError,
     is_loss,
 )
@@ -69,6 +72,9 @@ def serve_coordinator(stack: ExitStack, *, train: bool = True) -> CoordinatorCli
     client = CoordinatorClient(server.address)
     stack.callback(client.close)
     return client
+
+
+NAME = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
 
 
 def serve_hosts(stack: ExitStack, cluster: TinyCluster) -> list[ExpertHostServer]:
@@ -267,3 +273,23 @@ def test_a_client_that_was_hung_up_is_a_channel_error(stack: ExitStack) -> None:
     with pytest.raises(ChannelError, match="has been given up") as caught:
         client.stats()
     assert is_loss(caught.value)
+
+
+def test_idle_streams_keep_no_control_call_away(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_channel, "MAX_STREAMS", 3)
+    monkeypatch.setattr(grpc_channel, "MAX_CALLS", 1)
+    (server,) = serve_hosts(stack, TinyCluster(1))
+    address = server.info.addresses["grpc"]
+    open_ = [grpc_channel.connect(address) for _ in range(3)]
+    for channel in open_:
+        stack.callback(channel.close)
+        with pytest.raises(RemoteError):  # an answer: the stream is open
+            channel.submit(Request(id=NAME, tensors=())).result(20)
+    client = HostClient(server.info, timeout=20)
+    stack.callback(client.close)
+    client.ping(20)
+    one_more = grpc_channel.connect(address)
+    stack.callback(one_more.close)
+    with pytest.raises(ChannelError, match="3 streams are open, and no more are taken"):
+        one_more.submit(Request(id=NAME, tensors=())).result(20)
+    client.ping(20)

@@ -132,6 +132,64 @@ def test_files_that_are_replaced_count_from_the_next_handshake(folder: Path, tmp
     server.close()
 
 
+def test_a_file_that_is_missing_for_a_moment_fails_no_call(folder: Path, tmp_path: Path) -> None:
+    host = ExpertHost("host-0", CONFIG, {LAYERS[0]: (0,)}, SeededSource(), dtype=torch.float64)
+    server = ExpertHostServer(host)
+    client = HostClient(server.info, timeout=20)
+    client.ping(20)
+    shutil.copytree(folder, tmp_path / "new")
+    make_certificates(tmp_path / "new", days=1, ca_days=1)  # of the same authority
+    for name in (tls.CA, tls.KEY, tls.CERTIFICATE):  # as `rm` and `cp` do, a file at a time
+        (folder / name).unlink()
+        client.ping(20)
+        shutil.copy(tmp_path / "new" / name, folder / name)
+        client.ping(20)  # with a set that does not fit, until the last one is there
+    grpc.connect(server.info.addresses["grpc"]).close()
+    client.close()
+    server.close()
+
+
+def why_not(address: str) -> str:
+    with pytest.raises(ChannelError) as refused:
+        grpc.connect(address, timeout=20)
+    return str(refused.value)
+
+
+def test_why_two_do_not_connect_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_certificates(tmp_path / "other", days=1, ca_days=1)
+    server = grpc.serve(echo)
+    with monkeypatch.context() as foreign:
+        foreign.setenv(tls.VARIABLE, str(tmp_path / "other"))
+        assert "certificates of one authority, or neither: compare RAYMOE_TLS_DIR" in why_not(server.address)
+        foreign.delenv(tls.VARIABLE)
+        assert "certificates of one authority, or neither: compare RAYMOE_TLS_DIR" in why_not(server.address)
+    server.close()
+    gone = why_not(server.address)
+    assert "nobody listens at" in gone and tls.VARIABLE not in gone
+
+
+def test_a_key_of_another_certificate_and_no_pem_are_named(folder: Path, tmp_path: Path) -> None:
+    make_certificates(tmp_path / "other", days=1, ca_days=1)
+    shutil.copy(tmp_path / "other" / tls.KEY, folder / tls.KEY)
+    with pytest.raises(ConfigError, match=r"RAYMOE_TLS_DIR: .*tls\.key is not the key of tls\.crt"):
+        grpc.serve(echo)
+    for name in (tls.CA, tls.CERTIFICATE, tls.KEY):
+        shutil.copytree(tmp_path / "other", folder, dirs_exist_ok=True)
+        (folder / name).write_text("garbage")
+        with pytest.raises(ConfigError, match=f"RAYMOE_TLS_DIR: .*{name} holds no PEM"):
+            tls.identity(folder)
+
+
+def test_of_two_trusted_authorities_the_one_with_the_key_signs(folder: Path, tmp_path: Path) -> None:
+    make_certificates(tmp_path / "next", days=1, ca_days=1)
+    both = (folder / tls.CA).read_bytes() + (tmp_path / "next" / tls.CA).read_bytes()
+    (tmp_path / "next" / tls.CA).write_bytes(both)
+    assert not make_certificates(tmp_path / "next", days=1, ca_days=1)["new_authority"]
+    assert (tmp_path / "next" / tls.CA).read_bytes() == both
+
+
 def test_again_gives_a_new_certificate_of_the_same_authority(folder: Path) -> None:
     ca, certificate = (folder / tls.CA).read_bytes(), (folder / tls.CERTIFICATE).read_bytes()
     made = make_certificates(folder, days=1, ca_days=1)
@@ -169,4 +227,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert second.exit_code == 0 and '"new_authority": false' in second.output
     (tmp_path / "file").touch()
     wrong = runner.invoke(app, ["certs", str(tmp_path / "file")])
-    assert wrong.exit_code == 2
+    assert wrong.exit_code == 2 and "yours to write to" in wrong.output
+    nameless = runner.invoke(app, ["certs", ""])
+    assert nameless.exit_code == 2 and "DIRECTORY is empty" in nameless.output

@@ -1,0 +1,56 @@
+"""`raymoe drain --node`: a host or a coordinator that is stuck keeps nobody else's experts there."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from errors import ChannelError, ResourceError
+from jobs.leaving import Emptied, drain_hosts
+
+
+class Job:
+    """A coordinator's hosts and what draining each comes to."""
+
+    def __init__(self, **ends: bool | Exception) -> None:
+        self.ends = ends
+        self.limits: list[float] = []
+
+    def status(self) -> dict[str, Any]:
+        hosts = [{"id": id, "node": "here"} for id in self.ends]
+        return {"hosts": [*hosts, {"id": "elsewhere", "node": "there"}]}
+
+    def drain(self, host: str, *, replace: bool = False, timeout: float = 300.0) -> dict[str, Any]:
+        assert replace
+        self.limits.append(timeout)
+        end = self.ends[host]
+        if isinstance(end, Exception):
+            raise end
+        return {"done": end}
+
+
+class Dead(Job):
+    def status(self) -> dict[str, Any]:
+        raise ChannelError("the coordinator cannot be reached")
+
+
+def test_hosts_of_the_node_are_drained() -> None:
+    job = Job(a=True, b=True)
+    assert drain_hosts(job, "here", time.monotonic() + 60) == Emptied(["a", "b"], [])
+    assert all(0 < limit <= 60 for limit in job.limits)
+
+
+def test_one_that_fails_does_not_keep_the_others() -> None:
+    found = drain_hosts(Job(a=ResourceError("no room"), b=False, c=True), "here", time.monotonic() + 60)
+    assert found.drained == ["c"]
+    assert found.failed == ["a: no room", "b still holds experts; give it more --timeout"]
+
+
+def test_one_that_comes_late_is_asked_all_the_same() -> None:
+    job = Job(a=True)
+    assert drain_hosts(job, "here", time.monotonic() - 1).drained == ["a"]
+    assert job.limits == [0.0]
+
+
+def test_a_coordinator_that_is_gone_is_told() -> None:
+    assert drain_hosts(Dead(), "here", time.monotonic() + 60).failed == ["the coordinator cannot be reached"]
