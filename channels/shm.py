@@ -8,11 +8,9 @@ process that dies.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from channels import header as headers
+from channels.accepting import BACKLOG, AcceptingServer
 from channels.base import Channel, Handler, Request
 from channels.codec import Memory, tensor_at
 from channels.doorbell import Doorbell
@@ -32,7 +31,6 @@ from channels.segments import Segment
 from errors import ChannelError, ChannelTimeout, ProtocolError, RemoteError
 from kernels.mailbox import MAIL, PACKET
 
-_log = logging.getLogger(__name__)
 _LEND_FROM: Final = 1 << 18
 """Bytes from which a reply is lent and not copied: below, the copy is the cheaper one."""
 _EMPTY: Final = headers.layout(())
@@ -120,87 +118,27 @@ class ShmChannel(Pipe):
         self._bell.shut()
 
 
-class ShmServer:
-    """The host's end: a thread that accepts, and one for each connection."""
+class ShmServer(AcceptingServer[Doorbell]):
+    """The host's end."""
 
     def __init__(self, handler: Handler, postman: Postman | None = None) -> None:
         self._handler = handler
         self._postman = postman
         name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
-        self._address = f"shm:{machine_id()}/{name}"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind("\0" + name)
-        self._listener.listen(128)
-        self._open: dict[Doorbell, threading.Thread] = {}
-        self._guard = threading.Lock()
-        self._closed = False
-        self._accepting = threading.Thread(target=self._accept, name="shm-accept", daemon=True)
-        self._accepting.start()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind("\0" + name)
+        listener.listen(BACKLOG)
+        super().__init__(listener, f"shm:{machine_id()}/{name}")
+        self.start()
 
-    @property
-    def address(self) -> str:
-        """`shm:<machine>/<name of an abstract socket>`."""
-        return self._address
+    def _begin(self, connection: socket.socket) -> Doorbell:
+        return Doorbell(connection)
 
-    def close(self) -> None:
-        """Hang up on every caller and join every thread; a handler at work is waited for."""
-        with self._guard:
-            if self._closed:
-                return
-            self._closed = True
-            connections = dict(self._open)
-        self._listener.shutdown(socket.SHUT_RDWR)
-        for bell in connections:
-            bell.shut()
-        self._accepting.join()
-        self._listener.close()
-        for thread in connections.values():
-            thread.join()
-
-    def hang_up(self) -> None:
-        """End every connection that is open now; callers may come again."""
-        with self._guard:
-            connections = list(self._open)
-        for bell in connections:
-            bell.shut()
-
-    def _accept(self) -> None:
+    def _talk(self, found: Doorbell) -> None:
         while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if self._closed:
-                    return
-                _log.warning("%s: cannot accept: %s", self._address, error)
-                continue
-            try:
-                bell = Doorbell(connection)
-            except (ChannelError, OSError) as error:
-                _log.warning("%s: refused a connection: %s", self._address, error)
-                connection.close()
-                continue
-            thread = threading.Thread(target=self._serve, args=(bell,), name="shm-serve", daemon=True)
-            with self._guard:
-                if self._closed:
-                    bell.close()
-                    return
-                self._open[bell] = thread
-                thread.start()
-
-    def _serve(self, bell: Doorbell) -> None:
-        try:
-            while True:
-                if bell.box is not None and self._postman is not None:
-                    self._deliver(bell.box, self._postman)
-                self._answer(bell)
-        except ProtocolError as error:
-            _log.warning("%s: hung up on pid %d: %s", self._address, bell.peer, str(error))
-        except ChannelError:
-            pass  # the caller hung up
-        finally:
-            bell.close()
-            with self._guard:
-                self._open.pop(bell, None)
+            if found.box is not None and self._postman is not None:
+                self._deliver(found.box, self._postman)
+            self._answer(found)
 
     def _deliver(self, box: HostBox, postman: Postman) -> None:
         """Answer what comes into a box, until there is a packet to read or nothing comes for a while."""

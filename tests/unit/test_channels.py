@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from channels import choose, collective, grpc, local, shm
+from channels import header as headers
 from channels.base import Channel, Phase, Request, RequestId, Server
+from channels.line import Head
 from errors import ChannelError, ChannelTimeout, ConfigError, ProtocolError, RemoteError, StaleEpoch
 
 SERVE: dict[str, Callable[[Any], Server]] = {
@@ -204,3 +207,38 @@ def test_auto_takes_the_nearest_that_both_ends_share() -> None:
         pick("shm", addresses, same_process=False, same_machine=False)
     with pytest.raises(ConfigError, match=r"cluster\.channel"):
         pick("pigeon", addresses, same_process=False, same_machine=False)
+
+
+def test_memory_of_a_collective_channel_is_used_again() -> None:
+    server = collective.serve(handle)
+    channel = choose.connect(server.address)
+    assert isinstance(channel, collective.CollectiveChannel)
+    rows = channel._end._rows
+    seen = set()
+    for i in range(40):
+        given = torch.full((300 + i, 256), float(i))
+        _, doubled = channel.submit(request(given)).result(30)
+        assert torch.equal(doubled, given * 2)
+        assert len(rows._leaving) <= 1  # the reply says that the request has come
+        seen.add(doubled.data_ptr() & ~63)
+        del doubled
+    assert len(seen) <= 6  # of two sizes of memory, each asked for in advance
+    channel.close()
+    server.close()
+
+
+def test_tensors_that_overlap_are_none_of_ours() -> None:
+    """A peer that names the same bytes a thousand times is not given memory for each of them."""
+    server = collective.serve(handle)
+    bad = choose.connect(server.address)
+    assert isinstance(bad, collective.CollectiveChannel)
+    one = headers.layout((torch.empty(1 << 16),))
+    text = headers.request_text(request().id, one) + one.text  # which protobuf reads as two of them
+    bad._end._line.write(Head(text, one.size))
+    with pytest.raises(ChannelError):
+        bad._end.head(time.monotonic() + 30)
+    bad.close()
+    good = choose.connect(server.address)
+    assert int(good.submit(request(step=2)).result(30)[0]) == 2
+    good.close()
+    server.close()
