@@ -66,6 +66,19 @@ class Batch:
     ends: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedBatch:
+    """A step's positions in two halves, of which one computes while the experts of the other are away.
+
+    Attributes:
+        halves: one after the other; where a stretch was cut, the second half sees the first.
+        ends: of the whole, see `Batch.ends`.
+    """
+
+    halves: tuple[Batch, Batch]
+    ends: tuple[int, ...]
+
+
 def by_length(stretch: Stretch) -> int:
     """Sort stretches by this before `collect`, so that those of a length are together."""
     return stretch.end - stretch.start
@@ -107,6 +120,32 @@ def collect(stretches: Sequence[Stretch], *, page_size: int, turns: Tensor, dtyp
     )
 
 
+def halved(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:
+    """Cut stretches of two positions or more into two halves of as many positions, to one."""
+    left = sum(map(by_length, stretches)) // 2
+    first: list[Stretch] = []
+    second: list[Stretch] = []
+    for stretch in stretches:
+        cut = min(left, by_length(stretch))
+        left -= cut
+        if cut:
+            first.append(_part(stretch, 0, cut))
+        if cut < by_length(stretch):
+            second.append(_part(stretch, cut, by_length(stretch)))
+    return first, second
+
+
+def _part(stretch: Stretch, start: int, end: int) -> Stretch:
+    if end - start == by_length(stretch):
+        return stretch
+    return Stretch(
+        pages=stretch.pages,
+        start=stretch.start + start,
+        end=stretch.start + end,
+        tokens=stretch.tokens[start:end],
+    )
+
+
 def _group(
     members: Sequence[Stretch], row: int, n: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> Group:
@@ -128,4 +167,4 @@ def _group(
     return Group(rows=rows, sequences=len(members), slots=slots.flatten(), mask=mask)
 
 
-__all__ = ["Batch", "Group", "Stretch", "by_length", "collect"]
+__all__ = ["Batch", "Group", "PairedBatch", "Stretch", "by_length", "collect", "halved"]

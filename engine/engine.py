@@ -43,6 +43,8 @@ class EngineSettings:
         prefix_caching: whether prompts that begin alike share pages.
         drafts: MTP modules to draft with; None takes all there are, 0 none.
         pace_drafts: draft only where it pays, see `engine.pacing`.
+        overlap_from: positions of a step from which one half computes while the experts of the other work;
+            None never.
     """
 
     cache_tokens: int = 32768
@@ -52,6 +54,7 @@ class EngineSettings:
     prefix_caching: bool = True
     drafts: int | None = None
     pace_drafts: bool = True
+    overlap_from: int | None = None
 
     @property
     def n_pages(self) -> int:
@@ -118,7 +121,13 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool, max_batch_tokens=settings.max_batch_tokens, max_sequences=settings.max_sequences
         )
-        self._runner = Runner(weights, experts, n_pages=n_pages, page_size=settings.page_size)
+        self._runner = Runner(
+            weights,
+            experts,
+            n_pages=n_pages,
+            page_size=settings.page_size,
+            overlap_from=settings.overlap_from,
+        )
         there = len(weights.modules)
         depth = there if settings.drafts is None else min(settings.drafts, there)
         self._drafter = Drafter(self._runner, depth, weights.config.mtp_mode == "chain") if depth else None

@@ -6,16 +6,17 @@ Shapes: N positions, D hidden, H heads, C kv_lora_rank, R rotary dimensions, W =
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import Batch, Group, Stretch, by_length, collect
+from engine.batch import Batch, Group, PairedBatch, Stretch, by_length, collect, halved
 from engine.few_rows import MOST_ROWS, FewBatch, FewRows
 from engine.sampling import likeliest
 from engine.weights import Layer, Module, TrunkWeights
-from model.experts import Experts
+from model.experts import Experts, PairedExperts, Pending
 from model.rope import rotation
 from model.routing import affinity, gate_values, select_experts
 
@@ -30,10 +31,20 @@ class Runner:
         experts: the routed experts.
         n_pages: of the cache.
         page_size: positions of a page.
+        overlap_from: positions of a step from which it is computed in two halves, so that one half computes
+            while the experts of the other are away; None never. Experts in this process are never away.
     """
 
-    def __init__(self, weights: TrunkWeights, experts: Experts, *, n_pages: int, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(
+        self,
+        weights: TrunkWeights,
+        experts: Experts,
+        *,
+        n_pages: int,
+        page_size: int,
+        overlap_from: int | None = None,
+    ) -> None:
+        self._page_size, self._overlap_from = page_size, overlap_from
         config = weights.config
         self._latent, self._heads = config.kv_lora_rank, config.num_attention_heads
         self._eps = config.rms_norm_eps
@@ -56,16 +67,24 @@ class Runner:
     def replace(self, weights: TrunkWeights, experts: Experts) -> None:
         """Go on with other weights of the same shape; the cache's entries are of no use after that."""
         self._weights, self._experts = weights, experts
+        self._pair = experts.pair if isinstance(experts, PairedExperts) else None
         self._few: FewRows | None = None
         if FewRows.takes(weights, self._page_size):
             turns = self._turns
             self._few = FewRows(weights, experts, self._cache, turns.real, turns.imag, self._page_size)
 
-    def batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
+    def batch(self, stretches: Sequence[Stretch]) -> Batch | PairedBatch | FewBatch:
         """What a step of the trunk over these stretches needs."""
-        if self._few is not None and sum(map(by_length, stretches)) <= MOST_ROWS:
+        rows = sum(map(by_length, stretches))
+        if self._few is not None and rows <= MOST_ROWS:
             return self._few.batch(stretches)
-        return self._collect(stretches)
+        if self._pair is None or self._overlap_from is None or rows < max(2, self._overlap_from):
+            return self._collect(stretches)
+        first, second = halved(stretches)
+        return PairedBatch(
+            halves=(self._collect(first), self._collect(second)),
+            ends=tuple(accumulate(map(by_length, stretches))),
+        )
 
     def draft_batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
         """What a module's pass over these stretches needs."""
@@ -76,11 +95,13 @@ class Runner:
             stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
         )
 
-    def forward(self, batch: Batch | FewBatch) -> Tensor:
+    def forward(self, batch: Batch | PairedBatch | FewBatch) -> Tensor:
         """Hidden states [N, D] after the last layer, before the final norm."""
         if isinstance(batch, FewBatch):
             assert self._few is not None
             return self._few.forward(batch)
+        if isinstance(batch, PairedBatch):
+            return self._forward_paired(batch)
         return self._forward(batch)
 
     @torch.inference_mode()
@@ -89,6 +110,22 @@ class Runner:
         for at, layer in enumerate(self._weights.layers):
             x = self._block(x, layer, self._cache[at], batch)
         return x
+
+    @torch.inference_mode()
+    def _forward_paired(self, batch: PairedBatch) -> Tensor:
+        assert self._pair is not None
+        ways = list(zip(batch.halves, self._pair, strict=True))
+        x = [F.embedding(half.tokens, self._weights.embedding) for half in batch.halves]
+        away: list[Pending | None] = [None, None]
+        for at, layer in enumerate(self._weights.layers):
+            for i, (half, experts) in enumerate(ways):
+                back = away[i]
+                if back is not None:
+                    x[i] = x[i].add_(back.combine())
+                x[i], away[i] = self._begin_block(x[i], layer, self._cache[at], half, experts)
+        return torch.cat(
+            [one if back is None else one.add_(back.combine()) for one, back in zip(x, away, strict=True)]
+        )
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [N, D] to [N, D]."""
@@ -143,11 +180,18 @@ class Runner:
         return _rms_norm(x, weight, self._eps)
 
     def _block(self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch) -> Tensor:
+        x, away = self._begin_block(x, layer, cache, batch, self._experts)
+        return x if away is None else x.add_(away.combine())
+
+    def _begin_block(
+        self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch, experts: Experts
+    ) -> tuple[Tensor, Pending | None]:
+        """A block without what its routed experts add, which are at work."""
         x = x + self._attend(self._norm(x, layer.attention_norm), layer, cache, batch)
         normed = self._norm(x, layer.mlp_norm)
         if layer.routed is None:
             assert layer.mlp is not None
-            return x.add_(layer.mlp(normed))
+            return x.add_(layer.mlp(normed)), None
         config, routed = self._weights.config, layer.routed
         scores = affinity(normed, routed.weight)
         idx = select_experts(
@@ -159,9 +203,8 @@ class Runner:
             group_score=config.group_score,
         )
         gates = gate_values(scores, idx, normalize=config.norm_topk_prob, factor=config.routed_scaling_factor)
-        pending = self._experts.dispatch(layer.index, normed, idx, gates)
-        x.add_(routed.shared(normed))
-        return x.add_(pending.combine())
+        away = experts.dispatch(layer.index, normed, idx, gates)
+        return x.add_(routed.shared(normed)), away
 
     def _attend(self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch) -> Tensor:
         weights, latent, heads = layer.attention, self._latent, self._heads

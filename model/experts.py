@@ -65,6 +65,16 @@ class ArrayExperts(Protocol):
         ...
 
 
+@runtime_checkable
+class PairedExperts(Protocol):
+    """Experts that are away for a while, and take two dispatches of a layer at a time."""
+
+    @property
+    def pair(self) -> tuple[Experts, Experts]:
+        """The ways of the two."""
+        ...
+
+
 @dataclass(slots=True)
 class ExpertShard:
     """The stacked weights of some experts of one layer, and their gradients when training.
@@ -392,6 +402,7 @@ __all__ = [
     "ExpertShard",
     "Experts",
     "LocalExperts",
+    "PairedExperts",
     "Pending",
     "Saved",
     "experts_backward",

@@ -30,6 +30,8 @@ class ServingConfig(Section):
         prefix_caching: whether prompts that begin alike share pages.
         drafts: MTP modules to draft with; null takes all that the model has, 0 none.
         pace_drafts: draft only where it pays; false drafts always.
+        overlap_from: positions of a step from which a replica halves it, so that one half computes
+            while the experts of the other are away; null never.
         max_queue: requests that may wait at a replica; one more gets 429.
         max_prompt: tokens of a prompt; null takes what the model takes.
         max_tokens: tokens that a request may ask for; null takes what the model takes.
@@ -51,6 +53,7 @@ class ServingConfig(Section):
     prefix_caching: bool = True
     drafts: CountOrZero | None = None
     pace_drafts: bool = True
+    overlap_from: Size | None = None
     max_queue: CountOrZero = 256
     max_prompt: Size | None = None
     max_tokens: Size | None = None
@@ -100,6 +103,7 @@ class ServingConfig(Section):
             prefix_caching=self.prefix_caching,
             drafts=self.drafts,
             pace_drafts=self.pace_drafts,
+            overlap_from=self.overlap_from,
         )
 
     def limits(self) -> Limits:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from actors.clients import HostClient
+from actors.engine_lanes import EngineLanes
 from actors.router import Router
 from actors.tables import Tables
 from cluster.topology import RoutingTable
@@ -65,14 +66,15 @@ class Replica:
                 config=weights.trunk.config,
                 table=table,
                 connect=connector(config.cluster),
+                lanes=2,
                 tables=tables,
                 timeout=config.cluster.call_timeout,
                 patience=config.cluster.call_timeout,
                 hedge_after=config.cluster.hedge_after,
                 watch=True,
             )
-        lane = None if self._router is None else self._router.lane(0)
-        experts = weights.experts or lane
+        self._lanes = None if self._router is None else EngineLanes(self._router)
+        lanes, experts = self._lanes, weights.experts or self._lanes
         assert experts is not None
         tokenizer, end_of_text = load_tokenizer(directory, weights.trunk.config.vocab_size)
         self._engine = Engine(
@@ -81,15 +83,15 @@ class Replica:
             serving.engine_settings(),
             end_of_text=[end_of_text],
             vocabulary=tokenizer.get_vocab_size(),
-            on_step=None if lane is None else lambda step: lane.begin(step, 0),
+            on_step=None if lanes is None else lanes.begin,
         )
         try:
             self._engine.warm_up()
         except RaymoeError:  # of a host that does not answer, /health tells; requests will try again
-            if lane is not None:
-                lane.abandon()
+            if lanes is not None:
+                lanes.abandon()
         self.service = EngineService(
-            self._engine, tokenizer, version=version.name, abandon=None if lane is None else lane.abandon
+            self._engine, tokenizer, version=version.name, abandon=None if lanes is None else lanes.abandon
         )
         self._health = HostsHealth(self._router, timeout=5.0)
 
@@ -153,10 +155,10 @@ class Replica:
 
     def _use(self, weights: ReplicaWeights, table: RoutingTable | None) -> None:
         """In the engine's thread, between two steps: the trunk and the way to its experts change together."""
-        if self._router is not None:
+        if self._router is not None and self._lanes is not None:
             assert table is not None
             self._router.set_table(table)
-            self._engine.replace(weights.trunk, self._router.lane(0))
+            self._engine.replace(weights.trunk, self._lanes)
         else:
             assert weights.experts is not None
             self._engine.replace(weights.trunk, weights.experts)

@@ -14,6 +14,7 @@ from harness import tiny as tiny_run
 from reference import ours, theirs
 from torch import Tensor
 
+from actors.engine_lanes import EngineLanes
 from actors.expert_host import ExpertHost
 from actors.router import Router
 from channels.choose import connect
@@ -142,11 +143,19 @@ def engine_over(
         infos = tuple(stack.enter_context(serving(host, channel)) for host in made)
         table = RoutingTable(epoch=0, hosts=infos, holders=holders)
         router = Router(
-            "replica", "serve", config, table, lambda info: connect(info.addresses[channel]), timeout=60
+            "replica",
+            "serve",
+            config,
+            table,
+            lambda info: connect(info.addresses[channel]),
+            lanes=2,
+            timeout=60,
         )
         stack.callback(router.close)
-        lane = router.lane(0)
-        yield Engine(weights, lane, settings, on_step=lambda step: lane.begin(step, 0))
+        lanes = EngineLanes(router)
+        yield Engine(weights, lanes, settings, on_step=lanes.begin)
+        if settings.overlap_from is not None:
+            assert all(lane.counters.tokens > 0 for lane in lanes.lanes)
         assert all(host.stats().rows > 0 for host in made)
         assert [host.stats().kept for host in made] == [0] * hosts
 

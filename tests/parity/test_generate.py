@@ -39,6 +39,10 @@ SETTINGS = {
     "two drafts": EngineSettings(drafts=2),
     "drafts, chunks and preemption": EngineSettings(cache_tokens=256, page_size=8, max_batch_tokens=31),
     "drafts one by one": EngineSettings(max_sequences=1, page_size=4),
+    "overlap": EngineSettings(drafts=0, max_batch_tokens=64, overlap_from=2),
+    "overlap, drafts, chunks and preemption": EngineSettings(
+        cache_tokens=256, page_size=8, max_batch_tokens=31, overlap_from=2
+    ),
 }
 MODELS: dict[str, Callable[[Path], CausalLM]] = {
     "random": lambda _: random_model(tiny(num_nextn_predict_layers=2)),
@@ -52,17 +56,20 @@ HOSTS, CHANNELS = (0, 1, 2, 4), ("shm", "collective", "grpc")
 ALL = [
     (model, settings, hosts, channel)
     for model, settings, hosts, channel in itertools.product(MODELS, SETTINGS, HOSTS, CHANNELS)
-    if hosts or channel == CHANNELS[0]
+    if (hosts or channel == CHANNELS[0]) and (hosts or "overlap" not in settings)  # without, nothing is away
 ]
 COVERING = [
-    *(("random", settings, 0, "shm") for settings in SETTINGS),
-    *(("trained", settings, 0, "shm") for settings in SETTINGS),
+    *(("random", settings, 0, "shm") for settings in SETTINGS if "overlap" not in settings),
+    *(("trained", settings, 0, "shm") for settings in SETTINGS if "overlap" not in settings),
     ("random", "mixed batch", 1, "grpc"),
     ("random", "drafts, chunks and preemption", 4, "shm"),
     ("trained", "two drafts", 1, "shm"),
     ("trained", "preemption", 2, "shm"),
     ("trained", "two drafts", 2, "grpc"),
     ("trained", "chunked prefill", 4, "grpc"),
+    ("random", "overlap", 2, "shm"),
+    ("trained", "overlap, drafts, chunks and preemption", 2, "grpc"),
+    ("trained", "overlap", 2, "collective"),
 ]
 
 
