@@ -98,6 +98,24 @@ def bench_channel(
     finish(compute, as_json=as_json)
 
 
+@bench.command("overlap")
+@surfaced
+def bench_overlap(
+    channel: Annotated[str, typer.Option(help="As cluster.channel: auto, shm, collective or grpc.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 8,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time training and decoding with overlap and without, trunk and hosts on cores of their own."""
+
+    def compute() -> Result:
+        from jobs.bench import bench_overlap as run
+
+        return run(channel=channel, rounds=rounds)
+
+    finish(compute, as_json=as_json)
+
+
 @bench.command("serve")
 @surfaced
 def bench_serve(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from jobs.bench.channel import bench_channel
 from jobs.bench.decode import bench_decode
 from jobs.bench.drafts import bench_drafts
+from jobs.bench.overlap import bench_overlap
 from jobs.bench.serve import bench_serve
 from jobs.bench.train import bench_train
 
-__all__ = ["bench_channel", "bench_decode", "bench_drafts", "bench_serve", "bench_train"]
+__all__ = ["bench_channel", "bench_decode", "bench_drafts", "bench_overlap", "bench_serve", "bench_train"]

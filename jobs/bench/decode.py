@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Final
@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from jobs.bench.contenders import Contender, Step, has_transformers
-from jobs.bench.expert_lane import expert_lane
+from jobs.bench.expert_lanes import expert_lanes
 from jobs.config import RunConfig
 
 TOKENS: Final = 64
@@ -123,14 +123,10 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
     whole.load(RandomSource(model, config.training.seed))
     with ExitStack() as stack:
         experts: Experts = whole.experts
-        on_step = None
+        on_step: Callable[[int], None] | None = None
         if config.cluster.expert_hosts:
-            lane = stack.enter_context(expert_lane(model, config.cluster, seed=config.training.seed))
-            experts = lane
-
-            def on_step(step: int) -> None:
-                lane.begin(step, 0)
-
+            lanes = stack.enter_context(expert_lanes(model, config.cluster, seed=config.training.seed))
+            experts, on_step = lanes, lanes.begin
         settings = EngineSettings(
             cache_tokens=batch * (prompt + TOKENS + _MARGIN), prefix_caching=False, max_batch_tokens=2048
         )

@@ -13,7 +13,7 @@ from typing import Any, Final
 from cluster.config import ClusterConfig
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from errors import ConfigError, DataError
-from jobs.bench.expert_lane import expert_lane
+from jobs.bench.expert_lanes import expert_lanes
 from jobs.evaluate import documents_of
 from jobs.weights import LoadedModel, load_model
 from model.experts import Experts
@@ -65,15 +65,11 @@ def bench_drafts(
         note(f"measuring with experts {'in process' if name == 'in_process' else 'on 2 hosts by ' + name}")
         with ExitStack() as stack:
             experts: Experts = model.experts
-            on_step = None
+            on_step: Callable[[int], None] | None = None
             if name != "in_process":
                 cluster = ClusterConfig.model_validate({"expert_hosts": _HOSTS, "channel": name})
-                lane = stack.enter_context(expert_lane(config, cluster, directory=model.directory))
-                experts = lane
-
-                def on_step(step: int, lane: Any = lane) -> None:
-                    lane.begin(step, 0)
-
+                lanes = stack.enter_context(expert_lanes(config, cluster, directory=model.directory))
+                experts, on_step = lanes, lanes.begin
             result[name] = _measure(model, experts, on_step, starts, temperature)
     result["prompts"] = len(starts)
     result["tokens"] = _TOKENS

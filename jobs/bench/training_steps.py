@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,8 +19,12 @@ from jobs.config import RunConfig
 
 
 @contextmanager
-def ours(config: RunConfig) -> Iterator[Step]:
-    """The real worker, hosts and coordinator, without Ray around them."""
+def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]:
+    """The real worker, hosts and coordinator, without Ray around them.
+
+    Args:
+        host_cores: that the hosts run on; all if there are none.
+    """
     from jobs.assembly import Start, assemble_worker, build_coordinator, compute_threads
     from jobs.data import PreparedData
     from jobs.held_out import HeldOut
@@ -38,7 +42,8 @@ def ours(config: RunConfig) -> Iterator[Step]:
         coordinator = build_coordinator(config, begin, Path(output))
         stack.callback(coordinator.close)
         for index in range(config.cluster.expert_hosts):
-            coordinator.register_host(stack.enter_context(host_process(_serve_host, config.to_dict(), index)))
+            values = {"config": config.to_dict(), "cores": list(host_cores)}
+            coordinator.register_host(stack.enter_context(host_process(_serve_host, values, index)))
         steps = coordinator.steps
         if config.cluster.expert_hosts:
             coordinator.found()
@@ -53,6 +58,7 @@ def ours(config: RunConfig) -> Iterator[Step]:
             connect=connector(config.cluster),
         )
         stack.callback(made.close)
+        made.trunk.attempt = steps.join(0, 1, -1, "").attempt
 
         def step() -> float:
             began = time.perf_counter()
@@ -66,7 +72,9 @@ def _serve_host(values: dict[str, Any], index: int, pipe: Connection) -> None:
     from actors.serving import ExpertHostServer
     from jobs.assembly import Start, build_host
 
-    host = build_host(RunConfig.from_dict(values), Start(run="bench"), f"host-{index}")
+    if values["cores"]:
+        os.sched_setaffinity(0, values["cores"])
+    host = build_host(RunConfig.from_dict(values["config"]), Start(run="bench"), f"host-{index}")
     until_closed(ExpertHostServer(host), pipe)
 
 

@@ -1,14 +1,15 @@
-"""Expert hosts in processes of their own, without Ray, and a lane to them."""
+"""Expert hosts in processes of their own, without Ray, and an engine's lanes to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from actors.lane import Lane
+from actors.engine_lanes import EngineLanes
 from actors.router import Router
 from cluster.config import ClusterConfig
 from cluster.topology import RoutingTable
@@ -18,19 +19,26 @@ from model.config import ModelConfig
 
 
 @contextmanager
-def expert_lane(
-    model: ModelConfig, cluster: ClusterConfig, *, seed: int = 0, directory: Path | None = None
-) -> Iterator[Lane]:
-    """A lane to the hosts of a cluster.
+def expert_lanes(
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    *,
+    seed: int = 0,
+    directory: Path | None = None,
+    cores: Sequence[int] = (),
+) -> Iterator[EngineLanes]:
+    """Lanes to the hosts of a cluster.
 
     Args:
         seed: of random weights.
         directory: of weights in Hugging Face's format, in place of random ones.
+        cores: that the hosts run on; all if there are none.
     """
     values = {
         "model": model.to_hf(),
         "cluster": cluster.model_dump(),
         "seed": seed,
+        "cores": list(cores),
         "directory": None if directory is None else str(directory),
     }
     with ExitStack() as stack:
@@ -38,9 +46,11 @@ def expert_lane(
             stack.enter_context(host_process(_serve, values, index)) for index in range(cluster.expert_hosts)
         ]
         table = RoutingTable(epoch=0, hosts=tuple(hosts), holders=placement(model, len(hosts)))
-        router = Router("bench", "bench", model, table, connector(cluster), timeout=cluster.call_timeout)
+        router = Router(
+            "bench", "bench", model, table, connector(cluster), lanes=2, timeout=cluster.call_timeout
+        )
         stack.callback(router.close)
-        yield router.lane(0)
+        yield EngineLanes(router)
 
 
 def _serve(values: dict[str, Any], index: int, pipe: Connection) -> None:
@@ -48,6 +58,8 @@ def _serve(values: dict[str, Any], index: int, pipe: Connection) -> None:
     from actors.serving import ExpertHostServer
     from model.sources import PretrainedSource, RandomSource, WeightSource
 
+    if values["cores"]:
+        os.sched_setaffinity(0, values["cores"])
     model, cluster = ModelConfig.from_hf(values["model"]), ClusterConfig(**values["cluster"])
     source: WeightSource = RandomSource(model, values["seed"])
     if values["directory"] is not None:
@@ -58,4 +70,4 @@ def _serve(values: dict[str, Any], index: int, pipe: Connection) -> None:
     until_closed(ExpertHostServer(host), pipe)
 
 
-__all__ = ["expert_lane"]
+__all__ = ["expert_lanes"]
