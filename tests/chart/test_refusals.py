@@ -11,6 +11,17 @@ SERVE = ("serve.checkpoint=/checkpoints/demo",)
 TRAIN = ("mode=train",)
 CLUSTER = ("mode=cluster",)
 FIXED = (*CLUSTER, "autoscaling.enabled=false")
+MANAGED = (*SERVE, "tls.certManager.enabled=true")
+NO_TLS = (*SERVE, "tls.enabled=false")
+NO_CHECKPOINTS = (*SERVE, "checkpoints.enabled=false")
+NO_TRUNK = (*SERVE, "workerGroups.trunk.enabled=false")
+SCALED = "serve.config.serving.autoscaling"
+CPUS = "serve.config.serving.cpus_per_replica"
+HALF = (
+    *SERVE,
+    "workerGroups.trunk.maxReplicas=1",
+    'workerGroups.trunk.resources:={"requests": {"cpu": "500m"}}',
+)
 LONG = "a" * 48
 
 REFUSED = [
@@ -85,6 +96,34 @@ REFUSED = [
     ((*CLUSTER, "monitoring.prometheusRule.enabled=true"), "is for mode serve"),
     ((*TRAIN, "train.suspend=true", "train.shutdownAfterJobFinishes=false"), "train.suspend needs"),
     ((*TRAIN, "train.config.training.workers=4"), "asks for 4 CPUs"),
+    (NO_TRUNK, "cpus_per_replica is 1 and no pod of the groups but for experts has as many CPUs"),
+    ((*SERVE, f"{CPUS}:=2.5"), "cpus_per_replica is 2.5 and no pod of the groups but for experts"),
+    (
+        (*SERVE, "serve.config.serving.replicas=9"),
+        "serving.replicas (9) is more than the groups but for experts",
+    ),
+    ((*SERVE, f"{SCALED}.max_replicas=9"), "autoscaling.max_replicas (9) is more than the groups but for"),
+    ((*SERVE, f"{SCALED}.max_replicas=5", f"{CPUS}:=1.5"), "(4, with cpus_per_replica 1.5)"),
+    ((*HALF, "serve.config.serving.replicas=11", f"{CPUS}:=0.1"), "(10, with cpus_per_replica 0.1)"),
+    (
+        (*SERVE, "autoscaling.enabled=false", "serve.config.serving.replicas=3"),
+        "raise their replicas or resources",
+    ),
+    ((*SERVE, f"{SCALED}.min_replicas=2"), "min_replicas (2) is more than max_replicas (1)"),
+    (
+        (*SERVE, f"{SCALED}.min_replicas=3", f"{SCALED}.max_replicas=2"),
+        "serve.config.serving.autoscaling.min_replicas (3) is more than max_replicas (2)",
+    ),
+    (
+        (*SERVE, "serve.config.cluster.autoscaling.min_hosts=5"),
+        "serve.config.cluster.autoscaling.min_hosts (5) is more than max_hosts (4)",
+    ),
+    (
+        (*TRAIN, "train.config.cluster.autoscaling.min_hosts=5"),
+        "train.config.cluster.autoscaling.min_hosts (5) is more than max_hosts (4)",
+    ),
+    (("serve.checkpoint=demo",), 'serve.checkpoint is "demo", which is no absolute path'),
+    (("serve.checkpoint=s3://models/demo",), 'serve.checkpoint is "s3://models/demo", which is no absolute'),
     (
         (*SERVE, "serve.config.cluster.expert_hosts=9"),
         "is more than the expert groups ever have room for (8)",
