@@ -55,6 +55,28 @@ REFUSED = [
     ((*SERVE, "head.extraEnv[0].name=REDIS_USERNAME"), "which KubeRay refuses"),
     ((*SERVE, "head.env.RAY_enable_autoscaler_v2=yes"), "the chart or KubeRay sets"),
     ((*SERVE, "workerGroups.expert.env.RAY_AUTH_TOKEN=a"), "the chart or KubeRay sets"),
+    ((*SERVE, "workerGroups.trunk.env.RAYMOE_TLS_DIR=/a"), "workerGroups.trunk.env sets RAYMOE_TLS_DIR"),
+    ((*SERVE, "head.extraEnv[0].name=RAYMOE_TLS_DIR"), "head.env sets RAYMOE_TLS_DIR"),
+    (
+        (*SERVE, "head.resources.requests.memory=9Gi"),
+        "head.resources.limits.memory (8Gi) is less than requests.memory (9Gi)",
+    ),
+    (
+        (*SERVE, "workerDefaults.resources.limits.cpu=1900m"),
+        "workerGroups.expert.resources.limits.cpu (1900m) is less than requests.cpu (2)",
+    ),
+    ((*SERVE, "autoscaling.resources.limits.memory=0.1Gi"), "autoscaling.resources.limits.memory (0.1Gi)"),
+    ((*TRAIN, "train.submitterResources.limits.cpu:=0.4"), "train.submitterResources.limits.cpu (0.4)"),
+    ((*SERVE, "workerGroups.trunk.extraVolumes[0].name=tls"), "trunk.extraVolumes has the name tls"),
+    ((*TRAIN, "head.extraVolumes[0].name=job"), "head.extraVolumes has the name job"),
+    (
+        (*SERVE, 'head.extraVolumeMounts:=[{"name": "a", "mountPath": "/tmp/"}]'),
+        "head.extraVolumeMounts has the path /tmp/",
+    ),
+    (
+        (*SERVE, 'workerDefaults.extraVolumeMounts:=[{"name": "a", "mountPath": "/checkpoints"}]'),
+        "workerGroups.expert.extraVolumeMounts has the path /checkpoints",
+    ),
     ((*SERVE, "head.rayLabels.a b=c"), "no name of a Kubernetes label"),
     ((*SERVE, "head.rayLabels.a=b c"), "no value of a Kubernetes label"),
     ((*SERVE, r"head.podLabels.ray\.io/serve=no"), "by which the chart or KubeRay finds its pods"),

@@ -22,9 +22,9 @@
 {{- fail (printf "%s.env sets %s, which KubeRay refuses: set clusterSpec.gcsFaultToleranceOptions." $path $name) -}}
 {{- end -}}
 {{- end -}}
-{{- range $name := list "RAY_enable_autoscaler_v2" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_ADDRESS" "RAY_CLUSTER_NAME" "KUBERAY_GEN_RAY_START_CMD" "HOME" "NUMBA_CACHE_DIR" "RAY_USAGE_STATS_ENABLED" -}}
+{{- range $name := list "RAY_enable_autoscaler_v2" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_ADDRESS" "RAY_CLUSTER_NAME" "KUBERAY_GEN_RAY_START_CMD" "HOME" "NUMBA_CACHE_DIR" "RAY_USAGE_STATS_ENABLED" "RAYMOE_TLS_DIR" -}}
 {{- if has $name $names -}}
-{{- fail (printf "%s.env sets %s, which the chart or KubeRay sets: remove it (autoscaling and auth have sections of their own)." $path $name) -}}
+{{- fail (printf "%s.env sets %s, which the chart or KubeRay sets: remove it (autoscaling, auth and tls have sections of their own)." $path $name) -}}
 {{- end -}}
 {{- end -}}
 {{- range $key := list "podLabels" "rayLabels" -}}
@@ -42,11 +42,40 @@
 {{- fail (printf "%s sets the label %s, by which the chart or KubeRay finds its pods: remove it." $path $label) -}}
 {{- end -}}
 {{- end -}}
+{{- include "raymoe.checkResources" (dict "path" (printf "%s.resources" $path) "resources" .group.resources) -}}
+{{- include "raymoe.checkVolumes" . -}}
+{{- end -}}
+
+{{- define "raymoe.checkResources" -}}
+{{- $limits := dig "limits" dict (default dict .resources) | default dict -}}
+{{- range $name, $request := dig "requests" dict (default dict .resources) -}}
+{{- if and (hasKey $limits $name) (lt (include "raymoe.amount" (get $limits $name) | float64) (include "raymoe.amount" $request | float64)) -}}
+{{- fail (printf "%s.limits.%s (%v) is less than requests.%s (%v): raise the one or lower the other." $.path $name (get $limits $name) $name $request) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Kubernetes takes no name of a volume twice and nothing twice at a path; what the pods have is what they render. */ -}}
+{{- define "raymoe.checkVolumes" -}}
+{{- $names := list -}}{{- $paths := list -}}
+{{- range include "raymoe.mounts" (dict "root" .root "head" (eq .path "head") "group" dict) | fromYamlArray -}}
+{{- $names = append $names .name -}}{{- $paths = append $paths (clean .mountPath) -}}
+{{- end -}}
+{{- range .group.extraVolumes -}}
+{{- if has .name $names -}}
+{{- fail (printf "%s.extraVolumes has the name %s, which a volume of the chart has: take another one." $.path .name) -}}
+{{- end -}}
+{{- end -}}
+{{- range .group.extraVolumeMounts -}}
+{{- if has (clean .mountPath) $paths -}}
+{{- fail (printf "%s.extraVolumeMounts has the path %s, where the chart mounts a volume: take another one." $.path .mountPath) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "raymoe.checkGroup" -}}
 {{- $path := printf "workerGroups.%s" .name -}}{{- $group := .group -}}{{- $root := .root -}}
-{{- include "raymoe.checkPod" (dict "path" $path "group" $group) -}}
+{{- include "raymoe.checkPod" (dict "root" $root "path" $path "group" $group) -}}
 {{- if or (not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" .name)) (gt (len .name) 30) (has .name (list "head" "headgroup" "submitter" "test")) -}}
 {{- fail (printf "%s: a group's name has to begin with a letter, hold only lower-case letters, digits and '-', have 30 characters at most and be none of head, headgroup, submitter and test." $path) -}}
 {{- end -}}
