@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
-from rendering import HELMS, refusal
+from rendering import CHART, HELMS, ROOT, helm, refusal
 
 pytestmark = pytest.mark.chart
 
@@ -36,6 +39,20 @@ REFUSED = [
         "tls.existingSecret and tls.certManager are both set",
     ),
     ((*SERVE, "tls.certManager.issuerRef.name=a"), "switch it on, or remove the issuer"),
+    ((*NO_TLS, "tls.certManager.enabled=true"), "switch TLS on, or cert-manager off"),
+    ((*MANAGED, "tls.certManager.issuerRef.kind=Issuer"), "tls.certManager.issuerRef.name is missing"),
+    ((*MANAGED, "tls.certManager.duration=90d"), 'tls.certManager.duration is "90d" and has to be'),
+    ((*MANAGED, "tls.certManager.duration=59m"), 'tls.certManager.duration is "59m" and has to be'),
+    ((*MANAGED, "tls.certManager.duration=-2160h"), 'tls.certManager.duration is "-2160h" and has to be'),
+    ((*MANAGED, "tls.certManager.renewBefore=soon"), 'tls.certManager.renewBefore is "soon" and has to be'),
+    (
+        (*MANAGED, "tls.certManager.renewBefore=2160h"),
+        "renewBefore (2160h) is not less than duration (2160h)",
+    ),
+    (
+        (*MANAGED, "tls.certManager.duration=719h60m"),
+        "renewBefore (720h) is not less than duration (719h60m)",
+    ),
     ((*SERVE, "rayVersion=2.51.1"), "auth.enabled needs Ray 2.52 or later"),
     ((*SERVE, "rayVersion=2.52.0"), "which Ray 2.53 and later has"),
     ((*SERVE, "workerGroups.expert.minReplicas=9"), "minReplicas (9) is more than maxReplicas (8)"),
@@ -156,6 +173,13 @@ REFUSED = [
     ),
     ((*SERVE, "serve.config.cluster.interface=127.0.0.1"), "is the loopback"),
     ((*SERVE, "checkpoints.existingClaim=a", "checkpoints.volume.nfs.path=/"), "are both set"),
+    ((*NO_CHECKPOINTS, "checkpoints.existingClaim=a"), "checkpoints.existingClaim is set and"),
+    ((*NO_CHECKPOINTS, "checkpoints.volume.nfs.path=/"), "checkpoints.volume is set and"),
+    ((*SERVE, "checkpoints.mountPath=/tmp"), "checkpoints.mountPath is /tmp, where the pods have something"),
+    ((*SERVE, "checkpoints.mountPath=/etc/raymoe-tls/"), "checkpoints.mountPath is /etc/raymoe-tls/, where"),
+    ((*TRAIN, "checkpoints.mountPath=/etc/raymoe"), "checkpoints.mountPath is /etc/raymoe, where"),
+    ((*SERVE, "checkpoints.mountPath=/"), "checkpoints.mountPath is /, where"),
+    ((*SERVE, "auth.enabled=false", "auth.existingSecret=a"), "auth.existingSecret is set and"),
     ((*TRAIN, "checkpoints.enabled=false"), "nothing would be left of the run"),
     (
         (*SERVE, "serviceAccount.create=false", "serviceAccount.name=a", "serviceAccount.annotations.a=b"),
@@ -163,11 +187,82 @@ REFUSED = [
     ),
 ]
 
+UNFIT = [
+    ("tls.days=0", "tls.days"),
+    ("tls.days=36501", "tls.days"),
+    (
+        'tls.certManager:={"enabled": true, "issuerRef": {"name": "a", "sort": "Issuer"}}',
+        "tls.certManager.issuerRef",
+    ),
+    ("head.minAvailable=-1", "head.minAvailable"),
+    ("head.minAvailable=2", "head.minAvailable"),
+    ("checkpoints.mountPath=models", "checkpoints.mountPath"),
+    ("checkpoints.mountPath=/a:b", "checkpoints.mountPath"),
+    ("checkpoints.volume.nsf.path=/", "checkpoints.volume"),
+    ('checkpoints.volume:={"nfs": {}, "csi": {}}', "checkpoints.volume"),
+    ("image.repository=", "image.repository"),
+]
+"""Values that the schema refuses, and the name by which it does."""
+
+TAKEN = [
+    (*MANAGED, "tls.certManager.duration=1h0m0s", "tls.certManager.renewBefore=5.5m"),
+    (*MANAGED, "tls.certManager.duration=null", "tls.certManager.renewBefore=null"),
+    (*MANAGED, "tls.certManager.issuerRef.name=a", "tls.certManager.issuerRef.group=example.com"),
+    (*NO_TLS, "head.extraVolumes[0].name=tls", "checkpoints.mountPath=/etc/raymoe-tls"),
+    (*NO_CHECKPOINTS, "head.extraVolumes[0].name=checkpoints"),
+    (*SERVE, "head.extraVolumes[0].name=job", "checkpoints.mountPath=/tmp/models"),
+    (*TRAIN, "workerGroups.trunk.extraVolumes[0].name=job"),
+    (*SERVE, "head.minAvailable=0", "tls.days=36500"),
+    (*SERVE, "head.resources.limits=null", "workerDefaults.resources.requests=null"),
+    (*SERVE, "head.resources.limits.memory=6144Mi", "head.resources.limits.cpu=2000m"),
+    (*FIXED, "autoscaling.resources.limits.memory=1Mi", "train.submitterResources.limits.cpu=1m"),
+    (*NO_TRUNK, f"{CPUS}=0"),
+    (*NO_TRUNK, "workerGroups.mine.role=other"),
+    (*SERVE, "serve.config.serving.replicas=8"),
+    (*SERVE, f"{SCALED}.min_replicas=0", f"{SCALED}.max_replicas=8"),
+    (*SERVE, f"{SCALED}:={{}}", "serve.config.serving.replicas=99"),
+    (*SERVE, "serve.config.serving.replicas=16", f"{CPUS}:=0.5"),
+    (*HALF, "serve.config.serving.replicas=10", f"{CPUS}:=0.1"),  # Ray counts half a CPU as one
+    (
+        *SERVE,
+        "autoscaling.enabled=false",
+        'workerGroups.trunk.resources:={"limits": {"memory": "8Gi"}}',  # then Ray counts the node's CPUs
+        "serve.config.serving.replicas=99",
+    ),
+    (*SERVE, "serve.config.cluster.autoscaling.min_hosts=5", "serve.config.cluster.autoscaling.max_hosts=8"),
+    (*TRAIN, "train.config.training.workers=4", "train.config.training.cpus_per_worker=0"),
+]
+"""What is next to a refusal, and works."""
+
 
 @pytest.mark.parametrize("version", HELMS)
 @pytest.mark.parametrize(("settings", "why"), REFUSED, ids=[why for _, why in REFUSED])
 def test_is_refused_in_a_sentence(version: str, settings: tuple[str, ...], why: str) -> None:
     assert why in refusal(version, *settings)
+
+
+@pytest.mark.parametrize("version", HELMS)
+@pytest.mark.parametrize(("setting", "name"), UNFIT)
+def test_what_the_schema_refuses_is_named(version: str, setting: str, name: str) -> None:
+    # One helm writes a name with dots, the other with slashes.
+    assert name in refusal(version, *SERVE, setting).replace("/", ".")
+
+
+@pytest.mark.parametrize("version", HELMS)
+@pytest.mark.parametrize("settings", TAKEN, ids=" ".join)
+def test_what_works_is_taken(version: str, settings: tuple[str, ...]) -> None:
+    assert refusal(version, *settings) == ""
+
+
+@pytest.mark.parametrize("version", HELMS)
+def test_the_examples_of_the_document_are_taken(version: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```yaml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(examples) >= 2
+    file = tmp_path / "values.yaml"
+    for example in examples:
+        file.write_text(example, encoding="utf-8")
+        helm(version, "template", "demo", CHART, "--set", *SERVE, "--values", file)
 
 
 @pytest.mark.parametrize("version", HELMS)
