@@ -23,6 +23,18 @@ _RESOURCES: Schema = {
     "additionalProperties": False,
     "properties": {"requests": _AMOUNTS, "limits": _AMOUNTS},
 }
+# Of a Kubernetes volume, as KubeRay v1.7.0 takes them.
+_SOURCES = """
+awsElasticBlockStore azureDisk azureFile cephfs cinder configMap csi downwardAPI emptyDir ephemeral fc
+flexVolume flocker gcePersistentDisk gitRepo glusterfs hostPath image iscsi nfs persistentVolumeClaim
+photonPersistentDisk portworxVolume projected quobyte rbd scaleIO secret storageos vsphereVolume
+"""
+_VOLUME_SOURCE: Schema = {
+    "type": "object",
+    "additionalProperties": False,
+    "maxProperties": 1,
+    "properties": {source: {"type": "object"} for source in _SOURCES.split()},
+}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
 
@@ -33,7 +45,7 @@ def values_schema(root: Value) -> Schema:
         ValueError: a mapping or null of values.yaml does not say what may be in it.
     """
     sections = {child.name: child for child in root.children}
-    definitions: Schema = {"Quantity": _QUANTITY, "Resources": _RESOURCES}
+    definitions: Schema = {"Quantity": _QUANTITY, "Resources": _RESOURCES, "VolumeSource": _VOLUME_SOURCE}
     for model in (ServeConfig, RunConfig):
         definitions |= _definitions(model.__name__, model.model_json_schema())
     for child in root.children:

@@ -47,8 +47,15 @@ def manifests(text: str) -> list[Manifest]:
 
 
 def refusal(version: str, *settings: str) -> str:
-    """What helm says of values that it refuses; empty when it takes them."""
-    given = [part for setting in settings for part in ("--set", setting)]
+    """What helm says of values that it refuses; empty when it takes them.
+
+    Args:
+        settings: `name=value`, or `name:=value` of a value in JSON, as a fraction has to be.
+    """
+    given: list[str] = []
+    for setting in settings:
+        name, json, value = setting.partition(":=")
+        given += ["--set-json", f"{name}={value}"] if json else ["--set", setting]
     run = helm(version, "template", "demo", CHART, *given, check=False)
     return run.stderr if run.returncode else ""
 

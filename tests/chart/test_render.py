@@ -11,7 +11,21 @@ from typing import Any
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from rendering import CHART, HELMS, KUBE, NO_KUBE, ROOT, SETS, TOOLS, clusters, golden, helm, pods, render
+from rendering import (
+    CHART,
+    HELMS,
+    KUBE,
+    NO_KUBE,
+    ROOT,
+    SETS,
+    TOOLS,
+    clusters,
+    golden,
+    helm,
+    manifests,
+    pods,
+    render,
+)
 
 from jobs.config_file import load_config
 from jobs.serving.config import ServeConfig
@@ -139,6 +153,18 @@ def test_the_autoscaler_knows_what_groups_offer(values: str) -> None:
             assert offers["CPU"] == 0 and offers["raymoe_expert_host"] >= 1
         else:
             assert offers["CPU"] >= 1 and "raymoe_expert_host" not in offers
+
+
+@pytest.mark.parametrize("more", [(), ("--set-string", "workerGroups.trunk.rayResources.fast_disk=1")])
+def test_a_part_of_a_cpu_counts_as_a_whole_one(more: tuple[str, ...]) -> None:
+    setting = 'workerGroups.trunk.resources={"requests": {"cpu": "1500m"}}'
+    text = helm("helm4", "template", "demo", CHART, "--set", "mode=cluster", "--set-json", setting, *more)
+    (cluster,) = clusters(manifests(text.stdout))
+    resource = {"metadata": {"name": "demo", "namespace": "moe"}, "spec": cluster}
+    types = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
+    assert types["trunk"]["resources"]["CPU"] == 2, (
+        "as KubeRay has it, and as the chart checks replicas against"
+    )
 
 
 def test_nothing_names_this_repository_or_a_registry() -> None:

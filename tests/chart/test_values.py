@@ -56,6 +56,8 @@ def _sections(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator
         ("train", "config"),
         ("train", "config", "model"),
         ("head", "resources"),
+        ("checkpoints", "volume"),
+        ("tls", "certManager", "issuerRef"),
     ],
     ids=".".join,
 )

@@ -16,17 +16,26 @@ of the defaults, everything else takes their place; a value of 0 or false stays 
 {{- toYaml $groups -}}
 {{- end -}}
 
-{{- /* Whole CPUs of a quantity such as 1500m, at least `least`. */ -}}
-{{- define "raymoe.cpus" -}}
-{{- $text := toString .quantity -}}
-{{- $cpus := ternary (div (int64 (trimSuffix "m" $text)) 1000) (int64 (floor (float64 $text))) (hasSuffix "m" $text) -}}
-{{- max $cpus .least -}}
+{{- /* CPUs of a pod of a group, such as 1.5; of one that names none, nothing. */ -}}
+{{- define "raymoe.podCpus" -}}
+{{- $resources := default dict .resources -}}
+{{- with default (dig "requests" "cpu" "" $resources) (dig "limits" "cpu" "" $resources) -}}
+{{- include "raymoe.amount" . -}}
+{{- end -}}
 {{- end -}}
 
+{{- /* CPUs that Ray shares out in such a pod: KubeRay and the autoscaler round up. */ -}}
 {{- define "raymoe.groupCpus" -}}
-{{- $resources := default dict .resources -}}
-{{- $cpu := default (dig "requests" "cpu" "1" $resources) (dig "limits" "cpu" "" $resources) -}}
-{{- include "raymoe.cpus" (dict "quantity" $cpu "least" 1) -}}
+{{- max 1 (include "raymoe.podCpus" . | float64 | ceil | int64) -}}
+{{- end -}}
+
+{{- /* Pods of a group that there are from the beginning, and with `most` those that there can be. */ -}}
+{{- define "raymoe.groupPods" -}}
+{{- if .root.Values.autoscaling.enabled -}}
+{{- int (ternary .group.maxReplicas .group.minReplicas .most) -}}
+{{- else -}}
+{{- int (ternary .group.minReplicas .group.replicas (kindIs "invalid" .group.replicas)) -}}
+{{- end -}}
 {{- end -}}
 
 {{- /* Room for expert hosts with as many pods as there are from the beginning, and threads that each host may use. */ -}}
@@ -35,15 +44,13 @@ of the defaults, everything else takes their place; a value of 0 or false stays 
 {{- range $name, $group := include "raymoe.groups" . | fromYaml -}}
 {{- if eq $group.role "expert" -}}
 {{- $groups = add $groups 1 -}}
-{{- $pods := int $group.minReplicas -}}
-{{- if and (not $.Values.autoscaling.enabled) (not (kindIs "invalid" $group.replicas)) -}}{{- $pods = int $group.replicas -}}{{- end -}}
-{{- $room = add $room (mul $pods $group.hostsPerPod) -}}
-{{- $most = add $most (mul $group.maxReplicas $group.hostsPerPod) -}}
-{{- $own := max 1 (div (include "raymoe.groupCpus" $group | int64) (int64 $group.hostsPerPod)) -}}
+{{- $room = add $room (mul (include "raymoe.groupPods" (dict "root" $ "group" $group "most" false)) $group.hostsPerPod) -}}
+{{- $most = add $most (mul (include "raymoe.groupPods" (dict "root" $ "group" $group "most" true)) $group.hostsPerPod) -}}
+{{- $own := max 1 (div (include "raymoe.podCpus" $group | float64 | floor | int64) (int64 $group.hostsPerPod)) -}}
 {{- if or (eq (int64 $threads) 0) (lt $own (int64 $threads)) -}}{{- $threads = $own -}}{{- end -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml (dict "room" $room "most" (ternary $most $room $.Values.autoscaling.enabled) "threads" $threads "groups" $groups) -}}
+{{- toYaml (dict "room" $room "most" $most "threads" $threads "groups" $groups) -}}
 {{- end -}}
 
 {{- /* The section `cluster` of raymoe's configuration: where hosts go, under what the values say. Without an expert

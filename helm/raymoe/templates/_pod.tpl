@@ -138,7 +138,7 @@ spec:
 - {name: scratch, mountPath: /tmp}
 - {name: home, mountPath: /home/ray}
 {{- if .root.Values.checkpoints.enabled }}
-- {name: checkpoints, mountPath: {{ .root.Values.checkpoints.mountPath }}}
+- {name: checkpoints, mountPath: {{ .root.Values.checkpoints.mountPath | quote }}}
 {{- end }}
 {{- if .root.Values.tls.enabled }}
 - {name: tls, mountPath: /etc/raymoe-tls, readOnly: true}
