@@ -71,7 +71,7 @@ Handler = Callable[[Request], tuple[torch.Tensor, ...]]
 """What a server calls for each request. A `RaymoeError` raised by it reaches the caller as a
 `RemoteError` (`StaleEpoch` stays itself), any other exception likewise with its type and text.
 Tensors of the request are valid only until the handler returns, and it must not change what they are
-(`requires_grad_`, `resize_`): the next request may come with the same ones. The reply's are read at once."""
+(`requires_grad_`, `resize_`): the next request may come with the same ones. Nor are the reply's changed."""
 
 
 class Ticket(Protocol):
@@ -92,7 +92,7 @@ class Channel(Protocol):
     """How a router reaches one expert host."""
 
     def submit(self, request: Request) -> Ticket:
-        """Send a request without waiting for the reply."""
+        """Send a request without waiting for the reply, until which its tensors must stay as they are."""
         ...
 
     def cut(self, why: str) -> None:

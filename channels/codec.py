@@ -94,12 +94,12 @@ def _encode(text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> by
         if where.offset != end:
             parts.append(_ZEROS[: where.offset - end])
         if where.elements:
-            parts.append(_buffer(tensor))
+            parts.append(buffer_of(tensor))
         end = where.end
     return b"".join(parts)
 
 
-def _buffer(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def buffer_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The bytes of a tensor as an object with the buffer protocol, without a copy where it is contiguous."""
     flat = plain(tensor)
     if flat.dtype is torch.bfloat16:  # numpy has none
@@ -211,6 +211,7 @@ __all__ = [
     "COPIED_BELOW",
     "Memory",
     "address_of",
+    "buffer_of",
     "decode_reply",
     "decode_request",
     "encode_error",

@@ -12,7 +12,8 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from typing import Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from channels import header as headers
 from channels import tls
 from channels.accepting import BACKLOG, AcceptingServer
 from channels.base import Channel, Handler, Request
-from channels.codec import address_of, tensor_at
+from channels.codec import address_of, buffer_of, tensor_at
 from channels.header import Layout, Placement
 from channels.line import INLINE, Head, Line
 from channels.pipe import Pipe, Reply, call
-from channels.rows import Rows, as_bytes, stacked
+from channels.rows import Rows
 from errors import ChannelError, ChannelTimeout, ProtocolError, ResourceError
 
 _CALLER, _HOST = 0, 1
@@ -43,18 +44,16 @@ class End:
         self._rows = Rows(self._line, rank, peer, interface, timeout)
 
     def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> None:
-        """A message; its tensors are the caller's again at once."""
+        """A message, whose tensors stay as they are until it is answered, or until the next one comes."""
         headers.require_fit(payload.size)
-        inline = bytearray()
-        large = []
-        for tensor, where, is_small in zip(tensors, payload.placed, _small(payload.placed), strict=True):
-            if not is_small:
-                large.append(tensor)
-            elif where.elements:
-                inline += as_bytes(tensor).numpy().data
-        self._line.write(Head(text, payload.size, bytes(inline), self._rows.received))
-        if large:
-            self._rows.send(large)
+        parts = _parts(payload.placed)
+        near: list[Any] = [buffer_of(tensors[at]) for at, where in parts.small if where.elements]
+        inline = b"".join(near)
+        head = Head(text, payload.size, inline, self._rows.received)
+        if parts.large:
+            self._rows.send([tensors[at] for at, _ in parts.large], lambda: self._line.write(head))
+        else:
+            self._line.write(head)
 
     def head(self, deadline: float | None = None) -> Head:
         """See `Line.read`."""
@@ -62,31 +61,28 @@ class End:
         self._rows.arrived(head.received)
         return head
 
-    def payload(self, placed: Sequence[Placement], head: Head, deadline: float | None) -> Reply:
+    def payload(self, placed: tuple[Placement, ...], head: Head, deadline: float | None) -> Reply:
         """The tensors of the message whose head was read.
 
         Raises:
             ProtocolError: the header and what came with it do not agree.
         """
-        size, inline = head.size, head.inline
-        sizes = [where.end - where.offset for where in placed]
-        small = _small(placed)
-        if sum(sizes) > size:
-            raise ProtocolError(f"tensors of {sum(sizes)} bytes lie in a payload of {size}")
-        if sum(size for size, is_small in zip(sizes, small, strict=True) if is_small) != len(inline):
-            raise ProtocolError(f"{len(inline)} bytes came with a header of other small tensors")
-        near = np.frombuffer(bytearray(inline), np.uint8) if inline else np.empty(0, np.uint8)
-        offsets, total = stacked([size for size, is_small in zip(sizes, small, strict=True) if not is_small])
-        far = self._rows.receive(total, deadline) if offsets else near
-        at_near, at_far = address_of(near), address_of(far)
-        found, at, beginnings = [], 0, iter(offsets)
-        for where, size, is_small in zip(placed, sizes, small, strict=True):
-            if is_small:
-                found.append(tensor_at(near, at_near, where._replace(offset=at, end=at + size)))
-                at += size
-            else:
-                begin = next(beginnings)
-                found.append(tensor_at(far, at_far, where._replace(offset=begin, end=begin + size)))
+        parts = _parts(placed)
+        if parts.bytes > head.size:
+            raise ProtocolError(f"tensors of {parts.bytes} bytes lie in a payload of {head.size}")
+        if parts.inline != len(head.inline):
+            raise ProtocolError(
+                f"{len(head.inline)} bytes came with a header of {parts.inline} that are small"
+            )
+        found: list[Any] = [None] * len(placed)
+        if parts.large:
+            come = self._rows.receive([where for _, where in parts.large], deadline)
+            for (at, _), tensor in zip(parts.large, come, strict=True):
+                found[at] = tensor
+        near = np.frombuffer(bytearray(head.inline), np.uint8)
+        address = address_of(near)
+        for at, where in parts.small:
+            found[at] = tensor_at(near, address, where)
         return tuple(found)
 
     def shut(self) -> None:
@@ -97,16 +93,36 @@ class End:
         """Give everything back."""
         self.shut()
         self._line.close()
+        self._rows.close()
 
 
-def _small(placed: Sequence[Placement]) -> list[bool]:
-    """Which tensors come with the header: in their order, as long as they find room."""
-    left, found = INLINE, []
-    for where in placed:
+class _Parts(NamedTuple):
+    """What goes which way of a payload's tensors.
+
+    Attributes:
+        small: that come with the header: which, and where within its bytes.
+        large: that come by the group: which, and where each lies in memory of its own.
+        inline, bytes: of the small ones, and of all.
+    """
+
+    small: tuple[tuple[int, Placement], ...]
+    large: tuple[tuple[int, Placement], ...]
+    inline: int
+    bytes: int
+
+
+@lru_cache(maxsize=1024)
+def _parts(placed: tuple[Placement, ...]) -> _Parts:
+    """Small are tensors, in their order, as long as they find room. Calls of a size follow one another."""
+    small, large, at = [], [], 0
+    for index, where in enumerate(placed):
         size = where.end - where.offset
-        found.append(size <= left)
-        left -= size if found[-1] else 0
-    return found
+        if at + size <= INLINE:
+            small.append((index, where._replace(offset=at, end=at + size)))
+            at += size
+        else:
+            large.append((index, where._replace(offset=0, end=size)))
+    return _Parts(tuple(small), tuple(large), at, at + sum(where.end for _, where in large))
 
 
 class CollectiveChannel(Pipe):

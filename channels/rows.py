@@ -1,8 +1,8 @@
 """Payloads between the two ranks of a process group, whose rendezvous goes over the line between the two.
 
-A payload is one message. Its receiver has asked for it before it is sent: gloo's receive says so to the
-sender, who would otherwise wait for that once the rows are due. How much has been asked for follows from
-the payloads before it, which both ends know; what is beyond comes as a second message.
+Each tensor of a payload is a message, sent as it lies. Its receiver has asked for it in advance: gloo's
+receive says so to the sender, who would otherwise wait for that once the rows are due. How much has been
+asked for follows from the payloads before it, which both ends know; what is beyond comes as a second message.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
-import numpy as np
 import torch
 import torch.distributed
 
-from channels.codec import plain
-from channels.header import ALIGNMENT
+from channels.codec import address_of, plain, tensor_at
+from channels.header import Placement
 from channels.line import Head, Line, remaining
 from channels.scratch import Scratch, rounded
 from errors import ChannelError, ChannelTimeout, ProtocolError
 
 _dist: Any = torch.distributed  # whose stubs do not know the classes below its functions
 
-_SPARE: Final = 2  # of each direction
-_ROOM: Final = 1 << 16
+_SPARE: Final = 2
 _MAX_ROOM: Final = 1 << 23
-"""Bytes asked for in advance, at first and at most: each connection holds so much for each direction."""
+"""Bytes asked for in advance, at most: each connection holds so much for each large tensor of a payload."""
 _PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
 _LATE: Final = 10.0
 """Seconds that a payload takes after its header at most, and one more for every"""
@@ -97,70 +95,76 @@ class Rows:
             self._group = _dist.ProcessGroupGloo(meeting, rank, 2, options)
         except RuntimeError as error:
             raise ChannelError(f"no process group with {peer}: {_first_line(error)}") from None
-        self._out, self._in = Scratch(_SPARE), Scratch(_SPARE)
-        self._leaving: deque[tuple[list[Any], torch.Tensor]] = deque()
+        self._out: list[int] = []  # of the tensors of a payload, what the peer has asked for
+        self._in: list[_Inlet] = []
+        self._leaving: deque[tuple[list[Any], Sequence[torch.Tensor]]] = deque()
         self._left = 0  # payloads that the peer has
         self.received = 0
         """Payloads that have come."""
-        self._asked = self._asked_of_us = _ROOM
-        self._ask()
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Begin to send a payload; the tensors are the caller's again at once.
+    def send(self, tensors: Sequence[torch.Tensor], announce: Callable[[], None]) -> None:
+        """Begin to send a payload, whose tensors stay as they are until the peer says that it has come.
+
+        Args:
+            announce: tells the peer of it; what it has asked for in advance is on its way by then.
 
         Raises:
             ChannelError: the peer hung up.
         """
-        offsets, total = stacked([tensor.nbytes for tensor in tensors])
-        memory = self._out.take(total)
-        for tensor, at in zip(tensors, offsets, strict=True):
-            memory[at : at + tensor.nbytes].copy_(as_bytes(tensor))
-        cut = min(total, self._asked_of_us)
-        parts = [memory[:cut], memory[cut:total]] if cut < total else [memory[:cut]]
-        try:
-            self._leaving.append(([self._group.send([part], self._peer, 0) for part in parts], memory))
-        except RuntimeError as error:
-            raise ChannelError(f"{self._name} hung up; has its process ended?") from error
-        self._asked_of_us = _grown(self._asked_of_us, total)
+        out = self._out
+        out += [0] * (len(tensors) - len(out))
+        whole = [plain(tensor) for tensor in tensors]
+        works, left = [], []
+        for tag, tensor in enumerate(whole):
+            if tensor.nbytes <= out[tag]:
+                works.append(self._send(tensor, tag))
+                continue
+            flat = tensor.reshape(-1).view(torch.uint8)
+            if out[tag]:
+                works.append(self._send(flat[: out[tag]], tag))
+            left.append((flat[out[tag] :], tag))
+            out[tag] = _grown(out[tag], tensor.nbytes)
+        self._leaving.append((works, whole))
+        announce()
+        works += [self._send(part, tag) for part, tag in left]
 
-    def arrived(self, received: int) -> None:
-        """The peer says how many payloads it has: gloo itself does not tell what has left."""
-        while self._leaving and self._left < received:
-            self._out.give(self._leaving.popleft()[1])
+    def arrived(self, payloads: int) -> None:
+        """The peer says how many it has: gloo itself does not tell what has left."""
+        while self._leaving and self._left < payloads:
+            self._leaving.popleft()
             self._left += 1
 
-    def receive(self, total: int, deadline: float | None) -> np.ndarray[Any, Any]:
-        """A payload of `total` bytes, in memory that stays as it is while something is a view of it.
+    def receive(self, placed: Sequence[Placement], deadline: float | None) -> list[torch.Tensor]:
+        """The tensors of a payload, in memory that stays as it is while something is a view of it.
+
+        Args:
+            placed: each at the beginning of memory of its own.
 
         Raises:
             ChannelTimeout: not until `deadline`.
             ChannelError: the peer hung up.
         """
-        work, memory = self._coming
-        self._wait(work, total, deadline)
-        if total > self._asked:
-            whole = self._in.take(total)
-            whole[: self._asked].copy_(memory[: self._asked])
-            self._in.give(memory)
-            memory = whole
-            self._wait(self._receive(memory[self._asked : total]), total, deadline)
+        while len(self._in) < len(placed):
+            self._in.append(_Inlet(self, len(self._in)))
+        found = [inlet.receive(where, deadline) for inlet, where in zip(self._in, placed, strict=False)]
         self.received += 1
-        self._asked = _grown(self._asked, total)
-        self._ask()
-        return self._in.lend(memory)
+        return found
 
-    def _ask(self) -> None:
-        memory = self._in.take(self._asked)
-        self._coming = (self._receive(memory[: self._asked]), memory)
+    def close(self) -> None:
+        """Hang up: what has been asked for, and not come, is forgotten."""
+        self._in.clear()  # each knows this, which would be there until the collector comes
+        self._leaving.clear()
 
-    def _receive(self, memory: torch.Tensor) -> Any:
+    def ask(self, memory: torch.Tensor, tag: int) -> Any:
+        """Ask the peer for its next tensor with this tag: gloo's work, to hold on to."""
         try:
-            return self._group.recv([memory], self._peer, 0)
+            return self._group.recv([memory], self._peer, tag)
         except RuntimeError as error:
             raise ChannelError(f"{self._name} hung up; has its process ended?") from error
 
-    def _wait(self, work: Any, total: int, deadline: float | None) -> None:
-        limit = _LATE + total / _SLOWEST
+    def wait(self, work: Any, size: int, deadline: float | None) -> None:
+        """Until a tensor of so many bytes is there; see `receive`."""
+        limit = _LATE + size / _SLOWEST
         try:
             if deadline is not None:
                 limit = min(limit, remaining(deadline) or limit)
@@ -172,19 +176,41 @@ class Rows:
                 raise ChannelTimeout(f"{self._name} does not answer") from None
             raise ChannelError(f"{self._name} hung up or stalled; has its process ended?") from error
 
-
-def stacked(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where tensors of so many bytes begin, one after the other and aligned, and the last one's end."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
-        end = offsets[-1] + size
-    return offsets, end
+    def _send(self, part: torch.Tensor, tag: int) -> Any:
+        try:
+            return self._group.send([part], self._peer, tag)
+        except RuntimeError as error:
+            raise ChannelError(f"{self._name} hung up; has its process ended?") from error
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory, which need not be of a type that gloo knows."""
-    return plain(tensor).reshape(-1).view(torch.uint8)
+class _Inlet:
+    """Where the tensors of one place within a payload come in, the next of which has been asked for."""
+
+    def __init__(self, rows: Rows, tag: int) -> None:
+        self._rows, self._tag = rows, tag
+        self._scratch = Scratch(_SPARE)
+        self._room = 0
+        self._asked: tuple[Any, torch.Tensor] | None = None  # gloo's work, and where it comes
+
+    def receive(self, where: Placement, deadline: float | None) -> torch.Tensor:
+        """See `Rows.receive`."""
+        size, room = where.end, self._room
+        memory = None
+        if self._asked is not None:
+            work, memory = self._asked
+            self._rows.wait(work, min(room, size), deadline)
+        if memory is None or size > room:
+            whole = self._scratch.take(size)
+            if memory is not None:
+                whole[:room].copy_(memory[:room])
+                self._scratch.give(memory)
+            memory = whole
+            self._rows.wait(self._rows.ask(memory[room:size], self._tag), size, deadline)
+            self._room = _grown(room, size)
+        ahead = self._scratch.take(self._room)
+        self._asked = (self._rows.ask(ahead[: self._room], self._tag), ahead)
+        lent = self._scratch.lend(memory)
+        return tensor_at(lent, address_of(lent), where)
 
 
 def _grown(asked: int, total: int) -> int:
@@ -196,4 +222,4 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-__all__ = ["Rows", "as_bytes", "stacked"]
+__all__ = ["Rows"]

@@ -60,7 +60,7 @@ def bench_overlap(*, channel: str, rounds: int) -> dict[str, Any]:
                 ("on", {"overlap": True}),
                 ("weight", {"overlap": False, "weigh": True}),
             ):
-                made: Build = partial(build, **options)
+                made: Build = partial(build, **options)  # type: ignore[arg-type]  # no RunConfig is in them
                 contenders[f"{work}_{name}"] = stack.enter_context(Contender(f"{work} {name}", made, config))
         for contender in contenders.values():
             contender.steps(2)
