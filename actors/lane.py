@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -160,8 +160,10 @@ class Lane:
 
     def wait(self, host: HostInfo, ticket: Ticket, timeout: float | None) -> tuple[Tensor, ...]:
         """The reply of a host."""
+        turns = self.router.turns
         try:
-            reply = ticket.result(timeout)
+            with turns.away() if turns is not None else nullcontext():
+                reply = ticket.result(timeout)
         except RemoteError as error:
             raise _named(error, host) from error
         except RaymoeError as error:

@@ -10,6 +10,7 @@ from typing import Final
 from actors.lane import Lane, LaneCounters
 from actors.routes import Placement
 from actors.tables import Tables
+from actors.turns import Turns
 from actors.watch import Watch
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
@@ -37,6 +38,7 @@ class Router:
         patience: seconds that a call of inference looks for hosts that hold its experts, after one was lost.
         hedge_after: seconds after which a call of inference turns from a host to the replicas of its
             experts, where all of a layer have some; None: it waits.
+        turns: of lanes that are threads' work within `Turns.taken`; they let others compute while they wait.
         watch: a thread waits for newer tables, routes by them, and ends what waits for hosts that are gone.
     """
 
@@ -54,8 +56,10 @@ class Router:
         patience: float = 0.0,
         hedge_after: float | None = None,
         watch: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         self.name = name
+        self.turns = turns
         self.run = run
         self.config = config
         self.connect = connect

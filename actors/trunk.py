@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar, cast
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from actors.lane import LaneCounters
 from actors.steps import StepDecision, StepReport
+from actors.turns import Turns
 from errors import Interrupted, RaymoeError, gives_way
 from model.balance_loss import BalanceWeights
 from model.experts import Experts
@@ -128,6 +130,7 @@ class TrunkWorker:
         lanes: one for each microbatch in flight.
         reducer: sums gradients over the workers.
         experts: the experts in this process, if that is where they are.
+        turns: of the lanes; None: they share the cores.
         recompute: recompute activations in the backward pass.
     """
 
@@ -141,6 +144,7 @@ class TrunkWorker:
         lanes: Sequence[StepLane],
         reducer: Reducer | None = None,
         experts: ExpertsInProcess | None = None,
+        turns: Turns | None = None,
         recompute: bool = False,
     ) -> None:
         self._rank, self._workers = rank, workers
@@ -150,7 +154,7 @@ class TrunkWorker:
         self._lanes = tuple(lanes)
         self._reducer = reducer or SingleWorker()
         self._experts = experts
-        self._recompute = recompute
+        self._turns, self._recompute = turns, recompute
         self._layers = model.config.moe_layers
         # A thread of its own for each lane, for ever: channels and thread pools stay warm.
         self._threads = [
@@ -298,8 +302,9 @@ class TrunkWorker:
                 except IndexError:
                     return
                 try:
-                    lane.begin(step, microbatch.index)
-                    results[at] = work(lane, microbatch)
+                    with self._turns.taken() if self._turns is not None else nullcontext():
+                        lane.begin(step, microbatch.index)
+                        results[at] = work(lane, microbatch)
                 except BaseException:
                     waiting.clear()
                     lane.abandon()

@@ -21,6 +21,7 @@ from actors.steps import HostControl, OptimizerSettings, TrainingPlan
 from actors.training_steps import Beginning, TrainingSteps
 from actors.trunk import Reducer, TrunkWorker
 from actors.trunk_snapshots import Keeper, TrunkSnapshots
+from actors.turns import Turns
 from channels import local
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
@@ -128,9 +129,18 @@ def training_plan(config: RunConfig) -> TrainingPlan:
 
 def compute_threads(config: RunConfig) -> int:
     """Threads of one operation of a worker, its lanes sharing what the worker has."""
+    return max(1, _cores(config) // lanes_at_once(config))
+
+
+def lanes_at_once(config: RunConfig) -> int:
+    """Lanes of a worker that compute at a time: as many as it has cores, unless it is said."""
     training = config.training
-    cores = training.threads or max(1, (os.cpu_count() or 1) // training.workers)
-    return max(1, cores // training.microbatches_in_flight)
+    at_once = training.computing_at_once or _cores(config)
+    return min(at_once, training.microbatches_in_flight)
+
+
+def _cores(config: RunConfig) -> int:
+    return config.training.threads or max(1, (os.cpu_count() or 1) // config.training.workers)
 
 
 def build_host(
@@ -287,6 +297,7 @@ def assemble_worker(
         def connect(_: HostInfo) -> Channel:
             return local.connect(server.address)
 
+    turns = None if host is not None else Turns(lanes_at_once(config))
     router = Router(
         name=f"worker-{rank}",
         run=start.run,
@@ -296,6 +307,7 @@ def assemble_worker(
         lanes=training.microbatches_in_flight,
         timeout=config.cluster.call_timeout,
         patience=min(_PATIENCE, config.cluster.call_timeout),
+        turns=turns,
     )
     trunk = TrunkWorker(
         rank=rank,
@@ -305,6 +317,7 @@ def assemble_worker(
         lanes=[router.lane(i) for i in range(training.microbatches_in_flight)],
         reducer=reducer,
         experts=host,
+        turns=turns,
         recompute=training.recompute,
     )
     snapshots = None

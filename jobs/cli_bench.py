@@ -102,7 +102,7 @@ def bench_channel(
 @surfaced
 def bench_overlap(
     channel: Annotated[str, typer.Option(help="As cluster.channel: auto, shm, collective or grpc.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 4,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

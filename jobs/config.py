@@ -48,6 +48,9 @@ class TrainingConfig(Section):
         microbatch_size: rows that go through the model at once; divides batch_size.
         microbatches_in_flight: microbatches a worker runs at once, so that one computes while
             another's tokens travel.
+        computing_at_once: of these, how many compute at a time, each with its share of the worker's threads;
+            null as many as there are threads. With one they take strict turns, which pays where hosts have
+            machines of their own: lanes that compute together also wait together.
         sequence_length: tokens of a row, at most model.max_position_embeddings.
         learning_rate: peak of the learning rate.
         min_learning_rate_ratio: where the cosine ends at the last step, as a share of learning_rate.
@@ -74,6 +77,7 @@ class TrainingConfig(Section):
     batch_size: Size = 8
     microbatch_size: Size = 4
     microbatches_in_flight: Size = 2
+    computing_at_once: Size | None = None
     sequence_length: Size = 256
     learning_rate: Positive = 1e-3
     min_learning_rate_ratio: Share = 0.1

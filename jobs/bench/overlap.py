@@ -24,9 +24,10 @@ from jobs.config import RunConfig
 from jobs.presets import bench_20m
 
 _HOSTS: Final = 2
-_SEQUENCES: Final = 64
-_PROMPT: Final = 16
-_TOKENS: Final = 16
+_WIDTH: Final = 256  # of an expert: twice that of bench-20m, so that experts weigh about as much as the trunk
+_SEQUENCES: Final = 1024
+_PROMPT: Final = 8
+_TOKENS: Final = 8
 _OVERLAP_FROM: Final = 32
 
 
@@ -51,10 +52,8 @@ def bench_overlap(*, channel: str, rounds: int) -> dict[str, Any]:
     turns: dict[str, list[float]] = {}
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
-        for work, build, config in (
-            ("training", training, _even(channel, top_k=4)),
-            ("decode", decode, _even(channel, top_k=4)),
-        ):
+        config = _config(channel)
+        for work, build in (("training", training), ("decode", decode)):
             for name, options in (
                 ("off", {"overlap": False}),
                 ("on", {"overlap": True}),
@@ -95,9 +94,9 @@ def _cores() -> tuple[list[int], list[int]]:
     return cores[: len(cores) // 2], cores[len(cores) // 2 :]
 
 
-def _even(channel: str, *, top_k: int) -> RunConfig:
+def _config(channel: str) -> RunConfig:
     values = bench_20m().to_dict()
-    values["model"] |= {"num_experts_per_tok": top_k, "num_nextn_predict_layers": 0}
+    values["model"] |= {"moe_intermediate_size": _WIDTH, "num_nextn_predict_layers": 0}
     values["training"] |= {"workers": 1, "warmup_steps": 0, "steps": 1 << 30}
     values["cluster"] |= {"expert_hosts": _HOSTS, "channel": channel, "threads_per_host": 1}
     return RunConfig.from_dict(values)
@@ -111,9 +110,14 @@ def training(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterat
     mine, theirs = _cores()
     os.sched_setaffinity(0, mine)
     values = config.to_dict()
-    values["training"] |= {"threads": len(mine), "microbatches_in_flight": 2 if overlap else 1}
+    values["training"] |= {
+        "threads": len(mine),
+        "microbatches_in_flight": 2 if overlap else 1,
+        "computing_at_once": 1,
+    }
     with ours(RunConfig.from_dict(values), host_cores=theirs) as step:
-        yield _weighed(step) if weigh else step
+        measured = _weight if weigh else _seconds
+        yield lambda: measured(step)
 
 
 @contextmanager
@@ -134,6 +138,7 @@ def decode(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterator
         cache_tokens=_SEQUENCES * 2 * (_PROMPT + _TOKENS),
         prefix_caching=False,
         max_batch_tokens=_SEQUENCES * _PROMPT,
+        max_sequences=_SEQUENCES,
         overlap_from=_OVERLAP_FROM if overlap else None,
     )
     with expert_lanes(model, config.cluster, seed=seed, cores=theirs) as lanes:
@@ -141,33 +146,37 @@ def decode(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterator
         params = SamplingParams(max_tokens=_TOKENS + 1, temperature=0.0)
         generator = torch.Generator().manual_seed(seed)
 
+        def decode_all() -> None:
+            while engine.has_work:
+                engine.step()
+
         def step() -> float:
-            """Seconds of `_TOKENS` tokens for each sequence, without reading the prompts."""
+            """`_TOKENS` tokens for each sequence; reading the prompts does not count."""
             prompts = torch.randint(model.vocab_size, (_SEQUENCES, _PROMPT), generator=generator)
             for index, tokens in enumerate(prompts.tolist()):
                 engine.add(str(index), tokens, params)
             engine.step()
-            began = time.perf_counter()
-            while engine.has_work:
-                engine.step()
-            return time.perf_counter() - began
+            return (_weight if weigh else _seconds)(decode_all)
 
-        yield _weighed(step) if weigh else step
+        yield step
 
 
-def _weighed(step: Callable[[], float]) -> Step:
-    """Does the same steps; CPU seconds of the child processes, which are the hosts, over this one's."""
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _weight(work: Callable[[], object]) -> float:
+    """CPU seconds of the child processes, which are the hosts, over this one's."""
     hosts = psutil.Process().children()
 
     def spent() -> float:
         return sum(times.user + times.system for times in (host.cpu_times() for host in hosts))
 
-    def weigh() -> float:
-        theirs, mine = spent(), time.process_time()
-        step()
-        return (spent() - theirs) / (time.process_time() - mine)
-
-    return weigh
+    theirs, mine = spent(), time.process_time()
+    work()
+    return (spent() - theirs) / (time.process_time() - mine)
 
 
 __all__ = ["bench_overlap", "decode", "training"]

@@ -31,7 +31,9 @@ COVERING = [
 ]
 
 
-def run(dtype: str, hosts: int, workers: int, channel: str, steps: int, output: Path) -> Outcome:
+def run(
+    dtype: str, hosts: int, workers: int, channel: str, steps: int, output: Path, **training: int
+) -> Outcome:
     config = tiny(
         training={
             "dtype": dtype,
@@ -40,6 +42,7 @@ def run(dtype: str, hosts: int, workers: int, channel: str, steps: int, output: 
             "eval_interval": 0,
             "tensorboard": False,
             "batch_size": 8,
+            **training,
         },
         checkpoint={"interval": 0},
         cluster={"expert_hosts": hosts},
@@ -84,6 +87,15 @@ def test_same_trajectory(
     references: dict[str, Outcome], tmp_path: Path, dtype: str, hosts: int, workers: int, channel: str
 ) -> None:
     assert_same(run(dtype, hosts, workers, channel, 50, tmp_path), references[dtype], dtype)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("channel", ["local", "shm"])
+def test_lanes_that_take_turns_change_nothing(
+    references: dict[str, Outcome], tmp_path: Path, channel: str
+) -> None:
+    outcome = run("float64", 2, 1, channel, 50, tmp_path, microbatches_in_flight=3, computing_at_once=1)
+    assert_same(outcome, references["float64"], "float64")
 
 
 @pytest.mark.soak

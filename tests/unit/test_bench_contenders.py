@@ -1,0 +1,39 @@
+"""What the benchmarks of training and overlap time really runs."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+
+from jobs.bench import overlap
+from jobs.bench.contenders import Build, Contender
+from jobs.bench.training_steps import ours
+from jobs.config import RunConfig
+from jobs.presets import preset
+
+
+def tiny(hosts: int) -> RunConfig:
+    values = preset("tiny").to_dict()
+    values["model"]["num_nextn_predict_layers"] = 0
+    values["cluster"]["expert_hosts"] = hosts
+    return RunConfig.from_dict(values)
+
+
+@pytest.mark.timeout(120)
+def test_training_steps() -> None:
+    with Contender("ours", ours, tiny(0)) as contender:
+        assert all(seconds > 0 for seconds in contender.steps(2))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="trunk and hosts take a core each")
+@pytest.mark.parametrize(
+    ("work", "weigh"), [(overlap.training, True), (overlap.decode, False)], ids=["training", "decode"]
+)
+def test_overlap(work: Build, weigh: bool) -> None:
+    build: Build = partial(work, overlap=True, weigh=weigh)
+    with Contender("overlap", build, tiny(2)) as contender:
+        (figure,) = contender.steps(1)
+        assert figure > 0
