@@ -88,9 +88,12 @@ class ExpertHost(HostState):
                 f"expert host {self.id} has no experts of layer {id.layer}, only of {sorted(version.layers)}"
             )
         self._await_step(version, layer, id)
-        if id.phase is Phase.BACKWARD:
-            return self._backward(version, layer, request)
-        return self._forward(version, layer, request)
+        work = self._backward if id.phase is Phase.BACKWARD else self._forward
+        if self._timeline is None:
+            return work(version, layer, request)
+        name, track = f"{id.phase.name.lower()} {id.layer}", f"{id.router}, microbatch {id.microbatch}"
+        with self._timeline.span(id.step, name, track=track, rows=request.tensors[0].shape[0]):
+            return work(version, layer, request)
 
     def prepare(self, step: int, epoch: int | None = None) -> float:
         """First half of a commit: seal the step's gradients and return the sum of their squares (float64).
@@ -167,6 +170,8 @@ class ExpertHost(HostState):
             with changed:
                 version.step, version.sealed, version.moving = step + 1, False, False
                 changed.notify_all()
+            if self._timeline is not None:
+                self._timeline.done(step)
 
     def loads(self) -> Tensor:
         """[L, E] int64, pairs of forward passes since the host began, rows by `ModelConfig.moe_layers`."""

@@ -21,6 +21,7 @@ from actors.snapshots import Memory
 from actors.state_stream import frames
 from actors.steps import OptimizerSettings
 from actors.summing import Summing, gradients
+from actors.timeline import Timeline
 from actors.versions import Version, Versions
 from cluster.topology import HostInfo
 from errors import ProtocolError
@@ -50,6 +51,7 @@ class HostState:
         device: where weights live.
         commit_timeout: seconds that whoever needs the next step waits for the commit.
         connect: reaches other hosts.
+        timeline: records when the host is at work.
 
     Raises:
         CheckpointError: from the source.
@@ -74,6 +76,7 @@ class HostState:
         device: torch.device | str = "cpu",
         commit_timeout: float = 120.0,
         connect: Callable[[HostInfo], Peer] = HostClient,
+        timeline: Timeline | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -84,6 +87,7 @@ class HostState:
         self._open_moments = open_moments
         self._require_room = require_room
         self._connect = connect
+        self._timeline = timeline
         self._trains = optimizer is not None
         self._device = torch.device(device)
         self._commit_timeout = commit_timeout

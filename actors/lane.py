@@ -160,9 +160,12 @@ class Lane:
 
     def wait(self, host: HostInfo, ticket: Ticket, timeout: float | None) -> tuple[Tensor, ...]:
         """The reply of a host."""
-        turns = self.router.turns
+        turns, timeline = self.router.turns, self.router.timeline
         try:
-            with turns.away() if turns is not None else nullcontext():
+            with (
+                nullcontext() if turns is None else turns.away(),
+                nullcontext() if timeline is None else timeline.span(self._step, f"wait for {host.id}"),
+            ):
                 reply = ticket.result(timeout)
         except RemoteError as error:
             raise _named(error, host) from error

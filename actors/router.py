@@ -10,6 +10,7 @@ from typing import Final
 from actors.lane import Lane, LaneCounters
 from actors.routes import Placement
 from actors.tables import Tables
+from actors.timeline import Timeline
 from actors.turns import Turns
 from actors.watch import Watch
 from channels.base import Channel
@@ -40,6 +41,7 @@ class Router:
             experts, where all of a layer have some; None: it waits.
         turns: of lanes that are threads' work within `Turns.taken`; they let others compute while they wait.
         watch: a thread waits for newer tables, routes by them, and ends what waits for hosts that are gone.
+        timeline: records when lanes wait.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Router:
         hedge_after: float | None = None,
         watch: bool = False,
         turns: Turns | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.name = name
-        self.turns = turns
+        self.turns, self.timeline = turns, timeline
         self.run = run
         self.config = config
         self.connect = connect

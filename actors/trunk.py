@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar, cast
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from actors.lane import LaneCounters
 from actors.steps import StepDecision, StepReport
+from actors.timeline import Timeline
 from actors.turns import Turns
 from errors import Interrupted, RaymoeError, gives_way
 from model.balance_loss import BalanceWeights
@@ -131,6 +132,7 @@ class TrunkWorker:
         reducer: sums gradients over the workers.
         experts: the experts in this process, if that is where they are.
         turns: of the lanes; None: they share the cores.
+        timeline: records when lanes compute.
         recompute: recompute activations in the backward pass.
     """
 
@@ -145,6 +147,7 @@ class TrunkWorker:
         reducer: Reducer | None = None,
         experts: ExpertsInProcess | None = None,
         turns: Turns | None = None,
+        timeline: Timeline | None = None,
         recompute: bool = False,
     ) -> None:
         self._rank, self._workers = rank, workers
@@ -154,7 +157,7 @@ class TrunkWorker:
         self._lanes = tuple(lanes)
         self._reducer = reducer or SingleWorker()
         self._experts = experts
-        self._turns, self._recompute = turns, recompute
+        self._turns, self._timeline, self._recompute = turns, timeline, recompute
         self._layers = model.config.moe_layers
         # A thread of its own for each lane, for ever: channels and thread pools stay warm.
         self._threads = [
@@ -204,7 +207,8 @@ class TrunkWorker:
         gradients = list(self._optimizer.gradient_buffers())
         if self._experts is not None:
             gradients += self._experts.gradients()
-        self._reducer.all_reduce(gradients)
+        with self._span(inputs.step, "sum gradients"):
+            self._reducer.all_reduce(gradients)
         positions = -1 - self._model.config.num_nextn_predict_layers
         return StepReport(
             worker=self._rank,
@@ -240,11 +244,14 @@ class TrunkWorker:
 
     def apply(self, decision: StepDecision) -> None:
         """Apply the step that all parts of the model take together, then move the gates' bias."""
-        if self._experts is not None:
-            self._experts.commit(decision.step, decision.learning_rate, decision.scale)
-        self._optimizer.step(decision.learning_rate, decision.scale)
-        self._optimizer.zero_grad()
-        self._model.set_bias(decision.bias)
+        with self._span(decision.step, "apply"):
+            if self._experts is not None:
+                self._experts.commit(decision.step, decision.learning_rate, decision.scale)
+            self._optimizer.step(decision.learning_rate, decision.scale)
+            self._optimizer.zero_grad()
+            self._model.set_bias(decision.bias)
+        if self._timeline is not None:
+            self._timeline.done(decision.step)
 
     def close(self) -> None:
         """End the lanes' threads."""
@@ -322,20 +329,26 @@ class TrunkWorker:
         self, inputs: StepInputs, lane: StepLane, microbatch: Microbatch
     ) -> tuple[Losses, dict[int, Tensor]]:
         trace = Trace()
-        losses = training_loss(
-            self._model,
-            microbatch.tokens,
-            microbatch.segments,
-            experts=lane,
-            trace=trace,
-            n_targets=inputs.n_targets,
-            n_rows=inputs.n_rows,
-            balance=inputs.balance,
-            mtp_weight=inputs.mtp_weight,
-            recompute=self._recompute,
-        )
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        with self._span(inputs.step, "forward", microbatch=microbatch.index):
+            losses = training_loss(
+                self._model,
+                microbatch.tokens,
+                microbatch.segments,
+                experts=lane,
+                trace=trace,
+                n_targets=inputs.n_targets,
+                n_rows=inputs.n_rows,
+                balance=inputs.balance,
+                mtp_weight=inputs.mtp_weight,
+                recompute=self._recompute,
+            )
+        with self._span(inputs.step, "backward", microbatch=microbatch.index):
+            losses.total.backward()  # type: ignore[no-untyped-call]
         return losses, trace.loads
+
+    def _span(self, step: int, name: str, **details: int) -> AbstractContextManager[None]:
+        timeline = self._timeline
+        return nullcontext() if timeline is None else timeline.span(step, name, "", **details)
 
     def _judge(self, lane: StepLane, microbatch: Microbatch) -> tuple[Evaluation, dict[int, Tensor]]:
         trace = Trace()

@@ -18,6 +18,7 @@ from actors.expert_state import MomentSource, SavedMoments
 from actors.moves import Peer
 from actors.router import Router
 from actors.steps import HostControl, OptimizerSettings, TrainingPlan
+from actors.timeline import FOLDER, Timeline, profiled
 from actors.training_steps import Beginning, TrainingSteps
 from actors.trunk import Reducer, TrunkWorker
 from actors.trunk_snapshots import Keeper, TrunkSnapshots
@@ -144,11 +145,17 @@ def _cores(config: RunConfig) -> int:
 
 
 def build_host(
-    config: RunConfig, start: Start, id: str, *, connect: Callable[[HostInfo], Peer] = HostClient
+    config: RunConfig,
+    start: Start,
+    id: str,
+    *,
+    connect: Callable[[HostInfo], Peer] = HostClient,
+    output: Path | None = None,
 ) -> ExpertHost:
     """An expert host of this name, in its own process; it holds nothing yet.
 
     Args:
+        output: the run's directory, for a timeline.
         connect: reaches other hosts.
     """
 
@@ -172,7 +179,16 @@ def build_host(
         threads=host_threads(config.cluster),
         step=start.step,
         connect=connect,
+        timeline=None if output is None else timeline(config, start, id, output),
     )
+
+
+def timeline(config: RunConfig, start: Start, process: str, output: Path) -> Timeline | None:
+    """What records a process's part of the run's timeline; None where there is none."""
+    training = config.training
+    if not training.profile_steps:
+        return None
+    return Timeline(process, profiled(start.step, training.profile_steps, training.steps), output / FOLDER)
 
 
 def build_coordinator(
@@ -297,6 +313,7 @@ def assemble_worker(
         def connect(_: HostInfo) -> Channel:
             return local.connect(server.address)
 
+    record = timeline(config, start, f"worker-{rank}", output)
     turns = None if host is not None else Turns(lanes_at_once(config))
     router = Router(
         name=f"worker-{rank}",
@@ -308,6 +325,7 @@ def assemble_worker(
         timeout=config.cluster.call_timeout,
         patience=min(_PATIENCE, config.cluster.call_timeout),
         turns=turns,
+        timeline=record,
     )
     trunk = TrunkWorker(
         rank=rank,
@@ -318,6 +336,7 @@ def assemble_worker(
         reducer=reducer,
         experts=host,
         turns=turns,
+        timeline=record,
         recompute=training.recompute,
     )
     snapshots = None
@@ -354,6 +373,7 @@ __all__ = [
     "moment_source",
     "optimizer_settings",
     "resolve_dtype",
+    "timeline",
     "training_plan",
     "weight_source",
 ]

@@ -77,6 +77,9 @@ def train(
     init: Annotated[
         Path | None, typer.Option(metavar="CKPT|HF_DIR", help="Begin with these weights, at step 0.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Record a timeline of 3 steps (training.profile_steps).")
+    ] = False,
     address: Address = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -86,9 +89,8 @@ def train(
         from jobs.ray_token import use_own_token
 
         use_own_token()
-    chosen = _training_config(
-        preset, config, _with_steps(overrides, steps), resume=resume, init=init, output=output
-    )
+    changes = [*(["training.profile_steps=3"] if profile else ()), *_with_steps(overrides, steps)]
+    chosen = _training_config(preset, config, changes, resume=resume, init=init, output=output)
     directory = resume or output or Path("runs") / (preset or (config.stem if config else "demo"))
 
     def compute() -> Result:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from actors.timeline import WARM_UP
 from cluster.config import ClusterConfig, Reserved
 from jobs.config_errors import Section
 from jobs.tokenizer import SMALLEST_VOCABULARY
@@ -70,6 +71,7 @@ class TrainingConfig(Section):
         cpus_per_worker: CPUs that Ray reserves for each worker.
         eval_interval: steps between evaluations on the held-out documents; 0 evaluates only at the end.
         eval_rows: held-out rows of an evaluation on the way; null takes all, as the last one does.
+        profile_steps: steps to record as a timeline, after two to warm up; 0 records none.
         tensorboard: write TensorBoard event files into the run's directory.
     """
 
@@ -97,6 +99,7 @@ class TrainingConfig(Section):
     cpus_per_worker: Reserved = 1.0
     eval_interval: CountOrZero = 50
     eval_rows: Count | None = 64
+    profile_steps: CountOrZero = 0
     tensorboard: bool = True
 
 
@@ -183,6 +186,11 @@ def _conflicts(config: RunConfig) -> list[str]:
         problems.append(
             f"training.min_workers ({training.min_workers}) is more than training.workers "
             f"({training.workers}); lower it"
+        )
+    if training.profile_steps and training.steps <= WARM_UP:
+        problems.append(
+            f"training.profile_steps ({training.profile_steps}) begins after {WARM_UP} steps, and "
+            f"training.steps is {training.steps}; raise that"
         )
     if training.sequence_length > model.max_position_embeddings:
         problems.append(

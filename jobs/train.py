@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
 
 from actors.coordinator_client import CoordinatorClient
+from actors.timeline import FOLDER, merge
 from errors import CheckpointError, ConfigError, RaymoeError
 from jobs.assembly import Start, build_coordinator, build_host
 from jobs.checkpoint_store import CheckpointStore, find_checkpoint, read_state
@@ -105,8 +107,12 @@ def _train(
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         data = prepare(config, tokenizer=tokenizer, note=None if progress is None else progress.note)
         write_config(config, output / "config.yaml")
+        shutil.rmtree(output / FOLDER, ignore_errors=True)  # of the run before it was resumed
         began = time.perf_counter()
         interrupted = _run(config, data, begin, output, progress)
+        timeline = merge(output / FOLDER) if config.training.profile_steps else None
+        if timeline is not None and progress is not None:
+            progress.note(f"timeline in {timeline}; open it with chrome://tracing or ui.perfetto.dev")
         return {
             **summary(output),
             "zlib_bits_per_byte": data.held_out.zlib_bits_per_byte,
@@ -114,6 +120,7 @@ def _train(
             "interrupted": interrupted,
             "checkpoint": str(find_checkpoint(output)),
             "output": str(output),
+            **({} if timeline is None else {"timeline": str(timeline)}),
         }
 
 
@@ -198,7 +205,7 @@ def _run(
         fleet = Fleet(
             config.cluster,
             coordinator=partial(build_coordinator, config, begin, output),
-            host=partial(build_host, config, begin),
+            host=partial(build_host, config, begin, output=output),
         )
         stack.callback(fleet.close)
         address = fleet.open()

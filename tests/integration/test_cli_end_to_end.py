@@ -73,6 +73,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {f"model.{name}": value for name, value in shape["model"].items()}
     settings |= {f"training.{name}": value for name, value in shape["training"].items()}
     settings |= {"data.path": corpus, "training.steps": 30, "checkpoint.interval": 15}
+    settings["training.profile_steps"] = 2
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={_yaml(value)}")]
     command = [sys.executable, "-m", "jobs.demo", "--output", str(output), *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=480)
@@ -93,6 +94,22 @@ def test_the_demo_leaves_a_run_and_its_picture(run: Path) -> None:
     assert (run / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
     assert fresh_directory(run) == run.with_name("run-2")
     assert fresh_directory(run / "new") == run / "new"
+
+
+def test_the_timeline_shows_lanes_and_hosts_at_work(run: Path) -> None:
+    events = json.loads((run / "profile" / "timeline.json").read_text())["traceEvents"]
+    processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert sorted(processes.values()) == ["host-0", "host-1", "worker-0"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {span["args"]["step"] for span in spans} == {2, 3}
+    work = {(processes[span["pid"]], span["name"].split()[0]) for span in spans}
+    assert work >= {
+        ("worker-0", "forward"),
+        ("worker-0", "backward"),
+        ("worker-0", "wait"),
+        ("worker-0", "apply"),
+    }
+    assert work >= {(host, phase) for host in ("host-0", "host-1") for phase in ("forward", "backward")}
 
 
 def test_eval_finds_what_training_found(run: Path) -> None:
