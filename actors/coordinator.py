@@ -46,6 +46,7 @@ class Coordinator:
         dead_after: seconds of silence after which a host is taken for dead.
         autoscaling: changes the number of hosts by load, in serving; None leaves it alone.
         rebalance_below: balancedness below which experts are placed anew; None never does.
+        channel: that routers reach hosts by, as `cluster.channel`; told by the status.
         state: of the coordinator before; None for a job that begins.
 
     Attributes:
@@ -66,9 +67,10 @@ class Coordinator:
         dead_after: float = 5.0,
         autoscaling: AutoscalingSettings | None = None,
         rebalance_below: float | None = None,
+        channel: str = "auto",
         state: State | None = None,
     ) -> None:
-        self.actor = ""
+        self.actor, self._channel = "", channel
         self._weights, self._directory, self._moments, self._step = weights, directory, moments, step
         self._dead_after, self._state = dead_after, state
         self._membership = Membership(wanted=hosts, most=shape.n_experts)
@@ -211,7 +213,7 @@ class Coordinator:
     def status(self) -> dict[str, Any]:
         """How the job stands, for people and programs that operate it."""
         return {
-            **describe(self.elastic, self.training),
+            **describe(self.elastic, self.training, self._channel),
             "actor": self.actor,
             "wanted": self._membership.wanted,
             "balancedness": self._rebalancer.balancedness,

@@ -9,11 +9,12 @@ from actors.elastic import Elastic
 from actors.published import holding
 from actors.steps import HostStats
 from actors.training_steps import TrainingSteps
+from channels.choose import taken
 from errors import RaymoeError
 
 
-def describe(elastic: Elastic, training: TrainingSteps | None) -> dict[str, Any]:
-    """The job but for what happened to it."""
+def describe(elastic: Elastic, training: TrainingSteps | None, channel: str) -> dict[str, Any]:
+    """The job but for what happened to it; `channel` as `cluster.channel`."""
     current = elastic.versions.current
     holders = () if current is None else current.placement.holders
     copies = [len(ids) for row in holders for ids in row]
@@ -26,14 +27,14 @@ def describe(elastic: Elastic, training: TrainingSteps | None) -> dict[str, Any]
         "bias_version": 0 if training is None else training.step,
         "step": None if training is None else training.step,
         "attempt": None if training is None else training.attempt,
-        "hosts": describe_hosts(elastic),
+        "hosts": describe_hosts(elastic, channel),
         "replicas_min": min(copies, default=0),
         "replicas_max": max(copies, default=0),
         "pauses": [{"why": why, "seconds": seconds} for why, seconds in pauses],
     }
 
 
-def describe_hosts(elastic: Elastic) -> list[dict[str, Any]]:
+def describe_hosts(elastic: Elastic, channel: str) -> list[dict[str, Any]]:
     """Every host."""
     current = elastic.versions.current
     held = {} if current is None else holding(current.placement)
@@ -49,7 +50,7 @@ def describe_hosts(elastic: Elastic) -> list[dict[str, Any]]:
                 "pid": info.pid,
                 "addresses": dict(info.addresses),
                 "state": str(stages.get(id, "gone")),
-                "channel": "grpc" if info.addresses.get("shm") is None else "shm",
+                "channel": taken(channel, info.addresses),
                 "experts": sum(map(len, held.get(id, ()))),
                 "answers": stats is not None,
                 "in_flight": 0 if stats is None else stats.in_flight,

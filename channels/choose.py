@@ -85,9 +85,20 @@ def pick(
     return addresses[kind]
 
 
+def taken(kind: str, addresses: Mapping[str, str]) -> str:
+    """The kinds of channels to a host that callers take, from the nearest on: for people.
+
+    Args:
+        kind: as for `pick`.
+    """
+    if kind != "auto":
+        return kind if kind in addresses else "none"
+    return "/".join(known for known in _AUTOMATIC if known in addresses and known != "local") or "none"
+
+
 def _place(address: str | None) -> str | None:
     """The place that a local or shm address names, `<kind>:<place>/<name>`."""
     return None if address is None else address.partition(":")[2].partition("/")[0]
 
 
-__all__ = ["KINDS", "connect", "pick"]
+__all__ = ["KINDS", "connect", "pick", "taken"]

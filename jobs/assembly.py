@@ -242,6 +242,7 @@ def build_coordinator(
         steps=steps,
         dead_after=cluster.dead_after,
         rebalance_below=cluster.rebalance_below,
+        channel=cluster.channel,
         state=state,
     )
 

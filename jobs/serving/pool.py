@@ -234,6 +234,7 @@ def build_serving_coordinator(config: ServeConfig, version: Version, state: Stat
         dead_after=cluster.dead_after,
         autoscaling=cluster.autoscaling,
         rebalance_below=cluster.rebalance_below,
+        channel=cluster.channel,
         state=state,
     )
 

@@ -195,6 +195,14 @@ def test_nobody_listening_is_said() -> None:
         choose.connect("pigeon:roof")
 
 
+def test_the_status_names_what_callers_take() -> None:
+    addresses = {kind: f"{kind}:x" for kind in ("local", "shm", "collective", "grpc")}
+    assert choose.taken("auto", addresses) == "shm/grpc"
+    assert choose.taken("auto", {"grpc": "grpc:x"}) == "grpc"
+    assert choose.taken("collective", addresses) == "collective"
+    assert choose.taken("collective", {"grpc": "grpc:x"}) == choose.taken("auto", {}) == "none"
+
+
 def test_auto_takes_the_nearest_that_both_ends_share() -> None:
     addresses = {kind: f"{kind}:x" for kind in ("local", "shm", "collective", "grpc")}
     pick = choose.pick
