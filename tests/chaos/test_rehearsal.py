@@ -23,10 +23,12 @@ FAULTS = ("--seed", "3", "--duration", "40", "--every", "4", "--kinds", "kill,st
 FAULTS += ("--targets", "host,coordinator,trunk")
 
 
-def test_a_rehearsal_under_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channel", ["auto", "collective"])
+def test_a_rehearsal_under_load(tmp_path: Path, channel: str) -> None:
     model = tiny_model()
     directory = save_model(model, tmp_path / "tiny")
-    options = [option for name, value in SETTINGS.items() for option in ("--set", f"{name}={value}")]
+    settings = {**SETTINGS, "cluster.channel": channel}
+    options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
     requests = greedy_requests(8, 60)
     with running(model, directory, tmp_path / "serve.log", *options) as server:
         calm = asyncio.run(Load(server, requests).run())

@@ -50,7 +50,7 @@ def by_server(server: Server) -> list[str]:
         return list(pool.map(one, PROMPTS))
 
 
-@pytest.mark.parametrize("channel", ["shm", "grpc"])
+@pytest.mark.parametrize("channel", ["shm", "collective", "grpc"])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_the_texts_are_those_of_transformers(tmp_path: Path, hosts: int, channel: str) -> None:
     model = tiny_model(vocab_size=tiny_tokenizer()[0].get_vocab_size())
