@@ -231,6 +231,7 @@ TAKEN = [
     ),
     (*SERVE, "serve.config.cluster.autoscaling.min_hosts=5", "serve.config.cluster.autoscaling.max_hosts=8"),
     (*TRAIN, "train.config.training.workers=4", "train.config.training.cpus_per_worker=0"),
+    (*SERVE, "tls.enabled=false", "workerGroups.trunk.env.RAYMOE_TLS_DIR=/etc/own"),
 ]
 """What is next to a refusal, and works."""
 

@@ -22,7 +22,10 @@
 {{- fail (printf "%s.env sets %s, which KubeRay refuses: set clusterSpec.gcsFaultToleranceOptions." $path $name) -}}
 {{- end -}}
 {{- end -}}
-{{- range $name := list "RAY_enable_autoscaler_v2" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_ADDRESS" "RAY_CLUSTER_NAME" "KUBERAY_GEN_RAY_START_CMD" "HOME" "NUMBA_CACHE_DIR" "RAY_USAGE_STATS_ENABLED" "RAYMOE_TLS_DIR" -}}
+{{- $ours := list "RAY_enable_autoscaler_v2" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_ADDRESS" "RAY_CLUSTER_NAME" "KUBERAY_GEN_RAY_START_CMD" "HOME" "NUMBA_CACHE_DIR" "RAY_USAGE_STATS_ENABLED" -}}
+{{- /* Without the chart's TLS it may name certificates that volumes of your own bring. */ -}}
+{{- if .root.Values.tls.enabled -}}{{- $ours = append $ours "RAYMOE_TLS_DIR" -}}{{- end -}}
+{{- range $name := $ours -}}
 {{- if has $name $names -}}
 {{- fail (printf "%s.env sets %s, which the chart or KubeRay sets: remove it (autoscaling, auth and tls have sections of their own)." $path $name) -}}
 {{- end -}}
