@@ -308,14 +308,14 @@ class TrunkWorker:
                     at, microbatch = waiting.popleft()
                 except IndexError:
                     return
-                try:
-                    with self._turns.taken() if self._turns is not None else nullcontext():
+                with self._turns.taken() if self._turns is not None else nullcontext():
+                    try:
                         lane.begin(step, microbatch.index)
                         results[at] = work(lane, microbatch)
-                except BaseException:
-                    waiting.clear()
-                    lane.abandon()
-                    raise
+                    except BaseException:
+                        waiting.clear()
+                        lane.abandon()
+                        raise
 
         futures = [
             thread.submit(serve, lane) for thread, lane in zip(self._threads, self._lanes, strict=True)

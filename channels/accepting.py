@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -13,6 +14,7 @@ from errors import ChannelError, ProtocolError
 _log = logging.getLogger(__name__)
 
 BACKLOG: Final = 128
+_PAUSE: Final = 0.1  # seconds after an accept that failed
 
 
 class Conversation(Protocol):
@@ -105,6 +107,7 @@ class AcceptingServer(Generic[C]):
                 if self._closed:
                     return
                 _log.warning("%s: cannot accept: %s", self._address, error)
+                time.sleep(_PAUSE)  # of descriptors there may be none for a while
                 continue
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name=f"{self._kind}-serve", daemon=True

@@ -240,6 +240,8 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
         channel.unsubscribe(moved)
         if found[0] is not grpc.ChannelConnectivity.READY:
             why = _why(channel)
+            if not why:
+                raise ChannelError(f"{address} did not listen at first, and does now: connect again")
             short = why.rpartition("last error: ")[2]
             raise ChannelError(
                 f"nobody listens at {address} ({short}); has its process ended?{tls.mistrust(why)}"
@@ -251,13 +253,13 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
 
 
 def _why(channel: grpc.Channel) -> str:
-    """Of a channel that could not connect: gRPC tells it to calls alone."""
+    """Of a channel that could not connect: gRPC tells it to calls alone. Empty if it can now."""
     try:
         channel.unary_unary(f"/{SERVICE}/Ping", None, None)(b"", timeout=_ASKING)
     except grpc.RpcError as error:
         call: Any = error
         return str(call.details())
-    return "it listens now"
+    return ""
 
 
 __all__ = [

@@ -28,8 +28,9 @@ _dist: Any = torch.distributed  # whose stubs do not know the classes below its 
 _SPARE: Final = 2
 _MAX_ROOM: Final = 1 << 23
 """Bytes asked for in advance, at most: each connection holds so much for each large tensor of a payload."""
+_MAX_TOLD: Final = 64  # for a group of two takes a handful
 _PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
-_LATE: Final = 10.0
+_LATE: Final = 5.0
 """Seconds that a payload takes after its header at most, and one more for every"""
 _SLOWEST: Final = 1e7
 """bytes. Who waits for rows cannot be woken, and a peer may be stopped in the middle of them."""
@@ -59,6 +60,8 @@ class _Meeting(_dist.Store):  # type: ignore[misc]
                 told = self._line.read(self._deadline)
                 if told.size != len(told.inline):
                     raise ProtocolError(f"{told.size} bytes for a group to form")
+                if len(self._known) >= _MAX_TOLD:
+                    raise ProtocolError(f"more than {_MAX_TOLD} things for a group to form")
                 self._known[told.text.decode("utf-8", "replace")] = told.inline
             return self._known[key]
 
@@ -99,6 +102,7 @@ class Rows:
         self._in: list[_Inlet] = []
         self._leaving: deque[tuple[list[Any], Sequence[torch.Tensor]]] = deque()
         self._left = 0  # payloads that the peer has
+        self._closed = False
         self.received = 0
         """Payloads that have come."""
 
@@ -146,12 +150,16 @@ class Rows:
         """
         while len(self._in) < len(placed):
             self._in.append(_Inlet(self, len(self._in)))
-        found = [inlet.receive(where, deadline) for inlet, where in zip(self._in, placed, strict=False)]
+        inlets = self._in[: len(placed)]
+        if self._closed or len(inlets) < len(placed):  # by another thread
+            raise ChannelError(f"{self._name}: the channel was closed")
+        found = [inlet.receive(where, deadline) for inlet, where in zip(inlets, placed, strict=True)]
         self.received += 1
         return found
 
     def close(self) -> None:
         """Hang up: what has been asked for, and not come, is forgotten."""
+        self._closed = True
         self._in.clear()  # each knows this, which would be there until the collector comes
         self._leaving.clear()
 

@@ -29,7 +29,8 @@ class Scratch:
             memory = self._spare.popleft()
             if memory.nbytes >= size:
                 return memory
-        return torch.empty(rounded(size), dtype=torch.uint8)
+        with torch.inference_mode(False):  # it may be used again outside
+            return torch.empty(rounded(size), dtype=torch.uint8)
 
     def give(self, memory: torch.Tensor) -> None:
         """Nobody looks at it any more. Any thread, in the middle of anything: takes no lock."""

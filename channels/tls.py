@@ -34,7 +34,7 @@ _MISTRUST: Final = ("handshake failed", "Socket closed", "Connection reset")  # 
 _MAKES: Final = "`raymoe certs` makes such a directory"
 
 Options = Sequence[tuple[str, Any]]
-Signature = tuple[tuple[int, int, int], ...]
+Signature = tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +87,20 @@ def require_pair(ca: bytes, certificate: bytes, key: bytes) -> None:
         ValueError: naming the file.
     """
     from cryptography import x509  # the work of jobs without TLS begins without it
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    shown = {}
+    shown: dict[str, object] = {}
     for name, content in ((CA, ca), (CERTIFICATE, certificate)):
         try:
-            shown[name] = x509.load_pem_x509_certificates(content)[0]
-        except ValueError as error:
+            shown[name] = x509.load_pem_x509_certificates(content)[0].public_key()
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise ValueError(f"{name} holds no PEM certificate ({error})") from error
     try:
-        private = load_pem_private_key(key, password=None)
-    except (ValueError, TypeError) as error:
+        public = load_pem_private_key(key, password=None).public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ValueError(f"{KEY} holds no PEM key without a password ({error})") from error
-    if private.public_key() != shown[CERTIFICATE].public_key():
+    if public != shown[CERTIFICATE]:
         raise ValueError(f"{KEY} is not the key of {CERTIFICATE}")
 
 
@@ -270,7 +271,8 @@ def _signature(folder: Path) -> Signature:
         raise ConfigError(
             f"{VARIABLE}: {error.filename} cannot be read ({error.strerror}); {_MAKES}"
         ) from error
-    return tuple((one.st_mtime_ns, one.st_ino, one.st_size) for one in stats)
+    # The third for a file that could not be read at first and was given to us since.
+    return tuple((one.st_mtime_ns, one.st_ino, one.st_ctime_ns, one.st_size) for one in stats)
 
 
 __all__ = [

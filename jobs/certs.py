@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -128,12 +129,24 @@ def _read_authority(folder: Path) -> _Pair | None:
     try:
         found = serialization.load_pem_private_key(key.read_bytes(), password=None)
         bundle = x509.load_pem_x509_certificates(certificate.read_bytes())
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{folder} holds no authority that can be read: {error}") from error
+        theirs = [(one, one.public_key()) for one in bundle]
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            f"{certificate} and {key} hold no authority that can be read ({error}); give an empty directory"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename} cannot be read ({error.strerror}); give an empty directory"
+        ) from error
+    if not isinstance(found, ec.EllipticCurvePrivateKey):
+        raise ConfigError(
+            f"{key} is no key of an elliptic curve, and no others sign here; give an empty directory, or let "
+            "what made it sign"
+        )
     # While an authority is replaced by the next, both are trusted: the key tells which of them signs.
-    for one in bundle:
-        if isinstance(found, ec.EllipticCurvePrivateKey) and one.public_key() == found.public_key():
-            return _Pair(one, found)
+    ours = [one for one, public in theirs if public == found.public_key()]
+    if ours:
+        return _Pair(max(ours, key=lambda one: one.not_valid_after_utc), found)
     raise ConfigError(
         f"{key} is not the key of a certificate in {certificate}; put the authority's own there, or give an "
         "empty directory"

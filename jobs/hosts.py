@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 
 from actors.transfers import Shape
+from channels import tls
 from channels.base import Channel
 from channels.choose import connect, pick
 from cluster.config import ClusterConfig
 from cluster.placement import plan_placement
 from cluster.topology import Holders, HostInfo, experts_held
+from errors import ConfigError
 from model.config import ModelConfig
 
 
@@ -45,6 +47,22 @@ def on_loopback(cluster: ClusterConfig) -> ClusterConfig:
     return cluster if cluster.interface else cluster.model_copy(update={"interface": "127.0.0.1"})
 
 
+def check_transport(cluster: ClusterConfig) -> None:
+    """See before anything starts that certificates can be read, and that the channel goes with them.
+
+    Raises:
+        ConfigError: they cannot, or it does not.
+    """
+    folder = tls.directory()
+    if folder is None:
+        return
+    tls.identity(folder)
+    if cluster.channel == "collective" and cluster.expert_hosts:
+        raise ConfigError(
+            f"cluster.channel: collective is not encrypted, and {tls.VARIABLE} is set; use auto, shm or grpc"
+        )
+
+
 def connector(cluster: ClusterConfig) -> Callable[[HostInfo], Channel]:
     """How a lane opens a channel to a host."""
 
@@ -54,4 +72,12 @@ def connector(cluster: ClusterConfig) -> Callable[[HostInfo], Channel]:
     return open_channel
 
 
-__all__ = ["connector", "experts_of", "host_threads", "on_loopback", "placement", "shape_of"]
+__all__ = [
+    "check_transport",
+    "connector",
+    "experts_of",
+    "host_threads",
+    "on_loopback",
+    "placement",
+    "shape_of",
+]

@@ -15,7 +15,7 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from actors.coordinator_client import AdminClient
 from errors import RaymoeError, ResourceError
-from jobs.operate import coordinators, on_cluster
+from jobs.operate import on_cluster, seen_coordinators
 
 _POLL_SECONDS = 0.5
 _REPLICA = "ServeReplica:"
@@ -26,35 +26,36 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
     """Empty a Ray node: expert hosts give their experts to hosts elsewhere, Ray Serve moves its replicas.
 
     Args:
-        node: its id; None is the node that this process runs on.
+        node: its id, or how it begins; None is the node that this process runs on.
         timeout: seconds for all of it; the node may be gone after that.
 
     Returns:
         node, drained (ids of hosts), replicas (of Ray Serve), seconds.
 
     Raises:
-        ResourceError: there is no such node, or Ray refuses.
+        ResourceError: there is no such node, or more than one, or Ray refuses.
         RaymoeError: something is still there when the time is over, or cannot be asked; the rest is drained.
     """
     began = time.monotonic()
     deadline = began + timeout
     with on_cluster(address, debug=debug), ExitStack() as jobs:
-        node = node or ray.get_runtime_context().get_node_id()
-        if not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
-            raise ResourceError(f"no Ray node {node} is alive; `raymoe status` shows those with expert hosts")
+        node = _whole_id(node or ray.get_runtime_context().get_node_id())
         _refuse_newcomers(node, timeout)
         replicas = _replicas(node)
-        clients = [jobs.enter_context(closing(AdminClient(at))) for at in coordinators()]
+        found, silent = seen_coordinators()
+        clients = [jobs.enter_context(closing(AdminClient(at))) for at in found]
         # Each job at its own pace: one that is stuck keeps nobody else's experts on a node that ends.
         with ThreadPoolExecutor(max(1, len(clients)), thread_name_prefix="drain") as threads:
             parts = list(threads.map(lambda job: drain_hosts(job, node, deadline), clients))
         while _replicas(node) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-        failed = [why for part in parts for why in part.failed]
+        failed = [f"{name} does not answer" for name in silent]
+        failed += [why for part in parts for why in part.failed]
         if left := _replicas(node):
             failed.append(f"Ray Serve has {left} replicas there still")
     if failed:
-        raise RaymoeError(f"node {node} is not empty after {timeout:g} s: {'; '.join(failed)}")
+        seconds = time.monotonic() - began
+        raise RaymoeError(f"node {node} is not empty after {seconds:.1f} s: {'; '.join(failed)}")
     return {
         "node": node,
         "drained": [id for part in parts for id in part.drained],
@@ -108,6 +109,18 @@ def drain_hosts(job: Job, node: str, deadline: float) -> Emptied:
         else:
             found.failed.append(f"{id} still holds experts; give it more --timeout")
     return found
+
+
+def _whole_id(node: str) -> str:
+    """Of the node that this is, or begins, the id of; `raymoe status` shows the beginnings."""
+    alive = [one["NodeID"] for one in ray.nodes() if one["Alive"]]
+    found = [id for id in alive if id.startswith(node)]
+    if len(found) != 1:
+        what = "no Ray node" if not found else f"{len(found)} Ray nodes have an id that begins with"
+        raise ResourceError(
+            f"{what} {node}{' is alive' if not found else ''}; `raymoe status` shows those with expert hosts"
+        )
+    return str(found[0])
 
 
 def _refuse_newcomers(node: str, timeout: float) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from actors.coordinator_client import AdminClient
 from actors.remote import ask
-from errors import ResourceError
+from errors import RaymoeError, ResourceError
 from jobs.chaos import Fault, run_chaos
 from jobs.fleet import COORDINATOR, NAMESPACE
 from jobs.ray_session import Needs, check_answers, ray_session
@@ -95,21 +95,46 @@ def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
 
 
 def coordinators() -> list[str]:
-    """Addresses of all coordinators on the cluster that this process is connected to."""
+    """Addresses of all coordinators on the cluster that this process is connected to.
+
+    Raises:
+        ResourceError: one does not answer.
+    """
+    found, silent = seen_coordinators()
+    if silent:
+        raise ResourceError(
+            f"{', '.join(silent)} does not answer within {_ASK_SECONDS:g} s; name a job with --coordinator"
+        )
+    return found
+
+
+def seen_coordinators() -> tuple[list[str], list[str]]:
+    """Addresses of the coordinators that answer, and names of those that do not, or die meanwhile."""
     names = [
         actor["name"]
         for actor in ray.util.list_named_actors(all_namespaces=True)
         if actor["namespace"] == NAMESPACE and actor["name"].startswith(COORDINATOR)
     ]
-    found: list[str] = []
+    asked: dict[Any, str] = {}
     for name in names:
         try:
             actor = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:  # it has died since
             continue
-        at = ask(actor.address.remote(), what="the coordinator", timeout=_ASK_SECONDS)
+        asked[actor.address.remote()] = name
+    if not asked:
+        return [], []
+    answered, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_SECONDS)
+    found: list[str] = []
+    silent = [asked[reference] for reference in waiting]
+    for reference in answered:
+        try:
+            at = ask(reference, what="the coordinator")
+        except RaymoeError:
+            silent.append(asked[reference])
+            continue
         found += [str(at)] if at else []  # others stand by
-    return found
+    return found, silent
 
 
 def shown(status: dict[str, Any]) -> Group:

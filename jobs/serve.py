@@ -19,7 +19,7 @@ from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from errors import ConfigError, ResourceError
-from jobs.hosts import on_loopback
+from jobs.hosts import check_transport, on_loopback
 from jobs.ray_session import Needs, embeds, ray_session
 from jobs.serving.config import ServeConfig
 from jobs.serving.deployment import POOL, app, build_application
@@ -76,6 +76,7 @@ def serve(
     Raises:
         RaymoeError: with the text of whatever failed.
     """
+    check_transport(config.cluster)
     directory = find_weights(checkpoint).resolve()
     # What can be found wrong is found before anything starts.
     source = PretrainedSource(directory)

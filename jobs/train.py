@@ -30,7 +30,7 @@ from jobs.config_file import write_config
 from jobs.console import Progress
 from jobs.data import PreparedData, prepare
 from jobs.fleet import Fleet
-from jobs.hosts import on_loopback
+from jobs.hosts import check_transport, on_loopback
 from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.precision import check_dtype
 from jobs.ray_session import Needs, ray_session
@@ -70,6 +70,7 @@ def train(
         RaymoeError: with the text of whatever failed, wherever in the cluster it did.
     """
     check_dtype(config.training.dtype)
+    check_transport(config.cluster)
     if config.data.path is not None:  # a resume may come from another directory
         values = config.to_dict()
         values["data"]["path"] = os.path.abspath(os.path.expanduser(config.data.path))

@@ -18,11 +18,13 @@ from typing import Any, Final
 import psutil
 import torch
 
-from errors import ResourceError
+from errors import ConfigError, ResourceError
 from jobs.bench.contenders import Build, Contender, Step
 from jobs.config import RunConfig
+from jobs.hosts import check_transport
 from jobs.presets import bench_20m
 
+CHANNELS: Final = ("auto", "shm", "collective", "grpc")
 _HOSTS: Final = 2
 _WIDTH: Final = 256  # of an expert: twice that of bench-20m, so that experts weigh about as much as the trunk
 _SEQUENCES: Final = 1024
@@ -44,15 +46,19 @@ def bench_overlap(*, channel: str, rounds: int) -> dict[str, Any]:
         (1 + w) / max(1, w) of a weight w.
 
     Raises:
+        ConfigError: a channel that does not reach another process.
         ResourceError: one core alone.
         RaymoeError: a contender failed, with its text.
     """
+    if channel not in CHANNELS:
+        raise ConfigError(f"--channel {channel!r} is none of {', '.join(CHANNELS)}")
+    config = _config(channel)
+    check_transport(config.cluster)
     _cores()
     load = os.getloadavg()[0]
     turns: dict[str, list[float]] = {}
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
-        config = _config(channel)
         for work, build in (("training", training), ("decode", decode)):
             for name, options in (
                 ("off", {"overlap": False}),
@@ -81,7 +87,7 @@ def _figures(turns: dict[str, list[float]], work: str) -> dict[str, float]:
     return {
         "off_seconds": statistics.median(off),
         "on_seconds": statistics.median(on),
-        "on_over_off": statistics.median(a / b for a, b in zip(off, on, strict=True)),
+        "speedup": statistics.median(a / b for a, b in zip(off, on, strict=True)),
         "experts_over_trunk": statistics.median(turns[f"{work}_weight"]),
     }
 

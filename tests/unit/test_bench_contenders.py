@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from errors import ConfigError
 from jobs.bench import overlap
 from jobs.bench.contenders import Build, Contender
 from jobs.bench.training_steps import ours
@@ -25,6 +26,11 @@ def tiny(hosts: int) -> RunConfig:
 def test_training_steps() -> None:
     with Contender("ours", ours, tiny(0)) as contender:
         assert all(seconds > 0 for seconds in contender.steps(2))
+
+
+def test_a_channel_within_a_process_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--channel 'local' is none of auto"):
+        overlap.bench_overlap(channel="local", rounds=1)
 
 
 @pytest.mark.timeout(120)

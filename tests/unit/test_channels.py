@@ -17,7 +17,7 @@ import torch
 from channels import choose, collective, grpc, local, shm
 from channels import header as headers
 from channels.base import Channel, Phase, Request, RequestId, Server
-from channels.line import Head
+from channels.line import Head, Line
 from errors import ChannelError, ChannelTimeout, ConfigError, ProtocolError, RemoteError, StaleEpoch
 
 SERVE: dict[str, Callable[[Any], Server]] = {
@@ -232,6 +232,29 @@ def test_memory_of_a_collective_channel_is_used_again() -> None:
         del doubled
     assert len(seen) <= 6  # of two sizes of memory, each asked for in advance
     channel.close()
+    server.close()
+
+
+def test_a_group_is_not_told_more_than_it_takes() -> None:
+    server = collective.serve(handle)
+    host, _, port = server.address.removeprefix("collective:").rpartition(":")
+    with socket.create_connection((host, int(port)), 30) as bad:
+        line = Line(bad, "the server")
+        with pytest.raises(ChannelError):
+            for at in range(100_000):
+                line.write(Head(b"key %d" % at, 1 << 14, bytes(1 << 14)))
+    server.close()
+
+
+def test_a_channel_closed_while_rows_are_awaited_is_a_channel_error() -> None:
+    server = collective.serve(handle)
+    channel = choose.connect(server.address)
+    assert isinstance(channel, collective.CollectiveChannel)
+    channel.submit(request(torch.ones(300, 256))).result(30)
+    rows = channel._end._rows
+    channel.close()
+    with pytest.raises(ChannelError, match="was closed"):
+        rows.receive([headers.layout((torch.empty(1 << 16),)).placed[0]] * 2, None)
     server.close()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import grpc as grpc_library
 import pytest
 import torch
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from tiny_cluster import CONFIG, LAYERS, SeededSource
 from typer.testing import CliRunner
 
@@ -19,9 +21,12 @@ from actors.expert_host import ExpertHost
 from actors.serving import ExpertHostServer
 from channels import grpc, tls
 from channels.base import Phase, Request, RequestId
+from cluster.config import ClusterConfig
 from errors import ChannelError, ConfigError
+from jobs import certs
 from jobs.certs import CA_KEY, make_certificates
 from jobs.cli import app
+from jobs.hosts import check_transport
 
 NAME = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
 
@@ -147,6 +152,57 @@ def test_a_file_that_is_missing_for_a_moment_fails_no_call(folder: Path, tmp_pat
     grpc.connect(server.info.addresses["grpc"]).close()
     client.close()
     server.close()
+
+
+def test_a_file_that_becomes_readable_later_counts(folder: Path, tmp_path: Path) -> None:
+    """As root copies it with mode 0600 and then gives it away: neither its time nor its size change."""
+    server = grpc.serve(echo)
+    seen = tls._signature(folder)
+    (folder / tls.KEY).chmod(0o400)
+    assert tls._signature(folder) != seen
+    assert answers(server.address)
+    server.close()
+
+
+def test_transport_is_looked_at_before_anything_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_transport(ClusterConfig(channel="grpc", expert_hosts=2))
+    with pytest.raises(ConfigError, match=r"cluster\.channel: collective is not encrypted"):
+        check_transport(ClusterConfig(channel="collective", expert_hosts=2))
+    (folder / tls.KEY).unlink()
+    with pytest.raises(ConfigError, match="RAYMOE_TLS_DIR"):
+        check_transport(ClusterConfig())
+    monkeypatch.delenv(tls.VARIABLE)
+    check_transport(ClusterConfig(channel="collective", expert_hosts=2))
+
+
+def test_of_two_certificates_of_an_authority_the_later_one_signs(folder: Path) -> None:
+    old = (folder / tls.CA).read_bytes()
+    key = (folder / CA_KEY).read_bytes()
+    expired = folder.with_name("expired")
+    expired.mkdir()
+    pair = certs._read_authority(folder)
+    assert pair is not None
+    now = datetime.now(UTC)
+    past = certs._builder(
+        pair.certificate.subject, pair.certificate.subject, pair.key, now - timedelta(days=9), 1
+    )
+    stale = past.sign(pair.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    (expired / tls.CA).write_bytes(stale + old)
+    (expired / CA_KEY).write_bytes(key)
+    assert not make_certificates(expired, days=0.5, ca_days=1)["new_authority"]
+
+
+def test_an_authority_that_does_not_sign_here_is_named(folder: Path) -> None:
+    own = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = own.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / CA_KEY).write_bytes(pem)
+    with pytest.raises(ConfigError, match="no key of an elliptic curve"):
+        make_certificates(folder, days=1, ca_days=1)
+    (folder / CA_KEY).write_text("junk")
+    with pytest.raises(ConfigError, match="hold no authority that can be read"):
+        make_certificates(folder, days=1, ca_days=1)
 
 
 def why_not(address: str) -> str:
