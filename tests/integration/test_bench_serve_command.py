@@ -55,7 +55,7 @@ def test_a_load_of_mixed_requests_is_measured(directory: Path) -> None:
     settings = ("--set", "cluster.expert_hosts=2", "--set", "serving.name=mine")
     process = start(
         *("--checkpoint", directory, *settings, "--requests", 30, "--drops", 0.2),
-        *("--probe-seconds", 1, "--load", 0.5, "--temperature", 0.8, "--seed", 3),
+        *("--probe-seconds", 3, "--load", 0.5, "--temperature", 0.8, "--seed", 3),
     )
     family = wait_for_workers(process)
     out, err = process.communicate(timeout=240)
