@@ -20,6 +20,10 @@ _PAUSE: Final = 0.1  # seconds after an accept that failed
 class Conversation(Protocol):
     """The host's end of a connection."""
 
+    @property
+    def caller(self) -> str:
+        """Who is at the other end, for logs."""
+
     def shut(self) -> None:
         """Whoever waits on it, here or there, waits no longer. Any thread."""
 
@@ -129,7 +133,8 @@ class AcceptingServer(Generic[C]):
             if not closed:
                 self._talk(found)
         except ProtocolError as error:
-            _log.warning("%s: hung up on a caller: %s", self._address, error)
+            caller = "a caller" if found is None else found.caller
+            _log.warning("%s: hung up on %s: %s", self._address, caller, error)
         except (ChannelError, OSError) as error:
             if found is None and not self._closed:
                 _log.warning("%s: refused a connection: %s", self._address, error)

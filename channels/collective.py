@@ -40,6 +40,7 @@ class End:
     def __init__(
         self, connection: socket.socket, rank: int, *, peer: str, interface: str, timeout: float
     ) -> None:
+        self.caller = peer
         self._line = Line(connection, peer)
         self._rows = Rows(self._line, rank, peer, interface, timeout)
 

@@ -280,6 +280,11 @@ class Doorbell:
                 )
             self._patience = patience
 
+    @property
+    def caller(self) -> str:
+        """Who is at the other end, for logs."""
+        return f"pid {self.peer}"
+
     def shut(self) -> None:
         """Wake whoever waits at either end, with an error. Any thread."""
         self._shut = True
