@@ -134,10 +134,11 @@ class AcceptingServer(Generic[C]):
                 self._talk(found)
         except ProtocolError as error:
             caller = "a caller" if found is None else found.caller
-            _log.warning("%s: hung up on %s: %s", self._address, caller, error)
+            # Its text: a log that keeps the error would keep the frames it came through, and their memory.
+            _log.warning("%s: hung up on %s: %s", self._address, caller, str(error))
         except (ChannelError, OSError) as error:
             if found is None and not self._closed:
-                _log.warning("%s: refused a connection: %s", self._address, error)
+                _log.warning("%s: refused a connection: %s", self._address, str(error))
         finally:
             if found is not None:
                 found.close()
