@@ -258,7 +258,8 @@ def _why(channel: grpc.Channel) -> str:
         channel.unary_unary(f"/{SERVICE}/Ping", None, None)(b"", timeout=_ASKING)
     except grpc.RpcError as error:
         call: Any = error
-        return str(call.details())
+        if call.code() is not grpc.StatusCode.UNIMPLEMENTED:  # else somebody has answered
+            return str(call.details())
     return ""
 
 

@@ -134,8 +134,13 @@ def compute_threads(config: RunConfig) -> int:
 
 
 def lanes_at_once(config: RunConfig) -> int:
-    """Lanes of a worker that compute at a time: as many as it has cores, unless it is said."""
+    """Lanes of a worker that compute at a time: as many as it has cores, unless it is said.
+
+    All of them where experts are in the process, for then no lane's tokens are ever away.
+    """
     training = config.training
+    if not config.cluster.expert_hosts:
+        return training.microbatches_in_flight
     at_once = training.computing_at_once or _cores(config)
     return min(at_once, training.microbatches_in_flight)
 
