@@ -34,6 +34,8 @@ NAME = "raymoe"
 """Of the Serve application."""
 
 _GRPC_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
+_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +130,21 @@ def serve(
 
 
 def _coordinator() -> str | None:
-    address: str | None = ray_serve.get_deployment_handle(POOL, NAME).where.remote().result()
-    return None if address is None else address.removeprefix("grpc:")
+    """Address of the experts' coordinator; None without hosts.
+
+    Raises:
+        ResourceError: their deployment does not answer.
+    """
+    for _ in range(_TRIES):
+        # A new handle each time: an answer has been seen to get lost on its way to this process.
+        answer = ray_serve.get_deployment_handle(POOL, NAME).where.remote()
+        with suppress(TimeoutError):
+            address: str | None = answer.result(timeout_s=_ANSWER_SECONDS)
+            return None if address is None else address.removeprefix("grpc:")
+    raise ResourceError(
+        f"the model is up, but its deployment {POOL!r} does not answer this command within "
+        f"{_TRIES * _ANSWER_SECONDS:g} s; see whether Ray's nodes reach this machine, and try again"
+    )
 
 
 def _is_loopback(host: str) -> bool:
