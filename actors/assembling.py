@@ -62,6 +62,8 @@ class Sources:
                 missing = [pair for pair in missing if pair not in there]
         if missing:
             self._read(layers, order, missing)
+        for made in layers.values():
+            made.filled()
 
     def _pull(
         self, layers: Layers, order: Assembly, origin: Origin, wanted: Sequence[tuple[int, int]]
@@ -132,6 +134,8 @@ def read_experts(
                     f"{list(one.shape)}"
                 )
             one.copy_(other)
+    for layer in layers.values():
+        layer.filled()
 
 
 __all__ = ["Own", "Sources", "read_experts"]

@@ -44,7 +44,7 @@ class HostState:
         require_room: is told how many bytes an assembly needs beside what is held; refuses by raising.
         optimizer: settings of AdamW; None for a host that only infers.
         moments: where the optimizer's moments come from; None starts with zeros.
-        dtype: of weights, rows and replies.
+        dtype: of rows and replies, and of the weights that are computed with.
         threads: sets torch's threads, of the whole process; None leaves them alone.
         epoch: placement epoch.
         step: steps that the weights have behind them.
@@ -275,8 +275,9 @@ class HostState:
     def weights(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Every expert of this host: layer, id, w13 [2I, D] and w2 [D, I] as live views."""
         for index, layer in self._versions.current.layers.items():
-            for at, expert in enumerate(layer.experts):
-                yield index, expert, layer.shard.w13[at], layer.shard.w2[at]
+            for expert in layer.experts:
+                w13, w2 = layer.parts(expert, moments=False)
+                yield index, expert, w13, w2
 
     def moments(self) -> Iterator[tuple[int, int, Pair, Pair]]:
         """Every expert's layer, id and (exp_avg, exp_avg_sq) of w13 and w2, live views; none in serving."""

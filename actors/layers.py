@@ -1,7 +1,7 @@
 """One layer's experts on a host: weights, in training gradients and moments too; and copies of them.
 
 Of an expert the *parts* are w13 [2I, D] and w2 [D, I], and with its moments exp_avg and exp_avg_sq of w13,
-then of w2.
+then of w2. In training they are what AdamW moves, which is float32 where the host computes in half precision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from actors.steps import OptimizerSettings
 from model.config import ModelConfig
 from model.experts import ExpertShard
-from model.optimizer import AdamW, flat_offsets
+from model.optimizer import AdamW, flat_offsets, value_dtype
 
 Parts = tuple[Tensor, ...]
 
@@ -43,10 +43,17 @@ class Layer:
     def parts(self, expert: int, *, moments: bool) -> Parts:
         """Live views of an expert's parts."""
         at = int(self.local_of[expert])
-        weights = (self.shard.w13[at], self.shard.w2[at])
-        if not moments or self.optimizer is None:
-            return weights
-        return weights + tuple(one[at] for pair in self.optimizer.moments().values() for one in pair)
+        if self.optimizer is None:
+            return (self.shard.w13[at], self.shard.w2[at])
+        values = tuple(value[at] for value in self.optimizer.values().values())
+        if not moments:
+            return values
+        return values + tuple(one[at] for pair in self.optimizer.moments().values() for one in pair)
+
+    def filled(self) -> None:
+        """Somebody has written to the parts."""
+        if self.optimizer is not None:
+            self.optimizer.round_values()
 
 
 Layers = dict[int, Layer]
@@ -59,7 +66,7 @@ class LayerMaker:
     Attributes:
         config: the model.
         optimizer: settings of AdamW; None for a host that only infers.
-        dtype: of weights and moments.
+        dtype: that is computed in; of the weights, and of the moments unless it is half precision.
         device: where they live.
     """
 
@@ -107,6 +114,7 @@ class LayerCopy:
     __slots__ = ("_w2", "_w13", "experts", "flat")
 
     def __init__(self, experts: tuple[int, ...], config: ModelConfig, dtype: torch.dtype) -> None:
+        dtype = value_dtype(dtype)
         n, wide, hidden = len(experts), config.moe_intermediate_size, config.hidden_size
         counts = (n * 2 * wide * hidden, n * hidden * wide)
         (first, second), total = flat_offsets(counts, dtype.itemsize)

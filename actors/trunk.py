@@ -27,7 +27,7 @@ from errors import Interrupted, RaymoeError, gives_way
 from model.balance_loss import BalanceWeights
 from model.experts import Experts
 from model.losses import Evaluation, Losses, evaluation_loss, training_loss
-from model.optimizer import AdamW
+from model.optimizer import AdamW, value_dtype
 from model.trace import Trace
 from model.transformer import Transformer
 
@@ -171,8 +171,8 @@ class TrunkWorker:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self._model.lm_head.weight.dtype
+        """Of the weights as a checkpoint holds them."""
+        return value_dtype(self._model.lm_head.weight.dtype)
 
     @property
     def experts(self) -> ExpertsInProcess | None:

@@ -105,6 +105,7 @@ class TrunkSnapshots:
             if name != "bias":
                 live.copy_(tensors[name])
         self._model.set_bias(tensors["bias"])
+        self._optimizer.round_values()
         self._optimizer.step_count = step
         self._optimizer.zero_grad()
 

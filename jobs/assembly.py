@@ -33,7 +33,7 @@ from jobs.hosts import host_threads, placement, shape_of
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.worker import Steps, TrainingWorker
 from model.checkpoint import PretrainedSource, RandomSource, WeightSource
-from model.optimizer import AdamW
+from model.optimizer import AdamW, value_dtype
 from model.sources import gate_biases
 from model.transformer import Transformer
 
@@ -91,7 +91,7 @@ def weight_source(config: RunConfig, start: Start) -> WeightSource:
     """Where trunk and hosts read their weights."""
     if start.weights is not None:
         return PretrainedSource(start.weights, config.model)
-    return RandomSource(config.model, config.training.seed, resolve_dtype(config))
+    return RandomSource(config.model, config.training.seed, value_dtype(resolve_dtype(config)))
 
 
 def moment_source(start: Start) -> MomentSource | None:
@@ -281,7 +281,6 @@ def assemble_worker(
     dtype = resolve_dtype(config)
     source = weight_source(config, start)
     model = Transformer(model_config, dtype=dtype)
-    model.load_state_dict(source.trunk())
     settings = optimizer_settings(config)
     optimizer = AdamW(
         model.named_parameters(),
@@ -290,15 +289,20 @@ def assemble_worker(
         epsilon=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
-    if start.moments and start.weights is not None:
-        load_trunk_moments(start.weights, optimizer, step=start.step)
 
-    def begin_again(directory: str) -> None:
-        at = start.at(directory)
-        model.load_state_dict(weight_source(config, at).trunk())
+    def begin_at(at: Start, source: WeightSource) -> None:
+        weights = source.trunk()
+        model.load_state_dict(weights)
+        optimizer.load_values(weights)
         optimizer.reset(at.step)
         if at.moments and at.weights is not None:
             load_trunk_moments(at.weights, optimizer, step=at.step)
+
+    def begin_again(directory: str) -> None:
+        at = start.at(directory)
+        begin_at(at, weight_source(config, at))
+
+    begin_at(start, source)
 
     host: ExpertHost | None = None
     if table is None:

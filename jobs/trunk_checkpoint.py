@@ -17,7 +17,8 @@ _KINDS = ("exp_avg", "exp_avg_sq")
 
 def save_trunk(directory: Path, model: Transformer, optimizer: AdamW) -> None:
     """Write weights and moments of everything but the routed experts into a checkpoint in the making."""
-    write_shard(directory / _WEIGHTS, trunk_tensors(model.config, dict(model.state_dict())))
+    state = {**model.state_dict(), **optimizer.values()}
+    write_shard(directory / _WEIGHTS, trunk_tensors(model.config, state))
     moments = {
         f"{name}.{kind}": moment
         for name, pair in optimizer.moments().items()

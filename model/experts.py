@@ -264,12 +264,19 @@ def _grouped_mm(x: Tensor, weights: Tensor, counts: list[int], *, out: Tensor) -
 
 
 def _add_outer(total: Tensor, left: Tensor, right: Tensor, counts: list[int], lock: Lock) -> None:
-    """total[e] += left[s:t]' @ right[s:t] for each expert e; another backward pass may add in between."""
+    """total[e] += left[s:t]' @ right[s:t] for each expert e; another backward pass may add in between.
+
+    Gradients of half precision are added up in float32.
+    """
     start = 0
     for e, m in enumerate(counts):
         if m:
+            one, other = left[start : start + m].t(), right[start : start + m]
             with lock:
-                total[e].addmm_(left[start : start + m].t(), right[start : start + m])
+                if total.dtype == left.dtype:
+                    total[e].addmm_(one, other)
+                else:
+                    total[e] += one @ other
             start += m
 
 

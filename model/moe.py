@@ -21,7 +21,11 @@ from model.trace import Trace
 
 
 class Gate(nn.Module):
-    """Expert centroids `weight` [E, D] and the float32 buffer `e_score_correction_bias` [E]."""
+    """Expert centroids `weight` [E, D] and the float32 buffer `e_score_correction_bias` [E].
+
+    Both stay float32 in a model of half precision: affinities are computed in it anyway, and which experts a
+    token goes to should not hang on a rounding.
+    """
 
     e_score_correction_bias: Tensor
 
@@ -31,15 +35,20 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(n_experts, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves of the module move the bias, conversions leave it float32: it would stall in bfloat16."""
-        bias = self.e_score_correction_bias
+        """Moves of the module move both; no conversion touches the bias, and none narrows the weight."""
+        bias, weight = self.e_score_correction_bias, self.weight.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.e_score_correction_bias
         if moved.dtype != bias.dtype:
-            self.e_score_correction_bias = (
-                torch.empty_like(moved, dtype=bias.dtype) if bias.is_meta else bias.to(moved.device)
-            )
+            self.e_score_correction_bias = _moved(bias, moved)
+        if self.weight.dtype.itemsize < weight.dtype.itemsize == 4:
+            self.weight.data = _moved(weight, self.weight.detach())
         return self
+
+
+def _moved(kept: Tensor, converted: Tensor) -> Tensor:
+    """A tensor as it was, where its conversion is."""
+    return torch.empty_like(converted, dtype=kept.dtype) if kept.is_meta else kept.to(converted.device)
 
 
 class MoE(nn.Module):

@@ -3,6 +3,10 @@
 Tensors of one dtype, device and decay group lie one after the other in one flat buffer; their gradients
 and both moments likewise. Each tensor becomes a view into it, so a step, a clearing and a norm are each
 one call over contiguous memory.
+
+Tensors of half precision are what is computed with, and no more: a step moves their *values*, which are
+float32 as their gradients and moments are, and rounds them into the tensors. Small steps would get lost in
+bfloat16, whose numbers have 8 bits.
 """
 
 from __future__ import annotations
@@ -24,6 +28,11 @@ def decays_by_shape(name: str, tensor: Tensor) -> bool:
     return tensor.ndim >= 2
 
 
+def value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the values, gradients and moments of tensors that are computed with in `dtype`."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def flat_offsets(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
     """Where tensors of so many elements begin in a flat buffer, and its length; in elements."""
     unit = _ALIGNMENT // itemsize
@@ -36,9 +45,13 @@ def flat_offsets(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
 
 @dataclass(slots=True)
 class _Group:
-    """One flat buffer of everything; `state` [3, total] is value and moments in one piece."""
+    """One flat buffer of everything; `state` [3, total] is value and moments in one piece.
+
+    `rounded` [total] is what the tensors are views of, where that is not the values themselves.
+    """
 
     decay: float
+    rounded: Tensor | None
     value: Tensor
     gradient: Tensor
     exp_avg: Tensor
@@ -52,7 +65,8 @@ class AdamW:
 
     On construction each tensor's `.data` becomes a view of the flat buffer, and the `.grad` of those that
     require one a view of the flat gradient buffer (autograd then adds into it in place). Clear gradients
-    with `zero_grad()` here, never to None elsewhere.
+    with `zero_grad()` here, never to None elsewhere. Who writes to the values of tensors of half precision
+    calls `round_values` afterwards.
 
     Args:
         tensors: (name, tensor) pairs, parameters or plain tensors; names unique.
@@ -79,6 +93,7 @@ class AdamW:
         self._tensors = dict(tensors)
         self._groups: list[_Group] = []
         self.gradients: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.step_count = 0
         members: dict[tuple[torch.dtype, torch.device, bool], list[str]] = {}
@@ -87,27 +102,38 @@ class AdamW:
         for (_, _, decayed), names in members.items():
             self._groups.append(self._flatten(names, weight_decay if decayed else 0.0))
         self.gradients = {name: self.gradients[name] for name in self._tensors}
+        self._values = {name: self._values[name] for name in self._tensors}
         self._moments = {name: self._moments[name] for name in self._tensors}
 
+    @torch.no_grad()
     def _flatten(self, names: list[str], decay: float) -> _Group:
         first = self._tensors[names[0]]
-        offsets, total = flat_offsets([self._tensors[name].numel() for name in names], first.element_size())
+        dtype, device = value_dtype(first.dtype), first.device
+        offsets, total = flat_offsets([self._tensors[name].numel() for name in names], dtype.itemsize)
         # Zero padding stays zero under AdamW: no gradient, no moment, nothing to decay.
-        flat = torch.zeros(4, total, dtype=first.dtype, device=first.device)
+        flat = torch.zeros(4, total, dtype=dtype, device=device)
         # The gradient first: what a snapshot keeps lies in one piece behind it.
         gradient, value, exp_avg, exp_avg_sq = flat.unbind(0)
-        step = torch.zeros((), dtype=torch.float32, device=first.device)
+        rounded = None if dtype == first.dtype else torch.zeros(total, dtype=first.dtype, device=device)
+        step = torch.zeros((), dtype=torch.float32, device=device)
         for name, offset in zip(names, offsets, strict=True):
             tensor = self._tensors[name]
             place = slice(offset, offset + tensor.numel())
-            view = value[place].view(tensor.shape)
-            view.copy_(tensor.detach())
-            tensor.data = view
-            self.gradients[name] = gradient[place].view(tensor.shape)
+
+            def view(buffer: Tensor, place: slice = place, shape: torch.Size = tensor.shape) -> Tensor:
+                return buffer[place].view(shape)
+
+            self._values[name] = view(value)
+            self._values[name].copy_(tensor.detach())
+            self.gradients[name] = view(gradient)
+            self._moments[name] = (view(exp_avg), view(exp_avg_sq))
+            tensor.data = view(value if rounded is None else rounded)
             if tensor.requires_grad:
+                tensor.grad_dtype = dtype
                 tensor.grad = self.gradients[name]
-            self._moments[name] = (exp_avg[place].view(tensor.shape), exp_avg_sq[place].view(tensor.shape))
-        return _Group(decay, value, gradient, exp_avg, exp_avg_sq, flat[1:], step)
+        group = _Group(decay, rounded, value, gradient, exp_avg, exp_avg_sq, flat[1:], step)
+        _round(group)
+        return group
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
@@ -146,6 +172,13 @@ class AdamW:
                 grad_scale=divisor,
                 found_inf=None,
             )
+            _round(group)
+
+    @torch.no_grad()
+    def round_values(self) -> None:
+        """Bring tensors of half precision up to their values, which somebody has written to."""
+        for group in self._groups:
+            _round(group)
 
     @torch.no_grad()
     def reset(self, step: int) -> None:
@@ -178,6 +211,25 @@ class AdamW:
     def state_buffers(self) -> list[Tensor]:
         """Values and both moments as they lie in memory, [3, total] each: live views, for fast copies."""
         return [group.state for group in self._groups]
+
+    def values(self) -> dict[str, Tensor]:
+        """What steps move, by name: live views, in the tensors' shapes; the tensors, or float32 of them."""
+        return dict(self._values)
+
+    @torch.no_grad()
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Take over values, and the tensors with them; of other names there may be more.
+
+        Raises:
+            CheckpointError: one is missing, or of another shape.
+        """
+        for name, mine in self._values.items():
+            other = values.get(name)
+            if other is None or other.shape != mine.shape:
+                found = "missing" if other is None else f"of shape {list(other.shape)}"
+                raise CheckpointError(f"{name} is {found}, the model needs {list(mine.shape)}")
+            mine.copy_(other)
+        self.round_values()
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(exp_avg, exp_avg_sq) by name: live views, in the tensors' shapes."""
@@ -213,4 +265,9 @@ class AdamW:
                 )
 
 
-__all__ = ["AdamW", "decays_by_shape", "flat_offsets"]
+def _round(group: _Group) -> None:
+    if group.rounded is not None:
+        group.rounded.copy_(group.value)
+
+
+__all__ = ["AdamW", "decays_by_shape", "flat_offsets", "value_dtype"]
