@@ -1,4 +1,4 @@
-"""bfloat16 computes, float32 trains: values, gradients and moments are not rounded to what is computed with."""
+"""bfloat16 computes, float32 trains: values, gradients and moments are not rounded to what computes."""
 
 from __future__ import annotations
 
