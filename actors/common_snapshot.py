@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.moves import EXPERTS, Stored
+from actors.trunk_parts import TRUNK, complete
 
-TRUNK, DECISIONS = "trunk", "decisions"
-"""Names of what workers and coordinator leave in hosts' memory, beside the hosts' own experts."""
+DECISIONS = "decisions"
+"""What the coordinator leaves in hosts' memory, beside the hosts' own experts and the workers' trunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class CommonSnapshot:
 
     Attributes:
         sources: `[L][E]` -> hosts that have the expert's state in memory.
-        trunk: hosts that have the trunk.
+        trunk: hosts that have the trunk, or parts that make one.
         decisions: hosts that have what the coordinator knew.
     """
 
@@ -48,7 +49,8 @@ def _common(
     step: int, inventories: Mapping[str, Sequence[Stored]], layers: Sequence[int], n_experts: int
 ) -> CommonSnapshot | None:
     rows = {layer: [set[str]() for _ in range(n_experts)] for layer in layers}
-    blobs: dict[str, list[str]] = {TRUNK: [], DECISIONS: []}
+    decisions: list[str] = []
+    trunk: dict[str, list[str]] = {}
     for host, entries in inventories.items():
         for stored in entries:
             if stored.step != step:
@@ -57,15 +59,18 @@ def _common(
                 for layer, experts in stored.experts.items():
                     for expert in experts:
                         rows[layer][expert].add(host)
-            elif stored.kind in blobs:
-                blobs[stored.kind].append(host)
-    if not all(hosts for row in rows.values() for hosts in row) or not all(blobs.values()):
+            elif stored.kind == DECISIONS:
+                decisions.append(host)
+            else:
+                trunk.setdefault(stored.kind, []).append(host)
+    parts = complete(trunk)
+    if not all(hosts for row in rows.values() for hosts in row) or not decisions or not parts:
         return None
     return CommonSnapshot(
         step=step,
         sources=tuple(tuple(tuple(sorted(hosts)) for hosts in rows[layer]) for layer in layers),
-        trunk=tuple(sorted(blobs[TRUNK])),
-        decisions=tuple(sorted(blobs[DECISIONS])),
+        trunk=tuple(sorted({host for part in parts for host in trunk[part]})),
+        decisions=tuple(sorted(decisions)),
     )
 
 

@@ -88,7 +88,7 @@ class Lane:
         placement = self.router.pin(self._step)
         call = TrainingCall(self, layer, idx, placement, step=self._step, microbatch=self._microbatch)
         self._open[call.key] = call
-        return dispatched(call, rows, gates)
+        return self._train(call, rows, gates)
 
     def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailCall | None:
         """See `model.experts.ArrayExperts.dispatch_arrays`: by mail, where every host looks into a mailbox.
@@ -124,6 +124,9 @@ class Lane:
         calls, self._open = list(self._open.values()), {}
         for call in calls:
             call.abandon()
+
+    def settle(self) -> None:
+        """After passes: raise a loss that they have outlasted; here they outlast none, see `EnduringLane`."""
 
     def close(self) -> None:
         """Hang up."""
@@ -221,6 +224,9 @@ class Lane:
             phase=phase,
             router=self.router.name,
         )
+
+    def _train(self, call: TrainingCall, rows: Tensor, gates: Tensor) -> Pending:
+        return dispatched(call, rows, gates)
 
     def _route(self, layer: int, idx: Tensor | Array) -> tuple[Placement, Detour | None]:
         """A placement for a new call of inference, and the search for it, if it took one."""

@@ -42,6 +42,7 @@ class Router:
         turns: of lanes that are threads' work within `Turns.taken`; they let others compute while they wait.
         watch: a thread waits for newer tables, routes by them, and ends what waits for hosts that are gone.
         timeline: records when lanes wait.
+        lane: makes a lane; `actors.endurance.EnduringLane` for passes that have to come to their end.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Router:
         watch: bool = False,
         turns: Turns | None = None,
         timeline: Timeline | None = None,
+        lane: Callable[[Router], Lane] = Lane,
     ) -> None:
         self.name = name
         self.turns, self.timeline = turns, timeline
@@ -73,7 +75,7 @@ class Router:
         self._whole = self._placement = Placement(table, config)  # the second: without shunned hosts
         self._readmit_at = 0.0
         self._pinned: tuple[int, Placement] | None = None
-        self._lanes = tuple(Lane(self) for _ in range(lanes))
+        self._lanes = tuple(lane(self) for _ in range(lanes))
         self._watch = Watch(self, tables) if watch and tables is not None else None
 
     @property

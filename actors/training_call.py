@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,26 @@ from model.dispatch import HostSlice, plan_dispatch
 _REPEATS: Final = 3
 """Times that a request is sent again, each over a new channel."""
 _PAUSE: Final = 0.05  # seconds before the second time; twice as long before the third
+
+
+class TwoWay(Protocol):
+    """What autograd takes a layer's rows and gradients by."""
+
+    def send(self, rows: Tensor, gates: Tensor) -> None:
+        """Rows [N, D] with gates [N, K] leave."""
+        ...
+
+    def combine(self) -> Tensor:
+        """Wait for the sums [N, D]."""
+        ...
+
+    def send_gradients(self, d_out: Tensor) -> None:
+        """The gradient [N, D] of the sums leaves."""
+        ...
+
+    def receive_gradients(self) -> tuple[Tensor, Tensor]:
+        """Wait for the gradients of rows [N, D] and gates [N, K]."""
+        ...
 
 
 class TrainingCall(Call):
@@ -147,7 +167,7 @@ class _Dispatch(torch.autograd.Function):
     """rows [N, D], gates [N, K] -> [0], with the rows on their way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, call: TrainingCall) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, call: TwoWay) -> Tensor:
         ctx.call = call
         call.send(rows, gates)
         return rows.new_empty(0)
@@ -163,7 +183,7 @@ class _Combine(torch.autograd.Function):
     """[0] -> [N, D], the sum over the hosts."""
 
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, call: TrainingCall) -> Tensor:
+    def forward(ctx: Any, sent: Tensor, call: TwoWay) -> Tensor:
         ctx.call = call
         return call.combine()
 
@@ -178,7 +198,7 @@ class _Combine(torch.autograd.Function):
 class _Sent:
     """A `Pending` with a gradient: joins `_Dispatch` to `_Combine`."""
 
-    call: TrainingCall
+    call: TwoWay
     sent: Tensor
 
     def combine(self) -> Tensor:
@@ -186,9 +206,9 @@ class _Sent:
         return out
 
 
-def dispatched(call: TrainingCall, rows: Tensor, gates: Tensor) -> _Sent:
+def dispatched(call: TwoWay, rows: Tensor, gates: Tensor) -> _Sent:
     """A call with its rows on their way, as a `Pending` that gradients come back through."""
     return _Sent(call, _Dispatch.apply(rows, gates, call))  # type: ignore[no-untyped-call]
 
 
-__all__ = ["TrainingCall", "dispatched"]
+__all__ = ["TrainingCall", "TwoWay", "dispatched"]

@@ -1,8 +1,8 @@
 """The trunk of one data-parallel worker: microbatches in flight, gradients, its share of a step.
 
 A worker runs several microbatches at once, each on a thread (a lane) of its own: while the tokens of
-one are away at the expert hosts, another computes. Gradients of all lanes add up in one flat buffer,
-are summed over the workers once a step, and wait for the coordinator's decision.
+one are away at the expert hosts, another computes. Gradients of all lanes add up, are summed over the
+workers (`actors.trunk_parameters`), and wait for the coordinator's decision.
 """
 
 from __future__ import annotations
@@ -19,34 +19,21 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from actors.endurance import SilentExperts
 from actors.lane import LaneCounters
 from actors.steps import StepDecision, StepReport
 from actors.timeline import Timeline
+from actors.trunk_parameters import Reducer, SingleWorker, TrunkParameters
 from actors.turns import Turns
 from errors import Interrupted, RaymoeError, gives_way
 from model.balance_loss import BalanceWeights
 from model.experts import Experts
 from model.losses import Evaluation, Losses, evaluation_loss, training_loss
-from model.optimizer import AdamW, value_dtype
+from model.optimizer import value_dtype
 from model.trace import Trace
 from model.transformer import Transformer
 
 T = TypeVar("T")
-
-
-class Reducer(Protocol):
-    """Sums tensors over the data-parallel workers."""
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the workers, in place, the same bits on all of them."""
-        ...
-
-
-class SingleWorker:
-    """The reducer of a run with one worker."""
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Nothing to add."""
 
 
 class ExpertsInProcess(Protocol):
@@ -68,6 +55,8 @@ class StepLane(Experts, Protocol):
     def begin(self, step: int, microbatch: int) -> None: ...
 
     def abandon(self) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,6 +83,7 @@ class StepInputs:
         n_targets, n_rows: of the global batch, so that gradients of all workers simply add up.
         balance: weights of the balance losses at this step.
         mtp_weight: λ at this step.
+        passes: microbatches of the worker that has most; where passes take all workers, each makes so many.
     """
 
     step: int
@@ -102,6 +92,7 @@ class StepInputs:
     n_rows: int
     balance: BalanceWeights
     mtp_weight: float
+    passes: int = 0
 
 
 @dataclass(slots=True)
@@ -127,9 +118,9 @@ class TrunkWorker:
     Args:
         rank: of this worker, from 0.
         workers: that there are.
-        model: the trunk; its parameters belong to `optimizer`.
-        lanes: one for each microbatch in flight.
-        reducer: sums gradients over the workers.
+        parameters: of the trunk.
+        lanes: one for each microbatch in flight; enduring ones where passes take all workers.
+        reducer: sums over the workers.
         experts: the experts in this process, if that is where they are.
         turns: of the lanes; None: they share the cores.
         timeline: records when lanes compute.
@@ -141,8 +132,7 @@ class TrunkWorker:
         *,
         rank: int,
         workers: int = 1,
-        model: Transformer,
-        optimizer: AdamW,
+        parameters: TrunkParameters,
         lanes: Sequence[StepLane],
         reducer: Reducer | None = None,
         experts: ExpertsInProcess | None = None,
@@ -152,13 +142,13 @@ class TrunkWorker:
     ) -> None:
         self._rank, self._workers = rank, workers
         self.attempt = 0  # of the run, see `actors.training_steps`
-        self._model = model
-        self._optimizer = optimizer
+        self._parameters = parameters
+        self._model = parameters.model
         self._lanes = tuple(lanes)
         self._reducer = reducer or SingleWorker()
         self._experts = experts
         self._turns, self._timeline, self._recompute = turns, timeline, recompute
-        self._layers = model.config.moe_layers
+        self._layers = self._model.config.moe_layers
         # A thread of its own for each lane, for ever: channels and thread pools stay warm.
         self._threads = [
             ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))
@@ -168,6 +158,11 @@ class TrunkWorker:
     def model(self) -> Transformer:
         """The trunk."""
         return self._model
+
+    @property
+    def parameters(self) -> TrunkParameters:
+        """The trunk's parameters as this worker has them."""
+        return self._parameters
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,7 +183,9 @@ class TrunkWorker:
         Raises:
             ChannelError: a host is out of reach.
             Interrupted: it is for another worker.
+            WorkersLost: another worker is gone.
         """
+        self.meet()
         start = time.perf_counter()
         shape = (len(self._layers), self._model.config.n_routed_experts)
         sums = _Sums(loads=torch.zeros(shape, dtype=torch.int64))
@@ -198,23 +195,23 @@ class TrunkWorker:
             work = partial(self._train, inputs)
             for losses, loads in self._over_lanes(inputs.step, inputs.microbatches, work):
                 sums.add(losses, loads, self._layers)
+            self._keep_up(inputs.passes - len(inputs.microbatches), partial(self._train_nothing, inputs))
         except RaymoeError as error:
             if not gives_way(error):
                 raise
             loss = error
         self.agree(loss)
         after = self._counted()
-        gradients = list(self._optimizer.gradient_buffers())
-        if self._experts is not None:
-            gradients += self._experts.gradients()
         with self._span(inputs.step, "sum gradients"):
-            self._reducer.all_reduce(gradients)
+            squared = self._parameters.sum_gradients(
+                () if self._experts is None else self._experts.gradients()
+            )
         positions = -1 - self._model.config.num_nextn_predict_layers
         return StepReport(
             worker=self._rank,
             step=inputs.step,
             loads=sums.loads,
-            trunk_squared_norm=self._optimizer.squared_norm(),
+            trunk_squared_norm=squared,
             local_expert_squared_norm=self._experts.prepare(inputs.step) if self._experts else 0.0,
             main_sum=sums.main,
             mtp_sum=sums.mtp,
@@ -229,13 +226,19 @@ class TrunkWorker:
             bytes=after.bytes - before.bytes,
         )
 
-    def evaluate(self, step: int, microbatches: Sequence[Microbatch]) -> tuple[list[Evaluation], Tensor]:
-        """Judge this worker's share of the held-out rows.
+    def evaluate(
+        self, step: int, microbatches: Sequence[Microbatch], *, passes: int = 0
+    ) -> tuple[list[Evaluation], Tensor]:
+        """Judge this worker's share of the held-out rows; `meet` before, and `agree` after it.
+
+        Args:
+            passes: microbatches of the worker that has most, see `StepInputs`.
 
         Returns:
             One evaluation per microbatch, and the loads `[L, E]` that they would have made.
         """
         results = self._over_lanes(step, microbatches, self._judge)
+        self._keep_up(passes - len(microbatches), self._judge_nothing)
         loads = torch.zeros(len(self._layers), self._model.config.n_routed_experts, dtype=torch.int64)
         for _, traced in results:
             for at, layer in enumerate(self._layers):
@@ -247,8 +250,7 @@ class TrunkWorker:
         with self._span(decision.step, "apply"):
             if self._experts is not None:
                 self._experts.commit(decision.step, decision.learning_rate, decision.scale)
-            self._optimizer.step(decision.learning_rate, decision.scale)
-            self._optimizer.zero_grad()
+            self._parameters.step(decision.learning_rate, decision.scale)
             self._model.set_bias(decision.bias)
         if self._timeline is not None:
             self._timeline.done(decision.step)
@@ -257,6 +259,15 @@ class TrunkWorker:
         """End the lanes' threads."""
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
+
+    def meet(self) -> None:
+        """Before what takes all workers: they are all here, of one attempt. Where each works alone: nothing.
+
+        Raises:
+            Interrupted: see `agree`.
+        """
+        if self._parameters.together:
+            self.agree()
 
     def agree(self, loss: RaymoeError | None = None) -> None:
         """All workers come here before they sum something up: whoever has given up says so.
@@ -329,22 +340,30 @@ class TrunkWorker:
         self, inputs: StepInputs, lane: StepLane, microbatch: Microbatch
     ) -> tuple[Losses, dict[int, Tensor]]:
         trace = Trace()
-        with self._span(inputs.step, "forward", microbatch=microbatch.index):
-            losses = training_loss(
-                self._model,
-                microbatch.tokens,
-                microbatch.segments,
-                experts=lane,
-                trace=trace,
-                n_targets=inputs.n_targets,
-                n_rows=inputs.n_rows,
-                balance=inputs.balance,
-                mtp_weight=inputs.mtp_weight,
-                recompute=self._recompute,
-            )
-        with self._span(inputs.step, "backward", microbatch=microbatch.index):
-            losses.total.backward()  # type: ignore[no-untyped-call]
+        with self._parameters.passing():
+            with self._span(inputs.step, "forward", microbatch=microbatch.index):
+                losses = self._loss(inputs, microbatch.tokens, microbatch.segments, lane, trace)
+            with self._span(inputs.step, "backward", microbatch=microbatch.index):
+                losses.total.backward()  # type: ignore[no-untyped-call]
         return losses, trace.loads
+
+    def _loss(
+        self, inputs: StepInputs, tokens: Tensor, segments: Tensor | None, experts: Experts, trace: Trace
+    ) -> Losses:
+        work = partial(
+            training_loss,
+            self._model,
+            tokens,
+            segments,
+            experts=experts,
+            trace=trace,
+            n_targets=inputs.n_targets,
+            n_rows=inputs.n_rows,
+            balance=inputs.balance,
+            mtp_weight=inputs.mtp_weight,
+            recompute=self._recompute,
+        )
+        return self._parameters.forward(work, lambda losses: losses.total)
 
     def _span(self, step: int, name: str, **details: int) -> AbstractContextManager[None]:
         timeline = self._timeline
@@ -352,10 +371,37 @@ class TrunkWorker:
 
     def _judge(self, lane: StepLane, microbatch: Microbatch) -> tuple[Evaluation, dict[int, Tensor]]:
         trace = Trace()
-        judged = evaluation_loss(
-            self._model, microbatch.tokens, microbatch.segments, experts=lane, trace=trace
-        )
-        return judged, trace.loads
+        return self._evaluation(microbatch.tokens, microbatch.segments, lane, trace), trace.loads
+
+    @torch.no_grad()
+    def _evaluation(
+        self, tokens: Tensor, segments: Tensor | None, experts: Experts, trace: Trace
+    ) -> Evaluation:
+        work = partial(evaluation_loss, self._model, tokens, segments, experts=experts, trace=trace)
+        with self._parameters.passing():
+            return self._parameters.forward(work, lambda _: None)
+
+    def _keep_up(self, missing: int, work: Callable[[], object]) -> None:
+        """Make the passes that other workers make and this one has no rows for, then raise what was lost."""
+        if self._parameters.together:
+            for _ in range(missing):
+                self._threads[0].submit(work).result()
+        for lane in self._lanes:
+            lane.settle()
+
+    def _train_nothing(self, inputs: StepInputs) -> None:
+        """A pass whose gradients are zeros."""
+        with self._parameters.passing():
+            losses = self._loss(inputs, self._nothing, None, SilentExperts(), Trace())
+            (losses.total * 0.0).backward()  # type: ignore[no-untyped-call]
+
+    def _judge_nothing(self) -> None:
+        self._evaluation(self._nothing, None, SilentExperts(), Trace())
+
+    @property
+    def _nothing(self) -> Tensor:
+        """A row of as few tokens as there can be."""
+        return torch.zeros(1, 2 + self._model.config.num_nextn_predict_layers, dtype=torch.int64)
 
 
 __all__ = [

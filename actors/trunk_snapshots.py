@@ -1,7 +1,7 @@
 """A worker's trunk kept in memory, and left with expert hosts, so that a run can go back to it.
 
-Every worker keeps its own; they are all the same, so one of them leaves a copy with two hosts for those that
-begin in a new process.
+Every worker keeps its own. Where all have the same, one of them leaves a copy with two hosts for those that
+begin in a new process; where each has a share, each leaves it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from actors.common_snapshot import TRUNK
-from actors.moves import Blob
+from actors.moves import Blob, Stored
+from actors.trunk_parameters import TrunkParameters
+from actors.trunk_parts import complete
 from cluster.topology import HostInfo
 from errors import ChannelError, RaymoeError
-from model.optimizer import AdamW
-from model.transformer import Transformer
+
+T = TypeVar("T")
 
 _KEPT = 2
 _KEEPERS = 2
@@ -31,6 +32,8 @@ class Keeper(Protocol):
     def put(self, blob: Blob) -> None: ...
 
     def get(self, name: str, step: int) -> Blob: ...
+
+    def inventory(self) -> Sequence[Stored]: ...
 
     def close(self) -> None: ...
 
@@ -45,21 +48,15 @@ class TrunkSnapshots:
     """The newest states of one worker's trunk.
 
     Args:
-        model, optimizer: the trunk.
+        trunk: its parameters.
         reach: opens a host's memory.
-        leaves: whether this worker is the one that leaves copies with hosts.
+        rank: of this worker; which hosts it leaves copies with follows from it.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        optimizer: AdamW,
-        reach: Callable[[HostInfo], Keeper],
-        *,
-        leaves: bool,
-    ) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, trunk: TrunkParameters, reach: Callable[[HostInfo], Keeper], *, rank: int = 0) -> None:
+        self._trunk, self._rank = trunk, rank
         self._reach = reach
+        leaves = trunk.part is not None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="trunk-snapshots") if leaves else None
         self._leaving: Future[None] | None = None
         self._copies: list[_Copy] = []
@@ -76,53 +73,70 @@ class TrunkSnapshots:
         self._copies = [copy for copy in self._copies if copy.step < step]
         old = self._copies.pop(0) if len(self._copies) >= _KEPT else None
         tensors = {} if old is None else old.tensors
-        for name, live in self._live().items():
+        for name, live in self._trunk.state().items():
             if name in tensors:
                 tensors[name].copy_(live)
             else:
                 tensors[name] = live.detach().clone()
         self._copies.append(_Copy(step, tensors))
         if self._pool is not None and hosts:
-            self._leaving = self._pool.submit(self._leave, self._copies[-1], _apart(hosts))
+            keepers = _apart(hosts, self._rank)
+            self._leaving = self._pool.submit(self._leave, self._copies[-1], keepers)
 
     def restore(self, step: int, hosts: Sequence[HostInfo]) -> None:
-        """Go back to the state after so many steps: the own one, or what a host keeps.
+        """Go back to the state after so many steps: the own one, or what hosts keep.
 
         Raises:
             ChannelError: nobody has it any more.
         """
         mine = next((copy.tensors for copy in self._copies if copy.step == step), None)
-        self._take(step, mine if mine is not None else self._fetch(step, hosts))
+        if mine is not None:
+            self._trunk.take(None, mine)
+        else:
+            self._fetch(step, hosts)
+        self._trunk.taken(step)
 
     def close(self) -> None:
         """End the thread."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    @torch.no_grad()
-    def _take(self, step: int, tensors: dict[str, Tensor]) -> None:
-        for name, live in self._live().items():
-            if name != "bias":
-                live.copy_(tensors[name])
-        self._model.set_bias(tensors["bias"])
-        self._optimizer.round_values()
-        self._optimizer.step_count = step
-        self._optimizer.zero_grad()
-
-    def _fetch(self, step: int, hosts: Sequence[HostInfo]) -> dict[str, Tensor]:
-        errors = []
+    def _fetch(self, step: int, hosts: Sequence[HostInfo]) -> None:
+        """Take what hosts have, one part after the other, each from the first host that gives it."""
+        errors: list[str] = []
+        having: dict[str, list[HostInfo]] = {}
         for host in hosts:
-            keeper = self._reach(host)
-            try:
-                return dict(keeper.get(TRUNK, step).tensors)
-            except RaymoeError as error:
-                errors.append(str(error))
-            finally:
-                keeper.close()
-        raise ChannelError(f"no host has the trunk of step {step}: {'; '.join(errors) or 'none was asked'}")
+            for stored in self._ask(host, lambda keeper: keeper.inventory(), errors) or ():
+                if stored.step == step:
+                    having.setdefault(stored.kind, []).append(host)
+        parts = complete(having)
+        taken = [self._take(part, step, having[part], errors) for part in parts]
+        if not parts or not all(taken):
+            why = "; ".join(errors) or ("none keeps it" if hosts else "none was asked")
+            raise ChannelError(f"no host has the trunk of step {step}: {why}")
+
+    def _take(self, part: str, step: int, hosts: Sequence[HostInfo], errors: list[str]) -> bool:
+        for host in hosts:
+            blob = self._ask(host, lambda keeper: keeper.get(part, step), errors)
+            if blob is not None:
+                self._trunk.take(part, blob.tensors)
+                return True
+        return False
+
+    def _ask(self, host: HostInfo, what: Callable[[Keeper], T], errors: list[str]) -> T | None:
+        """What a host answers; None, and one error more, where it does not."""
+        keeper = self._reach(host)
+        try:
+            return what(keeper)
+        except RaymoeError as error:
+            errors.append(str(error))
+            return None
+        finally:
+            keeper.close()
 
     def _leave(self, copy: _Copy, hosts: Sequence[HostInfo]) -> None:
-        blob = Blob(name=TRUNK, step=copy.step, tensors=copy.tensors)
+        assert self._trunk.part is not None
+        blob = Blob(name=self._trunk.part, step=copy.step, tensors=copy.tensors)
         for host in hosts:
             keeper = self._reach(host)
             try:
@@ -132,15 +146,12 @@ class TrunkSnapshots:
             finally:
                 keeper.close()
 
-    def _live(self) -> dict[str, Tensor]:
-        buffers = {f"group-{at}": buffer for at, buffer in enumerate(self._optimizer.state_buffers())}
-        return {**buffers, "bias": self._model.bias()}
 
-
-def _apart(hosts: Sequence[HostInfo]) -> list[HostInfo]:
-    """The first host, and one on another node if there is one."""
-    first = hosts[0]
-    others = sorted(hosts[1:], key=lambda host: host.node == first.node)
+def _apart(hosts: Sequence[HostInfo], rank: int) -> list[HostInfo]:
+    """A host, another one for each worker, and one on another node if there is one."""
+    at = rank % len(hosts)
+    first = hosts[at]
+    others = sorted([*hosts[at + 1 :], *hosts[:at]], key=lambda host: host.node == first.node)
     return [first, *others[: _KEEPERS - 1]]
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from actors.clients import HostClient
 from actors.coordinator import Coordinator, State
@@ -20,7 +21,8 @@ from actors.router import Router
 from actors.steps import HostControl, OptimizerSettings, TrainingPlan
 from actors.timeline import FOLDER, Timeline, profiled
 from actors.training_steps import Beginning, TrainingSteps
-from actors.trunk import Reducer, TrunkWorker
+from actors.trunk import TrunkWorker
+from actors.trunk_parameters import Reducer, SingleWorker
 from actors.trunk_snapshots import Keeper, TrunkSnapshots
 from actors.turns import Turns
 from channels import local
@@ -31,11 +33,11 @@ from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import host_threads, placement, shape_of
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
+from jobs.trunk_parameters import lane_kind, trunk_parameters
 from jobs.worker import Steps, TrainingWorker
 from model.checkpoint import PretrainedSource, RandomSource, WeightSource
-from model.optimizer import AdamW, value_dtype
+from model.optimizer import value_dtype
 from model.sources import gate_biases
-from model.transformer import Transformer
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _PATIENCE = 5.0  # seconds in which an evaluation's call finds a host again whose connection was dropped
@@ -265,6 +267,7 @@ def assemble_worker(
     reducer: Reducer | None = None,
     workers: int | None = None,
     reach: Callable[[HostInfo], Keeper] = HostClient,
+    mesh: DeviceMesh | None = None,
 ) -> Assembled:
     """Build worker number `rank`.
 
@@ -273,6 +276,7 @@ def assemble_worker(
         reach: opens a host's memory.
         table: of the expert hosts; None keeps the experts in this process.
         connect: opens a channel to a host.
+        mesh: of the workers, where they share the trunk out.
 
     Raises:
         CheckpointError: the weights do not fit the model.
@@ -280,23 +284,16 @@ def assemble_worker(
     training, model_config = config.training, config.model
     dtype = resolve_dtype(config)
     source = weight_source(config, start)
-    model = Transformer(model_config, dtype=dtype)
     settings = optimizer_settings(config)
-    optimizer = AdamW(
-        model.named_parameters(),
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        epsilon=settings.epsilon,
-        weight_decay=settings.weight_decay,
+    reducer = reducer or SingleWorker()
+    parameters = trunk_parameters(
+        config, rank=rank, dtype=dtype, settings=settings, reducer=reducer, mesh=mesh
     )
 
     def begin_at(at: Start, source: WeightSource) -> None:
-        weights = source.trunk()
-        model.load_state_dict(weights)
-        optimizer.load_values(weights)
-        optimizer.reset(at.step)
+        parameters.begin(source, at.step)
         if at.moments and at.weights is not None:
-            load_trunk_moments(at.weights, optimizer, step=at.step)
+            load_trunk_moments(at.weights, parameters, step=at.step)
 
     def begin_again(directory: str) -> None:
         at = start.at(directory)
@@ -336,12 +333,12 @@ def assemble_worker(
         patience=min(_PATIENCE, config.cluster.call_timeout),
         turns=turns,
         timeline=record,
+        lane=lane_kind(config),
     )
     trunk = TrunkWorker(
         rank=rank,
         workers=workers or training.workers,
-        model=model,
-        optimizer=optimizer,
+        parameters=parameters,
         lanes=[router.lane(i) for i in range(training.microbatches_in_flight)],
         reducer=reducer,
         experts=host,
@@ -351,7 +348,7 @@ def assemble_worker(
     )
     snapshots = None
     if host is None and config.cluster.snapshot_interval:
-        snapshots = TrunkSnapshots(model, optimizer, reach, leaves=rank == 0)
+        snapshots = TrunkSnapshots(parameters, reach, rank=rank)
     worker = TrainingWorker(
         config,
         data,
@@ -361,7 +358,7 @@ def assemble_worker(
         output=output,
         trunk=trunk,
         coordinator=coordinator,
-        save_trunk=lambda directory: save_trunk(directory, model, optimizer),
+        save_trunk=lambda directory: save_trunk(directory, parameters),
         save_experts=None if host is None else lambda directory: host.save(str(directory)),
         router=None if host is not None else router,
         snapshots=snapshots,

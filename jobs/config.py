@@ -26,6 +26,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Sharding = Literal["ddp", "fsdp"]
 DTypeName = Literal["auto", "float32", "float64", "bfloat16"]
 
 
@@ -65,6 +66,8 @@ class TrainingConfig(Section):
         dtype: `auto`, `float32`, `float64` or `bfloat16`; `auto` is float32 on CPUs and bfloat16 on GPUs.
         seed: seeds the weights and the order of the rows.
         workers: trunk workers (data parallel); every one gets at least one microbatch of a step.
+        trunk_sharding: `ddp`: every worker has the whole trunk; `fsdp`: the workers share its parameters,
+            gradients and moments out and gather each block when it computes, for trunks too large for one.
         threads: compute threads of a worker; null shares out the machine's cores.
         min_workers: with which a run goes on when nodes are lost; null waits for all of them.
         max_failures: worker processes that may die in the course of a run; each is started anew.
@@ -93,6 +96,7 @@ class TrainingConfig(Section):
     dtype: DTypeName = "auto"
     seed: CountOrZero = 0
     workers: Size = 1
+    trunk_sharding: Sharding = "ddp"
     min_workers: Size | None = None
     max_failures: CountOrZero = 100
     threads: Threads | None = None
@@ -186,6 +190,11 @@ def _conflicts(config: RunConfig) -> list[str]:
         problems.append(
             f"training.min_workers ({training.min_workers}) is more than training.workers "
             f"({training.workers}); lower it"
+        )
+    if training.trunk_sharding == "fsdp" and training.microbatches_in_flight != 1:
+        problems.append(
+            f"training.microbatches_in_flight ({training.microbatches_in_flight}) has to be 1 where "
+            "training.trunk_sharding is fsdp, which gathers each block for one pass at a time"
         )
     if training.profile_steps and training.steps <= WARM_UP:
         problems.append(

@@ -13,9 +13,10 @@ import ray.train
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.coordinator_client import CoordinatorClient
-from actors.trunk import Reducer, SingleWorker
+from actors.trunk_parameters import Reducer, SingleWorker
 from cluster.topology import RoutingTable
 from errors import RaymoeError, WorkersLost, gives_way
 from jobs.assembly import Start, assemble_worker, compute_threads
@@ -68,6 +69,11 @@ def _table(coordinator: CoordinatorClient, config: RunConfig) -> RoutingTable:
             time.sleep(_AGAIN_SECONDS)
 
 
+def _mesh(config: RunConfig, workers: int) -> DeviceMesh | None:
+    """Of the group that Ray Train has set up, where the workers share the trunk out."""
+    return None if config.training.trunk_sharding == "ddp" else init_device_mesh("cpu", (workers,))
+
+
 def train_worker(settings: dict[str, Any]) -> None:
     """The training function of Ray Train; `settings["worker"]` is a `WorkerSettings`."""
     given: WorkerSettings = settings["worker"]
@@ -89,6 +95,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             connect=connector(config.cluster),
             reducer=reducer,
             workers=workers,
+            mesh=_mesh(config, workers),
         )
         try:
             made.worker.run()

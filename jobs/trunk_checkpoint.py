@@ -4,41 +4,45 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
+from actors.trunk_parameters import TrunkParameters
 from model.checkpoint import ShardReader, trunk_tensors, write_shard
-from model.optimizer import AdamW
-from model.transformer import Transformer
 
 _WEIGHTS = "model-trunk.safetensors"
 _MOMENTS = "optimizer-trunk.safetensors"
-_KINDS = ("exp_avg", "exp_avg_sq")
 
 
-def save_trunk(directory: Path, model: Transformer, optimizer: AdamW) -> None:
-    """Write weights and moments of everything but the routed experts into a checkpoint in the making."""
-    state = {**model.state_dict(), **optimizer.values()}
-    write_shard(directory / _WEIGHTS, trunk_tensors(model.config, state))
-    moments = {
-        f"{name}.{kind}": moment
-        for name, pair in optimizer.moments().items()
-        for kind, moment in zip(_KINDS, pair, strict=True)
-    }
+def save_trunk(directory: Path | None, trunk: TrunkParameters) -> None:
+    """Write weights and moments of everything but the routed experts into a checkpoint in the making.
+
+    Where workers share the trunk out, all of them call this at once.
+
+    Args:
+        directory: None where another worker writes.
+    """
+    if directory is None:
+        _take_part(trunk)
+        return
+    write_shard(directory / _WEIGHTS, trunk_tensors(trunk.model.config, dict(trunk.whole())))
+    moments = {f"{name}.{kind}": moment for name, kind, moment in trunk.whole_moments()}
     write_shard(directory / _MOMENTS, moments)
 
 
-def load_trunk_moments(directory: Path, optimizer: AdamW, *, step: int) -> None:
+def load_trunk_moments(directory: Path, trunk: TrunkParameters, *, step: int) -> None:
     """Take over the moments that `save_trunk` wrote, `step` steps into the run.
 
     Raises:
         CheckpointError: missing, or of another shape.
     """
     reader = ShardReader(directory / _MOMENTS)
-    moments: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in optimizer.moments():
-        first, second = (reader.tensor(f"{name}.{kind}") for kind in _KINDS)
-        moments[name] = (first, second)
-    optimizer.load_moments(moments, step=step)
+    trunk.load_moments(lambda name, kind: reader.tensor(f"{name}.{kind}"), step)
+
+
+def _take_part(trunk: TrunkParameters) -> None:
+    if trunk.together:
+        for _ in trunk.whole():
+            continue
+        for _ in trunk.whole_moments():
+            continue
 
 
 __all__ = ["load_trunk_moments", "save_trunk"]

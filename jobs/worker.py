@@ -17,7 +17,8 @@ import torch
 
 from actors.router import Router
 from actors.steps import Resume, StepDecision, StepMetrics, StepReport
-from actors.trunk import Microbatch, Reducer, SingleWorker, StepInputs, TrunkWorker
+from actors.trunk import Microbatch, StepInputs, TrunkWorker
+from actors.trunk_parameters import Reducer, SingleWorker
 from actors.trunk_snapshots import TrunkSnapshots
 from cluster.topology import RoutingTable
 from errors import Interrupted, RaymoeError, gives_way
@@ -73,7 +74,7 @@ class TrainingWorker:
     Args:
         rank, workers: of the data-parallel group.
         output: the run's directory; worker 0 writes metrics, validation and the trunk's checkpoints.
-        save_trunk: writes the trunk into a directory.
+        save_trunk: writes the trunk into a directory; with None, does its part while another worker writes.
         save_experts: writes experts that live in this process; None when hosts do that themselves.
         router: the way to the hosts; None with experts in this process.
         snapshots: the trunk's states in memory; None with experts in this process.
@@ -93,7 +94,7 @@ class TrainingWorker:
         output: Path,
         trunk: TrunkWorker,
         coordinator: Steps,
-        save_trunk: Callable[[Path], None],
+        save_trunk: Callable[[Path | None], None],
         save_experts: Callable[[Path], object] | None = None,
         router: Router | None = None,
         snapshots: TrunkSnapshots | None = None,
@@ -207,6 +208,7 @@ class TrainingWorker:
             ),
             n_targets=max(1, corpus.count_targets(rows.tolist())),
             n_rows=len(rows),
+            passes=-(-self._config.microbatches // self._workers),
             balance=BalanceWeights.at(self._config.balance, step),
             mtp_weight=value_at(self._config.mtp.weight, step),
         )
@@ -218,9 +220,11 @@ class TrainingWorker:
         size = max(training.microbatch_size, _EVALUATED_AT_ONCE // corpus.sequence_length)
         starts = range(self._rank * size, n_rows, self._workers * size)
         rows = [_microbatch(corpus, at, range(at, min(at + size, n_rows))) for at in starts]
+        passes = len(range(0, n_rows, self._workers * size))
         loss: RaymoeError | None = None
+        self._trunk.meet()
         try:
-            judged, loads = self._trunk.evaluate(self._step, rows)
+            judged, loads = self._trunk.evaluate(self._step, rows, passes=passes)
         except RaymoeError as error:
             if not gives_way(error):
                 raise
@@ -278,8 +282,10 @@ class TrainingWorker:
         writer.write(values)
 
     def _checkpoint(self, decision: StepDecision) -> None:
-        """Worker 0 and the hosts write at once; the next step cannot commit before worker 0 is back."""
+        """Worker 0 and the hosts write; the next step cannot commit before worker 0 is back."""
+        self._trunk.meet()
         if self._rank:
+            self._save_trunk(None)
             return
         directory = self._store.begin(self._step)
         self._save_trunk(directory)

@@ -110,7 +110,7 @@ def trunk_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Te
     """A trunk's `state_dict` as a checkpoint holds it: a tied head left out, MTP's duplicates added."""
     tensors = dict(state)
     if config.tie_word_embeddings:
-        tensors.pop(HEAD)
+        tensors.pop(HEAD, None)
     tensors.update((name, state[original]) for name, original in duplicate_names(config).items())
     return tensors
 

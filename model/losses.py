@@ -215,7 +215,7 @@ def drafts(
             here, there = segments[:, :length], segments[:, k : length + k]
             through = replace(through, counted=(here == there) & (here >= 0))
         embedded = model.model.embed_tokens(tokens[:, k : length + k])
-        previous, loss = module.draft(module.join(previous, embedded), through)
+        previous, loss = module.draft(previous, through, embedded)
         yield previous, loss
 
 

@@ -34,6 +34,10 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(n_experts, dtype=torch.float32))
 
+    def forward(self, rows: Tensor) -> Tensor:
+        """Affinities [N, E] of rows [N, D], in float32 at least."""
+        return affinity(rows, self.weight)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves of the module move both; no conversion touches the bias, and none narrows the weight."""
         bias, weight = self.e_score_correction_bias, self.weight.detach()
@@ -84,7 +88,7 @@ class MoE(nn.Module):
         """
         config = self.config
         rows = x.flatten(0, 1)
-        scores = affinity(rows, self.gate.weight)
+        scores: Tensor = self.gate(rows)
         idx = trace.routes.get(self.layer)
         if idx is None:
             idx = select_experts(

@@ -45,9 +45,17 @@ class MTPModule(Block):
         joined: Tensor = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
         return joined
 
-    def draft(self, x: Tensor, through: Pass) -> tuple[Tensor, Tensor | None]:
-        """The block and the norm before the head: [B, T, D] to [B, T, D], and the balance loss."""
-        out, loss = self(x, through)
+    def draft(
+        self, hidden: Tensor, through: Pass, embedded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """All of the module: [B, T, D] to [B, T, D] normed for the head, and the balance loss.
+
+        Args:
+            embedded: [B, T, D] to `join` with; None where the block takes the hidden state as it is.
+        """
+        x = hidden if embedded is None else self.join(hidden, embedded)
+        # Past the hooks: a sharded module's parameters are whole from the beginning of `draft` to its end.
+        out, loss = self.forward(x, through)
         return self.shared_head.norm(out), loss
 
 

@@ -33,6 +33,56 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def fused_step(
+    values: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    decay: float,
+    scale: float,
+) -> None:
+    """AdamW with gradients times `scale`, in place, on tensors of one dtype and device.
+
+    Args:
+        step: scalar float32, steps with this one.
+    """
+    divisor = None
+    if scale != 1.0:
+        if values[0].dtype == torch.float64:
+            # The kernel's own scaling rounds to float32.
+            torch._foreach_mul_(gradients, scale)
+        else:
+            divisor = torch.tensor(1.0 / scale, dtype=torch.float32, device=values[0].device)
+    torch._fused_adamw_(
+        values,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [step] * len(values),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=decay,
+        eps=epsilon,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=divisor,
+        found_inf=None,
+    )
+
+
+def squared_sum(tensor: Tensor) -> float:
+    """Sum of a tensor's squares, in float64."""
+    parts = [torch.dot(wide, wide) for wide in map(Tensor.double, torch.split(tensor.flatten(), _NORM_CHUNK))]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
 def flat_offsets(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
     """Where tensors of so many elements begin in a flat buffer, and its length; in elements."""
     unit = _ALIGNMENT // itemsize
@@ -148,29 +198,17 @@ class AdamW:
         self.step_count += 1
         for group in self._groups:
             group.step.fill_(self.step_count)
-            divisor = None
-            if scale != 1.0:
-                if group.gradient.dtype == torch.float64:
-                    # The kernel's own scaling rounds to float32.
-                    group.gradient.mul_(scale)
-                else:
-                    divisor = torch.tensor(1.0 / scale, dtype=torch.float32, device=group.value.device)
-            torch._fused_adamw_(
+            fused_step(
                 [group.value],
                 [group.gradient],
                 [group.exp_avg],
                 [group.exp_avg_sq],
-                [],
-                [group.step],
+                group.step,
                 lr=lr,
-                beta1=self._beta1,
-                beta2=self._beta2,
-                weight_decay=group.decay,
-                eps=self._epsilon,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=divisor,
-                found_inf=None,
+                betas=(self._beta1, self._beta2),
+                epsilon=self._epsilon,
+                decay=group.decay,
+                scale=scale,
             )
             _round(group)
 
@@ -196,13 +234,7 @@ class AdamW:
 
     def squared_norm(self) -> float:
         """Sum of the squared gradients, accumulated in float64 so that it adds up over any partition."""
-        total = 0.0
-        for group in self._groups:
-            parts = [
-                torch.dot(wide, wide) for wide in map(Tensor.double, torch.split(group.gradient, _NORM_CHUNK))
-            ]
-            total += float(torch.stack(parts).sum()) if parts else 0.0
-        return total
+        return sum(squared_sum(group.gradient) for group in self._groups)
 
     def gradient_buffers(self) -> list[Tensor]:
         """The flat gradient buffers, for data-parallel workers to sum up in place."""
@@ -270,4 +302,4 @@ def _round(group: _Group) -> None:
         group.rounded.copy_(group.value)
 
 
-__all__ = ["AdamW", "decays_by_shape", "flat_offsets", "value_dtype"]
+__all__ = ["AdamW", "decays_by_shape", "flat_offsets", "fused_step", "squared_sum", "value_dtype"]

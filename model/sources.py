@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,14 @@ class WeightSource(Protocol):
 
     def trunk(self) -> dict[str, Tensor]:
         """Everything else, by parameter or buffer name; what `Transformer.load_state_dict` takes."""
+        ...
+
+
+class TrunkStream(Protocol):
+    """Gives the trunk's tensors one after the other, to whoever has no room for all of them."""
+
+    def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """By parameter or buffer name, each once: a tied head comes as the embedding alone."""
         ...
 
 
@@ -63,17 +72,17 @@ class RandomSource:
 
     def trunk(self) -> dict[str, Tensor]:
         """See `WeightSource.trunk`."""
-        drawn: dict[str, Tensor] = {}
-        for name, shape in trunk_shapes(self.config).items():
+        return _with_head(self.config, dict(self.trunk_tensors()))
+
+    def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `TrunkStream.trunk_tensors`."""
+        for name, shape in _apart(self.config):
             if name.endswith("e_score_correction_bias"):
-                drawn[name] = torch.zeros(shape, dtype=torch.float32)
+                yield name, torch.zeros(shape, dtype=torch.float32)
             elif name.endswith("norm.weight"):
-                drawn[name] = torch.ones(shape, dtype=self.dtype)
-            elif name == HEAD and self.config.tie_word_embeddings:
-                drawn[name] = drawn[EMBEDDING]
+                yield name, torch.ones(shape, dtype=self.dtype)
             else:
-                drawn[name] = self._draw(name, shape)
-        return drawn
+                yield name, self._draw(name, shape)
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
@@ -125,13 +134,16 @@ class PretrainedSource:
         Raises:
             CheckpointError: missing, damaged or misshapen.
         """
-        loaded: dict[str, Tensor] = {}
-        for name, shape in trunk_shapes(self.config).items():
-            if name == HEAD and self.config.tie_word_embeddings:
-                loaded[name] = loaded[EMBEDDING]
-            else:
-                loaded[name] = self._read(name, shape)
-        return loaded
+        return _with_head(self.config, dict(self.trunk_tensors()))
+
+    def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `TrunkStream.trunk_tensors`.
+
+        Raises:
+            CheckpointError: missing, damaged or misshapen.
+        """
+        for name, shape in _apart(self.config):
+            yield name, self._read(name, shape)
 
     def check(self) -> None:
         """Hold names and shapes of all tensors against the configuration, reading the files' headers alone.
@@ -176,6 +188,19 @@ class PretrainedSource:
         return config
 
 
+def _apart(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the trunk's tensors, without a head that is the embedding."""
+    for name, shape in trunk_shapes(config).items():
+        if name != HEAD or not config.tie_word_embeddings:
+            yield name, shape
+
+
+def _with_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if config.tie_word_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
+    return tensors
+
+
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """A checkpoint's config.json.
 
@@ -201,6 +226,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
 __all__ = [
     "PretrainedSource",
     "RandomSource",
+    "TrunkStream",
     "WeightSource",
     "gate_biases",
     "read_hf_config",

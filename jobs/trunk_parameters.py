@@ -1,0 +1,70 @@
+"""Which way a worker holds the trunk's parameters: the one place that asks for `training.trunk_sharding`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from actors.endurance import EnduringLane
+from actors.lane import Lane
+from actors.router import Router
+from actors.sharded_trunk import ShardedTrunk, shard
+from actors.steps import OptimizerSettings
+from actors.trunk_parameters import Reducer, ReplicatedTrunk, TrunkParameters
+from errors import ResourceError
+from jobs.config import RunConfig
+from model.optimizer import AdamW
+from model.sharded_optimizer import ShardedAdamW
+from model.transformer import Transformer
+
+
+def trunk_parameters(
+    config: RunConfig,
+    *,
+    rank: int,
+    dtype: torch.dtype,
+    settings: OptimizerSettings,
+    reducer: Reducer,
+    mesh: DeviceMesh | None,
+) -> TrunkParameters:
+    """The trunk of worker `rank`, not yet filled with weights.
+
+    Args:
+        mesh: of the workers; needed where they share the trunk out.
+
+    Raises:
+        ResourceError: it is needed, and missing.
+    """
+    if config.training.trunk_sharding == "ddp":
+        model = Transformer(config.model, dtype=dtype)
+        flat = AdamW(
+            model.named_parameters(),
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        return ReplicatedTrunk(model, flat, reducer, leaves=rank == 0)
+    if mesh is None:
+        raise ResourceError("training.trunk_sharding is fsdp, and there is no process group of the workers")
+    model, root = shard(config.model, mesh, dtype)
+    optimizer = ShardedAdamW(
+        model.named_parameters(),
+        rank=rank,
+        parts=mesh.size(),
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    return ShardedTrunk(model, root, optimizer, reducer)
+
+
+def lane_kind(config: RunConfig) -> Callable[[Router], Lane]:
+    """The lanes that go with it."""
+    return Lane if config.training.trunk_sharding == "ddp" else EnduringLane
+
+
+__all__ = ["lane_kind", "trunk_parameters"]
