@@ -1,8 +1,8 @@
 """Where the trunk is on a GPU and its lanes take tensors of the CPU: rows go out, and sums come back.
 
-A token's row crosses to the CPU once, however many hosts it goes to, and the hosts' sum comes back as one row.
-Copies go through pinned memory, so that the CPU waits once for each call, when the route has to be known, and
-the GPU goes on with whatever has been queued meanwhile: the shared expert.
+A token's row crosses to the CPU once, however many hosts it goes to, and the hosts' sum comes back as one.
+Copies go through pinned memory, so that the CPU waits once for each call, when the route has to be known,
+and the GPU goes on with whatever has been queued meanwhile: the shared expert.
 
 Shapes: N tokens, D hidden, K experts per token.
 """
@@ -63,16 +63,17 @@ def staged(experts: Experts, device: torch.device) -> Experts:
 def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Copies in the CPU's memory, all of which are there when this returns; waited for once."""
     devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-    here = tuple(
-        tensor
-        if tensor.device.type == "cpu"
-        else _memory(tensor, tensor.device).copy_(tensor, non_blocking=True)
-        for tensor in tensors
-    )
+    here = tuple(map(_begin_copy, tensors))
     for device in devices:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
     return here
+
+
+def _begin_copy(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    return _memory(tensor, tensor.device).copy_(tensor, non_blocking=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.lane import LaneCounters
+from actors.staging import staged, to_device
 from actors.steps import StepDecision, StepReport
 from actors.timeline import Timeline
 from actors.turns import Turns
@@ -118,7 +119,7 @@ class _Sums:
         self.mtp += float(sum(losses.mtp_sums)) / max(1, len(losses.mtp_sums))
         self.balance += float(losses.balance)
         for at, layer in enumerate(layers):
-            self.loads[at] += loads[layer]
+            self.loads[at] += loads[layer].cpu()
 
 
 class TrunkWorker:
@@ -159,6 +160,7 @@ class TrunkWorker:
         self._experts = experts
         self._turns, self._timeline, self._recompute = turns, timeline, recompute
         self._layers = model.config.moe_layers
+        self._device = model.lm_head.weight.device
         # A thread of its own for each lane, for ever: channels and thread pools stay warm.
         self._threads = [
             ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))
@@ -239,7 +241,7 @@ class TrunkWorker:
         loads = torch.zeros(len(self._layers), self._model.config.n_routed_experts, dtype=torch.int64)
         for _, traced in results:
             for at, layer in enumerate(self._layers):
-                loads[at] += traced[layer]
+                loads[at] += traced[layer].cpu()
         return [evaluation for evaluation, _ in results], loads
 
     def apply(self, decision: StepDecision) -> None:
@@ -332,9 +334,8 @@ class TrunkWorker:
         with self._span(inputs.step, "forward", microbatch=microbatch.index):
             losses = training_loss(
                 self._model,
-                microbatch.tokens,
-                microbatch.segments,
-                experts=lane,
+                *self._here(microbatch),
+                experts=staged(lane, self._device),
                 trace=trace,
                 n_targets=inputs.n_targets,
                 n_rows=inputs.n_rows,
@@ -346,6 +347,12 @@ class TrunkWorker:
             losses.total.backward()  # type: ignore[no-untyped-call]
         return losses, trace.loads
 
+    def _here(self, microbatch: Microbatch) -> tuple[Tensor, Tensor | None]:
+        """Its tokens and segments, where the trunk is."""
+        segments = microbatch.segments
+        tokens = to_device(microbatch.tokens, self._device)
+        return tokens, None if segments is None else to_device(segments, self._device)
+
     def _span(self, step: int, name: str, **details: int) -> AbstractContextManager[None]:
         timeline = self._timeline
         return nullcontext() if timeline is None else timeline.span(step, name, "", **details)
@@ -353,7 +360,7 @@ class TrunkWorker:
     def _judge(self, lane: StepLane, microbatch: Microbatch) -> tuple[Evaluation, dict[int, Tensor]]:
         trace = Trace()
         judged = evaluation_loss(
-            self._model, microbatch.tokens, microbatch.segments, experts=lane, trace=trace
+            self._model, *self._here(microbatch), experts=staged(lane, self._device), trace=trace
         )
         return judged, trace.loads
 

@@ -5,8 +5,8 @@ For a pair of row x and expert e with gate g:
 
     a, u = W13_e x          h = silu(a) * u          partial[row] += g * (W2_e h)
 
-Pairs are sorted by expert, so that each expert is one matrix product (`model.grouped`). Sums over the pairs of
-a row run in the order of the request (`embedding_bag`), so that results repeat to the bit.
+Pairs are sorted by expert, so that each expert is one matrix product (`model.grouped`). Sums over the pairs
+of a row run in the order of the request (`embedding_bag`), so that results repeat to the bit.
 """
 
 from __future__ import annotations

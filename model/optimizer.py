@@ -154,7 +154,7 @@ class AdamW:
                     # The kernel's own scaling rounds to float32.
                     group.gradient.mul_(scale)
                 else:
-                    divisor = torch.tensor(1.0 / scale, dtype=torch.float32, device=group.value.device)
+                    divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=group.value.device)
             torch._fused_adamw_(
                 [group.value],
                 [group.gradient],
