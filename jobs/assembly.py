@@ -30,6 +30,7 @@ from jobs.checkpoint_store import CheckpointStore, read_state
 from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import host_threads, placement, shape_of
+from jobs.precision import compute_device
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.worker import Steps, TrainingWorker
 from model.checkpoint import PretrainedSource, RandomSource, WeightSource
@@ -83,8 +84,18 @@ class Start:
 
 
 def resolve_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype of the weights, the same in every process; `auto` is float32: all arithmetic is on CPUs."""
-    return _DTYPES["float32" if config.training.dtype == "auto" else config.training.dtype]
+    """The dtype that is computed in, the same in every process."""
+    auto = "bfloat16" if config.on_gpus else "float32"
+    return _DTYPES[auto if config.training.dtype == "auto" else config.training.dtype]
+
+
+def worker_device(config: RunConfig) -> torch.device:
+    """What a worker computes on, in its own process.
+
+    Raises:
+        ResourceError: there is no such device.
+    """
+    return compute_device(config.training.gpus_per_worker, "training.gpus_per_worker")
 
 
 def weight_source(config: RunConfig, start: Start) -> WeightSource:
@@ -183,6 +194,7 @@ def build_host(
         dtype=resolve_dtype(config),
         threads=host_threads(config.cluster),
         step=start.step,
+        device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
         connect=connect,
         timeline=None if output is None else timeline(config, start, id, output),
     )
@@ -280,7 +292,8 @@ def assemble_worker(
     training, model_config = config.training, config.model
     dtype = resolve_dtype(config)
     source = weight_source(config, start)
-    model = Transformer(model_config, dtype=dtype)
+    device = worker_device(config)
+    model = Transformer(model_config, dtype=dtype).to(device)
     settings = optimizer_settings(config)
     optimizer = AdamW(
         model.named_parameters(),
@@ -316,6 +329,7 @@ def assemble_worker(
             moments=moment_source(start),
             dtype=dtype,
             step=start.step,
+            device=device,
         )
         server = local.serve(host.handle)
         table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0))
@@ -386,4 +400,5 @@ __all__ = [
     "timeline",
     "training_plan",
     "weight_source",
+    "worker_device",
 ]
