@@ -22,8 +22,8 @@ def compute_device(gpus: float, field: str) -> torch.device:
     if not torch.cuda.is_available():
         built = "no CUDA in it" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
         raise ResourceError(
-            f"{field} ({gpus:g}) asks for a GPU, and torch finds none (torch {torch.__version__} with "
-            f"{built}); install torch for CUDA and its driver there, or set {field} to 0"
+            f"{field} asks for a GPU, and torch finds none (torch {torch.__version__} with {built}); install "
+            "torch for CUDA and its driver there, or compute on CPUs"
         )
     return torch.device("cuda", 0)  # of those that Ray lets the process see
 
