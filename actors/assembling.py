@@ -134,8 +134,8 @@ def read_experts(
                     f"{list(one.shape)}"
                 )
             one.copy_(other)
-    for held in layers.values():
-        held.filled()
+    for made in layers.values():
+        made.filled()
 
 
 __all__ = ["Own", "Sources", "read_experts"]

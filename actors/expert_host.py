@@ -15,6 +15,7 @@ from torch import Tensor
 from actors.host_state import HostState
 from actors.layers import Layer
 from actors.payload import local_experts, payload
+from actors.staging import to_cpu
 from actors.steps import HostStats
 from actors.versions import Version
 from channels.base import Phase, Request, RequestId
@@ -213,14 +214,12 @@ class ExpertHost(HostState):
             raise ProtocolError(f"expert host {self.id} holds no optimizer: it answers INFER, not FORWARD")
         row_ptr, local = local_experts(self.id, layer, request)
         started = perf_counter()
-        partial, saved = experts_forward(
-            layer.shard, rows, row_ptr.to(self._device), local.to(self._device), gate, keep=keep
-        )
+        partial, saved = experts_forward(layer.shard, rows, row_ptr, local, gate, keep=keep)
         if saved is not None:
             version.ledger.keep(id, saved)
         seconds = perf_counter() - started
         self._meter.forward(id.phase, rows.shape[0], seconds, id.layer, layer, local.numpy())
-        return (partial,)
+        return to_cpu(partial)
 
     def _backward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
         (d_partial,) = payload(request, 1, self._device)
@@ -234,7 +233,7 @@ class ExpertHost(HostState):
                         f"d_partial is {list(d_partial.shape)}, the rows were {list(saved.rows.shape)}"
                     )
                 started = perf_counter()
-                call.reply = experts_backward(layer.shard, saved, d_partial)
+                call.reply = to_cpu(*experts_backward(layer.shard, saved, d_partial))
                 self._meter.backward(d_partial.shape[0], perf_counter() - started)
             except BaseException as error:
                 call.error = f"{type(error).__name__}: {error}"

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from actors.layers import Layer
+from actors.staging import to_device
 from channels.base import Request
 from errors import ProtocolError
 from kernels.dispatch import FOREIGN, MALFORMED, localize
 
 
 def payload(request: Request, n: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The request's tensors, on the host's device.
+    """The request's tensors: numbers on the host's device, indices for the CPU, which looks at them.
 
     Raises:
         ProtocolError: they are not `n`.
@@ -21,7 +22,9 @@ def payload(request: Request, n: int, device: torch.device) -> tuple[Tensor, ...
         raise ProtocolError(f"{request.id.phase.name} carries {len(request.tensors)} tensors instead of {n}")
     if device.type == "cpu":
         return request.tensors
-    return tuple(tensor.to(device) for tensor in request.tensors)
+    return tuple(
+        to_device(tensor, device) if tensor.is_floating_point() else tensor for tensor in request.tensors
+    )
 
 
 def local_experts(host: str, layer: Layer, request: Request) -> tuple[Tensor, Tensor]:

@@ -51,11 +51,13 @@ class _Root(nn.Module):
         return result, loss(result)
 
 
-def shard(config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype) -> tuple[Transformer, nn.Module]:
+def shard(
+    config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device
+) -> tuple[Transformer, nn.Module]:
     """A trunk of which this worker has its rows alone, not yet filled; and the module for its passes.
 
     Args:
-        mesh: of the workers, one-dimensional.
+        mesh: of the workers, one-dimensional, of the device's kind.
         dtype: to compute in; half precision is that of gathered parameters, shards are float32.
     """
     values = value_dtype(dtype)
@@ -79,7 +81,7 @@ def shard(config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype) -> tuple[Tr
         # Losses are divided by counts of the global batch: gradients add up, and are no mean.
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
-    root.to_empty(device=mesh.device_type)
+    root.to_empty(device=device)
     model.tie()
     return model, root
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from actors.endurance import SilentExperts
 from actors.lane import LaneCounters
+from actors.staging import staged, to_device
 from actors.steps import StepDecision, StepReport
 from actors.timeline import Timeline
 from actors.trunk_parameters import Reducer, SingleWorker, TrunkParameters
@@ -109,7 +110,7 @@ class _Sums:
         self.mtp += float(sum(losses.mtp_sums)) / max(1, len(losses.mtp_sums))
         self.balance += float(losses.balance)
         for at, layer in enumerate(layers):
-            self.loads[at] += loads[layer]
+            self.loads[at] += loads[layer].cpu()
 
 
 class TrunkWorker:
@@ -149,6 +150,7 @@ class TrunkWorker:
         self._experts = experts
         self._turns, self._timeline, self._recompute = turns, timeline, recompute
         self._layers = self._model.config.moe_layers
+        self._device = self._model.lm_head.weight.device
         # A thread of its own for each lane, for ever: channels and thread pools stay warm.
         self._threads = [
             ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))
@@ -242,7 +244,7 @@ class TrunkWorker:
         loads = torch.zeros(len(self._layers), self._model.config.n_routed_experts, dtype=torch.int64)
         for _, traced in results:
             for at, layer in enumerate(self._layers):
-                loads[at] += traced[layer]
+                loads[at] += traced[layer].cpu()
         return [evaluation for evaluation, _ in results], loads
 
     def apply(self, decision: StepDecision) -> None:
@@ -342,10 +344,16 @@ class TrunkWorker:
         trace = Trace()
         with self._parameters.passing():
             with self._span(inputs.step, "forward", microbatch=microbatch.index):
-                losses = self._loss(inputs, microbatch.tokens, microbatch.segments, lane, trace)
+                losses = self._loss(inputs, *self._here(microbatch), lane, trace)
             with self._span(inputs.step, "backward", microbatch=microbatch.index):
                 losses.total.backward()  # type: ignore[no-untyped-call]
         return losses, trace.loads
+
+    def _here(self, microbatch: Microbatch) -> tuple[Tensor, Tensor | None]:
+        """Its tokens and segments, where the trunk is."""
+        segments = microbatch.segments
+        tokens = to_device(microbatch.tokens, self._device)
+        return tokens, None if segments is None else to_device(segments, self._device)
 
     def _loss(
         self, inputs: StepInputs, tokens: Tensor, segments: Tensor | None, experts: Experts, trace: Trace
@@ -355,7 +363,7 @@ class TrunkWorker:
             self._model,
             tokens,
             segments,
-            experts=experts,
+            experts=staged(experts, self._device),
             trace=trace,
             n_targets=inputs.n_targets,
             n_rows=inputs.n_rows,
@@ -371,13 +379,20 @@ class TrunkWorker:
 
     def _judge(self, lane: StepLane, microbatch: Microbatch) -> tuple[Evaluation, dict[int, Tensor]]:
         trace = Trace()
-        return self._evaluation(microbatch.tokens, microbatch.segments, lane, trace), trace.loads
+        return self._evaluation(*self._here(microbatch), lane, trace), trace.loads
 
     @torch.no_grad()
     def _evaluation(
         self, tokens: Tensor, segments: Tensor | None, experts: Experts, trace: Trace
     ) -> Evaluation:
-        work = partial(evaluation_loss, self._model, tokens, segments, experts=experts, trace=trace)
+        work = partial(
+            evaluation_loss,
+            self._model,
+            tokens,
+            segments,
+            experts=staged(experts, self._device),
+            trace=trace,
+        )
         with self._parameters.passing():
             return self._parameters.forward(work, lambda _: None)
 
@@ -401,7 +416,8 @@ class TrunkWorker:
     @property
     def _nothing(self) -> Tensor:
         """A row of as few tokens as there can be."""
-        return torch.zeros(1, 2 + self._model.config.num_nextn_predict_layers, dtype=torch.int64)
+        length = 2 + self._model.config.num_nextn_predict_layers
+        return torch.zeros(1, length, dtype=torch.int64, device=self._device)
 
 
 __all__ = [

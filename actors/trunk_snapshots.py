@@ -77,7 +77,7 @@ class TrunkSnapshots:
             if name in tensors:
                 tensors[name].copy_(live)
             else:
-                tensors[name] = live.detach().clone()
+                tensors[name] = live.detach().to("cpu", copy=True)
         self._copies.append(_Copy(step, tensors))
         if self._pool is not None and hosts:
             keepers = _apart(hosts, self._rank)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 ChannelKind = Literal["auto", "local", "shm", "collective", "grpc"]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Reserved = Annotated[float, Field(ge=0, le=65536)]
+GpuShare = Annotated[float, Field(ge=0, le=1)]
 Delay = Annotated[float, Field(ge=0, le=86400)]
 Amount = Annotated[float, Field(gt=0, le=65536)]
 
@@ -72,7 +73,8 @@ class ClusterConfig(BaseModel):
         channel: how a router reaches a host; `auto` picks by locality.
         threads_per_host: threads of a host's arithmetic; null shares out the machine's cores.
         cpus_per_host: CPUs that Ray reserves for each host.
-        gpus_per_host: GPUs that Ray reserves for each host; 0 so far, as hosts compute on CPUs.
+        gpus_per_host: GPU that Ray reserves for each host, which then computes on it; a fraction shares one
+            with others, 0 computes on CPUs.
         host_resources: custom Ray resources that each host asks for, with how much of each; on nodes that do
             not offer them there is no host, and Ray's autoscaler adds nodes that do.
         call_timeout: seconds a router waits for one reply of a host.
@@ -96,7 +98,7 @@ class ClusterConfig(BaseModel):
     channel: ChannelKind = "auto"
     threads_per_host: int | None = Field(default=None, ge=1, le=1024)
     cpus_per_host: Reserved = 0.5
-    gpus_per_host: Reserved = 0
+    gpus_per_host: GpuShare = 0
     host_resources: dict[str, Amount] = Field(default_factory=dict)
     call_timeout: Seconds = 120.0
     start_timeout: Seconds = 180.0
@@ -107,13 +109,6 @@ class ClusterConfig(BaseModel):
     rebalance_below: float | None = Field(default=None, gt=0, le=1)
     snapshot_interval: int = Field(default=10, ge=0, le=(1 << 31) - 1)
     autoscaling: AutoscalingSettings | None = None
-
-    @field_validator("gpus_per_host")
-    @classmethod
-    def _no_idle_gpu(cls, value: float) -> float:
-        if value:
-            raise ValueError("expert hosts compute on CPUs, and would leave a GPU idle; set it to 0")
-        return value
 
     @field_validator("host_resources")
     @classmethod

@@ -32,6 +32,7 @@ from jobs.checkpoint_store import CheckpointStore, read_state
 from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import host_threads, placement, shape_of
+from jobs.precision import compute_device
 from jobs.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.trunk_parameters import lane_kind, trunk_parameters
 from jobs.worker import Steps, TrainingWorker
@@ -85,8 +86,18 @@ class Start:
 
 
 def resolve_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype of the weights, the same in every process; `auto` is float32: all arithmetic is on CPUs."""
-    return _DTYPES["float32" if config.training.dtype == "auto" else config.training.dtype]
+    """The dtype that is computed in, the same in every process."""
+    auto = "bfloat16" if config.on_gpus else "float32"
+    return _DTYPES[auto if config.training.dtype == "auto" else config.training.dtype]
+
+
+def worker_device(config: RunConfig) -> torch.device:
+    """What a worker computes on, in its own process.
+
+    Raises:
+        ResourceError: there is no such device.
+    """
+    return compute_device(config.training.gpus_per_worker, "training.gpus_per_worker")
 
 
 def weight_source(config: RunConfig, start: Start) -> WeightSource:
@@ -185,6 +196,7 @@ def build_host(
         dtype=resolve_dtype(config),
         threads=host_threads(config.cluster),
         step=start.step,
+        device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
         connect=connect,
         timeline=None if output is None else timeline(config, start, id, output),
     )
@@ -284,10 +296,11 @@ def assemble_worker(
     training, model_config = config.training, config.model
     dtype = resolve_dtype(config)
     source = weight_source(config, start)
+    device = worker_device(config)
     settings = optimizer_settings(config)
     reducer = reducer or SingleWorker()
     parameters = trunk_parameters(
-        config, rank=rank, dtype=dtype, settings=settings, reducer=reducer, mesh=mesh
+        config, rank=rank, dtype=dtype, device=device, settings=settings, reducer=reducer, mesh=mesh
     )
 
     def begin_at(at: Start, source: WeightSource) -> None:
@@ -313,6 +326,7 @@ def assemble_worker(
             moments=moment_source(start),
             dtype=dtype,
             step=start.step,
+            device=device,
         )
         server = local.serve(host.handle)
         table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0))
@@ -383,4 +397,5 @@ __all__ = [
     "timeline",
     "training_plan",
     "weight_source",
+    "worker_device",
 ]

@@ -11,6 +11,7 @@ from errors import ConfigError
 from jobs.cli_options import ConfigFile, Debug, Json, Overrides, Preset, Result
 from jobs.console import finish, say, surfaced
 
+Device = Annotated[str, typer.Option(help="cpu, or cuda for all contenders on one GPU.")]
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -21,6 +22,7 @@ def bench_train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each contender to time.")] = 15,
+    device: Device = "cpu",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -30,7 +32,7 @@ def bench_train(
     def compute() -> Result:
         from jobs.bench import bench_train as run
 
-        return run(chosen, steps=steps)
+        return run(chosen, steps=steps, device=device)
 
     finish(compute, as_json=as_json)
 
@@ -42,6 +44,7 @@ def bench_decode(
     config: ConfigFile = None,
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    device: Device = "cpu",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -51,7 +54,31 @@ def bench_decode(
     def compute() -> Result:
         from jobs.bench import bench_decode as run
 
-        return run(chosen, rounds=rounds)
+        return run(chosen, rounds=rounds, device=device)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("experts")
+@surfaced
+def bench_experts(
+    device: Device = "cpu",
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 7168,
+    width: Annotated[int, typer.Option(min=1, help="Of an expert (moe_intermediate_size).")] = 2048,
+    experts: Annotated[int, typer.Option(min=1, help="That a host holds of a layer.")] = 8,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Of each expert; by default 4,096 on GPUs, 256 on CPUs.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a layer's experts against dense products; by default of DeepSeek-V3's shape."""
+
+    def compute() -> Result:
+        from jobs.bench import bench_experts as run
+
+        return run(device=device, hidden=hidden, width=width, experts=experts, rows=rows, rounds=rounds)
 
     finish(compute, as_json=as_json)
 

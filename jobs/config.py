@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from actors.timeline import WARM_UP
-from cluster.config import ClusterConfig, Reserved
+from cluster.config import ClusterConfig, GpuShare, Reserved
 from jobs.config_errors import Section
 from jobs.tokenizer import SMALLEST_VOCABULARY
 from model.config import BalanceConfig, ModelConfig
@@ -63,7 +63,8 @@ class TrainingConfig(Section):
         epsilon: AdamW's epsilon.
         clip_norm: largest norm of the gradient of all parameters together; null does not clip.
         recompute: recompute activations in the backward pass; less memory, more arithmetic.
-        dtype: `auto`, `float32`, `float64` or `bfloat16`; `auto` is float32 on CPUs and bfloat16 on GPUs.
+        dtype: `auto`, `float32`, `float64` or `bfloat16`; `auto` is bfloat16 where workers and hosts are on
+            GPUs, else float32. With bfloat16 the optimizer's values, gradients and moments are float32.
         seed: seeds the weights and the order of the rows.
         workers: trunk workers (data parallel); every one gets at least one microbatch of a step.
         trunk_sharding: `ddp`: every worker has the whole trunk; `fsdp`: the workers share its parameters,
@@ -72,6 +73,8 @@ class TrainingConfig(Section):
         min_workers: with which a run goes on when nodes are lost; null waits for all of them.
         max_failures: worker processes that may die in the course of a run; each is started anew.
         cpus_per_worker: CPUs that Ray reserves for each worker.
+        gpus_per_worker: GPU that Ray reserves for each worker, which then computes on it; a fraction shares
+            one with others, 0 computes on CPUs.
         eval_interval: steps between evaluations on the held-out documents; 0 evaluates only at the end.
         eval_rows: held-out rows of an evaluation on the way; null takes all, as the last one does.
         profile_steps: steps to record as a timeline, after two to warm up; 0 records none.
@@ -101,6 +104,7 @@ class TrainingConfig(Section):
     max_failures: CountOrZero = 100
     threads: Threads | None = None
     cpus_per_worker: Reserved = 1.0
+    gpus_per_worker: GpuShare = 0
     eval_interval: CountOrZero = 50
     eval_rows: Count | None = 64
     profile_steps: CountOrZero = 0
@@ -165,6 +169,12 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether all that computes does so on GPUs."""
+        hosts = self.cluster.gpus_per_host > 0 or not self.cluster.expert_hosts
+        return self.training.gpus_per_worker > 0 and hosts
 
     @property
     def microbatches(self) -> int:

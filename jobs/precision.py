@@ -1,31 +1,54 @@
-"""Which arithmetic this machine is good at."""
+"""What a process computes on, and in which arithmetic."""
 
 from __future__ import annotations
 
 import torch
 
-from errors import ConfigError
+from errors import ConfigError, ResourceError
+
+
+def compute_device(gpus: float, field: str) -> torch.device:
+    """The device of this process: the GPU that Ray has reserved for it, if it has.
+
+    Args:
+        gpus: reserved, 0 for none.
+        field: of the configuration that says so.
+
+    Raises:
+        ResourceError: torch does not find the GPU.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "no CUDA in it" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+        raise ResourceError(
+            f"{field} asks for a GPU, and torch finds none (torch {torch.__version__} with {built}); install "
+            "torch for CUDA and its driver there, or compute on CPUs"
+        )
+    return torch.device("cuda", 0)  # of those that Ray lets the process see
 
 
 def computes_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: a GPU, or a CPU with units for it."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+    """Whether this machine's CPUs multiply bfloat16 matrices in hardware."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def check_dtype(name: str) -> None:
+def check_dtype(name: str, *, on_gpus: bool) -> None:
     """Refuse what would run, but about a hundred times slower than float32.
 
+    Args:
+        on_gpus: whether all that computes does so on GPUs.
+
     Raises:
-        ConfigError: `training.dtype` is bfloat16 on a machine without units for it.
+        ConfigError: `training.dtype` is bfloat16, and a part computes on CPUs without units for it.
     """
-    if name == "bfloat16" and not computes_bfloat16():
+    if name == "bfloat16" and not on_gpus and not computes_bfloat16():
         raise ConfigError(
-            "training.dtype: this machine has no bfloat16 units and would emulate them, about a hundred "
-            "times slower; use float32 (or auto)"
+            "training.dtype: this machine's CPUs have no bfloat16 units and would emulate them, about a "
+            "hundred times slower; use float32 (or auto), or compute on GPUs (training.gpus_per_worker and "
+            "cluster.gpus_per_host)"
         )
 
 
-__all__ = ["check_dtype", "computes_bfloat16"]
+__all__ = ["check_dtype", "compute_device", "computes_bfloat16"]

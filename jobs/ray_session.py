@@ -23,11 +23,13 @@ class Needs:
     """What the actors of a command reserve.
 
     Attributes:
-        why: the fields of the configuration that it is the sum of.
+        why, why_gpus: the fields of the configuration that it is the sum of.
     """
 
     cpus: float
     why: str
+    gpus: float = 0
+    why_gpus: str = ""
 
 
 def embeds(address: str | None) -> bool:
@@ -84,12 +86,14 @@ def check_resources(needs: Needs) -> None:
     Raises:
         ResourceError: naming the fields that ask for more than there is.
     """
-    free = ray.available_resources().get("CPU", 0.0)
-    if needs.cpus > free + 1e-6:
-        raise ResourceError(
-            f"the Ray cluster has {free:g} CPUs free, and {needs.cpus:g} are asked for: {needs.why}; lower "
-            "one of them or add nodes"
-        )
+    free = ray.available_resources()
+    for what, asked, why in (("CPU", needs.cpus, needs.why), ("GPU", needs.gpus, needs.why_gpus)):
+        there = free.get(what, 0.0)
+        if asked > there + 1e-6:
+            raise ResourceError(
+                f"the Ray cluster has {there:g} {what}s free, and {asked:g} are asked for: {why}; lower one "
+                "of them or add nodes"
+            )
 
 
 def check_answers(address: str) -> None:

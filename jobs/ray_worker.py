@@ -19,7 +19,7 @@ from actors.coordinator_client import CoordinatorClient
 from actors.trunk_parameters import Reducer, SingleWorker
 from cluster.topology import RoutingTable
 from errors import RaymoeError, WorkersLost, gives_way
-from jobs.assembly import Start, assemble_worker, compute_threads
+from jobs.assembly import Start, assemble_worker, compute_threads, worker_device
 from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import connector
@@ -71,7 +71,9 @@ def _table(coordinator: CoordinatorClient, config: RunConfig) -> RoutingTable:
 
 def _mesh(config: RunConfig, workers: int) -> DeviceMesh | None:
     """Of the group that Ray Train has set up, where the workers share the trunk out."""
-    return None if config.training.trunk_sharding == "ddp" else init_device_mesh("cpu", (workers,))
+    if config.training.trunk_sharding == "ddp":
+        return None
+    return init_device_mesh(worker_device(config).type, (workers,))
 
 
 def train_worker(settings: dict[str, Any]) -> None:

@@ -197,11 +197,15 @@ def _cause(error: RuntimeError) -> str:
 
 def _needs(config: ServeConfig) -> Needs:
     serving, cluster = config.serving, config.cluster
+    replicas = f"serving.replicas ({serving.replicas}) x serving."
+    hosts = f"cluster.expert_hosts ({cluster.expert_hosts}) x cluster."
     return Needs(
         cpus=serving.replicas * serving.cpus_per_replica + cluster.expert_hosts * cluster.cpus_per_host,
-        why=f"serving.replicas ({serving.replicas}) x serving.cpus_per_replica ({serving.cpus_per_replica:g})"
-        f" + cluster.expert_hosts ({cluster.expert_hosts}) x cluster.cpus_per_host"
+        why=f"{replicas}cpus_per_replica ({serving.cpus_per_replica:g}) + {hosts}cpus_per_host"
         f" ({cluster.cpus_per_host:g})",
+        gpus=serving.replicas * serving.gpus_per_replica + cluster.expert_hosts * cluster.gpus_per_host,
+        why_gpus=f"{replicas}gpus_per_replica ({serving.gpus_per_replica:g}) + {hosts}gpus_per_host"
+        f" ({cluster.gpus_per_host:g})",
     )
 
 

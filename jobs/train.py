@@ -18,14 +18,14 @@ from typing import Any
 
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.coordinator_client import CoordinatorClient
 from actors.timeline import FOLDER, merge
 from errors import CheckpointError, ConfigError, RaymoeError
 from jobs.assembly import Start, build_coordinator, build_host
 from jobs.checkpoint_store import CheckpointStore, find_checkpoint, read_state
-from jobs.config import RunConfig
+from jobs.config import RunConfig, TrainingConfig
 from jobs.config_file import write_config
 from jobs.console import Progress
 from jobs.data import PreparedData, prepare
@@ -69,7 +69,7 @@ def train(
     Raises:
         RaymoeError: with the text of whatever failed, wherever in the cluster it did.
     """
-    check_dtype(config.training.dtype)
+    check_dtype(config.training.dtype, on_gpus=config.on_gpus)
     check_transport(config.cluster)
     if config.data.path is not None:  # a resume may come from another directory
         values = config.to_dict()
@@ -181,12 +181,21 @@ def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) 
 
 def _needs(config: RunConfig) -> Needs:
     training, cluster = config.training, config.cluster
+    workers = f"training.workers ({training.workers}) x training."
+    hosts = f"cluster.expert_hosts ({cluster.expert_hosts}) x cluster."
     return Needs(
         cpus=training.workers * training.cpus_per_worker + cluster.expert_hosts * cluster.cpus_per_host,
-        why=f"training.workers ({training.workers}) x training.cpus_per_worker ({training.cpus_per_worker:g})"
-        f" + cluster.expert_hosts ({cluster.expert_hosts}) x cluster.cpus_per_host"
+        why=f"{workers}cpus_per_worker ({training.cpus_per_worker:g}) + {hosts}cpus_per_host"
         f" ({cluster.cpus_per_host:g})",
+        gpus=training.workers * training.gpus_per_worker + cluster.expert_hosts * cluster.gpus_per_host,
+        why_gpus=f"{workers}gpus_per_worker ({training.gpus_per_worker:g}) + {hosts}gpus_per_host"
+        f" ({cluster.gpus_per_host:g})",
     )
+
+
+def _resources(training: TrainingConfig) -> dict[str, float]:
+    gpus = {"GPU": training.gpus_per_worker} if training.gpus_per_worker else {}
+    return {"CPU": training.cpus_per_worker, **gpus}
 
 
 def _check_shape(config: RunConfig, weights: Path) -> None:
@@ -227,9 +236,12 @@ def _run(
                 num_workers=training.workers
                 if training.min_workers is None
                 else (training.min_workers, training.workers),
-                resources_per_worker={"CPU": training.cpus_per_worker},
+                use_gpu=training.gpus_per_worker > 0,
+                resources_per_worker=_resources(training),
                 placement_strategy="SPREAD",
             ),
+            # Gradients are summed where they are; what workers agree on, and evaluations, are the CPU's.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if training.gpus_per_worker else "gloo"),
             run_config=TrainRunConfig(
                 name=output.name,
                 storage_path=str(output / "ray_train"),

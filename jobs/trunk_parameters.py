@@ -25,6 +25,7 @@ def trunk_parameters(
     *,
     rank: int,
     dtype: torch.dtype,
+    device: torch.device,
     settings: OptimizerSettings,
     reducer: Reducer,
     mesh: DeviceMesh | None,
@@ -32,13 +33,14 @@ def trunk_parameters(
     """The trunk of worker `rank`, not yet filled with weights.
 
     Args:
+        dtype, device: to compute in and on.
         mesh: of the workers; needed where they share the trunk out.
 
     Raises:
         ResourceError: it is needed, and missing.
     """
     if config.training.trunk_sharding == "ddp":
-        model = Transformer(config.model, dtype=dtype)
+        model = Transformer(config.model, dtype=dtype).to(device)
         flat = AdamW(
             model.named_parameters(),
             beta1=settings.beta1,
@@ -49,7 +51,7 @@ def trunk_parameters(
         return ReplicatedTrunk(model, flat, reducer, leaves=rank == 0)
     if mesh is None:
         raise ResourceError("training.trunk_sharding is fsdp, and there is no process group of the workers")
-    model, root = shard(config.model, mesh, dtype)
+    model, root = shard(config.model, mesh, dtype, device)
     optimizer = ShardedAdamW(
         model.named_parameters(),
         rank=rank,

@@ -80,10 +80,10 @@ def load_model(path: Path) -> LoadedModel:
     )
 
 
-def compute_dtype(directory: Path) -> torch.dtype:
-    """The dtype to run a model in: its weights' own where the machine computes in it, else float32."""
+def compute_dtype(directory: Path, *, on_gpus: bool = False) -> torch.dtype:
+    """The dtype to run a model in: its weights' own where GPUs or CPUs compute in it, else float32."""
     stored = ShardReader(directory).tensor("model.norm.weight").dtype
-    keeps = stored == torch.float64 or (stored == torch.bfloat16 and computes_bfloat16())
+    keeps = stored == torch.float64 or (stored == torch.bfloat16 and (on_gpus or computes_bfloat16()))
     return stored if keeps else torch.float32
 
 

@@ -24,8 +24,12 @@ def expert_load(idx: Tensor, n_experts: int, mask: Tensor | None = None) -> Tens
 
     Counts are integers because a float counter stops growing (bfloat16 at 256, float32 at 2^24).
     """
-    chosen = idx if mask is None else idx[mask.to(torch.bool)]
-    return torch.bincount(chosen.reshape(-1), minlength=n_experts)
+    # Not bincount, nor a mask as an index: on a GPU both make the CPU wait for a length.
+    counts = torch.ones_like(idx, dtype=torch.int64)
+    if mask is not None:
+        counts *= mask.to(torch.bool).unsqueeze(-1)
+    load = torch.zeros(n_experts, dtype=torch.int64, device=idx.device)
+    return load.scatter_add_(0, idx.reshape(-1), counts.reshape(-1))
 
 
 def update_bias(bias: Tensor, load: Tensor, rate: float, *, center: bool = False) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 IGNORE = -100
 """The target of a position that is left out of the loss."""
 
-# Logits of a chunk take 8 MiB in float32: they stay in the last cache between the product that makes
-# them, the softmax, and the two products that take their gradient.
+# Logits of a chunk take 8 MiB in float32: they stay in a CPU's last cache between the product that makes
+# them, the softmax, and the two products that take their gradient. A GPU has no such cache, but many cores.
 _CHUNK_ELEMENTS = 1 << 21
+_CHUNK_ELEMENTS_GPU = 1 << 26
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -25,13 +26,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         need_hidden, need_weight, _ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight) if need_weight else None
+        wide = _wide(hidden.dtype)
+        # Many chunks add up in it: in bfloat16 the last ones would be lost.
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         kept = target != IGNORE
         goal = torch.where(kept, target, 0).unsqueeze(1)
         # Positions that are left out count through neither product.
-        rows = hidden if kept.all() else hidden * kept.unsqueeze(1)
-        log_likelihood = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
-        chunks = _chunks(len(hidden), weight.shape[0])
+        on_cpu = hidden.device.type == "cpu"  # elsewhere a look at the values would be waited for
+        rows = hidden if on_cpu and kept.all() else hidden * kept.unsqueeze(1)
+        log_likelihood = hidden.new_empty(len(hidden), dtype=wide)
+        chunks = _chunks(hidden, weight.shape[0])
         longest = chunks[0].stop if chunks else 0
         product = hidden.new_empty(longest, weight.shape[0])
         logs = product.new_empty(product.shape, dtype=log_likelihood.dtype)
@@ -48,10 +52,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[chunk])
             if d_weight is not None:
-                d_weight.addmm_(d_logits.t(), rows[chunk])
+                if d_weight.dtype == hidden.dtype:
+                    d_weight.addmm_(d_logits.t(), rows[chunk])
+                else:
+                    d_weight += d_logits.t() @ rows[chunk]
         if d_hidden is not None and rows is not hidden:
             d_hidden.mul_(kept.unsqueeze(1))
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return -torch.where(kept, log_likelihood, 0).sum()
 
     @staticmethod
@@ -84,12 +91,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
 def greedy(hidden: Tensor, weight: Tensor) -> Tensor:
     """The most likely token of every position: [..., D] to [...] int64."""
     rows = hidden.flatten(0, -2)
-    best = [(rows[chunk] @ weight.t()).argmax(1) for chunk in _chunks(len(rows), weight.shape[0])]
+    best = [(rows[chunk] @ weight.t()).argmax(1) for chunk in _chunks(rows, weight.shape[0])]
     return torch.cat(best).view(hidden.shape[:-1])
 
 
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    size = max(16, _CHUNK_ELEMENTS // vocabulary)
+def _chunks(rows: Tensor, vocabulary: int) -> list[slice]:
+    elements = _CHUNK_ELEMENTS if rows.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
+    n, size = len(rows), max(16, elements // vocabulary)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 

@@ -5,8 +5,8 @@ For a pair of row x and expert e with gate g:
 
     a, u = W13_e x          h = silu(a) * u          partial[row] += g * (W2_e h)
 
-Pairs are sorted by expert, so that each expert is one matrix product. Sums over the pairs of a row run in
-the order of the request (`embedding_bag`), so that results repeat to the bit.
+Pairs are sorted by expert, so that each expert is one matrix product (`model.grouped`). Sums over the pairs
+of a row run in the order of the request (`embedding_bag`), so that results repeat to the bit.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.decode import mix_experts
+from model.grouped import Groups, group
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}  # what compiled functions take
 _FEW_ROWS = 16  # up to here, reading weights in one sweep beats sorting pairs for products of many rows
@@ -131,14 +132,14 @@ class _Pairs:
         order: [nnz] int64, the request's index of each sorted pair.
         place: [nnz] int64, the inverse of `order`.
         row_ptr: [n + 1] int64, a copy.
-        counts: pairs per expert, of every expert of the shard.
+        groups: the pairs of each expert.
     """
 
     token: Tensor
     order: Tensor
     place: Tensor
     row_ptr: Tensor
-    counts: list[int]
+    groups: Groups
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def experts_forward(
     Args:
         rows: [n, D].
         row_ptr: [n + 1] int32, the pairs of row i are row_ptr[i] … row_ptr[i + 1].
-        local_expert: [nnz] int32, indices into the shard.
+        local_expert: [nnz] int32, indices into the shard; like row_ptr on the rows' device or the CPU.
         gate: [nnz].
         keep: whether a backward pass will follow.
 
@@ -161,19 +162,19 @@ def experts_forward(
     if rows.shape[0] <= _FEW_ROWS and not keep and _compiles(rows):
         pointers = row_ptr.numpy().astype(np.int64, copy=False)
         return _few_rows(shard.w13, shard.w2, rows, pointers, local_expert, gate), None
-    pairs = _sort_pairs(row_ptr, local_expert, shard.n_experts)
+    pairs = _sort_pairs(row_ptr, local_expert, shard.n_experts, rows)
     width = shard.w2.shape[2]
     x = rows.index_select(0, pairs.token)
-    hidden = rows.new_empty(x.shape[0], 2 * width)
-    _grouped_mm(x, shard.w13.transpose(1, 2), pairs.counts, out=hidden)
+    hidden = pairs.groups.multiply(x, shard.w13.transpose(1, 2), memory=rows.new_empty(x.shape[0], 2 * width))
     act = F.silu(hidden[:, :width]).mul_(hidden[:, width:])
     # The gathered inputs are done with: the outputs take their place, still in the cache.
-    _grouped_mm(act, shard.w2.transpose(1, 2), pairs.counts, out=x)
+    x = pairs.groups.multiply(act, shard.w2.transpose(1, 2), memory=x)
     partial = _sum_rows(x, pairs, gate)
     if not keep:
         return partial, None
     # A copy of the rows is a K-th of the gathered ones; gathering again is cheaper than keeping them.
-    return partial, Saved(rows=rows.clone(), hidden=hidden, gate=gate[pairs.order], pairs=pairs)
+    gate = gate.index_select(0, pairs.order)
+    return partial, Saved(rows=rows.clone(), hidden=hidden, gate=gate, pairs=pairs)
 
 
 @torch.no_grad()
@@ -194,22 +195,22 @@ def experts_backward(shard: ExpertShard, saved: Saved, d_partial: Tensor) -> tup
     a, up = saved.hidden[:, :width], saved.hidden[:, width:]
     gate = saved.gate.unsqueeze(1)
     d_y = d_partial.index_select(0, pairs.token)
-    d_act = d_y.new_empty(d_y.shape[0], width)
-    _grouped_mm(d_y, shard.w2, pairs.counts, out=d_act)
+    groups = pairs.groups
+    d_act = groups.multiply(d_y, shard.w2, memory=d_y.new_empty(d_y.shape[0], width))
     silu = F.silu(a)
     act = silu * up
     # <d_partial, W2 h> = <W2' d_partial, h>: the gate's gradient needs no expert's output.
-    d_gate = torch.mul(act, d_act).sum(1)[pairs.place]
+    d_gate = torch.mul(act, d_act).sum(1).index_select(0, pairs.place)
     d_act.mul_(gate)
     d_hidden = torch.empty_like(saved.hidden)
     torch.mul(d_act, silu, out=d_hidden[:, width:])
     torch.ops.aten.silu_backward.grad_input(d_act.mul_(up), a, grad_input=d_hidden[:, :width])
-    _add_outer(d_w2, d_y, act.mul_(gate), pairs.counts, shard.lock)
+    groups.add_outer(d_w2, d_y, act.mul_(gate), shard.lock)
     # d_y is done with: the inputs' gradients take its place.
-    _grouped_mm(d_hidden, shard.w13, pairs.counts, out=d_y)
+    d_y = groups.multiply(d_hidden, shard.w13, memory=d_y)
     d_rows = _sum_rows(d_y, pairs, None)
     x = torch.index_select(saved.rows, 0, pairs.token, out=d_y)
-    _add_outer(d_w13, d_hidden, x, pairs.counts, shard.lock)
+    groups.add_outer(d_w13, d_hidden, x, shard.lock)
     return d_rows, d_gate
 
 
@@ -240,44 +241,19 @@ def _compiles(rows: Tensor) -> bool:
     return rows.dtype in _NUMPY and rows.device.type == "cpu"
 
 
-def _sort_pairs(row_ptr: Tensor, local_expert: Tensor, n_experts: int) -> _Pairs:
+def _sort_pairs(row_ptr: Tensor, local_expert: Tensor, n_experts: int, rows: Tensor) -> _Pairs:
+    """Sort where the pairs are; on a GPU the CPU waits for nothing."""
     order = local_expert.sort(stable=True).indices
     row_ptr = row_ptr.to(torch.int64, copy=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    token = torch.repeat_interleave(row_ptr.diff(), output_size=order.numel()).index_select(0, order)
     return _Pairs(
-        token=torch.repeat_interleave(row_ptr.diff(), output_size=order.numel())[order],
-        order=order,
-        place=place,
-        row_ptr=row_ptr,
-        counts=torch.bincount(local_expert, minlength=n_experts).tolist(),
+        token=token.to(rows.device),
+        order=order.to(rows.device),
+        place=place.to(rows.device),
+        row_ptr=row_ptr.to(rows.device),
+        groups=group(local_expert.index_select(0, order), n_experts, rows),
     )
-
-
-def _grouped_mm(x: Tensor, weights: Tensor, counts: list[int], *, out: Tensor) -> None:
-    """out[s:t] = x[s:t] @ weights[e] for each expert e with its pairs s … t."""
-    start = 0
-    for e, m in enumerate(counts):
-        if m:
-            torch.mm(x[start : start + m], weights[e], out=out[start : start + m])
-            start += m
-
-
-def _add_outer(total: Tensor, left: Tensor, right: Tensor, counts: list[int], lock: Lock) -> None:
-    """total[e] += left[s:t]' @ right[s:t] for each expert e; another backward pass may add in between.
-
-    Gradients of half precision are added up in float32.
-    """
-    start = 0
-    for e, m in enumerate(counts):
-        if m:
-            one, other = left[start : start + m].t(), right[start : start + m]
-            with lock:
-                if total.dtype == left.dtype:
-                    total[e].addmm_(one, other)
-                else:
-                    total[e] += one @ other
-            start += m
 
 
 def _sum_rows(values: Tensor, pairs: _Pairs, gate: Tensor | None) -> Tensor:

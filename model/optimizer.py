@@ -57,7 +57,7 @@ def fused_step(
             # The kernel's own scaling rounds to float32.
             torch._foreach_mul_(gradients, scale)
         else:
-            divisor = torch.tensor(1.0 / scale, dtype=torch.float32, device=values[0].device)
+            divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=values[0].device)
     torch._fused_adamw_(
         values,
         gradients,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 
-from errors import RaymoeError, ResourceError
+from errors import ConfigError, RaymoeError, ResourceError
+from jobs.assembly import resolve_dtype, worker_device
 from jobs.config import RunConfig
+from jobs.precision import compute_device
 
 Step = Callable[[], float]
 """Does one step; the seconds it took."""
@@ -24,6 +27,7 @@ Build = Callable[[RunConfig], AbstractContextManager[Step]]
 """Sets a contender up in its process; a function of a module's top level."""
 
 _MATMUL = 1536  # rows and columns of the square matrices that measure the peak
+_MATMUL_GPU = 8192
 _PATIENCE = 300.0  # seconds for a turn
 
 
@@ -75,6 +79,32 @@ class Contender:
         return seconds
 
 
+def on_device(values: dict[str, Any], device: str) -> None:
+    """Have a configuration's workers and hosts compute on a device, all of them on one GPU.
+
+    Raises:
+        ConfigError: it is neither cpu nor cuda.
+        ResourceError: there is no such device.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device!r} should be cpu or cuda")
+    share = 0.5 if device == "cuda" else 0.0
+    compute_device(share, "--device cuda")
+    values["training"]["gpus_per_worker"] = values["cluster"]["gpus_per_host"] = share
+
+
+def finished(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> str:
+    """What a benchmark ran on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{name}, torch {torch.__version__}"
+
+
 def has_transformers() -> bool:
     """Whether the peer of our benchmarks is installed."""
     return importlib.util.find_spec("transformers") is not None
@@ -121,19 +151,33 @@ def until_closed(server: Any, pipe: Connection) -> None:
 
 @contextmanager
 def matmul(config: RunConfig) -> Iterator[Step]:
-    """Products of square float32 matrices, as fast as the machine does them: seconds per flop."""
+    """Products of square matrices, as fast as the device does them: seconds per flop."""
     torch.set_num_threads(config.training.threads or os.cpu_count() or 1)
-    left, right = torch.randn(2, _MATMUL, _MATMUL).unbind(0)
+    device = worker_device(config)
+    size = _MATMUL if device.type == "cpu" else _MATMUL_GPU
+    left, right = torch.randn(2, size, size, device=device).to(resolve_dtype(config)).unbind(0)
     out = torch.empty_like(left)
 
     def step() -> float:
         began = time.perf_counter()
         for _ in range(4):
             torch.mm(left, right, out=out)
-        return (time.perf_counter() - began) / (4 * 2 * _MATMUL**3)
+        finished(device)
+        return (time.perf_counter() - began) / (4 * 2 * size**3)
 
     step()
     yield step
 
 
-__all__ = ["Build", "Contender", "Step", "has_transformers", "host_process", "matmul", "until_closed"]
+__all__ = [
+    "Build",
+    "Contender",
+    "Step",
+    "finished",
+    "has_transformers",
+    "host_process",
+    "machine",
+    "matmul",
+    "on_device",
+    "until_closed",
+]

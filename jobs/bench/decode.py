@@ -16,7 +16,9 @@ from typing import Any, Final
 
 import torch
 
-from jobs.bench.contenders import Contender, Step, has_transformers
+from actors.staging import staged
+from jobs.assembly import resolve_dtype, worker_device
+from jobs.bench.contenders import Contender, Step, finished, has_transformers, machine, on_device
 from jobs.bench.expert_lanes import expert_lanes
 from jobs.config import RunConfig
 
@@ -28,11 +30,12 @@ _HOSTS: Final = 2
 _MARGIN: Final = 64  # positions beyond the longest text
 
 
-def bench_decode(config: RunConfig, *, rounds: int) -> dict[str, Any]:
+def bench_decode(config: RunConfig, *, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """Decode with a configuration's model and random weights, its MTP modules left out.
 
     Args:
         rounds: turns of each contender.
+        device: cpu, or cuda for all contenders and hosts on one GPU, in bfloat16.
 
     Returns:
         For each batch the tokens per second of every contender (medians) and their ratios, the growth of
@@ -43,8 +46,9 @@ def bench_decode(config: RunConfig, *, rounds: int) -> dict[str, Any]:
         RaymoeError: a contender failed, with its text.
     """
     load = os.getloadavg()[0]
-    plain = _prepared(config, 0)
-    remote = _prepared(config, config.cluster.expert_hosts or _HOSTS)
+    plain = _prepared(config, 0, device)
+    remote = _prepared(config, config.cluster.expert_hosts or _HOSTS, device)
+    place = worker_device(plain)
     turns: dict[str, list[float]] = {}
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
@@ -74,6 +78,7 @@ def bench_decode(config: RunConfig, *, rounds: int) -> dict[str, Any]:
     result["load_before"] = load
     result["rounds"] = rounds
     result["tokens"] = TOKENS
+    result["machine"] = machine(place)
     return result
 
 
@@ -96,8 +101,9 @@ def _figures(turns: Mapping[str, Sequence[float]], batch: int) -> dict[str, floa
     }
 
 
-def _prepared(config: RunConfig, hosts: int) -> RunConfig:
+def _prepared(config: RunConfig, hosts: int, device: str) -> RunConfig:
     values = config.to_dict()
+    on_device(values, device)
     values["model"]["num_nextn_predict_layers"] = 0
     longest = max(CONTEXTS) + TOKENS + _MARGIN
     values["model"]["max_position_embeddings"] = max(values["model"]["max_position_embeddings"], longest)
@@ -119,14 +125,18 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
 
     model = config.model
     torch.set_num_threads(config.training.threads or os.cpu_count() or 1)
-    whole = CausalLM(model).eval()
-    whole.load(RandomSource(model, config.training.seed))
+    device, dtype = worker_device(config), resolve_dtype(config)
+    whole = CausalLM(model, dtype=dtype).eval()
+    whole.load(RandomSource(model, config.training.seed, dtype))
+    whole.to(device)
     with ExitStack() as stack:
         experts: Experts = whole.experts
         on_step: Callable[[int], None] | None = None
         if config.cluster.expert_hosts:
-            lanes = stack.enter_context(expert_lanes(model, config.cluster, seed=config.training.seed))
-            experts, on_step = lanes, lanes.begin
+            lanes = stack.enter_context(
+                expert_lanes(model, config.cluster, seed=config.training.seed, dtype=dtype)
+            )
+            experts, on_step = staged(lanes, device), lanes.begin
         settings = EngineSettings(
             cache_tokens=batch * (prompt + TOKENS + _MARGIN), prefix_caching=False, max_batch_tokens=2048
         )
@@ -151,18 +161,19 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
 
 @contextmanager
 def transformers(config: RunConfig, *, batch: int) -> Iterator[Step]:
-    """transformers' DeepSeek-V3 with `generate` and its cache, at its fastest on a CPU."""
+    """transformers' DeepSeek-V3 with `generate` and its cache, at its fastest."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.set_num_threads(config.training.threads or os.cpu_count() or 1)
     torch.manual_seed(config.training.seed)
     shape = DeepseekV3Config(**config.model.to_hf())
     shape._attn_implementation, shape._experts_implementation = "sdpa", "grouped_mm"
-    model = DeepseekV3ForCausalLM(shape).eval()
+    device = worker_device(config)
+    model = DeepseekV3ForCausalLM(shape).eval().to(device=device, dtype=resolve_dtype(config))
     generator = torch.Generator().manual_seed(config.training.seed)
 
     def step() -> float:
-        tokens = torch.randint(config.model.vocab_size, (batch, PROMPT), generator=generator)
+        tokens = torch.randint(config.model.vocab_size, (batch, PROMPT), generator=generator).to(device)
         mask = torch.ones_like(tokens)
         began = time.perf_counter()
         with torch.inference_mode():
@@ -175,6 +186,7 @@ def transformers(config: RunConfig, *, batch: int) -> Iterator[Step]:
                 eos_token_id=None,
                 pad_token_id=0,
             )
+        finished(device)
         return time.perf_counter() - began
 
     yield step

@@ -9,12 +9,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from actors.engine_lanes import EngineLanes
 from actors.router import Router
 from cluster.config import ClusterConfig
 from cluster.topology import RoutingTable
 from jobs.bench.contenders import host_process, until_closed
 from jobs.hosts import connector, experts_of, host_threads, placement
+from jobs.precision import compute_device
 from model.config import ModelConfig
 
 
@@ -26,6 +29,7 @@ def expert_lanes(
     seed: int = 0,
     directory: Path | None = None,
     cores: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[EngineLanes]:
     """Lanes to the hosts of a cluster.
 
@@ -33,12 +37,14 @@ def expert_lanes(
         seed: of random weights.
         directory: of weights in Hugging Face's format, in place of random ones.
         cores: that the hosts run on; all if there are none.
+        dtype: that they compute in.
     """
     values = {
         "model": model.to_hf(),
         "cluster": cluster.model_dump(),
         "seed": seed,
         "cores": list(cores),
+        "dtype": dtype,
         "directory": None if directory is None else str(directory),
     }
     with ExitStack() as stack:
@@ -61,11 +67,18 @@ def _serve(values: dict[str, Any], index: int, pipe: Connection) -> None:
     if values["cores"]:
         os.sched_setaffinity(0, values["cores"])
     model, cluster = ModelConfig.from_hf(values["model"]), ClusterConfig(**values["cluster"])
-    source: WeightSource = RandomSource(model, values["seed"])
+    dtype = values["dtype"]
+    source: WeightSource = RandomSource(model, values["seed"], dtype)
     if values["directory"] is not None:
         source = PretrainedSource(Path(values["directory"]))
     host = ExpertHost(
-        f"host-{index}", model, experts_of(model, cluster, index), source, threads=host_threads(cluster)
+        f"host-{index}",
+        model,
+        experts_of(model, cluster, index),
+        source,
+        threads=host_threads(cluster),
+        dtype=dtype,
+        device=compute_device(cluster.gpus_per_host, "cluster.gpus_per_host"),
     )
     until_closed(ExpertHostServer(host), pipe)
 

@@ -8,15 +8,13 @@ hits all of them; ratios are taken within a round, and medians over the rounds.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-
-from jobs.bench.contenders import Contender, has_transformers, matmul
+from jobs.assembly import worker_device
+from jobs.bench.contenders import Contender, has_transformers, machine, matmul, on_device
 from jobs.bench.training_steps import ours, transformers
 from jobs.config import RunConfig
 from jobs.presets import summary
@@ -27,7 +25,7 @@ _PER_ROUND = 3  # steps of a contender in its turn
 _HOSTS = 2  # where the configuration keeps its experts in process
 
 
-def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
+def bench_train(config: RunConfig, *, steps: int, device: str = "cpu") -> dict[str, Any]:
     """Time the steps of a configuration's model on random tokens, MTP, evaluation and checkpoints left out.
 
     A step is everything: forward, backward, the norm of all gradients, clipping, AdamW, and for ours the
@@ -35,10 +33,11 @@ def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
 
     Args:
         steps: timed steps of each contender, rounded up to whole rounds.
+        device: cpu, or cuda for all contenders and hosts on one GPU, in bfloat16.
 
     Returns:
         Tokens per second of each contender (medians), their ratios, the share of the measured peak of
-        float32 matrix products that the arithmetic of our local step reaches, and `spreads`: the lowest
+        matrix products that the arithmetic of our local step reaches, and `spreads`: the lowest
         and highest round of each figure. Without transformers installed its figures are None.
         `load_before` is the machine's load average at the start: on a busy machine the ratios mean little,
         for a contender whose threads wait for each other after every operation then waits for others' work.
@@ -47,7 +46,9 @@ def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
         RaymoeError: a contender failed, with its text.
     """
     load = os.getloadavg()[0]
-    local, remote = _with_hosts(config, 0), _with_hosts(config, config.cluster.expert_hosts or _HOSTS)
+    local = _with_hosts(config, 0, device)
+    remote = _with_hosts(config, config.cluster.expert_hosts or _HOSTS, device)
+    place = worker_device(local)
     rounds: dict[str, list[float]] = {}
     with ExitStack() as stack:
         contenders = {
@@ -89,7 +90,7 @@ def bench_train(config: RunConfig, *, steps: int) -> dict[str, Any]:
         "total_parameters": counts["total_parameters"],
         "active_parameters": counts["active_parameters"],
         "expert_hosts": remote.cluster.expert_hosts,
-        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "machine": machine(place),
     }
 
 
@@ -100,8 +101,9 @@ def flops_per_token(model: ModelConfig, length: int) -> float:
     return 3 * 2 * (matrices + model.num_hidden_layers * attended)
 
 
-def _with_hosts(config: RunConfig, hosts: int) -> RunConfig:
+def _with_hosts(config: RunConfig, hosts: int, device: str) -> RunConfig:
     values = config.to_dict()
+    on_device(values, device)
     values["model"]["num_nextn_predict_layers"] = 0
     values["training"] |= {"workers": 1, "warmup_steps": 0, "steps": 1 << 30}
     values["cluster"]["expert_hosts"] = hosts

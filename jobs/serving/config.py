@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError, field_validator, model_validator
 
-from cluster.config import ClusterConfig, Reserved, Seconds
+from cluster.config import ClusterConfig, GpuShare, Reserved, Seconds
 from engine.engine import EngineSettings
 from errors import ConfigError
 from jobs.api.backend import Limits
@@ -41,6 +41,8 @@ class ServingConfig(Section):
         resume_timeout: seconds that a request waits for another replica when its own has died.
         autoscaling: Ray Serve's autoscaling_config for the replicas, in place of `replicas`.
         cpus_per_replica: CPUs that Ray reserves for each.
+        gpus_per_replica: GPU that Ray reserves for each, which then computes on it; a fraction shares one
+            with others, 0 computes on CPUs.
         threads: compute threads of a replica; null takes as many as CPUs are reserved, one at least.
     """
 
@@ -63,6 +65,7 @@ class ServingConfig(Section):
     resume_timeout: Seconds = 120.0
     autoscaling: dict[str, Any] | None = None
     cpus_per_replica: Reserved = 1.0
+    gpus_per_replica: GpuShare = 0
     threads: Threads | None = None
 
     @field_validator("autoscaling")
@@ -126,6 +129,12 @@ class ServeConfig(Section):
 
     serving: ServingConfig = ServingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether all that computes does so on GPUs."""
+        hosts = self.cluster.gpus_per_host > 0 or not self.cluster.expert_hosts
+        return self.serving.gpus_per_replica > 0 and hosts
 
     @classmethod
     def load(cls, file: Path | None, overrides: list[str]) -> Self:

@@ -115,7 +115,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
     trunk = serve.deployment(
         TrunkReplica,
         name="trunk",
-        ray_actor_options={"num_cpus": serving.cpus_per_replica},
+        ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=_GRACE_SECONDS,
         **options,

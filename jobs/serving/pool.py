@@ -19,6 +19,7 @@ from errors import HostsChanged, RaymoeError, is_loss
 from jobs.api.metrics import ExpertFigures
 from jobs.fleet import Fleet
 from jobs.hosts import host_threads, shape_of
+from jobs.precision import compute_device
 from jobs.serving.config import ServeConfig
 from jobs.serving.rollout import Rollout, Standing, Wanted
 from jobs.serving.weights import Kind, Version, require_room, serving_dtype, weights_version
@@ -214,6 +215,7 @@ def build_serving_host(config: ServeConfig, directory: Path, id: str) -> ExpertH
         require_room=partial(require_room, who=f"expert host {id}"),
         dtype=dtype,
         threads=host_threads(config.cluster),
+        device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
     )
 
 

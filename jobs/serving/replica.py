@@ -12,6 +12,7 @@ import torch
 from actors.clients import HostClient
 from actors.engine_lanes import EngineLanes
 from actors.router import Router
+from actors.staging import staged
 from actors.tables import Tables
 from cluster.topology import RoutingTable
 from engine.engine import Engine
@@ -21,6 +22,7 @@ from jobs.hosts import connector
 from jobs.serving.config import ServeConfig
 from jobs.serving.weights import ReplicaWeights, Version, load_beside, load_weights
 from jobs.tokenizer import load_tokenizer
+from model.experts import Experts
 from protos.trunk_pb2 import TrunkStatus
 
 _HEALTH_SECONDS = 1.0  # a finding is not older than this
@@ -74,8 +76,8 @@ class Replica:
                 watch=True,
             )
         self._lanes = None if self._router is None else EngineLanes(self._router)
-        lanes, experts = self._lanes, weights.experts or self._lanes
-        assert experts is not None
+        lanes = self._lanes
+        experts = self._reach(weights)
         tokenizer, end_of_text = load_tokenizer(directory, weights.trunk.config.vocab_size)
         self._engine = Engine(
             weights.trunk,
@@ -155,13 +157,17 @@ class Replica:
 
     def _use(self, weights: ReplicaWeights, table: RoutingTable | None) -> None:
         """In the engine's thread, between two steps: the trunk and the way to its experts change together."""
-        if self._router is not None and self._lanes is not None:
+        if self._router is not None:
             assert table is not None
             self._router.set_table(table)
-            self._engine.replace(weights.trunk, self._lanes)
-        else:
-            assert weights.experts is not None
-            self._engine.replace(weights.trunk, weights.experts)
+        self._engine.replace(weights.trunk, self._reach(weights))
+
+    def _reach(self, weights: ReplicaWeights) -> Experts:
+        """The way to the experts of a trunk."""
+        if self._lanes is not None:
+            return staged(self._lanes, weights.trunk.embedding.device)
+        assert weights.experts is not None
+        return weights.experts
 
 
 class HostsHealth:

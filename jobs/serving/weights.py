@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from engine.weights import TrunkWeights
 from errors import CheckpointError, ResourceError
+from jobs.precision import compute_device
 from jobs.serving.config import ServeConfig
 from jobs.serving.memory import free_memory, serving_need
 from jobs.tokenizer import load_tokenizer
@@ -59,14 +60,15 @@ def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> Repl
         CheckpointError: the weights are incomplete or of another architecture.
     """
     dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
+    device = compute_device(config.serving.gpus_per_replica, "serving.gpus_per_replica")
     if experts:
-        whole = load_pretrained(directory, dtype=dtype)
+        whole = load_pretrained(directory, dtype=dtype).to(device)
         trunk = TrunkWeights.of(whole.trunk, modules=modules)
         return ReplicaWeights(trunk=trunk, experts=whole.experts)
     source = PretrainedSource(directory, dtype=dtype)
     with torch.device("meta"):
         model = Transformer(source.config, dtype=dtype)
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device=device)
     model.tie()
     model.load_state_dict(source.trunk())
     return ReplicaWeights(trunk=TrunkWeights.of(model, modules=modules), experts=None)
@@ -103,9 +105,9 @@ def require_room(size: int, who: str) -> None:
 
 
 def serving_dtype(config: ServeConfig, directory: Path) -> torch.dtype:
-    """Of trunk, rows and experts: the weights' own where the machine computes in it, else float32."""
+    """Of trunk, rows and experts: the weights' own where what computes does so in it, else float32."""
     if config.serving.dtype == "auto":
-        return compute_dtype(directory)
+        return compute_dtype(directory, on_gpus=config.on_gpus)
     dtype: torch.dtype = getattr(torch, config.serving.dtype)
     return dtype
 

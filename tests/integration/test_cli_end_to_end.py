@@ -165,7 +165,12 @@ BAD = {
     "reach": ({"model__num_experts_per_tok": 5}, 2, "num_experts_per_tok (5) exceeds the 4 experts"),
     "missing file": ({"data__path": "/no/such/file.txt"}, 2, "/no/such/file.txt does not exist"),
     "too few CPUs": ({"training__cpus_per_worker": 64}, 1, "training.cpus_per_worker (64)"),
-    "host without GPU": ({"cluster__expert_hosts": 1, "cluster__gpus_per_host": 1}, 2, "gpus_per_host"),
+    "host without GPU": (
+        {"cluster__expert_hosts": 1, "cluster__gpus_per_host": 1},
+        1,
+        "cluster.gpus_per_host (1)",
+    ),
+    "worker without GPU": ({"training__gpus_per_worker": 0.5}, 1, "0 GPUs free, and 0.5 are asked for"),
 }
 
 

@@ -1,0 +1,179 @@
+"""What runs on a GPU that is not there: tensors without values, of a device that is not the CPU.
+
+Whatever mixes devices, or makes the CPU wait for a value, fails. torch's fake tensors know shapes, types and
+devices; torch's hooks for a backend in Python let them be of a device that this build of torch lacks. These
+have to come before a process's first backward pass, so the cases run in a process of their own; see
+tests/unit/test_accelerator.py.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils import backend_registration
+
+import engine.batch
+from actors.staging import StagedPair, staged
+from engine.batch import Stretch
+from engine.runner import Runner
+from engine.weights import TrunkWeights
+from jobs.presets import preset
+from model.balance_loss import BalanceWeights
+from model.experts import (
+    Done,
+    Experts,
+    ExpertShard,
+    LocalExperts,
+    Pending,
+    experts_backward,
+    experts_forward,
+)
+from model.grouped import InOneKernel, group
+from model.losses import training_loss
+from model.optimizer import AdamW
+from model.trace import Trace
+from model.transformer import Transformer
+
+DEVICE = "toy"
+WIDE, NARROW = 16, 8
+
+CONFIG = preset("tiny").model
+
+
+class Away:
+    """Stands for lanes: takes tensors of the CPU alone, and gives one back."""
+
+    def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
+        assert {rows.device.type, idx.device.type, gates.device.type} == {"cpu"}
+        assert rows.dtype == torch.bfloat16
+        return Done(rows * gates.sum(1, keepdim=True).to(rows.dtype))
+
+    @property
+    def pair(self) -> tuple[Experts, Experts]:
+        return Away(), Away()
+
+
+def there(*tensors: Tensor) -> None:
+    assert {tensor.device.type for tensor in tensors} == {DEVICE}
+
+
+def trunk(device: torch.device) -> Transformer:
+    """In bfloat16. Fake modules cannot be moved or converted, so they are made where they are wanted."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return Transformer(CONFIG)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def grouped(device: torch.device) -> None:
+    for of_rows in (torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64, device=device)):
+        groups = group(of_rows, 5, torch.empty(0, device=device))
+        assert isinstance(groups, InOneKernel)
+        there(groups.ends)
+
+
+def experts_of_a_host(device: torch.device) -> None:
+    shard = ExpertShard(
+        torch.empty(4, 2 * NARROW, WIDE, device=device, dtype=torch.bfloat16),
+        torch.empty(4, WIDE, NARROW, device=device, dtype=torch.bfloat16),
+        torch.zeros(4, 2 * NARROW, WIDE, device=device),
+        torch.zeros(4, WIDE, NARROW, device=device),
+    )
+    row_ptr, expert = torch.zeros(7, dtype=torch.int32), torch.zeros(12, dtype=torch.int32)
+    rows, gate = torch.empty(6, WIDE, device=device, dtype=torch.bfloat16), torch.empty(12, device=device)
+    partial, saved = experts_forward(shard, rows, row_ptr, expert, gate, keep=True)
+    assert saved is not None
+    d_rows, d_gate = experts_backward(shard, saved, partial)
+    there(partial, d_rows, d_gate)
+    assert {partial.dtype, d_rows.dtype, d_gate.dtype} == {torch.bfloat16}
+
+
+def experts_in_process(device: torch.device) -> None:
+    for trains in (False, True):
+        with torch.device(device), torch.set_grad_enabled(trains):
+            experts = LocalExperts(
+                [1], n_experts=4, hidden_size=WIDE, intermediate_size=NARROW, dtype=torch.bfloat16
+            )
+            rows = torch.empty(6, WIDE, dtype=torch.bfloat16, requires_grad=trains)
+            idx, gates = torch.zeros(6, 2, dtype=torch.int64), torch.empty(6, 2, requires_grad=trains)
+            out = experts.dispatch(1, rows, idx, gates).combine()
+            there(out)
+        if trains:
+            out.sum().backward()  # type: ignore[no-untyped-call]
+            assert rows.grad is not None
+            there(rows.grad)
+
+
+def training_step(device: torch.device) -> None:
+    """Without recompute, whose second pass is in a thread that knows nothing of fake tensors."""
+    model = trunk(device)
+    optimizer = AdamW(model.named_parameters())
+    tokens = torch.zeros(2, 33 + CONFIG.num_nextn_predict_layers, dtype=torch.int64, device=device)
+    for segments in (None, torch.zeros(tokens.shape, dtype=torch.int32, device=device)):
+        losses = training_loss(
+            model,
+            tokens,
+            segments,
+            experts=staged(Away(), device),
+            trace=Trace(),
+            n_targets=64,
+            n_rows=2,
+            balance=BalanceWeights(strategy="bias", sequence=1e-4),
+            mtp_weight=0.3,
+        )
+        losses.total.backward()  # type: ignore[no-untyped-call]
+    optimizer.step(1e-3, 0.5)
+    optimizer.zero_grad()
+    there(losses.total, *optimizer.gradients.values(), *optimizer.values().values())
+
+
+def decoding_step(device: torch.device) -> None:
+    model = trunk(device)
+    weights = TrunkWeights.of(model, modules=True)
+    stretches = [
+        Stretch(pages=[0], start=3, end=4, tokens=[1]),
+        Stretch(pages=[1], start=2, end=5, tokens=[1, 2, 3]),
+    ]
+    experts = staged(Away(), device)
+    assert isinstance(experts, StagedPair)
+    # Numbers that fake tensors know would really be moved.
+    engine.batch._on = lambda device, values: torch.zeros(np.shape(values), dtype=torch.int64, device=device)
+    for overlap_from in (None, 2):
+        runner = Runner(weights, experts, n_pages=4, page_size=16, overlap_from=overlap_from)
+        hidden = runner.forward(runner.batch(stretches))
+        normed = runner.normed(hidden)
+        there(hidden, normed, runner.logits(normed))
+        there(runner.draft(1, runner.draft_batch(stretches), normed, range(4)))
+
+
+CASES: dict[str, Callable[[torch.device], None]] = {
+    case.__name__: case
+    for case in (grouped, experts_of_a_host, experts_in_process, training_step, decoding_step)
+}
+
+
+def main() -> None:
+    """Run all cases, and print what each failed with."""
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
+    said: dict[str, str] = {}
+    for name, case in CASES.items():
+        try:
+            # One thread: fake tensors are not made for the engine's own.
+            with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False):
+                case(torch.device(DEVICE))
+            said[name] = ""
+        except Exception:
+            said[name] = traceback.format_exc()
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()
