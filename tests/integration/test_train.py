@@ -140,3 +140,27 @@ def test_interrupt_ends_with_a_checkpoint_and_leaves_nothing(corpus: Path, tmp_p
     assert read_state(find_checkpoint(output)).step == result["step"]
     assert_gone(members)
     assert not list((output / "checkpoints").glob(".writing-*"))
+
+
+def test_a_shared_trunk_survives_a_killed_worker(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(
+        corpus,
+        output,
+        training__workers=2,
+        training__trunk_sharding="fsdp",
+        training__microbatches_in_flight=1,
+        training__microbatch_size=2,
+    )
+    try:
+        wait_for_step(process, output, 15)
+        workers = [one for one in family(process) if any("RayTrainWorker" in part for part in one.cmdline())]
+        assert len(workers) == 2
+        workers[-1].kill()
+        finish(process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert read_state(find_checkpoint(output)).step == STEPS
+    differences = [abs(a - b) for a, b in zip(losses(output), losses(whole), strict=True)]
+    assert max(differences) <= 1e-9
