@@ -30,7 +30,7 @@ from actors.coordinator_servicer import CoordinatorServicer
 from actors.serving import ExpertHostServer
 from channels.base import Channel, Phase, Request
 from cluster.topology import HostInfo
-from errors import WorkersLost
+from errors import ChannelError, WorkersLost
 from jobs.assembly import Start, assemble_worker, build_coordinator, build_host
 from jobs.config import RunConfig
 from jobs.hosts import connector
@@ -66,10 +66,26 @@ class _Doom:
             self._seen += 1
 
 
-class _Doomed:
-    """A channel that takes its process along."""
+class _Cut:
+    """From its moment on nothing leaves the process, until the run has begun again under another epoch."""
 
-    def __init__(self, inner: Channel, doom: _Doom) -> None:
+    def __init__(self, moment: Moment) -> None:
+        self._moment, self._seen = moment, 0
+        self._epoch: int | None = None
+
+    def see(self, request: Request) -> None:
+        if (request.id.step, request.id.phase) == (self._moment.step, self._moment.phase):
+            if self._seen == self._moment.at:
+                self._epoch = request.id.epoch
+            self._seen += 1
+        if request.id.epoch == self._epoch:
+            raise ChannelError("the network is gone")
+
+
+class _Watched:
+    """A channel whose requests are seen first."""
+
+    def __init__(self, inner: Channel, doom: _Doom | _Cut) -> None:
         self._inner, self._doom = inner, doom
 
     def submit(self, request: Request) -> Any:
@@ -91,6 +107,7 @@ class _Job:
     coordinator: str
     meeting: Path
     end: Moment | None = None
+    cut: Moment | None = None
 
 
 @dataclass(kw_only=True)
@@ -117,9 +134,10 @@ def _work(job: _Job) -> Share:
     sharded = config.training.trunk_sharding == "fsdp"
     coordinator = CoordinatorClient(job.coordinator, timeout=_PATIENCE)
     connect = connector(config.cluster)
-    if job.end is not None:
-        doom, opened = _Doom(job.end), connect
-        connect = lambda host: _Doomed(opened(host), doom)  # type: ignore[assignment,return-value]  # noqa: E731
+    doom = _Doom(job.end) if job.end is not None else _Cut(job.cut) if job.cut is not None else None
+    if doom is not None:
+        opened = connect
+        connect = lambda host: _Watched(opened(host), doom)  # type: ignore[assignment,return-value]  # noqa: E731
     made = assemble_worker(
         config,
         job.corpus,  # type: ignore[arg-type]
@@ -259,13 +277,15 @@ def train_sharded(
     stop_after: int | None = None,
     lose_host: Moment | None = None,
     lose_worker: Moment | None = None,
+    cut_worker: Moment | None = None,
     go_on_with: int | None = None,
 ) -> tuple[Outcome, list[Share], list[tuple[str, float]]]:
     """Run a training job to its end; raises what a worker raised.
 
     Args:
         lose_host: when the last host's process ends.
-        lose_worker: when the last worker's does; all are started anew, `go_on_with` of them.
+        cut_worker: when the last worker reaches no host any more, for a while.
+        lose_worker: when the last worker's process ends; all are started anew, `go_on_with` of them.
 
     Returns:
         The outcome, what every worker had, and the run's interruptions.
@@ -326,7 +346,8 @@ def train_sharded(
             assert isinstance(found[-1], EOFError), found
             assert all(isinstance(one, WorkersLost) for one in found[:-1]), found
             n_workers = go_on_with or n_workers
-        found = workers.run(jobs(n_workers))
+        some = jobs(n_workers)
+        found = workers.run([*some[:-1], replace(some[-1], cut=cut_worker)])
         for one in found:
             if isinstance(one, BaseException):
                 raise one

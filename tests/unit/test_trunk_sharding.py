@@ -149,6 +149,18 @@ def test_a_host_lost_in_the_middle_of_a_pass_hangs_nobody(
     agrees(outcome, whole)
 
 
+@pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.BACKWARD])
+def test_what_one_worker_alone_loses_hangs_nobody(
+    workers: Workers, whole: Outcome, tmp_path: Path, phase: Phase
+) -> None:
+    run = config(interval=0)
+    outcome, _, pauses = train_sharded(
+        workers, run, text_corpus(run, TEXT), tmp_path, cut_worker=Moment(step=7, phase=phase, at=1)
+    )
+    assert went_back_to(pauses) in (2, 4, 6)
+    agrees(outcome, whole)
+
+
 def test_a_host_lost_in_an_evaluation_hangs_nobody(workers: Workers, whole: Outcome, tmp_path: Path) -> None:
     run = config(hosts=3, interval=0)
     outcome, _, pauses = train_sharded(
