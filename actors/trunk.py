@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.lane import LaneCounters
-from actors.staging import staged, to_device
+from actors.staging import to_device
 from actors.steps import StepDecision, StepReport
 from actors.timeline import Timeline
 from actors.turns import Turns
@@ -335,7 +335,7 @@ class TrunkWorker:
             losses = training_loss(
                 self._model,
                 *self._here(microbatch),
-                experts=staged(lane, self._device),
+                experts=lane,
                 trace=trace,
                 n_targets=inputs.n_targets,
                 n_rows=inputs.n_rows,
@@ -359,9 +359,7 @@ class TrunkWorker:
 
     def _judge(self, lane: StepLane, microbatch: Microbatch) -> tuple[Evaluation, dict[int, Tensor]]:
         trace = Trace()
-        judged = evaluation_loss(
-            self._model, *self._here(microbatch), experts=staged(lane, self._device), trace=trace
-        )
+        judged = evaluation_loss(self._model, *self._here(microbatch), experts=lane, trace=trace)
         return judged, trace.loads
 
 
