@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from actors.detour import Detour, Lost
 from actors.routes import Placement
+from actors.staging import Outgoing, add_up
 from channels.base import Phase, Request, Ticket
+from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, StaleEpoch
 from model.dispatch import HostSlice, plan_dispatch
 
@@ -31,7 +32,7 @@ class Call:
 
     Args:
         lane: whose call it is.
-        idx: [N, K].
+        idx: [N, K], in the CPU's memory.
         placement: with a host for every expert of idx.
         detour: of the call that this one stands in for.
     """
@@ -60,6 +61,7 @@ class Call:
         self._sent: tuple[Tensor, Tensor] | None = (
             None  # rows and gates, to send again until the reply is there
         )
+        self._out: Outgoing | None = None  # as long as they may have to be sent
         self._like: tuple[Tensor, Tensor]  # empty tensors of the rows' and gates' kind
 
     @property
@@ -67,9 +69,14 @@ class Call:
         return (self.step, self.microbatch, self.layer)
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
-        """Submit the rows to hosts of their experts, each to one."""
+        """Submit the rows to hosts of their experts, each to one.
+
+        Args:
+            gates: in the CPU's memory.
+        """
         self._slices = self._plan(gates)
         self._sent = (rows, gates)
+        self._out = Outgoing(rows)
         self._like = (rows.new_empty(0, rows.shape[1]), gates.new_empty(0))
         sent = 0
         for host, part in enumerate(self._slices):
@@ -90,9 +97,9 @@ class Call:
                 self._send_on(self._go_around())
             except StaleEpoch as error:
                 self._send_on(self._lane.router.replan(error, self.placement, step=None))
-        self._sent = None
+        self._sent = self._out = None
         self._lane.done(self)
-        return self._sum([part[0] if part else None for part in parts], self._like[0])
+        return self._sum([part[0] if part else None for part in parts])
 
     def abandon(self) -> None:
         """Read the replies that are out."""
@@ -107,17 +114,21 @@ class Call:
             self._idx, gates, held.host_of(self.layer), len(held.hosts), self._lane.next_shift()
         )
 
-    def _request(self, part: HostSlice) -> Request:
+    def _request(self, host: HostInfo, part: HostSlice) -> Request:
         """What goes to one host."""
-        assert self._sent is not None
         return Request(
             id=self._lane.request_id(self, self.phase, self.placement.epoch),
-            tensors=(gather(self._sent[0], part), part.row_ptr, part.expert, part.gate),
+            tensors=(self._rows(host, part), part.row_ptr, part.expert, part.gate),
         )
+
+    def _rows(self, host: HostInfo, part: HostSlice) -> Tensor:
+        assert self._out is not None
+        return self._out.part(part, there=self._lane.takes(host, self._like[0].device))
 
     def _submit(self, host: int, part: HostSlice) -> None:
         try:
-            self._tickets[host] = self._lane.submit(self.placement.hosts[host], self._request(part))
+            at = self.placement.hosts[host]
+            self._tickets[host] = self._lane.submit(at, self._request(at, part))
         except RemoteError:
             raise
         except ChannelError as error:
@@ -165,29 +176,9 @@ class Call:
             raise min(errors, key=lambda error: isinstance(error, StaleEpoch))
         return replies
 
-    def _sum(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """[N, D]: the hosts' rows added up, in the order of the hosts."""
-        n = self._idx.shape[0]
-        out: Tensor | None = None
-        for part, rows in zip(self._slices, parts, strict=True):
-            if part is None or rows is None:
-                continue
-            if out is None:
-                out = (
-                    rows
-                    if rows.shape[0] == n
-                    else like.new_zeros(n, rows.shape[1]).index_add_(0, part.row, rows)
-                )
-            elif rows.shape[0] == n:
-                out += rows
-            else:
-                out.index_add_(0, part.row, rows)
-        return like.new_zeros(n, like.shape[-1]) if out is None else out
+    def _sum(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """[N, D]: the hosts' rows added up."""
+        return add_up(self._slices, parts, self._idx.shape[0], self._like[0])
 
 
-def gather(rows: Tensor, part: HostSlice) -> Tensor:
-    """The rows of one host; all of them need no copy."""
-    return rows if part.row.numel() == rows.shape[0] else torch.index_select(rows, 0, part.row)
-
-
-__all__ = ["Call", "Reply", "gather"]
+__all__ = ["Call", "Reply"]

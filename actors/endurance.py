@@ -60,24 +60,23 @@ class Endurance:
 class SilentCall:
     """A call of training that goes nowhere, and whose sums and gradients are zeros."""
 
-    _like: tuple[Tensor, Tensor]
-
     def send(self, rows: Tensor, gates: Tensor) -> None:
         """Remember the shapes."""
-        self._like = torch.empty_like(rows, device="meta"), torch.empty_like(gates, device="meta")
-        self._device = rows.device
+        # Of one element each: the rows themselves would be kept to the backward pass.
+        self._zeros = rows.new_zeros(1), gates.new_zeros(1)
+        self._shapes = rows.shape, gates.shape
 
     def combine(self) -> Tensor:
         """Zeros [N, D]."""
-        return torch.zeros_like(self._like[0], device=self._device)
+        return self._zeros[0].new_zeros(self._shapes[0])
 
     def send_gradients(self, d_out: Tensor) -> None:
         """Nobody wants them."""
 
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
         """Zeros [N, D] and [N, K]."""
-        rows, gates = (torch.zeros_like(like, device=self._device) for like in self._like)
-        return rows, gates
+        rows, gates = self._zeros
+        return rows.new_zeros(self._shapes[0]), gates.new_zeros(self._shapes[1])
 
 
 class SilentExperts:
@@ -85,7 +84,7 @@ class SilentExperts:
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
         """See `model.experts.Experts.dispatch`. Gates still get gradients, as in any other pass: zeros."""
-        return dispatched(SilentCall(), rows, gates)
+        return dispatched(SilentCall(), rows, gates, gates.detach())
 
 
 class EnduringCall:
@@ -137,7 +136,7 @@ class EnduringLane(Lane):
             return super(EnduringLane, self).dispatch(layer, rows, idx, gates)
 
         def silent() -> Pending:
-            return dispatched(SilentCall(), rows, gates)
+            return SilentExperts().dispatch(layer, rows, idx, gates)
 
         return _EnduringPending(self._endurance.attempt(send, silent), rows, self._endurance)
 
@@ -149,8 +148,8 @@ class EnduringLane(Lane):
             self.abandon()
             raise
 
-    def _train(self, call: TrainingCall, rows: Tensor, gates: Tensor) -> Pending:
-        return dispatched(EnduringCall(call, self._endurance), rows, gates)
+    def _train(self, call: TrainingCall, rows: Tensor, gates: Tensor, here_gates: Tensor) -> Pending:
+        return dispatched(EnduringCall(call, self._endurance), rows, gates, here_gates)
 
 
 __all__ = ["Endurance", "EnduringLane", "SilentExperts"]

@@ -219,7 +219,7 @@ class ExpertHost(HostState):
             version.ledger.keep(id, saved)
         seconds = perf_counter() - started
         self._meter.forward(id.phase, rows.shape[0], seconds, id.layer, layer, local.numpy())
-        return to_cpu(partial)
+        return self._answered(request, partial)
 
     def _backward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
         (d_partial,) = payload(request, 1, self._device)
@@ -233,7 +233,7 @@ class ExpertHost(HostState):
                         f"d_partial is {list(d_partial.shape)}, the rows were {list(saved.rows.shape)}"
                     )
                 started = perf_counter()
-                call.reply = to_cpu(*experts_backward(layer.shard, saved, d_partial))
+                call.reply = self._answered(request, *experts_backward(layer.shard, saved, d_partial))
                 self._meter.backward(d_partial.shape[0], perf_counter() - started)
             except BaseException as error:
                 call.error = f"{type(error).__name__}: {error}"
@@ -241,6 +241,10 @@ class ExpertHost(HostState):
             finally:
                 call.finish()
         return call.wait(self._commit_timeout)
+
+    def _answered(self, request: Request, *made: Tensor) -> tuple[Tensor, ...]:
+        """A reply on the device that the request's rows came on."""
+        return made if request.tensors[0].device == self._device else to_cpu(*made)
 
     def _await_step(self, version: Version, layer: Layer, id: RequestId) -> None:
         if layer.optimizer is None or (id.step == layer.step and version.failure is None):

@@ -19,6 +19,7 @@ from actors.detour import MOST_HEDGED, Detour
 from actors.mail import Array, Boxes, MailCall
 from actors.opening import GONE, open_unless
 from actors.routes import Placement
+from actors.staging import to_cpu
 from actors.training_call import TrainingCall, dispatched
 from channels.base import Channel, Phase, Request, RequestId, Ticket
 from channels.mailbox import MAX_ROWS
@@ -83,12 +84,14 @@ class Lane:
                 mail = self.dispatch_arrays(layer, *arrays)
                 if mail is not None:
                     return mail
-            placement, detour = self._route(layer, idx)
-            return self.send(layer, rows, idx, gates, placement, detour)
+            here_idx, here_gates = to_cpu(idx, gates)
+            placement, detour = self._route(layer, here_idx)
+            return self.send(layer, rows, here_idx, here_gates, placement, detour)
+        here_idx, here_gates = to_cpu(idx, gates.detach())
         placement = self.router.pin(self._step)
-        call = TrainingCall(self, layer, idx, placement, step=self._step, microbatch=self._microbatch)
+        call = TrainingCall(self, layer, here_idx, placement, step=self._step, microbatch=self._microbatch)
         self._open[call.key] = call
-        return self._train(call, rows, gates)
+        return self._train(call, rows, gates, here_gates)
 
     def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailCall | None:
         """See `model.experts.ArrayExperts.dispatch_arrays`: by mail, where every host looks into a mailbox.
@@ -153,6 +156,14 @@ class Lane:
             return channel.submit(request)
         except RaymoeError as error:
             raise self.lost(host, error) from error
+
+    def takes(self, host: HostInfo, device: torch.device) -> bool:
+        """Whether the channel to a host takes tensors of a device as they are.
+
+        Raises:
+            ChannelError: there is no way to the host.
+        """
+        return device.type == "cpu" or self.channel(host).takes(device)
 
     def channel(self, host: HostInfo) -> Channel:
         """The channel to a host, opened if there is none."""
@@ -225,8 +236,8 @@ class Lane:
             router=self.router.name,
         )
 
-    def _train(self, call: TrainingCall, rows: Tensor, gates: Tensor) -> Pending:
-        return dispatched(call, rows, gates)
+    def _train(self, call: TrainingCall, rows: Tensor, gates: Tensor, here_gates: Tensor) -> Pending:
+        return dispatched(call, rows, gates, here_gates)
 
     def _route(self, layer: int, idx: Tensor | Array) -> tuple[Placement, Detour | None]:
         """A placement for a new call of inference, and the search for it, if it took one."""

@@ -1,63 +1,81 @@
-"""Where the trunk is on a GPU and its lanes take tensors of the CPU: rows go out, and sums come back.
+"""Rows of a GPU on their way to hosts and back, over channels of the GPU's own or the CPU's memory.
 
-A token's row crosses to the CPU once, however many hosts it goes to, and the hosts' sum comes back as one.
-Copies go through pinned memory, so that the CPU waits once for each call, when the route has to be known,
-and the GPU goes on with whatever has been queued meanwhile: the shared expert.
+A token's row crosses to the CPU once, however many hosts it goes to, and the sum over the hosts comes back as
+one. Copies go through pinned memory, so that the CPU waits once for each call, and the GPU goes on with
+whatever has been queued meanwhile: the shared expert.
 
-Shapes: N tokens, D hidden, K experts per token.
+Shapes: N tokens, D hidden; n rows of them for one host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from model.experts import Experts, PairedExperts, Pending
+from model.dispatch import HostSlice
 
 
-class StagedExperts:
-    """Implements `model.experts.Experts` for tensors of a GPU over experts that take those of the CPU."""
+class Outgoing:
+    """Rows [N, D] of any device, of which each host gets some.
 
-    def __init__(self, experts: Experts) -> None:
-        self._experts = experts
+    Args:
+        rows: stay as they are.
+    """
 
-    def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
-        """See `model.experts.Experts.dispatch`."""
-        here_rows, here_gates, here_idx = cast(
-            "tuple[Tensor, Tensor, Tensor]",
-            _ToCpu.apply(rows, gates, idx),  # type: ignore[no-untyped-call]
-        )
-        pending = self._experts.dispatch(layer, here_rows, here_idx, here_gates)
-        return _StagedPending(pending, rows.device)
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._here: Tensor | None = None
 
+    def part(self, part: HostSlice, *, there: bool) -> Tensor:
+        """[n, D]: the rows of one host.
 
-class StagedPair(StagedExperts):
-    """Implements `model.experts.PairedExperts`, too."""
-
-    def __init__(self, experts: PairedExperts) -> None:
-        first, second = experts.pair
-        super().__init__(first)
-        self.pair: tuple[Experts, Experts] = (StagedExperts(first), StagedExperts(second))
-
-
-@dataclass(frozen=True, slots=True)
-class _StagedPending:
-    pending: Pending
-    device: torch.device
-
-    def combine(self) -> Tensor:
-        out: Tensor = _ToDevice.apply(self.pending.combine(), self.device)  # type: ignore[no-untyped-call]
-        return out
+        Args:
+            there: on the rows' own device; else in the CPU's memory.
+        """
+        if there or self._rows.device.type == "cpu":
+            return _gather(self._rows, part)
+        if self._here is None:
+            (self._here,) = to_cpu(self._rows)
+        return _gather(self._here, part)
 
 
-def staged(experts: Experts, device: torch.device) -> Experts:
-    """Experts for a trunk on this device."""
-    if device.type == "cpu":
-        return experts
-    return StagedPair(experts) if isinstance(experts, PairedExperts) else StagedExperts(experts)
+def add_up(
+    slices: Sequence[HostSlice | None], parts: Sequence[Tensor | None], n: int, like: Tensor
+) -> Tensor:
+    """[N, D]: the hosts' rows added up in the order of the hosts, first those in the CPU's memory.
+
+    Args:
+        slices: which rows each host had.
+        parts: [n, D] of each host; None where there are none.
+        n: N.
+        like: [0, D], of the type and device of what is wanted.
+    """
+    here = [None if part is None or part.device.type != "cpu" else part for part in parts]
+    total = _add_up(slices, here, n, None)
+    if like.device.type != "cpu":
+        there = [None if part is None or part.device.type == "cpu" else part for part in parts]
+        total = _add_up(slices, there, n, None if total is None else to_device(total, like.device))
+    return like.new_zeros(n, like.shape[-1]) if total is None else total
+
+
+def _add_up(
+    slices: Sequence[HostSlice | None], parts: Sequence[Tensor | None], n: int, total: Tensor | None
+) -> Tensor | None:
+    for part, rows in zip(slices, parts, strict=True):
+        if part is None or rows is None:
+            continue
+        whole = rows.shape[0] == n
+        if total is None:
+            total = rows if whole else rows.new_zeros(n, rows.shape[1])
+            if whole:
+                continue
+        if whole:
+            total += rows
+        else:
+            total.index_add_(0, part.row.to(rows.device), rows)
+    return total
 
 
 def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -70,12 +88,6 @@ def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
     return here
 
 
-def _begin_copy(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    return _memory(tensor, tensor.device).copy_(tensor, non_blocking=True)
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on a device, which is there for whatever is queued after it; the CPU goes on."""
     if tensor.device == device:
@@ -84,37 +96,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def _begin_copy(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    return _memory(tensor, tensor.device).copy_(tensor, non_blocking=True)
+
+
 def _memory(like: Tensor, device: torch.device) -> Tensor:
     """The CPU's, which a GPU reads and writes without help."""
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=device.type == "cuda")
 
 
-class _ToCpu(torch.autograd.Function):
-    """Rows and gates with their gradients' way back; indices have none."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, idx: Tensor) -> tuple[Tensor, ...]:
-        ctx.device = rows.device
-        here = to_cpu(rows.detach(), gates.detach(), idx)
-        ctx.mark_non_differentiable(here[2])
-        return here
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_rows: Tensor, d_gates: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return to_device(d_rows, ctx.device), to_device(d_gates, ctx.device), None
+def _gather(rows: Tensor, part: HostSlice) -> Tensor:
+    """All of them need no copy."""
+    if part.row.numel() == rows.shape[0]:
+        return rows
+    return torch.index_select(rows, 0, part.row.to(rows.device))
 
 
-class _ToDevice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, device: torch.device) -> Tensor:
-        return to_device(out.detach(), device)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (here,) = to_cpu(d_out)
-        return here, None
-
-
-__all__ = ["StagedExperts", "StagedPair", "staged", "to_cpu", "to_device"]
+__all__ = ["Outgoing", "add_up", "to_cpu", "to_device"]

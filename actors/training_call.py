@@ -18,8 +18,10 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from actors.call import Call, Reply, gather
+from actors.call import Call, Reply
+from actors.staging import Outgoing, to_device
 from channels.base import Phase, Request, Ticket
+from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, StaleEpoch
 from model.dispatch import HostSlice, plan_dispatch
 
@@ -52,7 +54,7 @@ class TrainingCall(Call):
     """A call whose activations hosts keep until its gradients come, or it is released."""
 
     phase = Phase.FORWARD
-    _d_out: Tensor | None = None  # while gradients are out
+    _sends_gradients = False
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
         """Submit the rows to holders of their experts, each to one."""
@@ -67,13 +69,13 @@ class TrainingCall(Call):
                 break
             except StaleEpoch as error:
                 self._send_again(error)
-        self._sent = None
+        self._sent = self._out = None
         self.placement.trained(self.step)
-        return self._sum([part[0] if part else None for part in parts], self._like[0])
+        return self._sum([part[0] if part else None for part in parts])
 
     def send_gradients(self, d_out: Tensor) -> None:
         """Submit the gradient of the sum to every host that had rows."""
-        self._d_out = d_out.contiguous()
+        self._out, self._sends_gradients = Outgoing(d_out.contiguous()), True
         self._repeats.clear()
         for host, part in enumerate(self._slices):
             if part is not None:
@@ -82,14 +84,13 @@ class TrainingCall(Call):
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
         """Wait for the gradients of the rows [N, D] and of the gates [N, K]."""
         parts = self._collect()
-        self._d_out = None
+        self._out, self._sends_gradients = None, False
         self._lane.done(self)
-        like, gates = self._like
-        d_rows = self._sum([part[0] if part else None for part in parts], like)
-        d_gates = gates.new_zeros(self._idx.numel())
+        d_rows = self._sum([part[0] if part else None for part in parts])
+        d_gates = self._like[1].new_zeros(self._idx.numel())
         for part, reply in zip(self._slices, parts, strict=True):
             if part is not None and reply is not None:
-                d_gates[part.pair] = reply[1].to(d_gates.dtype)
+                d_gates[part.pair] = reply[1].to(d_gates)
         return d_rows, d_gates.view(self._idx.shape)
 
     def abandon(self) -> None:
@@ -120,16 +121,17 @@ class TrainingCall(Call):
             self._idx, gates, held.host_of(self.layer), len(held.hosts), shift=self.microbatch
         )
 
-    def _request(self, part: HostSlice) -> Request:
-        if self._d_out is None:
-            return super()._request(part)
+    def _request(self, host: HostInfo, part: HostSlice) -> Request:
+        if not self._sends_gradients:
+            return super()._request(host, part)
         id = self._lane.request_id(self, Phase.BACKWARD, self.placement.epoch)
-        return Request(id=id, tensors=(gather(self._d_out, part),))
+        return Request(id=id, tensors=(self._rows(host, part),))
 
     def _submit(self, host: int, part: HostSlice) -> None:
         while True:
             try:
-                self._tickets[host] = self._lane.submit(self.placement.hosts[host], self._request(part))
+                at = self.placement.hosts[host]
+                self._tickets[host] = self._lane.submit(at, self._request(at, part))
                 return
             except ChannelError as error:
                 self._refuse_to_repeat(host, error)
@@ -167,16 +169,16 @@ class _Dispatch(torch.autograd.Function):
     """rows [N, D], gates [N, K] -> [0], with the rows on their way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, call: TwoWay) -> Tensor:
-        ctx.call = call
-        call.send(rows, gates)
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, here: Tensor, call: TwoWay) -> Tensor:
+        ctx.call, ctx.device = call, gates.device
+        call.send(rows, here)
         return rows.new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_rows, d_gates = ctx.call.receive_gradients()
-        return d_rows, d_gates, None
+        return d_rows, to_device(d_gates, ctx.device), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -206,9 +208,13 @@ class _Sent:
         return out
 
 
-def dispatched(call: TwoWay, rows: Tensor, gates: Tensor) -> _Sent:
-    """A call with its rows on their way, as a `Pending` that gradients come back through."""
-    return _Sent(call, _Dispatch.apply(rows, gates, call))  # type: ignore[no-untyped-call]
+def dispatched(call: TwoWay, rows: Tensor, gates: Tensor, here: Tensor) -> _Sent:
+    """A call with its rows on their way, as a `Pending` that gradients come back through.
+
+    Args:
+        here: the gates in the CPU's memory, without a gradient.
+    """
+    return _Sent(call, _Dispatch.apply(rows, gates, here, call))  # type: ignore[no-untyped-call]
 
 
 __all__ = ["TrainingCall", "TwoWay", "dispatched"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.endurance import SilentExperts
 from actors.lane import LaneCounters
-from actors.staging import staged, to_device
+from actors.staging import to_device
 from actors.steps import StepDecision, StepReport
 from actors.timeline import Timeline
 from actors.trunk_parameters import Reducer, SingleWorker, TrunkParameters
@@ -363,7 +363,7 @@ class TrunkWorker:
             self._model,
             tokens,
             segments,
-            experts=staged(experts, self._device),
+            experts=experts,
             trace=trace,
             n_targets=inputs.n_targets,
             n_rows=inputs.n_rows,
@@ -385,14 +385,7 @@ class TrunkWorker:
     def _evaluation(
         self, tokens: Tensor, segments: Tensor | None, experts: Experts, trace: Trace
     ) -> Evaluation:
-        work = partial(
-            evaluation_loss,
-            self._model,
-            tokens,
-            segments,
-            experts=staged(experts, self._device),
-            trace=trace,
-        )
+        work = partial(evaluation_loss, self._model, tokens, segments, experts=experts, trace=trace)
         with self._parameters.passing():
             return self._parameters.forward(work, lambda _: None)
 

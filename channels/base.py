@@ -95,6 +95,10 @@ class Channel(Protocol):
         """Send a request without waiting for the reply, until which its tensors must stay as they are."""
         ...
 
+    def takes(self, device: torch.device) -> bool:
+        """Whether requests may hold tensors of a device, and the replies to these do; others are copied."""
+        ...
+
     def cut(self, why: str) -> None:
         """Whoever waits on this channel, or uses it from now on, has a `ChannelError` that says why.
 

@@ -31,6 +31,8 @@ _MAGIC: Final = b"rmo1"
 _NO_SEGMENT: Final = 0xFFFFFFFF
 _MAILBOX: Final = 0xFFFFFFFE
 """In a segment's place: the descriptor beside it is that of a mailbox, see `channels.mailbox`."""
+_NOTE: Final = 0xFFFFFFFD
+"""In a segment's place: the packet is no message, but goes with the next one."""
 _MAX_PACKET: Final = 1 << 16
 _MAX_RELEASED: Final = 64
 _CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # plain numbers: an enum's operators are slow
@@ -56,11 +58,12 @@ def _write(segment: Segment, where: Placement, tensor: torch.Tensor) -> None:
 
 
 class Packet(NamedTuple):
-    """What came: a header's text, and the segment that holds the payload of `size` bytes."""
+    """What came: a header's text and the segment that holds the payload of `size` bytes; or a note."""
 
     text: bytes
     size: int
     segment: Segment | None
+    note: bool = False
 
     def tensors(self, placed: tuple[Placement, ...]) -> tuple[torch.Tensor, ...]:
         """Views of the segment."""
@@ -158,6 +161,17 @@ class Doorbell:
         """
         self._ring(b"", None, 0, 0, None)
 
+    def note(self, text: bytes) -> None:
+        """Send what goes with the next message.
+
+        Raises:
+            ProtocolError: it is too long.
+            ChannelError: the peer is gone.
+        """
+        if len(text) > _MAX_PACKET - _HEAD.size:
+            raise ProtocolError(f"a note of {len(text)} bytes does not fit a packet")
+        self._send(_HEAD.pack(_MAGIC, _NOTE, 0, 0, 0) + text, None)
+
     def check_peer(self) -> None:
         """See that the peer has not hung up.
 
@@ -251,6 +265,8 @@ class Doorbell:
             return Packet(b"", 0, None)
         if self.box is not None:
             self.box.packet_came()
+        if index == _NOTE and not capacity:
+            return Packet(bytes(packet[text:]), 0, None, note=True)
         if capacity:
             self._mirror.attach(index, descriptors[0], capacity)
         segment = self._mirror.get(index, size) if size else None

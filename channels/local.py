@@ -73,6 +73,10 @@ class LocalChannel:
         except Exception as error:
             return LocalTicket(_as_from_afar(error))
 
+    def takes(self, device: torch.device) -> bool:
+        """Of any: nothing is copied on the way."""
+        return True
+
     def cut(self, why: str) -> None:
         """Refuse what comes from now on; a call of the handler cannot be woken from."""
         self._closed = f"is cut: {why}"

@@ -109,6 +109,10 @@ class Pipe:
         if self._broken is not None:
             ticket.settle(self._broken)
 
+    def takes(self, device: torch.device) -> bool:
+        """See `channels.base.Channel`."""
+        return device.type == "cpu"
+
     def cut(self, why: str) -> None:
         """See `channels.base.Channel`."""
         self._why = why

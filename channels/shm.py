@@ -194,21 +194,36 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
             f"{address} is on another machine or in another network namespace than this process"
             f" ({machine_id()}); use grpc"
         )
+    connection = open_socket(address, name, timeout)
+    try:
+        return ShmChannel(address, connection)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def open_socket(address: str, name: str, timeout: float) -> socket.socket:
+    """Connect to an abstract socket of packets.
+
+    Args:
+        address: for messages.
+
+    Raises:
+        ChannelTimeout: nobody accepts in time.
+        ChannelError: nobody listens.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(timeout)
         connection.connect("\0" + name)
         connection.settimeout(None)
-        return ShmChannel(address, connection)
+        return connection
     except TimeoutError as error:
         connection.close()
         raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
     except OSError as error:
         connection.close()
         raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
-    except BaseException:
-        connection.close()
-        raise
 
 
-__all__ = ["ShmChannel", "ShmServer", "connect", "serve"]
+__all__ = ["ShmChannel", "ShmServer", "connect", "open_socket", "serve"]

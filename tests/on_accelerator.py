@@ -19,12 +19,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import backend_registration
 
 import engine.batch
-from actors.staging import StagedPair, staged
+from actors.staging import Outgoing, add_up, to_cpu, to_device
 from engine.batch import Stretch
 from engine.runner import Runner
 from engine.weights import TrunkWeights
 from jobs.presets import preset
 from model.balance_loss import BalanceWeights
+from model.dispatch import HostSlice
 from model.experts import (
     Done,
     Experts,
@@ -47,10 +48,10 @@ CONFIG = preset("tiny").model
 
 
 class Away:
-    """Stands for lanes: takes tensors of the CPU alone, and gives one back."""
+    """Stands for lanes."""
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
-        assert {rows.device.type, idx.device.type, gates.device.type} == {"cpu"}
+        there(rows, idx, gates)
         assert rows.dtype == torch.bfloat16
         return Done(rows * gates.sum(1, keepdim=True).to(rows.dtype))
 
@@ -112,6 +113,26 @@ def experts_in_process(device: torch.device) -> None:
             there(rows.grad)
 
 
+def slice_of(*rows: int) -> HostSlice:
+    row = torch.zeros(len(rows), dtype=torch.int64)
+    return HostSlice(row=row, row_ptr=row, expert=row, pair=row, gate=row)
+
+
+def rows_out_and_sums_back(device: torch.device) -> None:
+    """Of two hosts, one of which is reached on the GPU; the other's rows go by the CPU's memory."""
+    rows, slices = torch.empty(5, WIDE, device=device), (slice_of(0, 1, 2), slice_of(1), None)
+    out = Outgoing(rows)
+    parts = []
+    for at, part in enumerate(slices):
+        if part is not None:
+            parts.append(out.part(part, there=at == 0))
+            assert parts[at].device.type == (DEVICE if at == 0 else "cpu")
+    like = rows.new_empty(0, WIDE)
+    there(add_up(slices, [*parts, None], 5, like), add_up(slices, [None, parts[1], None], 5, like))
+    there(add_up(slices, [None, None, None], 5, like), to_device(parts[1], device))
+    assert {one.device.type for one in to_cpu(rows, parts[1])} == {"cpu"}
+
+
 def training_step(device: torch.device) -> None:
     """Without recompute, whose second pass is in a thread that knows nothing of fake tensors."""
     model = trunk(device)
@@ -122,7 +143,7 @@ def training_step(device: torch.device) -> None:
             model,
             tokens,
             segments,
-            experts=staged(Away(), device),
+            experts=Away(),
             trace=Trace(),
             n_targets=64,
             n_rows=2,
@@ -142,12 +163,10 @@ def decoding_step(device: torch.device) -> None:
         Stretch(pages=[0], start=3, end=4, tokens=[1]),
         Stretch(pages=[1], start=2, end=5, tokens=[1, 2, 3]),
     ]
-    experts = staged(Away(), device)
-    assert isinstance(experts, StagedPair)
     # Numbers that fake tensors know would really be moved.
     engine.batch._on = lambda device, values: torch.zeros(np.shape(values), dtype=torch.int64, device=device)
     for overlap_from in (None, 2):
-        runner = Runner(weights, experts, n_pages=4, page_size=16, overlap_from=overlap_from)
+        runner = Runner(weights, Away(), n_pages=4, page_size=16, overlap_from=overlap_from)
         hidden = runner.forward(runner.batch(stretches))
         normed = runner.normed(hidden)
         there(hidden, normed, runner.logits(normed))
@@ -156,7 +175,14 @@ def decoding_step(device: torch.device) -> None:
 
 CASES: dict[str, Callable[[torch.device], None]] = {
     case.__name__: case
-    for case in (grouped, experts_of_a_host, experts_in_process, training_step, decoding_step)
+    for case in (
+        grouped,
+        experts_of_a_host,
+        experts_in_process,
+        rows_out_and_sums_back,
+        training_step,
+        decoding_step,
+    )
 }
 
 

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import torch
 
-from actors.staging import staged
 from jobs.assembly import resolve_dtype, worker_device
 from jobs.bench.contenders import Contender, Step, finished, has_transformers, machine, on_device
 from jobs.bench.expert_lanes import expert_lanes
@@ -136,7 +135,7 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
             lanes = stack.enter_context(
                 expert_lanes(model, config.cluster, seed=config.training.seed, dtype=dtype)
             )
-            experts, on_step = staged(lanes, device), lanes.begin
+            experts, on_step = lanes, lanes.begin
         settings = EngineSettings(
             cache_tokens=batch * (prompt + TOKENS + _MARGIN), prefix_caching=False, max_batch_tokens=2048
         )

@@ -12,7 +12,6 @@ import torch
 from actors.clients import HostClient
 from actors.engine_lanes import EngineLanes
 from actors.router import Router
-from actors.staging import staged
 from actors.tables import Tables
 from cluster.topology import RoutingTable
 from engine.engine import Engine
@@ -164,10 +163,9 @@ class Replica:
 
     def _reach(self, weights: ReplicaWeights) -> Experts:
         """The way to the experts of a trunk."""
-        if self._lanes is not None:
-            return staged(self._lanes, weights.trunk.embedding.device)
-        assert weights.experts is not None
-        return weights.experts
+        experts = self._lanes or weights.experts
+        assert experts is not None
+        return experts
 
 
 class HostsHealth:

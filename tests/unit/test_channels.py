@@ -9,12 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from device_memory import PretendedMemory
 
-from channels import choose, collective, grpc, local, shm
+from channels import choose, collective, cuda, grpc, local, shm
 from channels import header as headers
 from channels.base import Channel, Phase, Request, RequestId, Server
 from channels.line import Head, Line
@@ -25,6 +27,7 @@ SERVE: dict[str, Callable[[Any], Server]] = {
     "shm": shm.serve,
     "collective": collective.serve,
     "grpc": grpc.serve,
+    "cuda": partial(cuda.serve, memory=PretendedMemory(), place="here"),
 }
 WIRES = ["shm", "collective", "grpc"]
 
@@ -50,7 +53,10 @@ def handle(given: Request) -> tuple[torch.Tensor, ...]:
 @pytest.fixture(params=list(SERVE))
 def channel(request: pytest.FixtureRequest) -> Iterator[Channel]:
     server = SERVE[request.param](handle)
-    opened = choose.connect(server.address)
+    if request.param == "cuda":
+        opened = cuda.connect(server.address, memory=PretendedMemory(), place="here")
+    else:
+        opened = choose.connect(server.address)
     yield opened
     opened.close()
     server.close()

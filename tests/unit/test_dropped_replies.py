@@ -50,6 +50,9 @@ class Lossy:
     def submit(self, request: Request) -> Ticket:
         return LossyTicket(self._inner, self._inner.submit(request), self._faults, request.id.phase)
 
+    def takes(self, device: torch.device) -> bool:
+        return self._inner.takes(device)
+
     def cut(self, why: str) -> None:
         self._inner.cut(why)
 

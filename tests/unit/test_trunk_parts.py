@@ -82,14 +82,14 @@ def test_a_lost_pass_comes_to_its_end_and_says_so_once() -> None:
     rows = torch.randn(3, 4, requires_grad=True)
     gates = torch.randn(3, 2, requires_grad=True)
     call = EnduringCall(Failing(ChannelError("gone")), endurance)
-    out = dispatched(call, rows, gates).combine()
+    out = dispatched(call, rows, gates, gates.detach()).combine()
     assert torch.equal(out, rows * 2)
     (out.sum() + rows.sum()).backward()  # type: ignore[no-untyped-call]
     assert rows.grad is not None and gates.grad is not None
     assert torch.equal(rows.grad, torch.ones(3, 4))
     assert torch.equal(gates.grad, torch.zeros(3, 2))
     later = EnduringCall(Failing(ChannelError("again")), endurance)
-    assert torch.equal(dispatched(later, rows, gates).combine(), torch.zeros(3, 4))
+    assert torch.equal(dispatched(later, rows, gates, gates.detach()).combine(), torch.zeros(3, 4))
     with pytest.raises(ChannelError, match="gone"):
         endurance.settle()
     endurance.settle()
@@ -97,7 +97,8 @@ def test_a_lost_pass_comes_to_its_end_and_says_so_once() -> None:
 
 def test_an_error_that_ends_the_run_is_raised_at_once() -> None:
     rows, gates = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2)
-    out = dispatched(EnduringCall(Failing(RemoteError("a bug")), Endurance()), rows, gates).combine()
+    call = EnduringCall(Failing(RemoteError("a bug")), Endurance())
+    out = dispatched(call, rows, gates, gates).combine()
     with pytest.raises(RemoteError, match="a bug"):
         out.sum().backward()  # type: ignore[no-untyped-call]
 

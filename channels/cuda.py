@@ -1,0 +1,294 @@
+"""The channel between two processes on one GPU: rows stay in its memory, the rest is shared memory's.
+
+A message with tensors of the GPU is two packets of `channels.doorbell`: a note, which says where those lie,
+and the message with empty tensors in their places. No end waits for the GPU: see `channels.device_memory`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Final, NamedTuple
+
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from channels import header as headers
+from channels.accepting import BACKLOG, AcceptingServer
+from channels.base import Channel, Handler, Request
+from channels.device_memory import CudaMemory, DeviceMemory, DevicePool, DeviceSegment
+from channels.doorbell import Doorbell, Packet
+from channels.header import Layout, Placement
+from channels.locality import machine_id
+from channels.pipe import Pipe, Reply, call
+from channels.shm import open_socket
+from errors import ChannelError, ProtocolError, ResourceError
+
+_NOTE: Final = struct.Struct("<IQHHH")
+"""Segment, its capacity if it is new, bytes of its handle, segments done with, tensors."""
+
+
+class _There(NamedTuple):
+    """Tensors of a message that are on the GPU: which of the message's, and where they lie."""
+
+    number: int
+    segment: DeviceSegment
+    places: tuple[int, ...]
+    placed: tuple[Placement, ...]
+
+    def into(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A message's tensors with views of these in the places of empty ones."""
+        whole = list(tensors)
+        for at, where in zip(self.places, self.placed, strict=True):
+            if at >= len(whole):
+                raise ProtocolError(f"a note tells of tensor {at} of a message with {len(whole)}")
+            whole[at] = _view(self.segment.memory, where)
+        return whole
+
+
+class Segments(NamedTuple):
+    """Of the CPU's memory and of the GPU's, that a message took; None where it took none."""
+
+    near: int | None
+    far: int | None
+
+
+class End:
+    """One end of a connection; one thread uses it at a time."""
+
+    def __init__(self, bell: Doorbell, memory: DeviceMemory) -> None:
+        self.bell = bell
+        self.memory = memory
+        self.caller = bell.caller
+        self._pool = DevicePool(memory)
+        self._open: dict[int, DeviceSegment] = {}  # the peer's
+        self._done: deque[int] = deque()  # of these, with which ones this end is done
+
+    def send(self, text: Callable[[Layout], bytes], tensors: Sequence[Tensor]) -> Segments:
+        """Send a message; which segments it took.
+
+        Raises:
+            ProtocolError, ResourceError: it cannot be written, and nothing has left.
+            ChannelError: the peer is gone, or has had a part of it.
+        """
+        places = [at for at, tensor in enumerate(tensors) if self.memory.takes(tensor.device)]
+        near = list(tensors)
+        for at in places:
+            near[at] = torch.empty(0, dtype=tensors[at].dtype)
+        payload = headers.layout(near)
+        written = text(payload)
+        if not places:
+            return Segments(self.bell.send(written, payload, near), None)
+        number = self._put(places, tensors)
+        try:
+            return Segments(self.bell.send(written, payload, near), number)
+        except (ProtocolError, ResourceError) as error:
+            raise ChannelError(f"{self.caller}: closed in the middle of a message: {error}") from error
+
+    def _put(self, places: Sequence[int], tensors: Sequence[Tensor]) -> int:
+        far = [tensors[at].detach() for at in places]
+        layout = headers.layout(far)
+        headers.require_fit(layout.size)
+        number, segment, handle = self._pool.acquire(max(1, layout.size))
+        segment.before_writing()
+        for tensor, where in zip(far, layout.placed, strict=True):
+            _view(segment.memory, where).copy_(tensor)
+        segment.written()
+        done = [self._done.popleft() for _ in range(len(self._done))]
+        capacity = segment.memory.numel() if handle else 0
+        self.bell.note(
+            _NOTE.pack(number, capacity, len(handle), len(done), len(places))
+            + struct.pack(f"<{len(done)}I{len(places)}H", *done, *places)
+            + handle
+            + headers.reply_text(layout)
+        )
+        return number
+
+    def receive(self, deadline: float | None = None) -> tuple[Packet, _There | None]:
+        """The next message, and what of it is on the GPU.
+
+        Raises:
+            ChannelTimeout: the deadline passed.
+            ChannelError: the peer is gone.
+            ProtocolError: what came is none of ours.
+        """
+        packet = self.bell.receive(deadline)
+        if not packet.note:
+            return packet, None
+        found = self._read(packet.text)
+        packet = self.bell.receive(deadline)
+        if packet.note:
+            raise ProtocolError("two notes in a row")
+        return packet, found
+
+    def _read(self, note: bytes) -> _There:
+        try:
+            number, capacity, n_handle, n_done, n_places = _NOTE.unpack_from(note)
+            form = f"<{n_done}I{n_places}H"
+            numbers = struct.unpack_from(form, note, _NOTE.size)
+            start = _NOTE.size + struct.calcsize(form)
+            handle, text = note[start : start + n_handle], note[start + n_handle :]
+            if capacity:
+                self._open[number] = self.memory.open(handle, capacity)
+            segment = self._open.get(number)
+            if segment is None:
+                raise ProtocolError(f"a note names device segment {number}, of which it has not told")
+            placed = headers.read_reply(text, segment.memory.numel())
+        except (struct.error, DecodeError) as error:
+            raise ProtocolError(f"a note cannot be read: {error}") from None
+        if len(placed) != n_places:
+            raise ProtocolError(f"a note tells of {n_places} tensors and places {len(placed)}")
+        for done in numbers[:n_done]:
+            self._pool.release(done)
+        segment.before_reading()
+        return _There(number, segment, tuple(numbers[n_done:]), placed)
+
+    def read(self, there: _There | None, *, keeps: bool) -> None:
+        """All reads of a message's tensors have been queued.
+
+        Args:
+            keeps: the peer takes its segment back of itself, when it has the answer.
+        """
+        if there is not None:
+            there.segment.read()
+            if not keeps:
+                self._done.append(there.number)
+
+    def reusable(self, taken: Segments) -> None:
+        """The peer has answered the message that took these."""
+        self.bell.reusable(taken.near)
+        if taken.far is not None:
+            self._pool.release(taken.far)
+
+    def shut(self) -> None:
+        """Wake whoever waits at either end, with an error. Any thread."""
+        self.bell.shut()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.bell.close()
+        self._pool.clear()
+        self._open.clear()
+
+
+def _view(memory: Tensor, where: Placement) -> Tensor:
+    return memory[where.offset : where.end].view(where.dtype).view(where.shape)
+
+
+class CudaChannel(Pipe):
+    """The router's end."""
+
+    def __init__(self, name: str, end: End) -> None:
+        super().__init__(name)
+        self._end = end
+        self._written: deque[Segments] = deque()
+
+    def takes(self, device: torch.device) -> bool:
+        """See `channels.base.Channel`."""
+        return device.type == "cpu" or self._end.memory.takes(device)
+
+    def _send(self, request: Request) -> None:
+        sent = self._end.send(lambda payload: headers.request_text(request.id, payload), request.tensors)
+        self._written.append(sent)
+
+    def _receive(self, deadline: float | None) -> Reply:
+        packet, there = self._end.receive(deadline)
+        if not self._written:
+            raise ProtocolError(f"{self.name} replies to a request that nobody made")
+        self._end.reusable(self._written.popleft())
+        try:
+            placed = headers.read_reply(packet.text, packet.size)
+            tensors: Sequence[Tensor] = packet.tensors(placed)
+            if there is not None:
+                tensors = there.into(tensors)
+            return tuple([tensor.clone() for tensor in tensors])
+        finally:
+            self._end.bell.done_with(packet.segment)
+            self._end.read(there, keeps=False)
+
+    def _hang_up(self) -> None:
+        self._end.close()
+
+    def _wake(self) -> None:
+        self._end.shut()
+
+
+class CudaServer(AcceptingServer[End]):
+    """The host's end."""
+
+    def __init__(self, handler: Handler, memory: DeviceMemory, place: str) -> None:
+        self._handler, self._memory = handler, memory
+        name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind("\0" + name)
+        listener.listen(BACKLOG)
+        super().__init__(listener, f"cuda:{place}/{name}")
+        self.start()
+
+    def _begin(self, connection: socket.socket) -> End:
+        return End(Doorbell(connection), self._memory)
+
+    def _talk(self, found: End) -> None:
+        while True:
+            packet, there = found.receive()
+            name, placed = headers.read_request(packet.text, packet.size)
+            tensors: Sequence[Tensor] = packet.tensors(placed)
+            if there is not None:
+                tensors = there.into(tensors)
+            outcome = call(self._handler, Request(name, tuple(tensors)))
+            found.read(there, keeps=True)
+            if not isinstance(outcome, Exception):
+                try:
+                    found.send(headers.reply_text, outcome)
+                    continue
+                except (ProtocolError, ResourceError) as error:  # what the handler returned cannot travel
+                    outcome = error
+            failure = headers.error_text(outcome)
+            found.send(lambda _, text=failure: text, ())  # type: ignore[misc]
+
+
+@cache
+def gpu_place() -> str:
+    """Equal for processes that compute on the same GPU of the same machine."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    return f"{machine_id()}-{uuid}"
+
+
+def serve(handler: Handler, *, memory: DeviceMemory | None = None, place: str | None = None) -> CudaServer:
+    """Let processes on this GPU reach `handler`, which runs in one thread a connection.
+
+    Args:
+        memory: of the GPU that this process computes on, unless it is given.
+        place: names it.
+    """
+    return CudaServer(handler, memory or CudaMemory(), place or gpu_place())
+
+
+def connect(
+    address: str, *, timeout: float = 30.0, memory: DeviceMemory | None = None, place: str | None = None
+) -> Channel:
+    """Open a channel to a server on this GPU.
+
+    Raises:
+        ChannelTimeout: the server does not accept in time.
+        ChannelError: it is on another GPU, gone, or of another user.
+    """
+    there, _, name = address.removeprefix("cuda:").partition("/")
+    here = place or gpu_place()
+    if there != here:
+        raise ChannelError(f"{address} is on another GPU than this process ({here}); use auto")
+    connection = open_socket(address, name, timeout)
+    try:
+        return CudaChannel(address, End(Doorbell(connection), memory or CudaMemory()))
+    except BaseException:
+        connection.close()
+        raise
+
+
+__all__ = ["CudaChannel", "CudaServer", "connect", "gpu_place", "serve"]
