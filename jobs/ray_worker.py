@@ -18,7 +18,7 @@ from actors.coordinator_client import CoordinatorClient
 from actors.trunk import Reducer, SingleWorker
 from cluster.topology import RoutingTable
 from errors import RaymoeError, WorkersLost, gives_way
-from jobs.assembly import Start, assemble_worker, compute_threads
+from jobs.assembly import Start, assemble_worker, compute_threads, worker_device
 from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import connector
@@ -86,7 +86,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             output=Path(given.output),
             coordinator=coordinator,
             table=_table(coordinator, config) if config.cluster.expert_hosts else None,
-            connect=connector(config.cluster),
+            connect=connector(config.cluster, worker_device(config)),
             reducer=reducer,
             workers=workers,
         )
