@@ -105,6 +105,11 @@ class HostState:
         self._versions = Versions(host_id, Version(epoch, layers, step))
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self._device
+
+    @property
     def step(self) -> int:
         """Steps committed: the step that the weights are for."""
         return self._versions.current.step

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from actors.expert_host import ExpertHost
 from actors.servicers import ExpertServicer
 from actors.state_servicer import add_state_streams
-from channels import collective, grpc, shm, tls
+from channels import collective, cuda, grpc, nccl, shm, tls
+from channels.accepting import AcceptingServer
 from cluster.topology import HostInfo
 from protos import expert_pb2_grpc
 
@@ -23,8 +25,8 @@ class ExpertHostServer:
 
     def __init__(self, host: ExpertHost, *, bind: str = "127.0.0.1", node: str = "") -> None:
         self._host = host
+        self._accepting: tuple[AcceptingServer[Any], ...] = ()
         servicer = ExpertServicer(host, self.hang_up)
-        self._shm = shm.serve(host.handle, host.answer)
         self._grpc = grpc.serve(
             host.handle,
             bind=f"{bind}:0",
@@ -33,13 +35,17 @@ class ExpertHostServer:
                 lambda server: add_state_streams(host, server),
             ),
         )
-        # Its rows are not encrypted: where TLS is asked for, there is none.
-        self._collective = (
-            collective.serve(host.handle, bind=f"{bind}:0") if tls.directory() is None else None
-        )
-        addresses = {"shm": self._shm.address, "grpc": self._grpc.address}
-        if self._collective is not None:
-            addresses["collective"] = self._collective.address
+        more: dict[str, AcceptingServer[Any]] = {"shm": shm.serve(host.handle, host.answer)}
+        on_gpu, encrypts = host.device.type == "cuda", tls.directory() is not None
+        if not encrypts:  # rows between ranks are not
+            more["collective"] = collective.serve(host.handle, bind=f"{bind}:0")
+        if on_gpu:
+            more["cuda"] = cuda.serve(host.handle)
+        if on_gpu and not encrypts:
+            more["nccl"] = nccl.serve(host.handle, bind=f"{bind}:0")
+        self._accepting = tuple(more.values())
+        addresses = {kind: server.address for kind, server in more.items()}
+        addresses["grpc"] = self._grpc.address
         self.info = HostInfo(
             id=host.id,
             node=node,
@@ -49,16 +55,14 @@ class ExpertHostServer:
 
     def hang_up(self) -> None:
         """End every connection of a router that is open now; they may come again."""
-        self._shm.hang_up()
-        if self._collective is not None:
-            self._collective.hang_up()
+        for server in self._accepting:
+            server.hang_up()
         self._grpc.hang_up()
 
     def close(self) -> None:
         """Hang up on every caller."""
-        self._shm.close()
-        if self._collective is not None:
-            self._collective.close()
+        for server in self._accepting:
+            server.close()
         self._grpc.close()
         self._host.close()
 

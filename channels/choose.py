@@ -10,8 +10,15 @@ from channels.locality import machine_id, process_id
 from errors import ChannelError, ConfigError
 
 KINDS: Final = ("local", "shm", "collective", "grpc")
-# From the nearest on. Rows between ranks are not encrypted: who wants them says so.
-_AUTOMATIC: Final = ("local", "shm", "grpc")
+# What each is made of, from the nearest on: with a GPU at both ends, rows need not leave it. Rows between
+# ranks are not encrypted, and gloo's are for those who say so; a host with certificates offers none.
+_MADE_OF: Final = {
+    "auto": ("local", "cuda", "nccl", "shm", "grpc"),
+    "local": ("local",),
+    "shm": ("cuda", "shm"),
+    "collective": ("nccl", "collective"),
+    "grpc": ("grpc",),
+}
 
 
 def connect(address: str, *, timeout: float = 30.0) -> Channel:
@@ -40,6 +47,14 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
         import channels.collective as collective
 
         return collective.connect(address, timeout=timeout)
+    if kind == "cuda":
+        import channels.cuda as cuda
+
+        return cuda.connect(address, timeout=timeout)
+    if kind == "nccl":
+        import channels.nccl as nccl
+
+        return nccl.connect(address, timeout=timeout)
     raise ConfigError(
         f"channel address {address!r}: unknown kind {kind!r}; an address starts with one of "
         + ", ".join(f"{known}:" for known in KINDS)
@@ -50,39 +65,49 @@ def pick(
     kind: str,
     addresses: Mapping[str, str],
     *,
+    gpu: str | None = None,
     same_process: bool | None = None,
     same_machine: bool | None = None,
 ) -> str:
     """The address to connect to, of those that a host offers (kind -> address).
 
-    `auto` takes the nearest that both ends share: local within a process, shm within a machine, else
-    grpc. The two flags are read from the addresses unless they are given.
+    `auto` takes the nearest that both ends share: local within a process, cuda within a GPU, nccl between two
+    GPUs, shm within a machine, else grpc. The two flags are read from the addresses unless they are given.
+
+    Args:
+        gpu: that the caller computes on, as `channels.cuda.gpu_place` names it; None for a CPU.
 
     Raises:
         ConfigError: `kind` is unknown.
         ChannelError: the host does not offer it, or it cannot be reached that way from here.
     """
-    if kind not in ("auto", *KINDS):
+    if kind not in _MADE_OF:
         raise ConfigError(f"cluster.channel: unknown kind {kind!r}; use one of auto, {', '.join(KINDS)}")
     if same_process is None:
         same_process = _place(addresses.get("local")) == process_id()
     if same_machine is None:
         same_machine = same_process or _place(addresses.get("shm")) == machine_id()
-    reachable = {"local": same_process, "shm": same_machine, "collective": True, "grpc": True}
+    same_gpu = gpu is not None and _place(addresses.get("cuda")) == gpu
+    reachable = {
+        "local": same_process,
+        "cuda": same_gpu,
+        "nccl": gpu is not None and not same_gpu,  # which refuses two ranks on one GPU
+        "shm": same_machine,
+        "collective": True,
+        "grpc": True,
+    }
     offered = ", ".join(sorted(addresses)) or "nothing"
+    for candidate in _MADE_OF[kind]:
+        if candidate in addresses and reachable[candidate]:
+            return addresses[candidate]
     if kind == "auto":
-        for candidate in _AUTOMATIC:
-            if candidate in addresses and reachable[candidate]:
-                return addresses[candidate]
         raise ChannelError(
             f"no channel reaches this host from here: it offers {offered}; let it serve grpc as well"
         )
     if kind not in addresses:
         raise ChannelError(f"cluster.channel is {kind}, but the host offers {offered}; use auto")
-    if not reachable[kind]:
-        where = "process" if kind == "local" else "machine (or network namespace)"
-        raise ChannelError(f"cluster.channel is {kind}, but the host is in another {where}; use auto or grpc")
-    return addresses[kind]
+    where = "process" if kind == "local" else "machine (or network namespace)"
+    raise ChannelError(f"cluster.channel is {kind}, but the host is in another {where}; use auto or grpc")
 
 
 def taken(kind: str, addresses: Mapping[str, str]) -> str:
@@ -91,9 +116,7 @@ def taken(kind: str, addresses: Mapping[str, str]) -> str:
     Args:
         kind: as for `pick`.
     """
-    if kind != "auto":
-        return kind if kind in addresses else "none"
-    return "/".join(known for known in _AUTOMATIC if known in addresses and known != "local") or "none"
+    return "/".join(one for one in _MADE_OF[kind] if one in addresses and one != "local") or "none"
 
 
 def _place(address: str | None) -> str | None:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from channels.pipe import Pipe, Reply, call
 from channels.rows import Rows
 from errors import ChannelError, ChannelTimeout, ProtocolError, ResourceError
 
+KIND: Final = "collective"
 _CALLER, _HOST = 0, 1
 _FORMING: Final = 30.0
 """Seconds that a host gives a caller for the group to form."""
@@ -86,6 +87,10 @@ class End:
             found[at] = tensor_at(near, address, where)
         return tuple(found)
 
+    def takes(self, device: torch.device) -> bool:
+        """See `channels.base.Channel`."""
+        return device.type == "cpu"
+
     def shut(self) -> None:
         """Whoever waits for a message at this end, or the other, waits no longer. Any thread."""
         self._line.shut()
@@ -95,6 +100,14 @@ class End:
         self.shut()
         self._line.close()
         self._rows.close()
+
+
+class EndMaker(Protocol):
+    """Makes an end of a connection, which a group forms over."""
+
+    def __call__(
+        self, connection: socket.socket, rank: int, *, peer: str, interface: str, timeout: float
+    ) -> End: ...
 
 
 class _Parts(NamedTuple):
@@ -133,6 +146,10 @@ class CollectiveChannel(Pipe):
         super().__init__(name)
         self._end = end
 
+    def takes(self, device: torch.device) -> bool:
+        """See `channels.base.Channel`."""
+        return self._end.takes(device)
+
     def _send(self, request: Request) -> None:
         payload = headers.layout(request.tensors)
         self._end.send(headers.request_text(request.id, payload), payload, request.tensors)
@@ -151,28 +168,34 @@ class CollectiveChannel(Pipe):
 class CollectiveServer(AcceptingServer[End]):
     """The host's end.
 
+    Args:
+        end: makes its end of each connection; None takes that of CPUs.
+        kind: that its address begins with.
+
     Raises:
         ResourceError: TLS is asked for, which rows between ranks have not.
         ChannelError: the interface cannot be listened on.
     """
 
-    def __init__(self, handler: Handler, *, bind: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self, handler: Handler, *, bind: str = "127.0.0.1:0", end: EndMaker | None = None, kind: str = KIND
+    ) -> None:
         if tls.directory() is not None:
             raise ResourceError(
                 f"{tls.VARIABLE} is set, and the collective channel is not encrypted; use grpc"
             )
-        self._handler = handler
+        self._handler, self._end = handler, end or End
         self._host, _, port = bind.rpartition(":")
         try:
             listener = socket.create_server((self._host, int(port)), backlog=BACKLOG)
         except OSError as error:
             raise ChannelError(f"collective cannot listen at {bind}: {error}") from error
-        super().__init__(listener, f"collective:{self._host}:{listener.getsockname()[1]}")
+        super().__init__(listener, f"{kind}:{self._host}:{listener.getsockname()[1]}")
         self.start()
 
     def _begin(self, connection: socket.socket) -> End:
         peer = str(connection.getpeername())
-        return End(connection, _HOST, peer=peer, interface=self._host, timeout=_FORMING)
+        return self._end(connection, _HOST, peer=peer, interface=self._host, timeout=_FORMING)
 
     def _talk(self, found: End) -> None:
         while True:
@@ -199,14 +222,18 @@ def serve(handler: Handler, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
     return CollectiveServer(handler, bind=bind)
 
 
-def connect(address: str, *, timeout: float = 30.0) -> Channel:
+def connect(address: str, *, timeout: float = 30.0, end: EndMaker | None = None, kind: str = KIND) -> Channel:
     """Open a channel to a server of any machine.
+
+    Args:
+        end: makes this end; None takes that of CPUs.
+        kind: that the address begins with.
 
     Raises:
         ChannelTimeout: the server does not answer in time.
         ChannelError: nobody listens there, or no group forms.
     """
-    host, _, port = address.removeprefix("collective:").rpartition(":")
+    host, _, port = address.removeprefix(f"{kind}:").rpartition(":")
     deadline = time.monotonic() + timeout
     try:
         connection = socket.create_connection((host, int(port)), timeout)
@@ -217,11 +244,11 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
     try:
         interface = connection.getsockname()[0]
         left = deadline - time.monotonic()
-        end = End(connection, _CALLER, peer=address, interface=interface, timeout=left)
-        return CollectiveChannel(address, end)
+        made = (end or End)(connection, _CALLER, peer=address, interface=interface, timeout=left)
+        return CollectiveChannel(address, made)
     except BaseException:
         connection.close()
         raise
 
 
-__all__ = ["CollectiveChannel", "CollectiveServer", "connect", "serve"]
+__all__ = ["CollectiveChannel", "CollectiveServer", "End", "EndMaker", "connect", "serve"]

@@ -145,7 +145,7 @@ class CudaMemory:
             memory = torch.empty(0, dtype=torch.uint8, device=self._device).set_(opened)[:capacity]
             made: Any = torch.cuda.Event
             events = [made.from_ipc_handle(self._device, one) for one in (written, read)]
-        except (RuntimeError, ValueError, struct.error) as error:
+        except (RuntimeError, TypeError, ValueError, struct.error) as error:
             raise ProtocolError(f"the peer's device memory cannot be opened: {error}") from None
         if memory.numel() != capacity:
             raise ProtocolError(f"the peer's device memory has not the {capacity} bytes that it says")

@@ -42,16 +42,17 @@ class Line:
 
     Args:
         peer: who is at the other end, for messages.
+        inline: bytes of a payload that may come with a header.
     """
 
-    def __init__(self, connection: socket.socket, peer: str) -> None:
+    def __init__(self, connection: socket.socket, peer: str, *, inline: int = INLINE) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.settimeout(None)
         self._socket = connection
         self._timeout: float | None = None
-        self._peer = peer
+        self._peer, self._inline = peer, inline
         self._come = bytearray(_CHUNK)  # what has come and has not been read: from _at to _end
         self._at = self._end = 0
 
@@ -77,7 +78,7 @@ class Line:
             ProtocolError: what came is no message.
         """
         length, small, size, received = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
-        if length > _MAX_HEADER or small > INLINE or size > MAX_MESSAGE:
+        if length > _MAX_HEADER or small > self._inline or size > MAX_MESSAGE:
             raise ProtocolError(f"a message of {length} + {small} + {size} bytes, which is none of ours")
         text = self._exactly(length, deadline)
         return Head(text, size, self._exactly(small, deadline), received)

@@ -7,7 +7,6 @@ asked for follows from the payloads before it, which both ends know; what is bey
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,60 +18,21 @@ import torch.distributed
 
 from channels.codec import address_of, plain, tensor_at
 from channels.header import Placement
-from channels.line import Head, Line, remaining
+from channels.line import Line, remaining
+from channels.meeting import Meeting
 from channels.scratch import Scratch, rounded
-from errors import ChannelError, ChannelTimeout, ProtocolError
+from errors import ChannelError, ChannelTimeout
 
 _dist: Any = torch.distributed  # whose stubs do not know the classes below its functions
 
 _SPARE: Final = 2
 _MAX_ROOM: Final = 1 << 23
 """Bytes asked for in advance, at most: each connection holds so much for each large tensor of a payload."""
-_MAX_TOLD: Final = 64  # for a group of two takes a handful
 _PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
 _LATE: Final = 5.0
 """Seconds that a payload takes after its header at most, and one more for every"""
 _SLOWEST: Final = 1e7
 """bytes. Who waits for rows cannot be woken, and a peer may be stopped in the middle of them."""
-
-
-class _Meeting(_dist.Store):  # type: ignore[misc]
-    """What the two ends of a line tell each other for a group to form: a store without a port of its own."""
-
-    def __init__(self, line: Line, deadline: float) -> None:
-        super().__init__()
-        self._line, self._deadline = line, deadline
-        self._known: dict[str, bytes] = {}
-        self._guard = threading.RLock()
-
-    def set(self, key: str, value: Any) -> None:
-        """Tell both ends."""
-        told = value.encode() if isinstance(value, str) else bytes(value)
-        with self._guard:
-            self._known[key] = told
-            name = key.encode()
-            self._line.write(Head(name, len(told), told))
-
-    def get(self, key: str) -> bytes:
-        """Wait for what either end tells."""
-        with self._guard:
-            while key not in self._known:
-                told = self._line.read(self._deadline)
-                if told.size != len(told.inline):
-                    raise ProtocolError(f"{told.size} bytes for a group to form")
-                if len(self._known) >= _MAX_TOLD:
-                    raise ProtocolError(f"more than {_MAX_TOLD} things for a group to form")
-                self._known[told.text.decode("utf-8", "replace")] = told.inline
-            return self._known[key]
-
-    def wait(self, keys: Sequence[str], timeout: Any = None) -> None:
-        """Until all are told."""
-        for key in keys:
-            self.get(key)
-
-    def check(self, keys: Sequence[str]) -> bool:
-        """Whether all have been told, as far as this end knows."""
-        return all(key in self._known for key in keys)
 
 
 class Rows:
@@ -93,7 +53,7 @@ class Rows:
         options = _dist.ProcessGroupGloo._Options()
         options._devices = [_dist.ProcessGroupGloo.create_device(hostname=interface)]
         options._timeout = _PATIENCE
-        meeting = _Meeting(line, time.monotonic() + timeout)
+        meeting = Meeting(line, time.monotonic() + timeout)
         try:
             self._group = _dist.ProcessGroupGloo(meeting, rank, 2, options)
         except RuntimeError as error:

@@ -70,7 +70,8 @@ class ClusterConfig(BaseModel):
             and leave; null keeps to `expert_hosts`.
         interface: address that hosts, coordinator and trunks listen on; null is the node's own where there is
             TLS, else the loopback; `node` is the node's own even without.
-        channel: how a router reaches a host; `auto` picks by locality.
+        channel: how a router reaches a host; `auto` picks by locality. On GPUs shm keeps rows in a card's
+            memory where router and host share one, and collective is NCCL where they have one each.
         threads_per_host: threads of a host's arithmetic; null shares out the machine's cores.
         cpus_per_host: CPUs that Ray reserves for each host.
         gpus_per_host: GPU that Ray reserves for each host, which then computes on it; a fraction shares one

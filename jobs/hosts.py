@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import torch
+
 from actors.transfers import Shape
 from channels import tls
 from channels.base import Channel
@@ -63,11 +65,20 @@ def check_transport(cluster: ClusterConfig) -> None:
         )
 
 
-def connector(cluster: ClusterConfig) -> Callable[[HostInfo], Channel]:
-    """How a lane opens a channel to a host."""
+def connector(cluster: ClusterConfig, device: torch.device) -> Callable[[HostInfo], Channel]:
+    """How a lane opens a channel to a host.
+
+    Args:
+        device: that the lane's rows are on.
+    """
+    gpu = None
+    if device.type == "cuda":
+        from channels.cuda import gpu_place
+
+        gpu = gpu_place()
 
     def open_channel(host: HostInfo) -> Channel:
-        return connect(pick(cluster.channel, host.addresses), timeout=cluster.start_timeout)
+        return connect(pick(cluster.channel, host.addresses, gpu=gpu), timeout=cluster.start_timeout)
 
     return open_channel
 

@@ -94,7 +94,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             output=Path(given.output),
             coordinator=coordinator,
             table=_table(coordinator, config) if config.cluster.expert_hosts else None,
-            connect=connector(config.cluster),
+            connect=connector(config.cluster, worker_device(config)),
             reducer=reducer,
             workers=workers,
             mesh=_mesh(config, workers),

@@ -1,10 +1,10 @@
-"""Stands for a GPU's memory and its order of events, within a process: strict about who may do what when."""
+"""Stands for a GPU's memory, which processes share, and for its events: strict about who may do what when."""
 
 from __future__ import annotations
 
-import itertools
-import threading
-from dataclasses import dataclass, field
+import os
+import tempfile
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,64 +12,59 @@ from torch import Tensor
 from channels.device_memory import DeviceSegment
 from errors import ProtocolError
 
-
-@dataclass
-class Shared:
-    """One segment, as both ends see it."""
-
-    memory: Tensor
-    state: str = "read"  # written and not yet read, or read
-    busy: bool = False
-    guard: threading.Lock = field(default_factory=threading.Lock)
-
-    def step(self, begins: bool, at: str, then: str) -> None:
-        with self.guard:
-            assert self.state == at and self.busy is not begins, (self.state, self.busy, at, then)
-            self.state, self.busy = then, begins
+_READ, _WRITING, _WRITTEN, _READING = range(4)
 
 
 @dataclass
 class Segment:
-    """One end's view."""
+    """One end's view; the last byte of what both ends map says what is being done to it."""
 
-    shared: Shared
+    whole: Tensor
 
     @property
     def memory(self) -> Tensor:
-        return self.shared.memory
+        return self.whole[:-1]
 
     def before_writing(self) -> None:
-        self.shared.step(True, "read", "read")
+        self._step(_READ, _WRITING)
 
     def written(self) -> None:
-        self.shared.step(False, "read", "written")
+        self._step(_WRITING, _WRITTEN)
 
     def before_reading(self) -> None:
-        self.shared.step(True, "written", "written")
+        self._step(_WRITTEN, _READING)
 
     def read(self) -> None:
-        self.shared.step(False, "written", "read")
+        self._step(_READING, _READ)
+
+    def _step(self, at: int, then: int) -> None:
+        assert int(self.whole[-1]) == at, (int(self.whole[-1]), at, then)
+        self.whole[-1] = then
 
 
 class PretendedMemory:
     """Takes every tensor of the CPU."""
 
-    known: dict[bytes, Shared] = {}  # noqa: RUF012
-    numbers = itertools.count()
-
     def takes(self, device: torch.device) -> bool:
         return device.type == "cpu"
 
     def make(self, capacity: int) -> tuple[DeviceSegment, bytes]:
-        handle = f"segment {next(self.numbers)}".encode()
-        self.known[handle] = Shared(torch.full((capacity,), 0xAB, dtype=torch.uint8))
-        return Segment(self.known[handle]), handle
+        descriptor, path = tempfile.mkstemp()
+        os.ftruncate(descriptor, capacity + 1)
+        os.close(descriptor)
+        return Segment(_map(path, capacity)), path.encode()
 
     def open(self, handle: bytes, capacity: int) -> DeviceSegment:
-        shared = self.known.get(handle)
-        if shared is None or shared.memory.numel() != capacity:
-            raise ProtocolError(f"no segment {handle!r} of {capacity} bytes")
-        return Segment(shared)
+        path = handle.decode()
+        if not path.startswith(tempfile.gettempdir()) or os.path.getsize(path) != capacity + 1:
+            raise ProtocolError(f"no segment {path} of {capacity} bytes")
+        segment = Segment(_map(path, capacity))
+        os.unlink(path)
+        return segment
+
+
+def _map(path: str, capacity: int) -> Tensor:
+    return torch.from_file(path, shared=True, size=capacity + 1, dtype=torch.uint8)
 
 
 __all__ = ["PretendedMemory"]

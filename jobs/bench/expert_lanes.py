@@ -53,7 +53,13 @@ def expert_lanes(
         ]
         table = RoutingTable(epoch=0, hosts=tuple(hosts), holders=placement(model, len(hosts)))
         router = Router(
-            "bench", "bench", model, table, connector(cluster), lanes=2, timeout=cluster.call_timeout
+            "bench",
+            "bench",
+            model,
+            table,
+            connector(cluster, compute_device(cluster.gpus_per_host, "cluster.gpus_per_host")),
+            lanes=2,
+            timeout=cluster.call_timeout,
         )
         stack.callback(router.close)
         yield EngineLanes(router)

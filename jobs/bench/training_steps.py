@@ -45,7 +45,7 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
         for index in range(config.cluster.expert_hosts):
             values = {"config": config.to_dict(), "cores": list(host_cores)}
             coordinator.register_host(stack.enter_context(host_process(_serve_host, values, index)))
-        steps = coordinator.steps
+        steps, device = coordinator.steps, worker_device(config)
         if config.cluster.expert_hosts:
             coordinator.found()
         made = assemble_worker(
@@ -56,10 +56,9 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
             output=Path(output),
             coordinator=steps,
             table=coordinator.table() if config.cluster.expert_hosts else None,
-            connect=connector(config.cluster),
+            connect=connector(config.cluster, device),
         )
         stack.callback(made.close)
-        device = worker_device(config)
         made.trunk.attempt = steps.join(0, 1, -1, "").attempt
 
         def step() -> float:

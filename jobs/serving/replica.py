@@ -66,7 +66,7 @@ class Replica:
                 run=run,
                 config=weights.trunk.config,
                 table=table,
-                connect=connector(config.cluster),
+                connect=connector(config.cluster, weights.trunk.embedding.device),
                 lanes=2,
                 tables=tables,
                 timeout=config.cluster.call_timeout,

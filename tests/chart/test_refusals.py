@@ -27,7 +27,24 @@ HALF = (
 )
 LONG = "a" * 48
 
+GPU_TRAIN = (*TRAIN, "train.config.training.gpus_per_worker=1")
+GPU_HOSTS = "train.config.cluster.gpus_per_host=1"
+GPU = '={"limits": {"nvidia.com/gpu": 1}}'
+
 REFUSED = [
+    (
+        GPU_TRAIN,
+        "train.config.training.gpus_per_worker (1) asks for more GPUs than the groups but for experts",
+    ),
+    ((*SERVE, "serve.config.serving.gpus_per_replica:=0.5"), "gpus_per_replica (0.5) asks for more GPUs"),
+    (
+        (*TRAIN, GPU_HOSTS),
+        "gpus_per_host (1) x workerGroups.expert.hostsPerPod (1) is more than the GPUs of a pod (0)",
+    ),
+    (
+        (*TRAIN, GPU_HOSTS, f"workerGroups.expert.resources:{GPU}", "workerGroups.expert.hostsPerPod=2"),
+        "hostsPerPod (2) is more than the GPUs of a pod (1)",
+    ),
     ((), "serve.checkpoint is missing"),
     ((*SERVE, f"fullnameOverride={LONG}"), "has 48 characters and a RayService may have 47"),
     ((*TRAIN, f"fullnameOverride={LONG}"), "has 48 characters and a RayJob may have 47"),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import gloo_group
 import pytest
 import torch
 from device_memory import PretendedMemory
@@ -28,8 +29,13 @@ SERVE: dict[str, Callable[[Any], Server]] = {
     "collective": collective.serve,
     "grpc": grpc.serve,
     "cuda": partial(cuda.serve, memory=PretendedMemory(), place="here"),
+    "nccl": gloo_group.serve,
 }
-WIRES = ["shm", "collective", "grpc"]
+CONNECT: dict[str, Callable[[str], Channel]] = {
+    "cuda": partial(cuda.connect, memory=PretendedMemory(), place="here"),
+    "nccl": gloo_group.connect,
+}
+WIRES = ["shm", "collective", "grpc", "cuda", "nccl"]
 
 
 def request(*tensors: torch.Tensor, step: int = 0, run: str = "echo") -> Request:
@@ -53,10 +59,7 @@ def handle(given: Request) -> tuple[torch.Tensor, ...]:
 @pytest.fixture(params=list(SERVE))
 def channel(request: pytest.FixtureRequest) -> Iterator[Channel]:
     server = SERVE[request.param](handle)
-    if request.param == "cuda":
-        opened = cuda.connect(server.address, memory=PretendedMemory(), place="here")
-    else:
-        opened = choose.connect(server.address)
+    opened = CONNECT.get(request.param, choose.connect)(server.address)
     yield opened
     opened.close()
     server.close()
@@ -118,7 +121,7 @@ def remote(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Channel]]:
     process = context.Process(target=_serve_in_child, args=(request.param, there), daemon=True)
     process.start()
     assert here.poll(60)
-    opened = choose.connect(here.recv())
+    opened = CONNECT.get(request.param, choose.connect)(here.recv())
     yield process, opened
     opened.close()
     process.kill()
@@ -152,7 +155,7 @@ def _open_files() -> int:
 def test_close_leaves_no_thread_and_no_descriptor(kind: str) -> None:
     def once() -> None:
         server = SERVE[kind](handle)
-        channels = [choose.connect(server.address) for _ in range(3)]
+        channels = [CONNECT.get(kind, choose.connect)(server.address) for _ in range(3)]
         for opened in channels:
             opened.submit(request(torch.ones(300, 300))).result(30)
         for opened in channels[:2]:  # the third is hung up on by the server
@@ -221,6 +224,29 @@ def test_auto_takes_the_nearest_that_both_ends_share() -> None:
         pick("shm", addresses, same_process=False, same_machine=False)
     with pytest.raises(ConfigError, match=r"cluster\.channel"):
         pick("pigeon", addresses, same_process=False, same_machine=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpu", "same_machine", "taken"),
+    [
+        ("auto", "card-a", True, "cuda"),
+        ("auto", "card-b", True, "nccl"),
+        ("auto", "card-b", False, "nccl"),
+        ("auto", None, True, "shm"),
+        ("auto", None, False, "grpc"),
+        ("shm", "card-a", True, "cuda"),
+        ("shm", "card-b", True, "shm"),
+        ("collective", "card-a", True, "collective"),  # NCCL takes a GPU once
+        ("collective", "card-b", False, "nccl"),
+        ("collective", None, False, "collective"),
+    ],
+)
+def test_rows_stay_on_gpus_where_they_can(kind: str, gpu: str | None, same_machine: bool, taken: str) -> None:
+    addresses = {one: f"{one}:x" for one in ("shm", "collective", "grpc", "nccl")}
+    addresses["cuda"] = "cuda:card-a/name"
+    found = choose.pick(kind, addresses, gpu=gpu, same_process=False, same_machine=same_machine)
+    assert found.partition(":")[0] == taken
+    assert choose.taken("auto", addresses) == "cuda/nccl/shm/grpc"
 
 
 def test_memory_of_a_collective_channel_is_used_again() -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import grpc as grpc_library
 import pytest
 import torch
+from device_memory import PretendedMemory
 
-from channels import choose, grpc, shm
+from channels import choose, cuda, grpc, shm
 from channels.base import Phase, Request, RequestId, Server
+from channels.device_memory import _packed, _unpacked
 from channels.pipe import MAX_IN_FLIGHT
 from channels.segments import SegmentMirror, SegmentPool
 from errors import ChannelError, ProtocolError
@@ -274,3 +276,65 @@ def test_a_timeout_beyond_all_bounds_is_none(server: Server) -> None:
 def request(*tensors: torch.Tensor) -> Request:
     name = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
     return Request(id=name, tensors=tensors)
+
+
+NOTE = struct.Struct("<IQHHH")
+TOO_LONG = expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 1 << 40, 0]).SerializeToString()
+LAYOUT = expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 4, 0]).SerializeToString()
+
+
+def note(
+    number: int = 0,
+    capacity: int = 0,
+    handle: bytes = b"",
+    done: int = 0,
+    places: int = 1,
+    text: bytes = LAYOUT,
+) -> bytes:
+    head = NOTE.pack(number, capacity, len(handle), done, places)
+    return head + struct.pack(f"<{done}I{places}H", *range(done), *range(places)) + handle + text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\xff" * 200,
+        note(),  # of a segment that nobody has told of
+        note(number=7),
+        note(capacity=CAPACITY, handle=b"/etc/passwd"),
+        note(capacity=CAPACITY, handle=b""),
+        note(done=1),  # gives back what it never had
+        note(places=2),
+        note(places=60000)[:9000],
+        note(text=b"\xff\xff"),
+        note(
+            text=expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 1 << 40, 0]).SerializeToString()
+        ),
+    ],
+)
+def test_notes_that_lie(text: bytes) -> None:
+    opened = cuda.serve(echo, memory=PretendedMemory(), place="here")
+    good = cuda.connect(opened.address, memory=PretendedMemory(), place="here")
+    try:
+        assert refused(opened, HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0) + text, [])
+        (reply,) = good.submit(Request(NAME, (torch.ones(3),))).result(30)
+        assert torch.equal(reply, torch.ones(3))
+    finally:
+        good.close()
+        opened.close()
+
+
+def test_a_note_on_shared_memory_alone_is_refused(server: Server) -> None:
+    assert refused(server, HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0) + note(), [])
+
+
+@pytest.mark.parametrize("values", [[], [1, -5, True, False, b"", b"handle" * 20], [b"x" * 60000]])
+def test_handles_of_device_memory_come_back(values: list[Any]) -> None:
+    assert _unpacked(_packed(values)) == values
+
+
+@pytest.mark.parametrize("packed", [b"\x00", b"\x00\x05\x00abc", b"\x01\x00", b"\x07", b"\x02"])
+def test_handles_that_lie(packed: bytes) -> None:
+    with pytest.raises((ValueError, struct.error)):
+        _unpacked(packed)

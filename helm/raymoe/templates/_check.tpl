@@ -16,6 +16,7 @@
 {{- end -}}
 {{- include "raymoe.checkMode" . -}}
 {{- include "raymoe.checkHosts" . -}}
+{{- include "raymoe.checkGpus" . -}}
 {{- include "raymoe.checkTls" . -}}
 {{- include "raymoe.checkObjects" . -}}
 {{- end -}}
