@@ -346,7 +346,7 @@ class TrunkWorker:
             with self._span(inputs.step, "forward", microbatch=microbatch.index):
                 losses = self._loss(inputs, *self._here(microbatch), lane, trace)
             with self._span(inputs.step, "backward", microbatch=microbatch.index):
-                losses.total.backward()  # type: ignore[no-untyped-call]
+                _backward(losses.total)
         return losses, trace.loads
 
     def _here(self, microbatch: Microbatch) -> tuple[Tensor, Tensor | None]:
@@ -401,7 +401,7 @@ class TrunkWorker:
         """A pass whose gradients are zeros."""
         with self._parameters.passing():
             losses = self._loss(inputs, self._nothing, None, SilentExperts(), Trace())
-            (losses.total * 0.0).backward()  # type: ignore[no-untyped-call]
+            _backward(losses.total * 0.0)
 
     def _judge_nothing(self) -> None:
         self._evaluation(self._nothing, None, SilentExperts(), Trace())
@@ -411,6 +411,13 @@ class TrunkWorker:
         """A row of as few tokens as there can be."""
         length = 2 + self._model.config.num_nextn_predict_layers
         return torch.zeros(1, length, dtype=torch.int64, device=self._device)
+
+
+def _backward(loss: Tensor) -> None:
+    """In this thread alone: the nodes of a GPU would all be another one's, where a lane that waits for its
+    tokens stands in the way of those that compute."""
+    with torch.autograd.set_multithreading_enabled(False):
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 __all__ = [

@@ -33,6 +33,7 @@ KIND: Final = "nccl"
 _dist: Any = torch.distributed
 _CALLER: Final = 0
 _MASK: Final = 8  # bytes ahead of a header's text: which of the message's tensors are on the GPU
+_PATIENCE: Final = timedelta(days=1)  # of a group; waits have limits of their own
 _LATE: Final = 5.0
 """Seconds that a payload takes after its header at most, and one more for every"""
 _SLOWEST: Final = 1e8
@@ -204,7 +205,8 @@ class _Nccl:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._peer = 1 - rank
         options = _dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout)
+        # NCCL's watchdog ends the process when one passes; a request may wait for its host for long.
+        options._timeout = _PATIENCE
         self._group = _dist.ProcessGroupNCCL(_dist.PrefixStore(name, meeting), rank, 2, options)
 
     def send(self, tensor: Tensor) -> Any:
