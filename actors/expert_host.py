@@ -15,7 +15,6 @@ from torch import Tensor
 from actors.host_state import HostState
 from actors.layers import Layer
 from actors.payload import local_experts, payload
-from actors.staging import to_cpu
 from actors.steps import HostStats
 from actors.versions import Version
 from channels.base import Phase, Request, RequestId
@@ -23,6 +22,7 @@ from channels.mailbox import HostBox
 from errors import ProtocolError, RaymoeError, StaleEpoch
 from kernels.decode import mix_experts
 from model.experts import experts_backward, experts_forward
+from model.transfer import to_cpu
 
 
 class ExpertHost(HostState):

@@ -19,13 +19,13 @@ from actors.detour import MOST_HEDGED, Detour
 from actors.mail import Array, Boxes, MailCall
 from actors.opening import GONE, open_unless
 from actors.routes import Placement
-from actors.staging import to_cpu
 from actors.training_call import TrainingCall, dispatched
 from channels.base import Channel, Phase, Request, RequestId, Ticket
 from channels.mailbox import MAX_ROWS
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError, StaleEpoch
 from model.experts import Pending
+from model.transfer import to_cpu
 
 if TYPE_CHECKING:
     from actors.router import Router

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from actors.layers import Layer
-from actors.staging import to_device
 from channels.base import Request
 from errors import ProtocolError
 from kernels.dispatch import FOREIGN, MALFORMED, localize
+from model.transfer import to_device
 
 
 def payload(request: Request, n: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.dispatch import HostSlice
+from model.transfer import to_cpu, to_device
 
 
 class Outgoing:
@@ -74,44 +75,15 @@ def _add_up(
         if whole:
             total += rows
         else:
-            total.index_add_(0, part.row.to(rows.device), rows)
+            total.index_add_(0, to_device(part.row, rows.device), rows)
     return total
-
-
-def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies in the CPU's memory, all of which are there when this returns; waited for once."""
-    devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-    here = tuple(map(_begin_copy, tensors))
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-    return here
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device, which is there for whatever is queued after it; the CPU goes on."""
-    if tensor.device == device:
-        return tensor
-    pinned = tensor if tensor.is_pinned() else _memory(tensor, device).copy_(tensor)
-    return pinned.to(device, non_blocking=True)
-
-
-def _begin_copy(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    return _memory(tensor, tensor.device).copy_(tensor, non_blocking=True)
-
-
-def _memory(like: Tensor, device: torch.device) -> Tensor:
-    """The CPU's, which a GPU reads and writes without help."""
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=device.type == "cuda")
 
 
 def _gather(rows: Tensor, part: HostSlice) -> Tensor:
     """All of them need no copy."""
     if part.row.numel() == rows.shape[0]:
         return rows
-    return torch.index_select(rows, 0, part.row.to(rows.device))
+    return torch.index_select(rows, 0, to_device(part.row, rows.device))
 
 
-__all__ = ["Outgoing", "add_up", "to_cpu", "to_device"]
+__all__ = ["Outgoing", "add_up"]

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from actors.call import Call, Reply
-from actors.staging import Outgoing, to_device
+from actors.staging import Outgoing
 from channels.base import Phase, Request, Ticket
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, StaleEpoch
 from model.dispatch import HostSlice, plan_dispatch
+from model.transfer import to_cpu, to_device
 
 _REPEATS: Final = 3
 """Times that a request is sent again, each over a new channel."""
@@ -88,9 +89,9 @@ class TrainingCall(Call):
         self._lane.done(self)
         d_rows = self._sum([part[0] if part else None for part in parts])
         d_gates = self._like[1].new_zeros(self._idx.numel())
-        for part, reply in zip(self._slices, parts, strict=True):
-            if part is not None and reply is not None:
-                d_gates[part.pair] = reply[1].to(d_gates)
+        some = [(part, reply) for part, reply in zip(self._slices, parts, strict=True) if part and reply]
+        for (part, _), of_pairs in zip(some, to_cpu(*(reply[1] for _, reply in some)), strict=True):
+            d_gates[part.pair] = of_pairs.to(d_gates.dtype)
         return d_rows, d_gates.view(self._idx.shape)
 
     def abandon(self) -> None:

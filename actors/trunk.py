@@ -21,7 +21,6 @@ from torch import Tensor
 
 from actors.endurance import SilentExperts
 from actors.lane import LaneCounters
-from actors.staging import to_device
 from actors.steps import StepDecision, StepReport
 from actors.timeline import Timeline
 from actors.trunk_parameters import Reducer, SingleWorker, TrunkParameters
@@ -32,6 +31,7 @@ from model.experts import Experts
 from model.losses import Evaluation, Losses, evaluation_loss, training_loss
 from model.optimizer import value_dtype
 from model.trace import Trace
+from model.transfer import to_device
 from model.transformer import Transformer
 
 T = TypeVar("T")

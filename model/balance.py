@@ -24,7 +24,10 @@ def expert_load(idx: Tensor, n_experts: int, mask: Tensor | None = None) -> Tens
 
     Counts are integers because a float counter stops growing (bfloat16 at 256, float32 at 2^24).
     """
-    # Not bincount, nor a mask as an index: on a GPU both make the CPU wait for a length.
+    if idx.device.type == "cpu":
+        chosen = idx if mask is None else idx[mask.to(torch.bool)]
+        return torch.bincount(chosen.reshape(-1), minlength=n_experts)
+    # On a GPU, bincount and a mask as an index would make the CPU wait for a length.
     counts = torch.ones_like(idx, dtype=torch.int64)
     if mask is not None:
         counts *= mask.to(torch.bool).unsqueeze(-1)

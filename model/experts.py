@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kernels.decode import mix_experts
 from model.grouped import Groups, group
+from model.transfer import to_device
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}  # what compiled functions take
 _FEW_ROWS = 16  # up to here, reading weights in one sweep beats sorting pairs for products of many rows
@@ -162,7 +163,7 @@ def experts_forward(
     if rows.shape[0] <= _FEW_ROWS and not keep and _compiles(rows):
         pointers = row_ptr.numpy().astype(np.int64, copy=False)
         return _few_rows(shard.w13, shard.w2, rows, pointers, local_expert, gate), None
-    pairs = _sort_pairs(row_ptr, local_expert, shard.n_experts, rows)
+    pairs = _sort_pairs(row_ptr, local_expert, shard, rows)
     width = shard.w2.shape[2]
     x = rows.index_select(0, pairs.token)
     hidden = pairs.groups.multiply(x, shard.w13.transpose(1, 2), memory=rows.new_empty(x.shape[0], 2 * width))
@@ -241,18 +242,19 @@ def _compiles(rows: Tensor) -> bool:
     return rows.dtype in _NUMPY and rows.device.type == "cpu"
 
 
-def _sort_pairs(row_ptr: Tensor, local_expert: Tensor, n_experts: int, rows: Tensor) -> _Pairs:
-    """Sort where the pairs are; on a GPU the CPU waits for nothing."""
+def _sort_pairs(row_ptr: Tensor, local_expert: Tensor, shard: ExpertShard, rows: Tensor) -> _Pairs:
+    """Sort where the pairs are; where rows are on a GPU the CPU waits for nothing."""
+    n_experts, widths = shard.n_experts, (shard.w13.shape[1], *shard.w2.shape[1:])
     order = local_expert.sort(stable=True).indices
     row_ptr = row_ptr.to(torch.int64, copy=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     token = torch.repeat_interleave(row_ptr.diff(), output_size=order.numel()).index_select(0, order)
     return _Pairs(
-        token=token.to(rows.device),
-        order=order.to(rows.device),
-        place=place.to(rows.device),
-        row_ptr=row_ptr.to(rows.device),
-        groups=group(local_expert.index_select(0, order), n_experts, rows),
+        token=to_device(token, rows.device),
+        order=to_device(order, rows.device),
+        place=to_device(place, rows.device),
+        row_ptr=to_device(row_ptr, rows.device),
+        groups=group(local_expert.index_select(0, order), n_experts, like=rows, widths=widths),
     )
 
 

@@ -5,6 +5,7 @@ Shapes: nnz rows, G groups, of which group g has the rows start_g … end_g.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
@@ -12,6 +13,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.transfer import to_device
+
+_ALIGNED = 16
 
 
 class Groups(Protocol):
@@ -60,17 +65,19 @@ class OneByOne:
         for group, n in enumerate(self.counts):
             if n:
                 one, other = left[start : start + n].t(), right[start : start + n]
-                with lock:
-                    if total.dtype == left.dtype:
+                if total.dtype == left.dtype:
+                    with lock:
                         total[group].addmm_(one, other)
-                    else:
-                        total[group] += one @ other
+                else:
+                    product = one @ other
+                    with lock:
+                        total[group] += product
                 start += n
 
 
 @dataclass(frozen=True, slots=True)
 class InOneKernel:
-    """torch's grouped product, for GPUs: nothing of the groups' sizes is known to the CPU.
+    """torch's grouped product, for GPUs in bfloat16: nothing of the groups' sizes is known to the CPU.
 
     Attributes:
         ends: [G] int32, on the rows' device.
@@ -89,18 +96,20 @@ class InOneKernel:
             total += product
 
 
-def group(sorted_groups: Tensor, n_groups: int, like: Tensor) -> Groups:
+def group(sorted_groups: Tensor, n_groups: int, *, like: Tensor, widths: Sequence[int]) -> Groups:
     """The groups of rows.
 
     Args:
         sorted_groups: [nnz], the group of each row, rising.
         like: a tensor of the rows' device and type, which decide how products are computed.
+        widths: of all matrices; torch's kernel wants rows that begin at multiples of 16 bytes.
     """
-    if like.device.type == "cpu" or like.dtype == torch.float64:  # torch's kernel takes no float64
+    in_one = like.dtype == torch.bfloat16 and not any(width * like.itemsize % _ALIGNED for width in widths)
+    if like.device.type == "cpu" or not in_one:
         return OneByOne(torch.bincount(sorted_groups, minlength=n_groups).tolist())
     numbers = torch.arange(n_groups, device=sorted_groups.device, dtype=sorted_groups.dtype)
     ends = torch.searchsorted(sorted_groups.contiguous(), numbers, right=True, out_int32=True)
-    return InOneKernel(ends.to(like.device))
+    return InOneKernel(to_device(ends, like.device))
 
 
 __all__ = ["Groups", "InOneKernel", "OneByOne", "group"]

@@ -31,7 +31,7 @@ class Gate(nn.Module):
 
     def __init__(self, n_experts: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_experts, hidden_size))
+        self.weight = nn.Parameter(torch.empty(n_experts, hidden_size, dtype=_at_least_float32()))
         self.register_buffer("e_score_correction_bias", torch.zeros(n_experts, dtype=torch.float32))
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -45,9 +45,13 @@ class Gate(nn.Module):
         moved = self.e_score_correction_bias
         if moved.dtype != bias.dtype:
             self.e_score_correction_bias = _moved(bias, moved)
-        if self.weight.dtype.itemsize < weight.dtype.itemsize == 4:
-            self.weight.data = _moved(weight, self.weight.detach())
+        if self.weight.dtype.itemsize < 4:
+            self.weight.data = _moved(weight.float(), self.weight.detach())
         return self
+
+
+def _at_least_float32() -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def _moved(kept: Tensor, converted: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
     """
     path = Path(path)
     # The format wants each tensor in memory of its own; an expert's two halves share theirs.
-    owned = {name: t.detach().contiguous() for name, t in tensors.items()}
+    owned = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     seen: set[int] = set()
     for name, tensor in owned.items():
         storage = tensor.untyped_storage()

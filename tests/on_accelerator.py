@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import backend_registration
 
 import engine.batch
-from actors.staging import Outgoing, add_up, to_cpu, to_device
+from actors.staging import Outgoing, add_up
 from engine.batch import Stretch
 from engine.runner import Runner
 from engine.weights import TrunkWeights
@@ -39,6 +39,7 @@ from model.grouped import InOneKernel, group
 from model.losses import training_loss
 from model.optimizer import AdamW
 from model.trace import Trace
+from model.transfer import to_cpu, to_device
 from model.transformer import Transformer
 
 DEVICE = "toy"
@@ -76,7 +77,8 @@ def trunk(device: torch.device) -> Transformer:
 
 def grouped(device: torch.device) -> None:
     for of_rows in (torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64, device=device)):
-        groups = group(of_rows, 5, torch.empty(0, device=device))
+        like = torch.empty(0, device=device, dtype=torch.bfloat16)
+        groups = group(of_rows, 5, like=like, widths=(16, 8))
         assert isinstance(groups, InOneKernel)
         there(groups.ends)
 

@@ -20,7 +20,7 @@ def sorted_groups(counts: list[int]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
 
 
-def in_one_kernel(of_row: Tensor, n_groups: int, like: Tensor) -> InOneKernel:
+def in_one_kernel(of_row: Tensor, n_groups: int, **_: object) -> InOneKernel:
     counts = torch.bincount(of_row, minlength=n_groups)
     return InOneKernel(counts.cumsum(0).int())
 
@@ -30,7 +30,7 @@ def in_one_kernel(of_row: Tensor, n_groups: int, like: Tensor) -> InOneKernel:
 def test_both_ways_are_the_same(dtype: torch.dtype, counts: list[int]) -> None:
     torch.manual_seed(0)
     of_row = sorted_groups(counts)
-    one, other = OneByOne(counts), in_one_kernel(of_row, GROUPS, torch.empty(0))
+    one, other = OneByOne(counts), in_one_kernel(of_row, GROUPS)
     x, y = torch.randn(sum(counts), WIDE).to(dtype), torch.randn(sum(counts), NARROW).to(dtype)
     weights = torch.randn(GROUPS, WIDE, NARROW).to(dtype)
     precise = dtype == torch.float32
@@ -45,7 +45,9 @@ def test_both_ways_are_the_same(dtype: torch.dtype, counts: list[int]) -> None:
 
 def test_which_way_is_taken() -> None:
     of_row = sorted_groups([2, 0, 1, 0, 0])
-    assert group(of_row, GROUPS, torch.empty(0)) == OneByOne([2, 0, 1, 0, 0])
+    for dtype in (torch.float32, torch.bfloat16):
+        like = torch.empty(0, dtype=dtype)
+        assert group(of_row, GROUPS, like=like, widths=(16, 8)) == OneByOne([2, 0, 1, 0, 0])
 
 
 def test_experts_are_the_same_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
