@@ -133,7 +133,7 @@ def _work(job: _Job) -> Share:
     )
     sharded = config.training.trunk_sharding == "fsdp"
     coordinator = CoordinatorClient(job.coordinator, timeout=_PATIENCE)
-    connect = connector(config.cluster)
+    connect = connector(config.cluster, torch.device("cpu"))
     doom = _Doom(job.end) if job.end is not None else _Cut(job.cut) if job.cut is not None else None
     if doom is not None:
         opened = connect
