@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from actors.clients import HostClient
 from actors.coordinator import Coordinator, State
@@ -39,6 +39,9 @@ from jobs.worker import Steps, TrainingWorker
 from model.checkpoint import PretrainedSource, RandomSource, WeightSource
 from model.optimizer import value_dtype
 from model.sources import gate_biases
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _PATIENCE = 5.0  # seconds in which an evaluation's call finds a host again whose connection was dropped

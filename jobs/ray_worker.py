@@ -7,13 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.coordinator_client import CoordinatorClient
 from actors.trunk_parameters import Reducer, SingleWorker
@@ -23,6 +22,9 @@ from jobs.assembly import Start, assemble_worker, compute_threads, worker_device
 from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import connector
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _AGAIN_SECONDS = 0.1  # between two questions for a table that is not whole
 
@@ -73,6 +75,8 @@ def _mesh(config: RunConfig, workers: int) -> DeviceMesh | None:
     """Of the group that Ray Train has set up, where the workers share the trunk out."""
     if config.training.trunk_sharding == "ddp":
         return None
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(worker_device(config).type, (workers,))
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from actors.endurance import EnduringLane
 from actors.lane import Lane
 from actors.router import Router
-from actors.sharded_trunk import ShardedTrunk, shard
 from actors.steps import OptimizerSettings
 from actors.trunk_parameters import Reducer, ReplicatedTrunk, TrunkParameters
 from errors import ResourceError
 from jobs.config import RunConfig
 from model.optimizer import AdamW
-from model.sharded_optimizer import ShardedAdamW
 from model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def trunk_parameters(
@@ -51,6 +52,10 @@ def trunk_parameters(
         return ReplicatedTrunk(model, flat, reducer, leaves=rank == 0)
     if mesh is None:
         raise ResourceError("training.trunk_sharding is fsdp, and there is no process group of the workers")
+    # Imported on use: half of what a worker's start would take.
+    from actors.sharded_trunk import ShardedTrunk, shard
+    from model.sharded_optimizer import ShardedAdamW
+
     model, root = shard(config.model, mesh, dtype, device)
     optimizer = ShardedAdamW(
         model.named_parameters(),
