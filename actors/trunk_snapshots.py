@@ -60,6 +60,7 @@ class TrunkSnapshots:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="trunk-snapshots") if leaves else None
         self._leaving: Future[None] | None = None
         self._copies: list[_Copy] = []
+        self._fetched: int | None = None  # step of what was last taken from hosts
 
     @torch.no_grad()
     def keep(self, step: int, hosts: Sequence[HostInfo]) -> None:
@@ -81,7 +82,8 @@ class TrunkSnapshots:
         self._copies.append(_Copy(step, tensors))
         if self._pool is not None and hosts:
             keepers = _apart(hosts, self._rank)
-            self._leaving = self._pool.submit(self._leave, self._copies[-1], keepers)
+            leave = self._leave_where_missing if step == self._fetched else self._leave
+            self._leaving = self._pool.submit(leave, self._copies[-1], keepers)
 
     def restore(self, step: int, hosts: Sequence[HostInfo]) -> None:
         """Go back to the state after so many steps: the own one, or what hosts keep.
@@ -94,6 +96,7 @@ class TrunkSnapshots:
             self._trunk.take(None, mine)
         else:
             self._fetch(step, hosts)
+            self._fetched = step
         self._trunk.taken(step)
 
     def close(self) -> None:
@@ -133,6 +136,13 @@ class TrunkSnapshots:
             return None
         finally:
             keeper.close()
+
+    def _leave_where_missing(self, copy: _Copy, hosts: Sequence[HostInfo]) -> None:
+        """What hosts have of this state others may be fetching, who find nothing while it is replaced."""
+        named = (self._trunk.part, copy.step)
+        kept = [self._ask(host, lambda keeper: keeper.inventory(), []) or () for host in hosts]
+        having = [any((one.kind, one.step) == named for one in stored) for stored in kept]
+        self._leave(copy, [host for host, has in zip(hosts, having, strict=True) if not has])
 
     def _leave(self, copy: _Copy, hosts: Sequence[HostInfo]) -> None:
         assert self._trunk.part is not None
