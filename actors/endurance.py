@@ -138,7 +138,10 @@ class EnduringLane(Lane):
         def silent() -> Pending:
             return SilentExperts().dispatch(layer, rows, idx, gates)
 
-        return _EnduringPending(self._endurance.attempt(send, silent), rows, self._endurance)
+        pending = self._endurance.attempt(send, silent)
+        if torch.is_grad_enabled() and (rows.requires_grad or gates.requires_grad):
+            return pending  # which endures of itself, and has to be part of the graph: see `SilentExperts`
+        return _EnduringPending(pending, rows, self._endurance)
 
     def settle(self) -> None:
         """See `Lane.settle`."""

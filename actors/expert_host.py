@@ -217,9 +217,10 @@ class ExpertHost(HostState):
         partial, saved = experts_forward(layer.shard, rows, row_ptr, local, gate, keep=keep)
         if saved is not None:
             version.ledger.keep(id, saved)
+        reply = self._answered(request, partial)
         seconds = perf_counter() - started
         self._meter.forward(id.phase, rows.shape[0], seconds, id.layer, layer, local.numpy())
-        return self._answered(request, partial)
+        return reply
 
     def _backward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
         (d_partial,) = payload(request, 1, self._device)

@@ -40,9 +40,9 @@ class ExpertHostServer:
         if not encrypts:  # rows between ranks are not
             more["collective"] = collective.serve(host.handle, bind=f"{bind}:0")
         if on_gpu:
-            more["cuda"] = cuda.serve(host.handle)
+            more["cuda"] = cuda.serve(host.handle, host.device)
         if on_gpu and not encrypts:
-            more["nccl"] = nccl.serve(host.handle, bind=f"{bind}:0")
+            more["nccl"] = nccl.serve(host.handle, host.device, bind=f"{bind}:0")
         self._accepting = tuple(more.values())
         addresses = {kind: server.address for kind, server in more.items()}
         addresses["grpc"] = self._grpc.address

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import torch
+
 from channels.base import Channel
 from channels.locality import machine_id, process_id
 from errors import ChannelError, ConfigError
@@ -21,8 +23,11 @@ _MADE_OF: Final = {
 }
 
 
-def connect(address: str, *, timeout: float = 30.0) -> Channel:
+def connect(address: str, *, timeout: float = 30.0, device: torch.device | None = None) -> Channel:
     """Open a channel to a server's address, `<kind>:<rest>`, within `timeout` seconds.
+
+    Args:
+        device: the GPU that the caller computes on, where rows shall stay on GPUs.
 
     Raises:
         ConfigError: the address names no known kind.
@@ -50,11 +55,11 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
     if kind == "cuda":
         import channels.cuda as cuda
 
-        return cuda.connect(address, timeout=timeout)
+        return cuda.connect(address, timeout=timeout, device=device)
     if kind == "nccl":
         import channels.nccl as nccl
 
-        return nccl.connect(address, timeout=timeout)
+        return nccl.connect(address, timeout=timeout, device=device)
     raise ConfigError(
         f"channel address {address!r}: unknown kind {kind!r}; an address starts with one of "
         + ", ".join(f"{known}:" for known in KINDS)
@@ -69,10 +74,23 @@ def pick(
     same_process: bool | None = None,
     same_machine: bool | None = None,
 ) -> str:
-    """The address to connect to, of those that a host offers (kind -> address).
+    """The address to connect to: the first of `ways`."""
+    flags = {"same_process": same_process, "same_machine": same_machine}
+    return ways(kind, addresses, gpu=gpu, **flags)[0]
 
-    `auto` takes the nearest that both ends share: local within a process, cuda within a GPU, nccl between two
-    GPUs, shm within a machine, else grpc. The two flags are read from the addresses unless they are given.
+
+def ways(
+    kind: str,
+    addresses: Mapping[str, str],
+    *,
+    gpu: str | None = None,
+    same_process: bool | None = None,
+    same_machine: bool | None = None,
+) -> list[str]:
+    """The addresses to connect to, the nearest first, of those that a host offers (kind -> address).
+
+    `auto` takes what both ends share: local within a process, cuda within a GPU, nccl between two GPUs, shm
+    within a machine, else grpc. The two flags are read from the addresses unless they are given.
 
     Args:
         gpu: that the caller computes on, as `channels.cuda.gpu_place` names it; None for a CPU.
@@ -87,19 +105,20 @@ def pick(
         same_process = _place(addresses.get("local")) == process_id()
     if same_machine is None:
         same_machine = same_process or _place(addresses.get("shm")) == machine_id()
-    same_gpu = gpu is not None and _place(addresses.get("cuda")) == gpu
+    theirs = _place(addresses.get("cuda"))
     reachable = {
         "local": same_process,
-        "cuda": same_gpu,
-        "nccl": gpu is not None and not same_gpu,  # which refuses two ranks on one GPU
+        "cuda": gpu is not None and theirs == gpu,
+        # Which refuses two ranks on one card, also where they do not share a machine's name.
+        "nccl": gpu is not None and _card(theirs) != _card(gpu),
         "shm": same_machine,
         "collective": True,
         "grpc": True,
     }
+    found = [addresses[one] for one in _MADE_OF[kind] if one in addresses and reachable[one]]
+    if found:
+        return found
     offered = ", ".join(sorted(addresses)) or "nothing"
-    for candidate in _MADE_OF[kind]:
-        if candidate in addresses and reachable[candidate]:
-            return addresses[candidate]
     if kind == "auto":
         raise ChannelError(
             f"no channel reaches this host from here: it offers {offered}; let it serve grpc as well"
@@ -119,9 +138,14 @@ def taken(kind: str, addresses: Mapping[str, str]) -> str:
     return "/".join(one for one in _MADE_OF[kind] if one in addresses and one != "local") or "none"
 
 
+def _card(place: str | None) -> str:
+    """The GPU of a place, `<machine>-<GPU>`."""
+    return "" if place is None else place.partition("-")[2]
+
+
 def _place(address: str | None) -> str | None:
     """The place that a local or shm address names, `<kind>:<place>/<name>`."""
     return None if address is None else address.partition(":")[2].partition("/")[0]
 
 
-__all__ = ["KINDS", "connect", "pick", "taken"]
+__all__ = ["KINDS", "connect", "pick", "taken", "ways"]

@@ -11,8 +11,9 @@ import secrets
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Final, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 from channels import header as headers
 from channels.accepting import BACKLOG, AcceptingServer
 from channels.base import Channel, Handler, Request
-from channels.device_memory import CudaMemory, DeviceMemory, DevicePool, DeviceSegment
+from channels.cuda_memory import CudaMemory
+from channels.device_memory import DeviceMemory, DevicePool, DeviceSegment
 from channels.doorbell import Doorbell, Packet
 from channels.header import Layout, Placement
 from channels.locality import machine_id
@@ -34,7 +36,7 @@ _NOTE: Final = struct.Struct("<IQHHH")
 """Segment, its capacity if it is new, bytes of its handle, segments done with, tensors."""
 
 
-class _There(NamedTuple):
+class _OnDevice(NamedTuple):
     """Tensors of a message that are on the GPU: which of the message's, and where they lie."""
 
     number: int
@@ -55,8 +57,8 @@ class _There(NamedTuple):
 class Segments(NamedTuple):
     """Of the CPU's memory and of the GPU's, that a message took; None where it took none."""
 
-    near: int | None
-    far: int | None
+    cpu: int | None
+    device: int | None
 
 
 class End:
@@ -78,28 +80,29 @@ class End:
             ChannelError: the peer is gone, or has had a part of it.
         """
         places = [at for at, tensor in enumerate(tensors) if self.memory.takes(tensor.device)]
-        near = list(tensors)
+        of_cpu = list(tensors)
         for at in places:
-            near[at] = torch.empty(0, dtype=tensors[at].dtype)
-        payload = headers.layout(near)
+            of_cpu[at] = torch.empty(0, dtype=tensors[at].dtype)
+        payload = headers.layout(of_cpu)
         written = text(payload)
         if not places:
-            return Segments(self.bell.send(written, payload, near), None)
+            return Segments(self.bell.send(written, payload, of_cpu), None)
         number = self._put(places, tensors)
         try:
-            return Segments(self.bell.send(written, payload, near), number)
+            return Segments(self.bell.send(written, payload, of_cpu), number)
         except (ProtocolError, ResourceError) as error:
             raise ChannelError(f"{self.caller}: closed in the middle of a message: {error}") from error
 
     def _put(self, places: Sequence[int], tensors: Sequence[Tensor]) -> int:
-        far = [tensors[at].detach() for at in places]
-        layout = headers.layout(far)
+        of_device = [tensors[at].detach() for at in places]
+        layout = headers.layout(of_device)
         headers.require_fit(layout.size)
         number, segment, handle = self._pool.acquire(max(1, layout.size))
-        segment.before_writing()
-        for tensor, where in zip(far, layout.placed, strict=True):
-            _view(segment.memory, where).copy_(tensor)
-        segment.written()
+        with _calls():
+            segment.before_writing()
+            for tensor, where in zip(of_device, layout.placed, strict=True):
+                _view(segment.memory, where).copy_(tensor)
+            segment.written()
         done = [self._done.popleft() for _ in range(len(self._done))]
         capacity = segment.memory.numel() if handle else 0
         self.bell.note(
@@ -110,7 +113,7 @@ class End:
         )
         return number
 
-    def receive(self, deadline: float | None = None) -> tuple[Packet, _There | None]:
+    def receive(self, deadline: float | None = None) -> tuple[Packet, _OnDevice | None]:
         """The next message, and what of it is on the GPU.
 
         Raises:
@@ -127,7 +130,7 @@ class End:
             raise ProtocolError("two notes in a row")
         return packet, found
 
-    def _read(self, note: bytes) -> _There:
+    def _read(self, note: bytes) -> _OnDevice:
         try:
             number, capacity, n_handle, n_done, n_places = _NOTE.unpack_from(note)
             form = f"<{n_done}I{n_places}H"
@@ -146,25 +149,27 @@ class End:
             raise ProtocolError(f"a note tells of {n_places} tensors and places {len(placed)}")
         for done in numbers[:n_done]:
             self._pool.release(done)
-        segment.before_reading()
-        return _There(number, segment, tuple(numbers[n_done:]), placed)
+        with _calls():
+            segment.before_reading()
+        return _OnDevice(number, segment, tuple(numbers[n_done:]), placed)
 
-    def read(self, there: _There | None, *, keeps: bool) -> None:
+    def read(self, there: _OnDevice | None, *, keeps: bool) -> None:
         """All reads of a message's tensors have been queued.
 
         Args:
             keeps: the peer takes its segment back of itself, when it has the answer.
         """
         if there is not None:
-            there.segment.read()
+            with _calls():
+                there.segment.read()
             if not keeps:
                 self._done.append(there.number)
 
     def reusable(self, taken: Segments) -> None:
         """The peer has answered the message that took these."""
-        self.bell.reusable(taken.near)
-        if taken.far is not None:
-            self._pool.release(taken.far)
+        self.bell.reusable(taken.cpu)
+        if taken.device is not None:
+            self._pool.release(taken.device)
 
     def shut(self) -> None:
         """Wake whoever waits at either end, with an error. Any thread."""
@@ -175,6 +180,15 @@ class End:
         self.bell.close()
         self._pool.clear()
         self._open.clear()
+
+
+@contextmanager
+def _calls() -> Iterator[None]:
+    """Around calls of the device: what they fail with, as on events of a peer that is gone, ends the pipe."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ChannelError(f"the device failed: {error}") from error
 
 
 def _view(memory: Tensor, where: Placement) -> Tensor:
@@ -249,46 +263,51 @@ class CudaServer(AcceptingServer[End]):
                     continue
                 except (ProtocolError, ResourceError) as error:  # what the handler returned cannot travel
                     outcome = error
-            failure = headers.error_text(outcome)
-            found.send(lambda _, text=failure: text, ())  # type: ignore[misc]
+            found.send(partial(_failure, outcome), ())
+
+
+def _failure(error: Exception, _: Layout) -> bytes:
+    return headers.error_text(error)
 
 
 @cache
-def gpu_place() -> str:
-    """Equal for processes that compute on the same GPU of the same machine."""
-    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    return f"{machine_id()}-{uuid}"
+def gpu_place(device: torch.device) -> str:
+    """Equal for processes that compute on the same GPU of the same machine, `<machine>-<GPU>`."""
+    return f"{machine_id()}-{torch.cuda.get_device_properties(device).uuid}"
 
 
-def serve(handler: Handler, *, memory: DeviceMemory | None = None, place: str | None = None) -> CudaServer:
-    """Let processes on this GPU reach `handler`, which runs in one thread a connection.
-
-    Args:
-        memory: of the GPU that this process computes on, unless it is given.
-        place: names it.
-    """
-    return CudaServer(handler, memory or CudaMemory(), place or gpu_place())
+def serve(handler: Handler, device: torch.device) -> CudaServer:
+    """Let processes on this GPU reach `handler`, which runs in one thread a connection."""
+    return CudaServer(handler, CudaMemory(device), gpu_place(device))
 
 
-def connect(
-    address: str, *, timeout: float = 30.0, memory: DeviceMemory | None = None, place: str | None = None
-) -> Channel:
+def connect(address: str, *, timeout: float = 30.0, device: torch.device | None = None) -> Channel:
     """Open a channel to a server on this GPU.
 
     Raises:
         ChannelTimeout: the server does not accept in time.
         ChannelError: it is on another GPU, gone, or of another user.
     """
+    if device is None:
+        raise ChannelError(f"{address} is on a GPU, and this process computes on none; use auto")
+    return open_channel(address, CudaMemory(device), gpu_place(device), timeout=timeout)
+
+
+def open_channel(address: str, memory: DeviceMemory, here: str, *, timeout: float = 30.0) -> CudaChannel:
+    """The same for memory of a place.
+
+    Raises:
+        ChannelTimeout, ChannelError: see `connect`.
+    """
     there, _, name = address.removeprefix("cuda:").partition("/")
-    here = place or gpu_place()
     if there != here:
         raise ChannelError(f"{address} is on another GPU than this process ({here}); use auto")
     connection = open_socket(address, name, timeout)
     try:
-        return CudaChannel(address, End(Doorbell(connection), memory or CudaMemory()))
+        return CudaChannel(address, End(Doorbell(connection), memory))
     except BaseException:
         connection.close()
         raise
 
 
-__all__ = ["CudaChannel", "CudaServer", "connect", "gpu_place", "serve"]
+__all__ = ["CudaChannel", "CudaServer", "connect", "gpu_place", "open_channel", "serve"]

@@ -6,13 +6,12 @@ for the other's before its own next one.
 
 from __future__ import annotations
 
-import struct
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from errors import ProtocolError, ResourceError
+from errors import ProtocolError
 
 MAX_SEGMENTS: Final = 64
 _GRAIN: Final = 1 << 16
@@ -91,7 +90,8 @@ class DevicePool:
         number = next(iter(self._free), len(self._segments))
         if number >= MAX_SEGMENTS:
             raise ProtocolError(f"the peer holds on to {MAX_SEGMENTS} segments of device memory")
-        segment, handle = self._memory.make(-(-size // _GRAIN) * _GRAIN)
+        # Room for a quarter more: rows differ from call to call, and a new segment costs a handle.
+        segment, handle = self._memory.make(-(-(size + size // 4) // _GRAIN) * _GRAIN)
         self._free.discard(number)
         self._segments[number] = segment
         return number, segment, handle
@@ -107,108 +107,10 @@ class DevicePool:
         self._free.add(number)
 
     def clear(self) -> None:
-        """Drop all."""
+        """Drop all. What a peer has open is given back when that closes it; if it was killed, not before the
+        end of this process."""
         self._segments.clear()
         self._free.clear()
 
 
-class CudaMemory:
-    """Memory of one GPU, by CUDA's handles for other processes."""
-
-    def __init__(self) -> None:
-        self._device = torch.device("cuda", torch.cuda.current_device())
-
-    def takes(self, device: torch.device) -> bool:
-        """See `DeviceMemory.takes`."""
-        return device == self._device
-
-    def make(self, capacity: int) -> tuple[DeviceSegment, bytes]:
-        """See `DeviceMemory.make`."""
-        try:
-            memory = torch.empty(capacity, dtype=torch.uint8, device=self._device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise ResourceError(f"no {capacity} bytes of the GPU's memory: {error}") from None
-        made: Any = torch.cuda.Event
-        events = [made(interprocess=True) for _ in range(2)]
-        for event in events:
-            event.record()  # a handle is of an event that has been recorded
-        shared: Any = memory.untyped_storage()
-        handle = _packed([*shared._share_cuda_(), *(bytes(event.ipc_handle()) for event in events)])
-        return _CudaSegment(memory, *events), handle
-
-    def open(self, handle: bytes, capacity: int) -> DeviceSegment:
-        """See `DeviceMemory.open`."""
-        try:
-            *storage, written, read = _unpacked(handle)
-            storage[0] = self._device.index  # the peer's number of it may be another
-            opened = torch.UntypedStorage._new_shared_cuda(*storage)
-            memory = torch.empty(0, dtype=torch.uint8, device=self._device).set_(opened)[:capacity]
-            made: Any = torch.cuda.Event
-            events = [made.from_ipc_handle(self._device, one) for one in (written, read)]
-        except (RuntimeError, TypeError, ValueError, struct.error) as error:
-            raise ProtocolError(f"the peer's device memory cannot be opened: {error}") from None
-        if memory.numel() != capacity:
-            raise ProtocolError(f"the peer's device memory has not the {capacity} bytes that it says")
-        return _CudaSegment(memory, *events)
-
-
-class _CudaSegment:
-    def __init__(self, memory: Tensor, written: torch.cuda.Event, read: torch.cuda.Event) -> None:
-        self.memory, self._written, self._read = memory, written, read
-
-    def before_writing(self) -> None:
-        self._read.wait()
-
-    def written(self) -> None:
-        self._written.record()
-
-    def before_reading(self) -> None:
-        self._written.wait()
-
-    def read(self) -> None:
-        self._read.record()
-
-
-_BYTES, _INT, _BOOL = 0, 1, 2
-
-
-def _packed(values: list[Any]) -> bytes:
-    """Integers, booleans and bytes, each with its kind."""
-    parts = []
-    for value in values:
-        if isinstance(value, bool):
-            parts.append(struct.pack("<BB", _BOOL, value))
-        elif isinstance(value, int):
-            parts.append(struct.pack("<Bq", _INT, value))
-        else:
-            parts.append(struct.pack("<BH", _BYTES, len(value)) + value)
-    return b"".join(parts)
-
-
-def _unpacked(packed: bytes) -> list[Any]:
-    """The inverse of `_packed`.
-
-    Raises:
-        struct.error, ValueError: it is none.
-    """
-    values: list[Any] = []
-    at = 0
-    while at < len(packed):
-        kind, at = packed[at], at + 1
-        if kind == _BYTES:
-            (length,) = struct.unpack_from("<H", packed, at)
-            at += 2 + length
-            if at > len(packed):
-                raise ValueError("it ends too early")
-            values.append(packed[at - length : at])
-        elif kind in (_INT, _BOOL):
-            form = "<q" if kind == _INT else "<B"
-            (value,) = struct.unpack_from(form, packed, at)
-            values.append(bool(value) if kind == _BOOL else value)
-            at += struct.calcsize(form)
-        else:
-            raise ValueError(f"a value of kind {kind}")
-    return values
-
-
-__all__ = ["CudaMemory", "DeviceMemory", "DevicePool", "DeviceSegment"]
+__all__ = ["MAX_SEGMENTS", "DeviceMemory", "DevicePool", "DeviceSegment"]

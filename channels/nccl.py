@@ -1,17 +1,20 @@
 """The collective channel between two GPUs: tensors of the CPU come with the header, those of a GPU by NCCL.
 
 NCCL does what it is told in the order in which it is told, and each direction has a group of its own: in one,
-a request that nobody has asked for yet would be in the way of the reply that its receiver waits to send.
+a request that nobody has asked for yet would be in the way of the reply that its receiver waits to send. So
+a lane has two communicators with each host, with their memory: many hosts are better reached otherwise.
 Whoever waits for rows waits with a limit, and then ends the group: NCCL itself would wait for ever.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -53,8 +56,11 @@ class Group(Protocol):
         """Begin to send; what is given back is held on to until the peer has had it."""
         ...
 
-    def receive(self, tensor: Tensor, limit: float) -> None:
+    def receive(self, tensor: Tensor, limit: float, ended: Callable[[], bool]) -> None:
         """Fill a tensor, within `limit` seconds.
+
+        Args:
+            ended: whether the rows are waited for no longer.
 
         Raises:
             TimeoutError: not in time; the group is of no use any more.
@@ -79,7 +85,7 @@ class DeviceEnd(End):
         peer: who is at the other end, for messages.
         interface: of this machine, to talk over.
         timeout: seconds for the groups to form.
-        make: forms one.
+        make: forms one; None: of NCCL, on `device`.
 
     Raises:
         ChannelError: they do not form.
@@ -94,22 +100,31 @@ class DeviceEnd(End):
         interface: str,
         timeout: float,
         make: MakeGroup | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.caller = peer
+        self._ended = threading.Event()
         # Only a caller's messages carry much of the CPU's, and a host reads those whatever it writes.
         self._line = Line(connection, peer, inline=MAX_MESSAGE)
         meeting = Meeting(self._line, time.monotonic() + timeout)
+        form = make or partial(_Nccl, device=device)
+        both: list[Group] = []
         try:
-            both = [(make or _Nccl)(meeting, rank, name, interface, timeout) for name in ("there", "back")]
-        except RuntimeError as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ChannelError(f"no process group with {peer}: {said}") from None
-        self._out, self._in = both if rank == _CALLER else reversed(both)
-        # Groups form at their first use, over the meeting; afterwards the line is for messages alone.
-        for group, sends in zip(both, (rank == _CALLER, rank != _CALLER), strict=True):
-            hello = torch.zeros(1, device=group.device)
-            self._hello = group.send(hello) if sends else self._receive(hello, group, timeout)
+            for name in ("there", "back"):
+                both.append(form(meeting, rank, name, interface, timeout))
+            # Groups form at their first use, over the meeting; afterwards the line is for messages alone.
+            for group, sends in zip(both, (rank == _CALLER, rank != _CALLER), strict=True):
+                hello = torch.zeros(1, device=group.device)
+                self._hello = group.send(hello) if sends else self._receive(hello, group, timeout)
+        except BaseException as error:
+            for group in both:
+                group.end()
+            if isinstance(error, RuntimeError):
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ChannelError(f"no process group with {peer}: {said}") from None
+            raise
         meeting.end()
+        self._out, self._in = both if rank == _CALLER else reversed(both)
         self._leaving: deque[tuple[list[Any], list[Tensor]]] = deque()
         self._left = self._received = 0  # payloads with tensors of the GPU
 
@@ -172,6 +187,7 @@ class DeviceEnd(End):
 
     def shut(self) -> None:
         """See `End.shut`."""
+        self._ended.set()
         self._line.shut()
 
     def close(self) -> None:
@@ -184,7 +200,7 @@ class DeviceEnd(End):
 
     def _receive(self, tensor: Tensor, group: Group, limit: float) -> Tensor:
         try:
-            group.receive(tensor, limit)
+            group.receive(tensor, limit, self._ended.is_set)
             return tensor
         except TimeoutError:
             raise ChannelTimeout(f"{self.caller} does not answer") from None
@@ -199,11 +215,23 @@ class DeviceEnd(End):
 
 
 class _Nccl:
-    """See `Group`; on the GPU that this process computes on."""
+    """See `Group`."""
 
-    def __init__(self, meeting: Meeting, rank: int, name: str, interface: str, timeout: float) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(
+        self,
+        meeting: Meeting,
+        rank: int,
+        name: str,
+        interface: str,
+        timeout: float,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        if device is None:
+            raise ChannelError("nccl is between GPUs, and this process computes on none; use auto")
+        self.device = torch.device("cuda", device.index or 0)
         self._peer = 1 - rank
+        self._meeting = meeting  # which the group's own thread looks at for as long as there is one
         options = _dist.ProcessGroupNCCL.Options()
         # NCCL's watchdog ends the process when one passes; a request may wait for its host for long.
         options._timeout = _PATIENCE
@@ -212,10 +240,12 @@ class _Nccl:
     def send(self, tensor: Tensor) -> Any:
         return self._group.send([tensor], self._peer, 0)
 
-    def receive(self, tensor: Tensor, limit: float) -> None:
+    def receive(self, tensor: Tensor, limit: float, ended: Callable[[], bool]) -> None:
         work = self._group.recv([tensor], self._peer, 0)
         deadline = time.monotonic() + limit
         while not work.is_completed():
+            if ended():
+                raise RuntimeError("it is waited for no longer")
             if time.monotonic() > deadline:
                 self.end()
                 raise TimeoutError
@@ -226,24 +256,28 @@ class _Nccl:
         self._group.abort()
 
 
-def serve(handler: Handler, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
+def serve(handler: Handler, device: torch.device, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
     """Let processes with a GPU of their own that reach `bind` call `handler`.
+
+    Args:
+        device: this process's.
 
     Raises:
         ResourceError: TLS is asked for.
         ChannelError: `bind` is taken or not of this machine.
     """
-    return CollectiveServer(handler, bind=bind, end=DeviceEnd, kind=KIND)
+    return CollectiveServer(handler, bind=bind, end=partial(DeviceEnd, device=device), kind=KIND)
 
 
-def connect(address: str, *, timeout: float = 30.0) -> Channel:
+def connect(address: str, *, timeout: float = 30.0, device: torch.device | None = None) -> Channel:
     """Open a channel to a server of any machine.
 
     Raises:
         ChannelTimeout: the server does not answer in time.
-        ChannelError: nobody listens there, or no group forms.
+        ChannelError: nobody listens there, no group forms, or this process computes on no GPU.
     """
-    return collective.connect(address, timeout=timeout, end=DeviceEnd, kind=KIND)
+    end = partial(DeviceEnd, device=device)
+    return collective.connect(address, timeout=timeout, end=end, kind=KIND)
 
 
 __all__ = ["DeviceEnd", "Group", "MakeGroup", "connect", "serve"]

@@ -71,7 +71,8 @@ class ClusterConfig(BaseModel):
         interface: address that hosts, coordinator and trunks listen on; null is the node's own where there is
             TLS, else the loopback; `node` is the node's own even without.
         channel: how a router reaches a host; `auto` picks by locality. On GPUs shm keeps rows in a card's
-            memory where router and host share one, and collective is NCCL where they have one each.
+            memory where router and host share one, and collective is NCCL where they have one each; neither
+            gloo nor NCCL is encrypted, and with TLS there is neither.
         threads_per_host: threads of a host's arithmetic; null shares out the machine's cores.
         cpus_per_host: CPUs that Ray reserves for each host.
         gpus_per_host: GPU that Ray reserves for each host, which then computes on it; a fraction shares one

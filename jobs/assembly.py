@@ -95,7 +95,7 @@ def resolve_dtype(config: RunConfig) -> torch.dtype:
 
 
 def worker_device(config: RunConfig) -> torch.device:
-    """What a worker computes on, in its own process.
+    """What a worker computes on that is alone with its GPU; Ray Train says itself what its workers do.
 
     Raises:
         ResourceError: there is no such device.
@@ -283,6 +283,7 @@ def assemble_worker(
     workers: int | None = None,
     reach: Callable[[HostInfo], Keeper] = HostClient,
     mesh: DeviceMesh | None = None,
+    device: torch.device | None = None,
 ) -> Assembled:
     """Build worker number `rank`.
 
@@ -292,6 +293,7 @@ def assemble_worker(
         table: of the expert hosts; None keeps the experts in this process.
         connect: opens a channel to a host.
         mesh: of the workers, where they share the trunk out.
+        device: to compute on; None takes what the configuration reserves.
 
     Raises:
         CheckpointError: the weights do not fit the model.
@@ -299,7 +301,7 @@ def assemble_worker(
     training, model_config = config.training, config.model
     dtype = resolve_dtype(config)
     source = weight_source(config, start)
-    device = worker_device(config)
+    device = worker_device(config) if device is None else device
     settings = optimizer_settings(config)
     reducer = reducer or SingleWorker()
     parameters = trunk_parameters(

@@ -196,6 +196,12 @@ def _conflicts(config: RunConfig) -> list[str]:
             f"training.workers ({training.workers}) is more than the {config.microbatches} microbatches of a "
             "step (batch_size / microbatch_size); lower it, or lower training.microbatch_size"
         )
+    if training.workers > 1 and 0 < training.gpus_per_worker < 1:
+        problems.append(
+            f"training.gpus_per_worker ({training.gpus_per_worker:g}) would have some of the "
+            f"{training.workers} workers share a GPU, which NCCL sums no gradients on; set it to 1, or "
+            "training.workers to 1"
+        )
     if training.min_workers is not None and training.min_workers > training.workers:
         problems.append(
             f"training.min_workers ({training.min_workers}) is more than training.workers "

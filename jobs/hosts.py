@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
 
 import torch
 
 from actors.transfers import Shape
 from channels import tls
 from channels.base import Channel
-from channels.choose import connect, pick
+from channels.choose import connect, ways
+from channels.cuda import gpu_place
 from cluster.config import ClusterConfig
 from cluster.placement import plan_placement
 from cluster.topology import Holders, HostInfo, experts_held
-from errors import ConfigError
+from errors import ChannelError, ConfigError
 from model.config import ModelConfig
+
+_MAY_FAIL: Final = ("cuda:", "nccl:")
+"""Kinds of channels that need more than a network between two processes; others then do."""
+_FORMING: Final = 30.0  # seconds for one of them
 
 
 def placement(model: ModelConfig, hosts: int) -> Holders:
@@ -71,14 +78,17 @@ def connector(cluster: ClusterConfig, device: torch.device) -> Callable[[HostInf
     Args:
         device: that the lane's rows are on.
     """
-    gpu = None
-    if device.type == "cuda":
-        from channels.cuda import gpu_place
-
-        gpu = gpu_place()
+    on_gpu = device.type == "cuda"
+    gpu = gpu_place(device) if on_gpu else None
 
     def open_channel(host: HostInfo) -> Channel:
-        return connect(pick(cluster.channel, host.addresses, gpu=gpu), timeout=cluster.start_timeout)
+        addresses = ways(cluster.channel, host.addresses, gpu=gpu)
+        for address in addresses[:-1]:
+            if not address.startswith(_MAY_FAIL):
+                return connect(address, timeout=cluster.start_timeout)
+            with suppress(ChannelError):
+                return connect(address, timeout=min(_FORMING, cluster.start_timeout), device=device)
+        return connect(addresses[-1], timeout=cluster.start_timeout, device=device if on_gpu else None)
 
     return open_channel
 

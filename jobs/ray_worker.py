@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import torch
 import torch.distributed
+from ray.train.torch import get_device
 from torch import Tensor
 
 from actors.coordinator_client import CoordinatorClient
@@ -71,13 +72,19 @@ def _table(coordinator: CoordinatorClient, config: RunConfig) -> RoutingTable:
             time.sleep(_AGAIN_SECONDS)
 
 
-def _mesh(config: RunConfig, workers: int) -> DeviceMesh | None:
+def _device(config: RunConfig) -> torch.device:
+    """What this worker computes on: workers of a machine see all GPUs of theirs, and each has one."""
+    device = worker_device(config)  # says what is missing
+    return device if device.type == "cpu" else get_device()
+
+
+def _mesh(config: RunConfig, workers: int, device: torch.device) -> DeviceMesh | None:
     """Of the group that Ray Train has set up, where the workers share the trunk out."""
     if config.training.trunk_sharding == "ddp":
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(worker_device(config).type, (workers,))
+    return init_device_mesh(device.type, (workers,))
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -89,6 +96,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(compute_threads(config))
     coordinator = CoordinatorClient(given.coordinator, timeout=config.cluster.call_timeout)
     try:
+        device = _device(config)
         reducer: Reducer = ProcessGroupReducer() if workers > 1 else SingleWorker()
         made = assemble_worker(
             config,
@@ -98,10 +106,11 @@ def train_worker(settings: dict[str, Any]) -> None:
             output=Path(given.output),
             coordinator=coordinator,
             table=_table(coordinator, config) if config.cluster.expert_hosts else None,
-            connect=connector(config.cluster, worker_device(config)),
+            connect=connector(config.cluster, device),
             reducer=reducer,
             workers=workers,
-            mesh=_mesh(config, workers),
+            mesh=_mesh(config, workers, device),
+            device=device,
         )
         try:
             made.worker.run()

@@ -34,7 +34,7 @@ class GlooGroup:
     def send(self, tensor: Tensor) -> Any:
         return self._group.send([tensor], self._peer, 0)
 
-    def receive(self, tensor: Tensor, limit: float) -> None:
+    def receive(self, tensor: Tensor, limit: float, ended: Callable[[], bool]) -> None:
         began = time.monotonic()
         try:
             self._group.recv([tensor], self._peer, 0).wait(timedelta(seconds=limit))

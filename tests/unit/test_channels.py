@@ -28,11 +28,11 @@ SERVE: dict[str, Callable[[Any], Server]] = {
     "shm": shm.serve,
     "collective": collective.serve,
     "grpc": grpc.serve,
-    "cuda": partial(cuda.serve, memory=PretendedMemory(), place="here"),
+    "cuda": partial(cuda.CudaServer, memory=PretendedMemory(), place="here"),
     "nccl": gloo_group.serve,
 }
 CONNECT: dict[str, Callable[[str], Channel]] = {
-    "cuda": partial(cuda.connect, memory=PretendedMemory(), place="here"),
+    "cuda": partial(cuda.open_channel, memory=PretendedMemory(), here="here"),
     "nccl": gloo_group.connect,
 }
 WIRES = ["shm", "collective", "grpc", "cuda", "nccl"]
@@ -237,6 +237,7 @@ def test_auto_takes_the_nearest_that_both_ends_share() -> None:
         ("shm", "card-a", True, "cuda"),
         ("shm", "card-b", True, "shm"),
         ("collective", "card-a", True, "collective"),  # NCCL takes a GPU once
+        ("auto", "pod-a", True, "shm"),  # also where each of two pods has a name for it
         ("collective", "card-b", False, "nccl"),
         ("collective", None, False, "collective"),
     ],

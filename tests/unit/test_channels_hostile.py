@@ -17,7 +17,7 @@ from device_memory import PretendedMemory
 
 from channels import choose, cuda, grpc, shm
 from channels.base import Phase, Request, RequestId, Server
-from channels.device_memory import _packed, _unpacked
+from channels.cuda_memory import CudaMemory, packed, unpacked
 from channels.pipe import MAX_IN_FLIGHT
 from channels.segments import SegmentMirror, SegmentPool
 from errors import ChannelError, ProtocolError
@@ -314,8 +314,8 @@ def note(
     ],
 )
 def test_notes_that_lie(text: bytes) -> None:
-    opened = cuda.serve(echo, memory=PretendedMemory(), place="here")
-    good = cuda.connect(opened.address, memory=PretendedMemory(), place="here")
+    opened = cuda.CudaServer(echo, PretendedMemory(), "here")
+    good = cuda.open_channel(opened.address, PretendedMemory(), "here")
     try:
         assert refused(opened, HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0) + text, [])
         (reply,) = good.submit(Request(NAME, (torch.ones(3),))).result(30)
@@ -331,10 +331,12 @@ def test_a_note_on_shared_memory_alone_is_refused(server: Server) -> None:
 
 @pytest.mark.parametrize("values", [[], [1, -5, True, False, b"", b"handle" * 20], [b"x" * 60000]])
 def test_handles_of_device_memory_come_back(values: list[Any]) -> None:
-    assert _unpacked(_packed(values)) == values
+    assert unpacked(packed(values)) == values
 
 
-@pytest.mark.parametrize("packed", [b"\x00", b"\x00\x05\x00abc", b"\x01\x00", b"\x07", b"\x02"])
-def test_handles_that_lie(packed: bytes) -> None:
+@pytest.mark.parametrize("bytes_of_them", [b"\x00", b"\x00\x05\x00abc", b"\x01\x00", b"\x07", b"\x02"])
+def test_handles_that_lie(bytes_of_them: bytes) -> None:
+    with pytest.raises(ProtocolError, match="cannot be opened"):
+        CudaMemory(torch.device("cuda", 0)).open(bytes_of_them, CAPACITY)
     with pytest.raises((ValueError, struct.error)):
-        _unpacked(packed)
+        unpacked(bytes_of_them)

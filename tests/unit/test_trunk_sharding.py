@@ -27,6 +27,8 @@ pytestmark = pytest.mark.timeout(240)
 
 def config(sharding: str = "fsdp", *, workers: int = 2, **training: Any) -> RunConfig:
     hosts, interval = training.pop("hosts", 2), training.pop("interval", STOP)
+    # Without it, gates have gradients by way of the experts alone, which a host's loss takes away.
+    weight = training.pop("sequence_weight", 0.0)
     return tiny(
         training={
             "dtype": "float64",
@@ -42,6 +44,7 @@ def config(sharding: str = "fsdp", *, workers: int = 2, **training: Any) -> RunC
             "tensorboard": False,
             **training,
         },
+        balance={"sequence_weight": weight},
         checkpoint={"interval": interval},
         cluster={"expert_hosts": hosts, "snapshot_interval": 2, "channel": "shm"},
     )
@@ -81,11 +84,14 @@ def went_back_to(pauses: list[tuple[str, float]]) -> int:
     return int(why.rpartition(", at step ")[2])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "sequence_weight"), [(False, 1e-4), (True, 0.0)])
 def test_steps_are_those_of_whole_trunks(
-    workers: Workers, whole: Outcome, tmp_path: Path, recompute: bool
+    workers: Workers, whole: Outcome, tmp_path: Path, recompute: bool, sequence_weight: float
 ) -> None:
-    run = config(recompute=recompute)
+    run = config(recompute=recompute, sequence_weight=sequence_weight)
+    if sequence_weight:
+        alone = config("ddp", workers=1, sequence_weight=sequence_weight)
+        whole = train(alone, text_corpus(alone, TEXT), tmp_path / "alone", channel="shm")
     outcome, shares, pauses = train_sharded(workers, run, text_corpus(run, TEXT), tmp_path)
     agrees(outcome, whole)
     assert not pauses

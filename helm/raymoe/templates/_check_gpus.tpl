@@ -2,7 +2,7 @@
 {{- define "raymoe.groupGpus" -}}
 {{- $gpus := 0 -}}
 {{- range $name, $amount := dig "limits" (dict) (default dict .resources) -}}
-{{- if hasSuffix "gpu" $name -}}{{- $gpus = add $gpus (int64 (toString $amount)) -}}{{- end -}}
+{{- if or (hasSuffix "gpu" $name) (hasPrefix "nvidia.com/mig-" $name) -}}{{- $gpus = add $gpus (int64 (toString $amount)) -}}{{- end -}}
 {{- end -}}
 {{- $gpus -}}
 {{- end -}}
