@@ -41,6 +41,8 @@ from model.config import ModelConfig
 from model.sources import read_hf_config
 
 _POLL_SECONDS = 0.5
+_STRAGGLER_SECONDS = 10.0
+"""That the other workers of a failed run have to end by themselves."""
 
 
 def train(
@@ -261,6 +263,7 @@ class _Watch:
         self._shown = step - 1
         self._progress = progress
         self._error: BaseException | None = None
+        self._failed_at: float | None = None
         self._interrupts = 0
         self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
 
@@ -288,11 +291,29 @@ class _Watch:
                 if self._interrupts > 1:
                     raise KeyboardInterrupt
                 self._show()
+                self._give_up_on_stragglers()
         self._show()
         reason = self._reason()
         if reason is not None:
             raise reason from self._error
         return stopping
+
+    def _give_up_on_stragglers(self) -> None:
+        """A worker that has failed for good ends; others may wait for it in a sum, for half an hour.
+
+        Raises:
+            RaymoeError: what the run has failed with a while ago.
+        """
+        try:
+            failure = self._coordinator.failure
+        except RaymoeError:  # it is away; or gone, and then the trainer ends
+            return
+        if failure is None:
+            self._failed_at = None
+        elif self._failed_at is None:
+            self._failed_at = time.monotonic()
+        elif time.monotonic() - self._failed_at > _STRAGGLER_SECONDS:
+            raise RaymoeError(failure)
 
     def _fit(self, trainer: TorchTrainer) -> None:
         try:

@@ -1,0 +1,63 @@
+"""The driver's watch over Ray Train, with both ends replaced."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+import jobs.train
+from errors import ChannelError, RaymoeError
+
+
+class Trainer:
+    """Ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def fit(self) -> None:
+        self.done.wait(60)
+
+
+class Coordinator:
+    """Says one thing after the other, the last one for ever; an error is raised."""
+
+    def __init__(self, *said: str | RaymoeError | None) -> None:
+        self._said = list(said)
+
+    @property
+    def failure(self) -> str | None:
+        found = self._said.pop(0) if len(self._said) > 1 else self._said[0]
+        if isinstance(found, RaymoeError):
+            raise found
+        return found
+
+    def metrics(self, since: int) -> list[Any]:
+        return []
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.train, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(jobs.train, "_STRAGGLER_SECONDS", 0.05)
+
+
+@pytest.mark.timeout(30)
+def test_a_run_that_failed_ends_though_a_worker_waits_for_the_one_that_did() -> None:
+    trainer = Trainer()
+    said = Coordinator(None, ChannelError("away"), "worker 1: by mistake")
+    watch = jobs.train._Watch(trainer, said, 0, None)  # type: ignore[arg-type]
+    with pytest.raises(RaymoeError, match="worker 1: by mistake"):
+        watch.until_done()
+    assert not trainer.done.is_set()
+    trainer.done.set()
+
+
+@pytest.mark.timeout(30)
+def test_a_run_that_goes_on_is_waited_for() -> None:
+    trainer = Trainer()
+    watch = jobs.train._Watch(trainer, Coordinator(None), 0, None)  # type: ignore[arg-type]
+    threading.Timer(0.3, trainer.done.set).start()
+    assert watch.until_done() is False
