@@ -51,6 +51,7 @@ def wait_for_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
             pytest.fail("the benchmark has ended before its server was there")
 
 
+@pytest.mark.soak
 def test_a_load_of_mixed_requests_is_measured(directory: Path) -> None:
     settings = ("--set", "cluster.expert_hosts=2", "--set", "serving.name=mine")
     process = start(

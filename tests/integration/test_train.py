@@ -142,6 +142,7 @@ def test_interrupt_ends_with_a_checkpoint_and_leaves_nothing(corpus: Path, tmp_p
     assert not list((output / "checkpoints").glob(".writing-*"))
 
 
+@pytest.mark.soak
 def test_a_shared_trunk_survives_a_killed_worker(corpus: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(
