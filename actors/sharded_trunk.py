@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -28,14 +28,10 @@ from model.moe import Gate
 from model.mtp import MTPModule
 from model.optimizer import value_dtype
 from model.sharded_optimizer import KINDS, VALUE, ShardedAdamW
-from model.sources import TrunkStream, WeightSource
+from model.sources import WeightSource
 from model.transformer import Transformer
 
 T = TypeVar("T")
-
-
-class StreamedSource(WeightSource, TrunkStream, Protocol):
-    """Weights that come one tensor after the other."""
 
 
 class _Root(nn.Module):
@@ -144,9 +140,9 @@ class ShardedTrunk:
     @torch.no_grad()
     def begin(self, source: WeightSource, step: int) -> None:
         """See `TrunkParameters.begin`."""
-        missing = {*self._optimizer.shapes(), *dict(self._model.named_buffers())}
         buffers = dict(self._model.named_buffers())
-        for name, tensor in cast(StreamedSource, source).trunk_tensors():
+        missing = {*self._optimizer.shapes(), *buffers}
+        for name, tensor in source.trunk_tensors():
             if name in buffers:
                 buffers[name].copy_(tensor)
             else:

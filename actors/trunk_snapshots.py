@@ -148,13 +148,7 @@ class TrunkSnapshots:
         assert self._trunk.part is not None
         blob = Blob(name=self._trunk.part, step=copy.step, tensors=copy.tensors)
         for host in hosts:
-            keeper = self._reach(host)
-            try:
-                keeper.put(blob)
-            except RaymoeError:  # the host is gone, or full: the other has it
-                continue
-            finally:
-                keeper.close()
+            self._ask(host, lambda keeper: keeper.put(blob), [])  # one is gone, or full: the other has it
 
 
 def _apart(hosts: Sequence[HostInfo], rank: int) -> list[HostInfo]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from channels.base import Channel, Handler, Phase, Request, RequestId, Server, Ticket
-from channels.choose import connect, pick
+from channels.choose import connect, reach
 
 __all__ = [
     "Channel",
@@ -17,5 +17,5 @@ __all__ = [
     "Server",
     "Ticket",
     "connect",
-    "pick",
+    "reach",
 ]

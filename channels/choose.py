@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import torch
@@ -21,6 +22,9 @@ _MADE_OF: Final = {
     "collective": ("nccl", "collective"),
     "grpc": ("grpc",),
 }
+
+_BETWEEN_GPUS: Final = ("cuda:", "nccl:")
+_FORMING: Final = 30.0  # seconds for one of these, after which there are others
 
 
 def connect(address: str, *, timeout: float = 30.0, device: torch.device | None = None) -> Channel:
@@ -66,17 +70,30 @@ def connect(address: str, *, timeout: float = 30.0, device: torch.device | None 
     )
 
 
-def pick(
-    kind: str,
-    addresses: Mapping[str, str],
-    *,
-    gpu: str | None = None,
-    same_process: bool | None = None,
-    same_machine: bool | None = None,
-) -> str:
-    """The address to connect to: the first of `ways`."""
-    flags = {"same_process": same_process, "same_machine": same_machine}
-    return ways(kind, addresses, gpu=gpu, **flags)[0]
+def reach(kind: str, addresses: Mapping[str, str], *, timeout: float, device: torch.device) -> Channel:
+    """Open the nearest channel to a host that can be opened, see `ways`.
+
+    Where a channel between GPUs fails, which needs more than a network, the next one is tried.
+
+    Args:
+        timeout: seconds.
+        device: that the caller's rows are on.
+
+    Raises:
+        ConfigError, ChannelError: see `ways` and `connect`.
+    """
+    gpu = None
+    if device.type == "cuda":
+        from channels.cuda import gpu_place
+
+        gpu = gpu_place(device)
+    *others, last = ways(kind, addresses, gpu=gpu)
+    for address in others:
+        if not address.startswith(_BETWEEN_GPUS):
+            return connect(address, timeout=timeout)
+        with suppress(ChannelError):
+            return connect(address, timeout=min(_FORMING, timeout), device=device)
+    return connect(last, timeout=timeout, device=device)
 
 
 def ways(
@@ -148,4 +165,4 @@ def _place(address: str | None) -> str | None:
     return None if address is None else address.partition(":")[2].partition("/")[0]
 
 
-__all__ = ["KINDS", "connect", "pick", "taken", "ways"]
+__all__ = ["KINDS", "connect", "reach", "taken", "ways"]

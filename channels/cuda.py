@@ -6,8 +6,6 @@ and the message with empty tensors in their places. No end waits for the GPU: se
 
 from __future__ import annotations
 
-import os
-import secrets
 import socket
 import struct
 from collections import deque
@@ -21,7 +19,8 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from channels import header as headers
-from channels.accepting import BACKLOG, AcceptingServer
+from channels.abstract import dial, listen
+from channels.accepting import AcceptingServer
 from channels.base import Channel, Handler, Request
 from channels.cuda_memory import CudaMemory
 from channels.device_memory import DeviceMemory, DevicePool, DeviceSegment
@@ -29,7 +28,6 @@ from channels.doorbell import Doorbell, Packet
 from channels.header import Layout, Placement
 from channels.locality import machine_id
 from channels.pipe import Pipe, Reply, call
-from channels.shm import open_socket
 from errors import ChannelError, ProtocolError, ResourceError
 
 _NOTE: Final = struct.Struct("<IQHHH")
@@ -97,14 +95,14 @@ class End:
         of_device = [tensors[at].detach() for at in places]
         layout = headers.layout(of_device)
         headers.require_fit(layout.size)
-        number, segment, handle = self._pool.acquire(max(1, layout.size))
+        number, segment, new = self._pool.take(max(1, layout.size))
         with _calls():
             segment.before_writing()
             for tensor, where in zip(of_device, layout.placed, strict=True):
                 _view(segment.memory, where).copy_(tensor)
             segment.written()
         done = [self._done.popleft() for _ in range(len(self._done))]
-        capacity = segment.memory.numel() if handle else 0
+        handle, capacity = (b"", 0) if new is None else (new, segment.memory.numel())
         self.bell.note(
             _NOTE.pack(number, capacity, len(handle), len(done), len(places))
             + struct.pack(f"<{len(done)}I{len(places)}H", *done, *places)
@@ -238,10 +236,7 @@ class CudaServer(AcceptingServer[End]):
 
     def __init__(self, handler: Handler, memory: DeviceMemory, place: str) -> None:
         self._handler, self._memory = handler, memory
-        name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind("\0" + name)
-        listener.listen(BACKLOG)
+        listener, name = listen()
         super().__init__(listener, f"cuda:{place}/{name}")
         self.start()
 
@@ -302,7 +297,7 @@ def open_channel(address: str, memory: DeviceMemory, here: str, *, timeout: floa
     there, _, name = address.removeprefix("cuda:").partition("/")
     if there != here:
         raise ChannelError(f"{address} is on another GPU than this process ({here}); use auto")
-    connection = open_socket(address, name, timeout)
+    connection = dial(name, address, timeout)
     try:
         return CudaChannel(address, End(Doorbell(connection), memory))
     except BaseException:

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from errors import ProtocolError
+from channels.pool import Pool
 
 MAX_SEGMENTS: Final = 64
 _GRAIN: Final = 1 << 16
@@ -66,51 +66,15 @@ class DeviceMemory(Protocol):
         ...
 
 
-class DevicePool:
-    """The segments that this end writes."""
+class DevicePool(Pool[DeviceSegment, bytes]):
+    """The segments that this end writes. What a peer has open is given back when that closes it; if it was
+    killed, not before the end of this process."""
 
     def __init__(self, memory: DeviceMemory) -> None:
-        self._memory = memory
-        self._segments: dict[int, DeviceSegment] = {}
-        self._free: set[int] = set()
+        def make(_: int, size: int) -> tuple[DeviceSegment, bytes]:
+            return memory.make(-(-size // _GRAIN) * _GRAIN)
 
-    def acquire(self, size: int) -> tuple[int, DeviceSegment, bytes]:
-        """A free segment of at least `size` bytes, with its number, and its handle where it is new, else b"".
-
-        Raises:
-            ResourceError: the device gives no memory.
-            ProtocolError: the peer holds on to every segment there may be.
-        """
-        fitting = [number for number in self._free if self._segments[number].memory.numel() >= size]
-        if fitting:
-            number = min(fitting, key=lambda one: self._segments[one].memory.numel())
-            self._free.remove(number)
-            return number, self._segments[number], b""
-        # A free one that is too small makes way, so that a pool follows its largest payloads.
-        number = next(iter(self._free), len(self._segments))
-        if number >= MAX_SEGMENTS:
-            raise ProtocolError(f"the peer holds on to {MAX_SEGMENTS} segments of device memory")
-        # Room for a quarter more: rows differ from call to call, and a new segment costs a handle.
-        segment, handle = self._memory.make(-(-(size + size // 4) // _GRAIN) * _GRAIN)
-        self._free.discard(number)
-        self._segments[number] = segment
-        return number, segment, handle
-
-    def release(self, number: int) -> None:
-        """The peer is done with a segment.
-
-        Raises:
-            ProtocolError: it was not in use.
-        """
-        if number not in self._segments or number in self._free:
-            raise ProtocolError(f"the peer gave back device segment {number}, which it did not have")
-        self._free.add(number)
-
-    def clear(self) -> None:
-        """Drop all. What a peer has open is given back when that closes it; if it was killed, not before the
-        end of this process."""
-        self._segments.clear()
-        self._free.clear()
+        super().__init__(make, lambda segment: segment.memory.numel(), MAX_SEGMENTS)
 
 
-__all__ = ["MAX_SEGMENTS", "DeviceMemory", "DevicePool", "DeviceSegment"]
+__all__ = ["DeviceMemory", "DevicePool", "DeviceSegment"]

@@ -17,6 +17,7 @@ import torch
 
 from channels.codec import address_of, tensor_at
 from channels.header import Placement
+from channels.pool import Pool
 from errors import ProtocolError, ResourceError
 
 MAX_SEGMENTS: Final = 256
@@ -86,61 +87,20 @@ def sealed_segment(index: int, descriptor: int, capacity: int) -> Segment:
         raise ProtocolError(f"segment {index} cannot be mapped: {error}") from error
 
 
-class SegmentPool:
-    """The segments that this end writes."""
+class SegmentPool(Pool[Segment, int]):
+    """The segments that this end writes; handles are descriptors, which whoever takes a new one closes."""
 
     def __init__(self) -> None:
-        self._segments: dict[int, Segment] = {}
-        self._free: set[int] = set()
+        super().__init__(new_segment, _capacity, MAX_SEGMENTS)
 
     def acquire(self, size: int) -> tuple[Segment, int | None]:
-        """A free segment of at least `size` bytes, and its descriptor if it is new (the caller closes it).
-
-        Raises:
-            ResourceError: the system gives no memory or descriptor.
-            ProtocolError: the peer holds on to every segment there may be.
-        """
-        fitting = [index for index in self._free if self._segments[index].capacity >= size]
-        if fitting:
-            index = fitting[0] if len(fitting) == 1 else min(fitting, key=self._capacity)
-            self._free.remove(index)
-            return self._segments[index], None
-        # A free one that is too small makes way, so that a pool follows its largest payloads.
-        index = next(iter(self._free)) if self._free else self._unused()
-        segment, descriptor = new_segment(index, size + size // 4)
-        self._free.discard(index)
-        self._segments[index] = segment
+        """A free segment of at least `size` bytes, and its descriptor if it is new; see `Pool.take`."""
+        _, segment, descriptor = self.take(size)
         return segment, descriptor
 
-    def _unused(self) -> int:
-        """A number for a new segment; those of forgotten ones are free."""
-        for index in range(MAX_SEGMENTS):
-            if index not in self._segments:
-                return index
-        raise ProtocolError(f"the peer holds on to {MAX_SEGMENTS} shared memory segments; release results")
 
-    def forget(self, index: int) -> None:
-        """Unmap a segment that the peer has never heard of."""
-        self._segments.pop(index, None)
-        self._free.discard(index)
-
-    def _capacity(self, index: int) -> int:
-        return self._segments[index].capacity
-
-    def release(self, index: int) -> None:
-        """The peer is done with a segment.
-
-        Raises:
-            ProtocolError: it was not in use.
-        """
-        if index not in self._segments or index in self._free:
-            raise ProtocolError(f"the peer gave back segment {index}, which it did not have")
-        self._free.add(index)
-
-    def clear(self) -> None:
-        """Unmap what nobody reads."""
-        self._free.clear()
-        self._segments.clear()
+def _capacity(segment: Segment) -> int:
+    return segment.capacity
 
 
 class SegmentMirror:

@@ -8,8 +8,6 @@ process that dies.
 
 from __future__ import annotations
 
-import os
-import secrets
 import socket
 import time
 from collections import deque
@@ -19,7 +17,8 @@ from typing import Any, Final
 import numpy as np
 
 from channels import header as headers
-from channels.accepting import BACKLOG, AcceptingServer
+from channels.abstract import dial, listen
+from channels.accepting import AcceptingServer
 from channels.base import Channel, Handler, Request
 from channels.codec import Memory, tensor_at
 from channels.doorbell import Doorbell
@@ -28,7 +27,7 @@ from channels.locality import machine_id
 from channels.mailbox import HostBox, Mailbox, Postman
 from channels.pipe import Pipe, Reply, call
 from channels.segments import Segment
-from errors import ChannelError, ChannelTimeout, ProtocolError, RemoteError
+from errors import ChannelError, ProtocolError, RemoteError
 from kernels.mailbox import MAIL, PACKET
 
 _LEND_FROM: Final = 1 << 18
@@ -124,10 +123,7 @@ class ShmServer(AcceptingServer[Doorbell]):
     def __init__(self, handler: Handler, postman: Postman | None = None) -> None:
         self._handler = handler
         self._postman = postman
-        name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind("\0" + name)
-        listener.listen(BACKLOG)
+        listener, name = listen()
         super().__init__(listener, f"shm:{machine_id()}/{name}")
         self.start()
 
@@ -194,7 +190,7 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
             f"{address} is on another machine or in another network namespace than this process"
             f" ({machine_id()}); use grpc"
         )
-    connection = open_socket(address, name, timeout)
+    connection = dial(name, address, timeout)
     try:
         return ShmChannel(address, connection)
     except BaseException:
@@ -202,28 +198,4 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
         raise
 
 
-def open_socket(address: str, name: str, timeout: float) -> socket.socket:
-    """Connect to an abstract socket of packets.
-
-    Args:
-        address: for messages.
-
-    Raises:
-        ChannelTimeout: nobody accepts in time.
-        ChannelError: nobody listens.
-    """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        connection.settimeout(timeout)
-        connection.connect("\0" + name)
-        connection.settimeout(None)
-        return connection
-    except TimeoutError as error:
-        connection.close()
-        raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
-    except OSError as error:
-        connection.close()
-        raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
-
-
-__all__ = ["ShmChannel", "ShmServer", "connect", "open_socket", "serve"]
+__all__ = ["ShmChannel", "ShmServer", "connect", "serve"]

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Final
 
 import torch
 
 from actors.transfers import Shape
 from channels import tls
 from channels.base import Channel
-from channels.choose import connect, ways
-from channels.cuda import gpu_place
+from channels.choose import reach
 from cluster.config import ClusterConfig
 from cluster.placement import plan_placement
 from cluster.topology import Holders, HostInfo, experts_held
-from errors import ChannelError, ConfigError
+from errors import ConfigError
 from model.config import ModelConfig
-
-_MAY_FAIL: Final = ("cuda:", "nccl:")
-"""Kinds of channels that need more than a network between two processes; others then do."""
-_FORMING: Final = 30.0  # seconds for one of them
 
 
 def placement(model: ModelConfig, hosts: int) -> Holders:
@@ -78,17 +71,9 @@ def connector(cluster: ClusterConfig, device: torch.device) -> Callable[[HostInf
     Args:
         device: that the lane's rows are on.
     """
-    on_gpu = device.type == "cuda"
-    gpu = gpu_place(device) if on_gpu else None
 
     def open_channel(host: HostInfo) -> Channel:
-        addresses = ways(cluster.channel, host.addresses, gpu=gpu)
-        for address in addresses[:-1]:
-            if not address.startswith(_MAY_FAIL):
-                return connect(address, timeout=cluster.start_timeout)
-            with suppress(ChannelError):
-                return connect(address, timeout=min(_FORMING, cluster.start_timeout), device=device)
-        return connect(addresses[-1], timeout=cluster.start_timeout, device=device if on_gpu else None)
+        return reach(cluster.channel, host.addresses, timeout=cluster.start_timeout, device=device)
 
     return open_channel
 

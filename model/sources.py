@@ -30,20 +30,16 @@ class WeightSource(Protocol):
         """Everything else, by parameter or buffer name; what `Transformer.load_state_dict` takes."""
         ...
 
-
-class TrunkStream(Protocol):
-    """Gives the trunk's tensors one after the other, to whoever has no room for all of them."""
-
     def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """By parameter or buffer name, each once: a tied head comes as the embedding alone."""
+        """The same one after the other, for who has no room for all; a tied head is the embedding alone."""
         ...
 
 
 def gate_biases(source: WeightSource, config: ModelConfig) -> Tensor:
     """The gates' biases [L, E] float32, rows in the order of `ModelConfig.moe_layers`."""
-    trunk = source.trunk()
-    names = (f"{layer_prefix(layer)}mlp.gate.e_score_correction_bias" for layer in config.moe_layers)
-    return torch.stack([trunk[name] for name in names])
+    names = [f"{layer_prefix(layer)}mlp.gate.e_score_correction_bias" for layer in config.moe_layers]
+    biases = {name: tensor for name, tensor in source.trunk_tensors() if name in names}
+    return torch.stack([biases[name] for name in names])
 
 
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -75,7 +71,7 @@ class RandomSource:
         return _with_head(self.config, dict(self.trunk_tensors()))
 
     def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `TrunkStream.trunk_tensors`."""
+        """See `WeightSource.trunk_tensors`."""
         for name, shape in _apart(self.config):
             if name.endswith("e_score_correction_bias"):
                 yield name, torch.zeros(shape, dtype=torch.float32)
@@ -137,7 +133,7 @@ class PretrainedSource:
         return _with_head(self.config, dict(self.trunk_tensors()))
 
     def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `TrunkStream.trunk_tensors`.
+        """See `WeightSource.trunk_tensors`.
 
         Raises:
             CheckpointError: missing, damaged or misshapen.
@@ -226,7 +222,6 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
 __all__ = [
     "PretrainedSource",
     "RandomSource",
-    "TrunkStream",
     "WeightSource",
     "gate_biases",
     "read_hf_config",

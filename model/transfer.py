@@ -8,6 +8,8 @@ from torch import Tensor
 
 def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Copies in the CPU's memory, all of which are there when this returns; waited for once."""
+    if all(tensor.is_cpu for tensor in tensors):
+        return tensors
     here = tuple(map(_begin_copy, tensors))
     for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
         torch.cuda.current_stream(device).synchronize()

@@ -29,7 +29,7 @@ from actors.steps import OptimizerSettings, StepReport, TrainingPlan
 from actors.training_steps import Beginning, TrainingSteps
 from actors.transfers import Shape
 from channels.base import Channel
-from channels.choose import connect, pick
+from channels.choose import reach
 from cluster import HostInfo, RoutingTable, plan_placement
 from errors import ChannelError, ChannelTimeout, CheckpointError, Interrupted, RaymoeError, ResourceError
 from model.config import ModelConfig
@@ -109,7 +109,7 @@ def dying_build() -> ExpertHost:
 
 
 def open_channel(host: HostInfo, kind: str) -> Channel:
-    return connect(pick(kind, host.addresses), timeout=5.0)
+    return reach(kind, host.addresses, timeout=5.0, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)

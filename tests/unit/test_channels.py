@@ -214,7 +214,10 @@ def test_the_status_names_what_callers_take() -> None:
 
 def test_auto_takes_the_nearest_that_both_ends_share() -> None:
     addresses = {kind: f"{kind}:x" for kind in ("local", "shm", "collective", "grpc")}
-    pick = choose.pick
+
+    def pick(kind: str, offered: dict[str, str], *, same_process: bool, same_machine: bool) -> str:
+        return choose.ways(kind, offered, same_process=same_process, same_machine=same_machine)[0]
+
     assert pick("auto", addresses, same_process=True, same_machine=True) == "local:x"
     assert pick("auto", addresses, same_process=False, same_machine=True) == "shm:x"
     assert pick("auto", addresses, same_process=False, same_machine=False) == "grpc:x"
@@ -245,7 +248,7 @@ def test_auto_takes_the_nearest_that_both_ends_share() -> None:
 def test_rows_stay_on_gpus_where_they_can(kind: str, gpu: str | None, same_machine: bool, taken: str) -> None:
     addresses = {one: f"{one}:x" for one in ("shm", "collective", "grpc", "nccl")}
     addresses["cuda"] = "cuda:card-a/name"
-    found = choose.pick(kind, addresses, gpu=gpu, same_process=False, same_machine=same_machine)
+    found, *_ = choose.ways(kind, addresses, gpu=gpu, same_process=False, same_machine=same_machine)
     assert found.partition(":")[0] == taken
     assert choose.taken("auto", addresses) == "cuda/nccl/shm/grpc"
 
