@@ -59,6 +59,7 @@ class End:
 
     def head(self, deadline: float | None = None) -> Head:
         """See `Line.read`."""
+        self._rows.ask_ahead()
         head = self._line.read(deadline)
         self._rows.arrived(head.received)
         return head
@@ -77,14 +78,14 @@ class End:
                 f"{len(head.inline)} bytes came with a header of {parts.inline} that are small"
             )
         found: list[Any] = [None] * len(placed)
+        near = np.frombuffer(head.inline, np.uint8)
+        address = address_of(near)
+        for at, where in parts.small:  # while the large ones are on their way
+            found[at] = tensor_at(near, address, where)
         if parts.large:
             come = self._rows.receive([where for _, where in parts.large], deadline)
             for (at, _), tensor in zip(parts.large, come, strict=True):
                 found[at] = tensor
-        near = np.frombuffer(bytearray(head.inline), np.uint8)
-        address = address_of(near)
-        for at, where in parts.small:
-            found[at] = tensor_at(near, address, where)
         return tuple(found)
 
     def takes(self, device: torch.device) -> bool:

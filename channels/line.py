@@ -19,6 +19,8 @@ _MAX_HEADER: Final = 1 << 16
 _HEAD: Final = struct.Struct("!IIQQ")
 """Bytes of the header, of the small tensors, of the whole payload; payloads that have come the other way."""
 _CHUNK: Final = 1 << 16
+_LOOK: Final = 1.0  # seconds between two looks at a deadline
+_TIME: Final = struct.Struct("@ll")  # seconds and microseconds
 
 
 class Head(NamedTuple):
@@ -33,7 +35,7 @@ class Head(NamedTuple):
 
     text: bytes
     size: int = 0
-    inline: bytes = b""
+    inline: bytes | bytearray = b""
     received: int = 0
 
 
@@ -51,7 +53,7 @@ class Line:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.settimeout(None)
         self._socket = connection
-        self._timeout: float | None = None
+        self._wait = 0.0  # seconds, the socket's own limit; 0 for none
         self._peer, self._inline = peer, inline
         self._come = bytearray(_CHUNK)  # what has come and has not been read: from _at to _end
         self._at = self._end = 0
@@ -64,7 +66,6 @@ class Line:
         """
         text, size, inline, received = head
         try:
-            self._wait_for(None)
             self._socket.sendall(b"".join((_HEAD.pack(len(text), len(inline), size, received), text, inline)))
         except OSError as error:
             raise ChannelError(f"{self._peer} hung up ({error})") from None
@@ -77,31 +78,34 @@ class Line:
             ChannelError: the peer hung up.
             ProtocolError: what came is no message.
         """
-        length, small, size, received = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
+        self._have(_HEAD.size, deadline)
+        length, small, size, received = _HEAD.unpack_from(self._come, self._at)
         if length > _MAX_HEADER or small > self._inline or size > MAX_MESSAGE:
             raise ProtocolError(f"a message of {length} + {small} + {size} bytes, which is none of ours")
-        text = self._exactly(length, deadline)
-        return Head(text, size, self._exactly(small, deadline), received)
+        self._have(_HEAD.size + length + small, deadline)
+        text = self._at + _HEAD.size
+        inline = text + length
+        end = self._at = inline + small
+        return Head(bytes(self._come[text:inline]), size, self._come[inline:end], received)
 
-    def _exactly(self, count: int, deadline: float | None) -> bytes:
-        """The next bytes; as many as have come are taken from the socket at once."""
-        if self._end - self._at < count:
-            rest = self._come[self._at : self._end]
-            if count > len(self._come):
-                self._come = bytearray(count)
-            self._come[: len(rest)] = rest
-            self._at, self._end = 0, len(rest)
-            self._fill(count, deadline)
-        found = bytes(self._come[self._at : self._at + count])
-        self._at += count
-        return found
-
-    def _fill(self, count: int, deadline: float | None) -> None:
+    def _have(self, count: int, deadline: float | None) -> None:
+        """Wait for so many bytes after `_at`; as many as have come are taken from the socket at once."""
+        lacking = count - (self._end - self._at)
+        if lacking <= 0:
+            return
+        rest = self._come[self._at : self._end]
+        if count > len(self._come):
+            self._come = bytearray(count)
+        self._come[: len(rest)] = rest
+        self._at, self._end = 0, len(rest)
         view = memoryview(self._come)
         try:
             while self._end < count:
-                self._wait_for(remaining(deadline))
-                got = self._socket.recv_into(view[self._end :])
+                self._limit(remaining(deadline))
+                try:
+                    got = self._socket.recv_into(view[self._end :])
+                except BlockingIOError:  # the socket's own limit, which is shorter than ours may be
+                    continue
                 if not got:
                     raise ChannelError(f"{self._peer} hung up; has its process ended?")
                 self._end += got
@@ -110,10 +114,14 @@ class Line:
         except OSError as error:
             raise ChannelError(f"{self._peer} hung up ({error})") from None
 
-    def _wait_for(self, seconds: float | None) -> None:
-        if seconds is not None or self._timeout is not None:
-            self._timeout = seconds
-            self._socket.settimeout(seconds)
+    def _limit(self, seconds: float | None) -> None:
+        """How long the system lets a read wait. Set where it changes, as it costs a call of the system."""
+        wait = 0.0 if seconds is None else min(seconds, _LOOK)
+        if wait != self._wait:
+            self._wait = wait
+            whole = int(wait)
+            limit = _TIME.pack(whole, int((wait - whole) * 1e6) + (0 < wait < 1e-6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def shut(self) -> None:
         """Whoever waits on the socket, here or there, finds it ended. Any thread."""

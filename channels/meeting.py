@@ -48,7 +48,7 @@ class Meeting(_dist.Store):  # type: ignore[misc]
                     raise ProtocolError(f"{told.size} bytes for a group to form")
                 if len(self._known) >= _MAX_TOLD:
                     raise ProtocolError(f"more than {_MAX_TOLD} things for a group to form")
-                self._known[told.text.decode("utf-8", "replace")] = told.inline
+                self._known[told.text.decode("utf-8", "replace")] = bytes(told.inline)
             return self._known[key]
 
     def wait(self, keys: Sequence[str], timeout: Any = None) -> None:

@@ -166,7 +166,7 @@ class DeviceEnd(End):
         if sum(sizes) != len(head.inline):
             raise ProtocolError(f"{len(head.inline)} bytes came with a header of {sum(sizes)}")
         found: list[Any] = [None] * len(placed)
-        memory = torch.frombuffer(bytearray(head.inline), dtype=torch.uint8).numpy() if head.inline else None
+        memory = torch.frombuffer(head.inline, dtype=torch.uint8).numpy() if head.inline else None
         start = 0
         for (at, where), size in zip(near, sizes, strict=True):
             if memory is None or not size:

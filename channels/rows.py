@@ -1,8 +1,9 @@
 """Payloads between the two ranks of a process group, whose rendezvous goes over the line between the two.
 
 Each tensor of a payload is a message, sent as it lies. Its receiver has asked for it in advance: gloo's
-receive says so to the sender, who would otherwise wait for that once the rows are due. How much has been
-asked for follows from the payloads before it, which both ends know; what is beyond comes as a second message.
+receive says so to the sender, who would otherwise wait for that once the rows are due. It asks for the next
+two, and while it waits for a header, when nobody waits for it. How much has been asked for follows from the
+payloads before the last one, which both ends know; what is beyond comes as a second message.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Final
 import torch
 import torch.distributed
 
-from channels.codec import address_of, plain, tensor_at
+from channels.codec import plain
 from channels.header import Placement
 from channels.line import Line, remaining
 from channels.meeting import Meeting
@@ -26,8 +27,10 @@ from errors import ChannelError, ChannelTimeout
 _dist: Any = torch.distributed  # whose stubs do not know the classes below its functions
 
 _SPARE: Final = 2
+_AHEAD: Final = 2
+"""Payloads that are asked for in advance."""
 _MAX_ROOM: Final = 1 << 23
-"""Bytes asked for in advance, at most: each connection holds so much for each large tensor of a payload."""
+"""Bytes asked for at a time, at most: a connection holds twice as much for each large tensor of a payload."""
 _PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
 _LATE: Final = 5.0
 """Seconds that a payload takes after its header at most, and one more for every"""
@@ -58,7 +61,7 @@ class Rows:
             self._group = _dist.ProcessGroupGloo(meeting, rank, 2, options)
         except RuntimeError as error:
             raise ChannelError(f"no process group with {peer}: {_first_line(error)}") from None
-        self._out: list[int] = []  # of the tensors of a payload, what the peer has asked for
+        self._out: list[_Asked] = []  # of the tensors of a payload, what the peer has asked for
         self._in: list[_Inlet] = []
         self._leaving: deque[tuple[list[Any], Sequence[torch.Tensor]]] = deque()
         self._left = 0  # payloads that the peer has
@@ -70,33 +73,43 @@ class Rows:
         """Begin to send a payload, whose tensors stay as they are until the peer says that it has come.
 
         Args:
-            announce: tells the peer of it; what it has asked for in advance is on its way by then.
+            announce: tells the peer of it, who wakes up and makes ready while the rows are on their way.
 
         Raises:
             ChannelError: the peer hung up.
         """
-        out = self._out
-        out += [0] * (len(tensors) - len(out))
+        while len(self._out) < len(tensors):
+            self._out.append(_Asked())
         whole = [plain(tensor) for tensor in tensors]
-        works, left = [], []
-        for tag, tensor in enumerate(whole):
-            if tensor.nbytes <= out[tag]:
-                works.append(self._send(tensor, tag))
+        announce()
+        works, beyond = [], []
+        for place, (tensor, asked) in enumerate(zip(whole, self._out, strict=False)):
+            size = tensor.nbytes
+            room = asked.take(size)
+            if size <= room:
+                works.append(self._send(tensor, 2 * place))
                 continue
             flat = tensor.reshape(-1).view(torch.uint8)
-            if out[tag]:
-                works.append(self._send(flat[: out[tag]], tag))
-            left.append((flat[out[tag] :], tag))
-            out[tag] = _grown(out[tag], tensor.nbytes)
+            if room:
+                works.append(self._send(flat[:room], 2 * place))
+            beyond.append((flat[room:], 2 * place + 1))
         self._leaving.append((works, whole))
-        announce()
-        works += [self._send(part, tag) for part, tag in left]
+        works += [self._send(part, tag) for part, tag in beyond]
 
     def arrived(self, payloads: int) -> None:
         """The peer says how many it has: gloo itself does not tell what has left."""
         while self._leaving and self._left < payloads:
             self._leaving.popleft()
             self._left += 1
+
+    def ask_ahead(self) -> None:
+        """Ask for the payloads after those that have come; to be called before each header is waited for.
+
+        Raises:
+            ChannelError: the peer hung up.
+        """
+        for inlet in list(self._in):
+            inlet.ask_ahead()
 
     def receive(self, placed: Sequence[Placement], deadline: float | None) -> list[torch.Tensor]:
         """The tensors of a payload, in memory that stays as it is while something is a view of it.
@@ -151,39 +164,62 @@ class Rows:
             raise ChannelError(f"{self._name} hung up; has its process ended?") from error
 
 
-class _Inlet:
-    """Where the tensors of one place within a payload come in, the next of which has been asked for."""
+class _Asked:
+    """What a receiver has asked for of the tensors of one place within a payload, by the sizes that came.
 
-    def __init__(self, rows: Rows, tag: int) -> None:
-        self._rows, self._tag = rows, tag
+    The two ends of a connection have one each, which say the same.
+    """
+
+    __slots__ = ("_rooms", "latest")
+
+    def __init__(self) -> None:
+        self.latest = 0
+        """Bytes that are asked for once the last payload has come."""
+        self._rooms = deque([0] * _AHEAD)
+
+    def take(self, size: int) -> int:
+        """Bytes that had been asked for of a payload that has so many."""
+        self.latest = max(self.latest, min(_MAX_ROOM, rounded(size)))
+        self._rooms.append(self.latest)
+        return self._rooms.popleft()
+
+
+class _Inlet:
+    """Where the tensors of one place within a payload come in, the next of which have been asked for."""
+
+    def __init__(self, rows: Rows, place: int) -> None:
+        self._rows, self._tag = rows, 2 * place
         self._scratch = Scratch(_SPARE)
-        self._room = 0
-        self._asked: tuple[Any, torch.Tensor] | None = None  # gloo's work, and where it comes
+        self._asked = _Asked()
+        # gloo's work, and where it comes; None: nothing has been asked for
+        self._coming: deque[tuple[Any, torch.Tensor] | None] = deque([None] * _AHEAD)
+
+    def ask_ahead(self) -> None:
+        """See `Rows.ask_ahead`."""
+        while len(self._coming) < _AHEAD:
+            room = self._asked.latest
+            memory = self._scratch.take(room)
+            self._coming.append((self._rows.ask(memory[:room], self._tag), memory))
 
     def receive(self, where: Placement, deadline: float | None) -> torch.Tensor:
         """See `Rows.receive`."""
-        size, room = where.end, self._room
-        memory = None
-        if self._asked is not None:
-            work, memory = self._asked
-            self._rows.wait(work, min(room, size), deadline)
-        if memory is None or size > room:
-            whole = self._scratch.take(size)
-            if memory is not None:
-                whole[:room].copy_(memory[:room])
-                self._scratch.give(memory)
-            memory = whole
-            self._rows.wait(self._rows.ask(memory[room:size], self._tag), size, deadline)
-            self._room = _grown(room, size)
-        ahead = self._scratch.take(self._room)
-        self._asked = (self._rows.ask(ahead[: self._room], self._tag), ahead)
-        lent = self._scratch.lend(memory)
-        return tensor_at(lent, address_of(lent), where)
-
-
-def _grown(asked: int, total: int) -> int:
-    """What is asked for after a payload of so many bytes; the same at both ends."""
-    return max(asked, min(_MAX_ROOM, rounded(total)))
+        size, room = where.end, self._asked.take(where.end)
+        coming = self._coming.popleft()
+        if coming is None:
+            memory = self._scratch.take(size)
+            self._rows.wait(self._rows.ask(memory[:size], self._tag + 1), size, deadline)
+            return self._scratch.lend(memory, where)
+        work, memory = coming
+        if size <= room:
+            tensor = self._scratch.lend(memory, where)  # made while the rows are on their way
+            self._rows.wait(work, size, deadline)
+            return tensor
+        whole = self._scratch.take(size)
+        self._rows.wait(work, room, deadline)
+        whole[:room].copy_(memory[:room])
+        self._scratch.give(memory)
+        self._rows.wait(self._rows.ask(whole[room:size], self._tag + 1), size - room, deadline)
+        return self._scratch.lend(whole, where)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
-from channels.codec import Memory
+from channels.codec import Memory, tensor_at
+from channels.header import Placement
 
 _LEAST: Final = 1 << 16
 
@@ -36,9 +37,10 @@ class Scratch:
         """Nobody looks at it any more. Any thread, in the middle of anything: takes no lock."""
         self._spare.append(memory)
 
-    def lend(self, memory: torch.Tensor) -> np.ndarray[Any, Any]:
-        """The memory as an array, given back when nothing is a view of it any more."""
-        return np.asarray(_Loan(self, memory))
+    def lend(self, memory: torch.Tensor, where: Placement) -> torch.Tensor:
+        """The tensor that lies in the memory, which is given back when nothing is a view of it any more."""
+        loan = _Loan(self, memory)
+        return tensor_at(np.asarray(loan), memory.data_ptr(), where)
 
 
 class _Loan(Memory):
