@@ -19,6 +19,7 @@ from actors.coordinator import Coordinator
 from actors.coordinator_servicer import AdminServicer, CoordinatorServicer
 from actors.expert_host import ExpertHost
 from actors.gate_router import GateRouter
+from actors.heap import settle_heap
 from actors.servicers import RouterServicer
 from actors.serving import ExpertHostServer
 from channels import tls
@@ -46,6 +47,7 @@ class _Process(Generic[_T]):
         self._port = port
         try:
             self._built = self._open(build())
+            settle_heap()
         except Exception as error:
             self._error = error
 

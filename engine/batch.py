@@ -111,10 +111,10 @@ def collect(stretches: Sequence[Stretch], *, page_size: int, turns: Tensor, dtyp
         same = list(members)
         groups.append(_group(same, row, n, page_size, dtype, device))
         row += n * len(same)
-    place = _on(device, positions)
+    place = on_device(device, positions)
     return Batch(
-        tokens=_on(device, tokens),
-        slots=_on(device, slots),
+        tokens=on_device(device, tokens),
+        slots=on_device(device, slots),
         turns=turns.index_select(0, place).unsqueeze(1),
         groups=tuple(groups),
         ends=tuple(ends),
@@ -153,24 +153,24 @@ def _group(
     longest = max(stretch.end for stretch in members)
     n_pages = -(-longest // page_size)
     within = torch.arange(page_size, device=device)
-    table = _on(
+    table = on_device(
         device, [[*stretch.pages[:n_pages], *[0] * (n_pages - len(stretch.pages))] for stretch in members]
     )
     slots = (table.unsqueeze(2) * page_size + within).flatten(1)[:, :longest]
     rows = slice(row, row + n * len(members))
     mask = None
     if n > 1 or any(stretch.end != longest for stretch in members):
-        last = _on(device, [list(range(s.start, s.end)) for s in members])
+        last = on_device(device, [list(range(s.start, s.end)) for s in members])
         unseen = torch.arange(longest, device=device) > last.unsqueeze(-1)
         mask = torch.zeros(unseen.shape, dtype=dtype, device=device)
         mask = mask.masked_fill_(unseen, float("-inf")).unsqueeze(2)
     return Group(rows=rows, sequences=len(members), slots=slots.flatten(), mask=mask)
 
 
-def _on(device: torch.device, values: list[Any]) -> Tensor:
-    """On a GPU soon, without the CPU's waiting for it."""
+def on_device(device: torch.device, values: list[Any]) -> Tensor:
+    """Numbers, on a GPU soon, without the CPU's waiting for it."""
     made = torch.tensor(values)
     return made if device.type == "cpu" else made.to(device, non_blocking=True)
 
 
-__all__ = ["Batch", "Group", "PairedBatch", "Stretch", "by_length", "collect", "halved"]
+__all__ = ["Batch", "Group", "PairedBatch", "Stretch", "by_length", "collect", "halved", "on_device"]

@@ -240,15 +240,16 @@ class Engine:
         if self._on_step is not None:
             self._on_step(self.stats.steps)
         batch = self._runner.batch(stretches)
-        hidden = self._runner.forward(batch)
+        counts, rows = _judged(shares, batch.ends)
+        states = self._runner.compute(batch, rows)
+        logits = self._split(counts, states.logits)
         progress: list[Progress] = []
         advances: list[Advance] = []
         chain = self._runner.weights.config.mtp_mode == "chain"
-        normed = self._runner.normed(hidden)
-        logits = self._logits(shares, batch.ends, normed)
-        for share, end, (rows, best) in zip(shares, batch.ends, logits, strict=True):
+        given = states.normed if chain else states.hidden
+        for share, end, (own, best) in zip(shares, batch.ends, logits, strict=True):
             sequence = share.sequence
-            new = self._accept(share, rows, best)
+            new = self._accept(share, own, best)
             certain = share.end - share.drafts + max(0, len(new) - 1)
             first = end - (share.end - share.start)
             progress.append(Progress(sequence, new))
@@ -257,8 +258,8 @@ class Engine:
                 continue
             self.scheduler.computed(sequence, certain)
             if self._drafter is not None:
-                states = (normed if chain else hidden)[first : first + certain - share.start]
-                advances.append(Advance(sequence, share.start, certain, states, wants=bool(new)))
+                own = given[first : first + certain - share.start]
+                advances.append(Advance(sequence, share.start, certain, own, wants=bool(new)))
         if self._drafter is not None:
             self._draft(self._drafter, shares, advances, progress, began)
         self.stats.steps += 1
@@ -287,23 +288,11 @@ class Engine:
             tokens = sum(len(one.tokens) for one in progress)
             self.pacer.note(sequences=generating, drafted=pays, seconds=self._clock() - began, tokens=tokens)
 
-    def _logits(
-        self, shares: Items[Share], ends: Items[int], normed: Tensor
-    ) -> list[tuple[Tensor, list[int]]]:
-        """For each share the logits [n, V] of what counts (its sample, its drafts, a prompt asked for), and
-        their likeliest tokens."""
-        counts: list[int] = []
-        rows: list[int] = []
-        for share, end in zip(shares, ends, strict=True):
-            count = 1 + share.drafts if share.samples else 0
-            if share.sequence.wants_prompt and share.start < len(share.sequence.prompt):
-                count = share.end - share.start
-            counts.append(count)
-            rows += range(end - count, end)
-        if not rows:
-            return [(normed[:0], [])] * len(shares)
-        picked = normed if len(rows) == len(normed) else normed[torch.tensor(rows, device=normed.device)]
-        logits = self._runner.logits(picked)[:, : self._vocabulary]
+    def _split(self, counts: list[int], logits: Tensor) -> list[tuple[Tensor, list[int]]]:
+        """Each share's logits [n, V], and their likeliest tokens."""
+        logits = logits[:, : self._vocabulary]
+        if not len(logits):
+            return [(logits, [])] * len(counts)
         best = iter(likeliest(logits))
         if len(counts) == 1:
             return [(logits, list(best))]
@@ -364,6 +353,20 @@ class Engine:
         self.scheduler.remove(sequence)
         if self._drafter is not None:
             self._drafter.forget(sequence)
+
+
+def _judged(shares: Items[Share], ends: Items[int]) -> tuple[list[int], list[int]]:
+    """Whose logits count: a share's sample, its drafts, a prompt asked for. How many of each share, and
+    which rows of the batch."""
+    counts: list[int] = []
+    rows: list[int] = []
+    for share, end in zip(shares, ends, strict=True):
+        count = 1 + share.drafts if share.samples else 0
+        if share.sequence.wants_prompt and share.start < len(share.sequence.prompt):
+            count = share.end - share.start
+        counts.append(count)
+        rows += range(end - count, end)
+    return counts, rows
 
 
 __all__ = ["Engine", "EngineSettings", "EngineStats", "Progress"]

@@ -5,14 +5,16 @@ Shapes: N positions, D hidden, H heads, C kv_lora_rank, R rotary dimensions, W =
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import Batch, Group, PairedBatch, Stretch, by_length, collect, halved
+from engine.batch import Batch, Group, PairedBatch, Stretch, by_length, collect, halved, on_device
 from engine.few_rows import MOST_ROWS, FewBatch, FewRows
 from engine.sampling import likeliest
 from engine.weights import Layer, Module, TrunkWeights
@@ -23,8 +25,23 @@ from model.routing import affinity, gate_values, select_experts
 _LATENT_EPS = 1e-6  # as in training, see model.attention
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a step of the trunk computed.
+
+    Attributes:
+        hidden: [N, D], after the last layer.
+        normed: [N, D], after the final norm.
+        logits: [n, V] of the positions that were asked for, at least float32.
+    """
+
+    hidden: Tensor
+    normed: Tensor
+    logits: Tensor
+
+
 class Runner:
-    """Computes hidden states, and keeps the cache's memory.
+    """Computes hidden states and logits, and keeps the cache's memory.
 
     Args:
         weights: the trunk.
@@ -95,14 +112,21 @@ class Runner:
             stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
         )
 
-    def forward(self, batch: Batch | PairedBatch | FewBatch) -> Tensor:
-        """Hidden states [N, D] after the last layer, before the final norm."""
+    def compute(self, batch: Batch | PairedBatch | FewBatch, rows: Sequence[int]) -> States:
+        """A step of the trunk.
+
+        Args:
+            rows: of the batch, rising, whose logits are wanted.
+        """
+        if isinstance(batch, PairedBatch):
+            return self._compute_paired(batch, rows)
         if isinstance(batch, FewBatch):
             assert self._few is not None
-            return self._few.forward(batch)
-        if isinstance(batch, PairedBatch):
-            return self._forward_paired(batch)
-        return self._forward(batch)
+            hidden = self._few.forward(batch)
+        else:
+            hidden = self._forward(batch)
+        normed = self._normed(hidden)
+        return States(hidden, normed, self.logits(_picked(normed, rows)))
 
     @torch.inference_mode()
     def _forward(self, batch: Batch) -> Tensor:
@@ -112,7 +136,7 @@ class Runner:
         return x
 
     @torch.inference_mode()
-    def _forward_paired(self, batch: PairedBatch) -> Tensor:
+    def _compute_paired(self, batch: PairedBatch, rows: Sequence[int]) -> States:
         assert self._pair is not None
         ways = list(zip(batch.halves, self._pair, strict=True))
         x = [F.embedding(half.tokens, self._weights.embedding) for half in batch.halves]
@@ -123,12 +147,28 @@ class Runner:
                 if back is not None:
                     x[i] = x[i].add_(back.combine())
                 x[i], away[i] = self._begin_block(x[i], layer, self._cache[at], half, experts)
-        return torch.cat(
-            [one if back is None else one.add_(back.combine()) for one, back in zip(x, away, strict=True)]
-        )
+        cut = bisect_left(rows, len(x[0]))
+        wanted = rows[:cut], [row - len(x[0]) for row in rows[cut:]]
+        dtype = torch.promote_types(x[0].dtype, torch.float32)
+        logits = x[0].new_empty(len(rows), len(self._weights.head), dtype=dtype)
+        normed: list[Tensor] = []
+        for i, (back, out) in enumerate(zip(away, (logits[:cut], logits[cut:]), strict=True)):
+            if back is not None:
+                x[i] = x[i].add_(back.combine())
+            # The first half's head, while the experts of the second are at work.
+            normed.append(self._norm(x[i], self._weights.norm))
+            self._project(_picked(normed[i], wanted[i]), out)
+        return States(torch.cat(x), torch.cat(normed), logits)
 
-    def normed(self, hidden: Tensor) -> Tensor:
-        """The final norm: [N, D] to [N, D]."""
+    def _project(self, normed: Tensor, out: Tensor) -> None:
+        """Logits of normed states, where they belong."""
+        head = self._weights.head.t()
+        if out.dtype == head.dtype:
+            torch.mm(normed, head, out=out)
+        else:
+            out.copy_(normed @ head)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
         if self._few is not None and hidden.shape[0] <= MOST_ROWS:
             return self._few.normed(hidden)
         with torch.inference_mode():
@@ -170,7 +210,7 @@ class Runner:
 
     def logits(self, normed: Tensor) -> Tensor:
         """[N, D] to [N, V], at least float32."""
-        if self._few is not None and normed.shape[0] <= MOST_ROWS:
+        if self._few is not None and 0 < normed.shape[0] <= MOST_ROWS:
             return self._few.logits(normed)
         with torch.inference_mode():
             logits = F.linear(normed, self._weights.head)
@@ -243,6 +283,12 @@ class Runner:
         return torch.bmm(weights, keys[..., : self._latent]).view(-1, heads, self._latent)
 
 
+def _picked(states: Tensor, rows: Sequence[int]) -> Tensor:
+    if not rows or len(rows) == len(states):
+        return states[: len(rows)]
+    return states[on_device(states.device, list(rows))]
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of [N, D] in few operations: torch's own is made of a dozen on a CPU."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -262,4 +308,4 @@ def _turn_(x: Tensor, turns: Tensor) -> None:
         x.copy_(torch.view_as_real(turned).flatten(-2))
 
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "States"]

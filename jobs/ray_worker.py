@@ -16,6 +16,7 @@ from ray.train.torch import get_device
 from torch import Tensor
 
 from actors.coordinator_client import CoordinatorClient
+from actors.heap import settle_heap
 from actors.trunk_parameters import Reducer, SingleWorker
 from cluster.topology import RoutingTable
 from errors import RaymoeError, WorkersLost, gives_way
@@ -112,6 +113,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             mesh=_mesh(config, workers, device),
             device=device,
         )
+        settle_heap()
         try:
             made.worker.run()
         finally:

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import backend_registration
 
 import engine.batch
+import engine.runner
 from actors.staging import Outgoing, add_up
 from engine.batch import Stretch
 from engine.runner import Runner
@@ -166,13 +167,15 @@ def decoding_step(device: torch.device) -> None:
         Stretch(pages=[1], start=2, end=5, tokens=[1, 2, 3]),
     ]
     # Numbers that fake tensors know would really be moved.
-    engine.batch._on = lambda device, values: torch.zeros(np.shape(values), dtype=torch.int64, device=device)
+    for module in (engine.batch, engine.runner):
+        module.on_device = lambda device, values: torch.zeros(
+            np.shape(values), dtype=torch.int64, device=device
+        )
     for overlap_from in (None, 2):
         runner = Runner(weights, Away(), n_pages=4, page_size=16, overlap_from=overlap_from)
-        hidden = runner.forward(runner.batch(stretches))
-        normed = runner.normed(hidden)
-        there(hidden, normed, runner.logits(normed))
-        there(runner.draft(1, runner.draft_batch(stretches), normed, range(4)))
+        states = runner.compute(runner.batch(stretches), [0, 3])
+        there(states.hidden, states.normed, states.logits)
+        there(runner.draft(1, runner.draft_batch(stretches), states.normed, range(4)))
 
 
 CASES: dict[str, Callable[[torch.device], None]] = {

@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from actors.heap import settle_heap
 from actors.remote import listening_address
 from actors.tables import CoordinatorTables
 from errors import RaymoeError
@@ -79,6 +80,7 @@ class TrunkReplica:
         link.address = self._server.address
         await link.report(Standing(uses=member.version.epoch))
         loaded.set_result(self._replica)
+        settle_heap()
 
     async def hold(self, name: str) -> AsyncGenerator[str, None]:
         """A request of this name comes to this replica: gives its gRPC address, and lasts as long as that."""

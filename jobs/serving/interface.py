@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from actors.heap import settle_heap
 from jobs.api import build_api
 from jobs.api.backend import Backend
 from jobs.api.chat import ChatTemplate
@@ -92,6 +93,7 @@ class Interface(GrpcMethods):
         self._templates = Templates(self._backend, member.version.name)
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
+        settle_heap()
 
     @property
     def backend(self) -> Backend:
