@@ -21,12 +21,12 @@ from torch import Tensor
 
 from actors.endurance import SilentExperts
 from actors.lane import LaneCounters
+from actors.step_inputs import Microbatch, StepInputs
 from actors.steps import StepDecision, StepReport
 from actors.timeline import Timeline
 from actors.trunk_parameters import Reducer, SingleWorker, TrunkParameters
 from actors.turns import Turns
 from errors import Interrupted, RaymoeError, gives_way
-from model.balance_loss import BalanceWeights
 from model.experts import Experts
 from model.losses import Evaluation, Losses, evaluation_loss, training_loss
 from model.optimizer import value_dtype
@@ -58,42 +58,6 @@ class StepLane(Experts, Protocol):
     def abandon(self) -> None: ...
 
     def settle(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Microbatch:
-    """Rows that go through the model at once.
-
-    Attributes:
-        index: among all microbatches of the step, over all workers.
-        tokens: `[B, T + 1 + depth]` int64.
-        segments: `[B, T + 1 + depth]` int32, document of each token, -1 padding; None when every row
-            is one document.
-    """
-
-    index: int
-    tokens: Tensor
-    segments: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
-    """What one worker needs for one step.
-
-    Attributes:
-        n_targets, n_rows: of the global batch, so that gradients of all workers simply add up.
-        balance: weights of the balance losses at this step.
-        mtp_weight: λ at this step.
-        passes: microbatches of the worker that has most; where passes take all workers, each makes so many.
-    """
-
-    step: int
-    microbatches: tuple[Microbatch, ...]
-    n_targets: int
-    n_rows: int
-    balance: BalanceWeights
-    mtp_weight: float
-    passes: int = 0
 
 
 @dataclass(slots=True)
@@ -422,10 +386,6 @@ def _backward(loss: Tensor) -> None:
 
 __all__ = [
     "ExpertsInProcess",
-    "Microbatch",
-    "Reducer",
-    "SingleWorker",
-    "StepInputs",
     "StepLane",
     "TrunkWorker",
 ]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from jobs.config import RunConfig
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def compute_device(gpus: float, field: str) -> torch.device:
@@ -51,4 +58,19 @@ def check_dtype(name: str, *, on_gpus: bool) -> None:
         )
 
 
-__all__ = ["check_dtype", "compute_device", "computes_bfloat16"]
+def resolve_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype that is computed in, the same in every process."""
+    auto = "bfloat16" if config.on_gpus else "float32"
+    return _DTYPES[auto if config.training.dtype == "auto" else config.training.dtype]
+
+
+def worker_device(config: RunConfig) -> torch.device:
+    """What a worker computes on that is alone with its GPU; Ray Train says itself what its workers do.
+
+    Raises:
+        ResourceError: there is no such device.
+    """
+    return compute_device(config.training.gpus_per_worker, "training.gpus_per_worker")
+
+
+__all__ = ["check_dtype", "compute_device", "computes_bfloat16", "resolve_dtype", "worker_device"]

@@ -20,10 +20,12 @@ from actors.heap import settle_heap
 from actors.trunk_parameters import Reducer, SingleWorker
 from cluster.topology import RoutingTable
 from errors import RaymoeError, WorkersLost, gives_way
-from jobs.assembly import Start, assemble_worker, compute_threads, worker_device
+from jobs.beginning import Start, compute_threads
 from jobs.config import RunConfig
 from jobs.data import PreparedData
 from jobs.hosts import connector
+from jobs.precision import worker_device
+from jobs.worker_assembly import assemble_worker
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -23,7 +23,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.coordinator_client import CoordinatorClient
 from actors.timeline import FOLDER, merge
 from errors import CheckpointError, ConfigError, RaymoeError
-from jobs.assembly import Start, build_coordinator, build_host
+from jobs.assembly import build_coordinator, build_host
+from jobs.beginning import Start
 from jobs.checkpoint_store import CheckpointStore, find_checkpoint, read_state
 from jobs.config import RunConfig, TrainingConfig
 from jobs.config_file import write_config

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from actors.router import Router
+from actors.step_inputs import Microbatch, StepInputs
 from actors.steps import Resume, StepDecision, StepMetrics, StepReport
-from actors.trunk import Microbatch, StepInputs, TrunkWorker
+from actors.trunk import TrunkWorker
 from actors.trunk_parameters import Reducer, SingleWorker
 from actors.trunk_snapshots import TrunkSnapshots
 from cluster.topology import RoutingTable

@@ -21,12 +21,14 @@ from actors.training_steps import TrainingSteps
 from channels.base import Channel
 from channels.choose import connect
 from cluster.topology import HostInfo
-from jobs.assembly import Start, assemble_worker, build_coordinator, build_host
+from jobs.assembly import build_coordinator, build_host
+from jobs.beginning import Start
 from jobs.config import RunConfig
 from jobs.held_out import HeldOut
 from jobs.metrics import METRICS_FILE, read_metrics
 from jobs.packing import PackedCorpus, pack
 from jobs.presets import preset
+from jobs.worker_assembly import assemble_worker
 
 
 @dataclass(frozen=True, kw_only=True)

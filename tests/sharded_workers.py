@@ -31,10 +31,12 @@ from actors.serving import ExpertHostServer
 from channels.base import Channel, Phase, Request
 from cluster.topology import HostInfo
 from errors import ChannelError, WorkersLost
-from jobs.assembly import Start, assemble_worker, build_coordinator, build_host
+from jobs.assembly import build_coordinator, build_host
+from jobs.beginning import Start
 from jobs.config import RunConfig
 from jobs.hosts import connector
 from jobs.metrics import METRICS_FILE, read_metrics
+from jobs.worker_assembly import assemble_worker
 from protos import coordinator_pb2_grpc
 
 _PATIENCE = 60.0  # seconds for whatever has to come

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from errors import ConfigError, RaymoeError, ResourceError
-from jobs.assembly import resolve_dtype, worker_device
 from jobs.config import RunConfig
-from jobs.precision import compute_device
+from jobs.precision import compute_device, resolve_dtype, worker_device
 
 Step = Callable[[], float]
 """Does one step; the seconds it took."""

@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import torch
 
-from jobs.assembly import resolve_dtype, worker_device
 from jobs.bench.contenders import Contender, Step, finished, has_transformers, machine, on_device
 from jobs.bench.expert_lanes import expert_lanes
 from jobs.config import RunConfig
+from jobs.precision import resolve_dtype, worker_device
 
 TOKENS: Final = 64
 PROMPT: Final = 64

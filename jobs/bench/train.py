@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from jobs.assembly import worker_device
 from jobs.bench.contenders import Contender, has_transformers, machine, matmul, on_device
 from jobs.bench.training_steps import ours, transformers
 from jobs.config import RunConfig
+from jobs.precision import worker_device
 from jobs.presets import summary
 from model.config import ModelConfig
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.assembly import resolve_dtype, worker_device
 from jobs.bench.contenders import Step, finished, host_process, until_closed
 from jobs.config import RunConfig
+from jobs.precision import resolve_dtype, worker_device
 
 
 @contextmanager
@@ -26,10 +26,12 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
     Args:
         host_cores: that the hosts run on; all if there are none.
     """
-    from jobs.assembly import Start, assemble_worker, build_coordinator, compute_threads
+    from jobs.assembly import build_coordinator
+    from jobs.beginning import Start, compute_threads
     from jobs.data import PreparedData
     from jobs.held_out import HeldOut
     from jobs.hosts import connector
+    from jobs.worker_assembly import assemble_worker
 
     torch.set_num_threads(compute_threads(config))
     rows = _random_rows(config)
@@ -72,7 +74,8 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
 
 def _serve_host(values: dict[str, Any], index: int, pipe: Connection) -> None:
     from actors.serving import ExpertHostServer
-    from jobs.assembly import Start, build_host
+    from jobs.assembly import build_host
+    from jobs.beginning import Start
 
     if values["cores"]:
         os.sched_setaffinity(0, values["cores"])

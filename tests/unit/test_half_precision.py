@@ -11,7 +11,7 @@ from harness import Outcome, difference, text_corpus, tiny, train
 from torch import nn
 
 from errors import CheckpointError
-from jobs.assembly import Start
+from jobs.beginning import Start
 from jobs.checkpoint_store import find_checkpoint
 from jobs.config import RunConfig
 from model.causal_lm import CausalLM

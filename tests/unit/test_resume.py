@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import Outcome, difference, text_corpus, tiny, train
 
-from jobs.assembly import Start
+from jobs.beginning import Start
 from jobs.checkpoint_store import find_checkpoint, read_state
 from jobs.config import RunConfig
 

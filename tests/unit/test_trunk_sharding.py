@@ -14,7 +14,7 @@ from sharded_workers import Moment, Workers, train_sharded
 
 from channels.base import Phase
 from errors import ConfigError
-from jobs.assembly import Start
+from jobs.beginning import Start
 from jobs.checkpoint_store import find_checkpoint
 from jobs.config import RunConfig
 from model.shards import ShardReader
