@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+_FINEST = 4  # decimals of what Ray gives out
 
 ChannelKind = Literal["auto", "local", "shm", "collective", "grpc"]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
-Reserved = Annotated[float, Field(ge=0, le=65536)]
-GpuShare = Annotated[float, Field(ge=0, le=1)]
 Delay = Annotated[float, Field(ge=0, le=86400)]
-Amount = Annotated[float, Field(gt=0, le=65536)]
+
+
+def _given_out(value: float) -> float:
+    if round(value, _FINEST) != value:
+        raise ValueError(f"Ray gives no finer parts out than {10**-_FINEST:.{_FINEST}f}; round it")
+    return value
+
+
+Reserved = Annotated[float, Field(ge=0, le=65536), AfterValidator(_given_out)]
+GpuShare = Annotated[float, Field(ge=0, le=1), AfterValidator(_given_out)]
+Amount = Annotated[float, Field(gt=0, le=65536), AfterValidator(_given_out)]
 
 
 class AutoscalingSettings(BaseModel):

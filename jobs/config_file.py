@@ -60,6 +60,7 @@ def resumed_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     before = read_state(find_checkpoint(run)).config
     values = copy.deepcopy(before)
+    values["training"]["profile_steps"] = 0  # of the run as it was begun, not of going on with it
     for override in overrides:
         apply_override(values, override)
     config = RunConfig.from_dict(values)

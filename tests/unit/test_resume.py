@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from harness import Outcome, difference, text_corpus, tiny, train
 from jobs.beginning import Start
 from jobs.checkpoint_store import find_checkpoint, read_state
 from jobs.config import RunConfig
+from jobs.config_file import resumed_config
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 24, 12
@@ -48,6 +50,17 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, output = config(2, 1), tmp_path_factory.mktemp("stopped")
     train(run, text_corpus(run, TEXT), output, channel="shm", stop_after=STOP)
     return output
+
+
+def test_a_timeline_is_of_the_run_that_it_was_asked_for(stopped: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(stopped, output)
+    state = find_checkpoint(output) / "state.json"
+    values = json.loads(state.read_text())
+    values["config"]["training"]["profile_steps"] = 3
+    state.write_text(json.dumps(values))
+    assert resumed_config(output).training.profile_steps == 0
+    assert resumed_config(output, ["training.profile_steps=2"]).training.profile_steps == 2
 
 
 @pytest.mark.timeout(120)

@@ -72,6 +72,10 @@ def test_a_file_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
         ("trainin.steps=3", "trainin: unknown field; did you mean training?"),
         ("model.hiden_size=3", "model.hiden_size: unknown field; did you mean model.hidden_size?"),
         ("training.steps=0", "training.steps: 0 should be greater than or equal to 1"),
+        (
+            "cluster.gpus_per_host=1e-9",
+            "cluster.gpus_per_host: Ray gives no finer parts out than 0.0001; round it",
+        ),
         ("training.steps=true", "training.steps: True should be a valid integer"),
         (
             "training.dtype=fp16",
