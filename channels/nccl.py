@@ -8,11 +8,13 @@ Whoever waits for rows waits with a limit, and then ends the group: NCCL itself 
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Protocol
@@ -214,6 +216,29 @@ class DeviceEnd(End):
             raise ChannelTimeout(f"{self.caller} does not answer") from None
 
 
+_making = threading.Lock()
+_BLOCKING: Final = "TORCH_NCCL_BLOCKING_WAIT"
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """A group that is made in here raises from `wait` what has failed.
+
+    Others hear nothing of it there, and their watchdog ends the whole process; torch has no other way to say
+    which is wanted.
+    """
+    with _making:
+        before = os.environ.get(_BLOCKING)
+        os.environ[_BLOCKING] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_BLOCKING]
+            else:
+                os.environ[_BLOCKING] = before
+
+
 class _Nccl:
     """See `Group`."""
 
@@ -235,7 +260,8 @@ class _Nccl:
         options = _dist.ProcessGroupNCCL.Options()
         # NCCL's watchdog ends the process when one passes; a request may wait for its host for long.
         options._timeout = _PATIENCE
-        self._group = _dist.ProcessGroupNCCL(_dist.PrefixStore(name, meeting), rank, 2, options)
+        with _raising():
+            self._group = _dist.ProcessGroupNCCL(_dist.PrefixStore(name, meeting), rank, 2, options)
 
     def send(self, tensor: Tensor) -> Any:
         return self._group.send([tensor], self._peer, 0)
@@ -250,7 +276,7 @@ class _Nccl:
                 self.end()
                 raise TimeoutError
             time.sleep(_LOOK)
-        work.wait()  # what is queued from here on finds the rows
+        work.wait()  # what is queued from here on finds the rows; raises if it was completed by a failure
 
     def end(self) -> None:
         self._group.abort()

@@ -92,6 +92,9 @@ class InOneKernel:
     def add_outer(self, total: Tensor, left: Tensor, right: Tensor, lock: Lock) -> None:
         """See `Groups.add_outer`."""
         product = F.grouped_mm(left.t(), right, offs=self.ends)
+        # Some kernels write nothing for a group without rows: what is there may be no number.
+        empty = torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0
+        product.masked_fill_(empty[:, None, None], 0)
         with lock:
             total += product
 
