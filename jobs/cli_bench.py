@@ -130,6 +130,9 @@ def bench_channel(
 def bench_overlap(
     channel: Annotated[str, typer.Option(help="As cluster.channel: auto, shm, collective or grpc.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 4,
+    sequences: Annotated[
+        int, typer.Option(min=32, max=65536, help="Sequences that are decoded at a time.")
+    ] = 2048,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -138,7 +141,7 @@ def bench_overlap(
     def compute() -> Result:
         from jobs.bench import bench_overlap as run
 
-        return run(channel=channel, rounds=rounds)
+        return run(channel=channel, rounds=rounds, sequences=sequences)
 
     finish(compute, as_json=as_json)
 

@@ -11,13 +11,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Final
 
 import psutil
 import torch
 
+from actors.heap import settle_heap
 from errors import ConfigError, ResourceError
 from jobs.bench.contenders import Build, Contender, Step
 from jobs.config import RunConfig
@@ -27,18 +28,18 @@ from jobs.presets import bench_20m
 CHANNELS: Final = ("auto", "shm", "collective", "grpc")
 _HOSTS: Final = 2
 _WIDTH: Final = 256  # of an expert: twice that of bench-20m, so that experts weigh about as much as the trunk
-_SEQUENCES: Final = 1024
 _PROMPT: Final = 8
 _TOKENS: Final = 8
 _OVERLAP_FROM: Final = 32
 
 
-def bench_overlap(*, channel: str, rounds: int) -> dict[str, Any]:
-    """Time training steps and decoding of `_SEQUENCES` sequences, with overlap and without.
+def bench_overlap(*, channel: str, rounds: int, sequences: int = 2048) -> dict[str, Any]:
+    """Time training steps and decoding, with overlap and without.
 
     Args:
         channel: as `cluster.channel`.
         rounds: turns of each contender.
+        sequences: that are decoded at a time.
 
     Returns:
         For training and for decode: seconds of a step with overlap and without, their ratio, and how much
@@ -57,27 +58,30 @@ def bench_overlap(*, channel: str, rounds: int) -> dict[str, Any]:
     _cores()
     load = os.getloadavg()[0]
     turns: dict[str, list[float]] = {}
+    works: dict[str, Callable[..., AbstractContextManager[Step]]] = {
+        "training": training,
+        "decode": partial(decode, sequences=sequences),
+    }
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
-        for work, build in (("training", training), ("decode", decode)):
-            for name, options in (
-                ("off", {"overlap": False}),
-                ("on", {"overlap": True}),
-                ("weight", {"overlap": False, "weigh": True}),
-            ):
-                made: Build = partial(build, **options)  # type: ignore[arg-type]  # no RunConfig is in them
+        for work, build in works.items():
+            for name, overlap in (("off", False), ("on", True)):
+                made: Build = partial(build, overlap=overlap)
                 contenders[f"{work}_{name}"] = stack.enter_context(Contender(f"{work} {name}", made, config))
         for contender in contenders.values():
             contender.steps(2)
         for _ in range(rounds):
             for name, contender in contenders.items():
                 turns.setdefault(name, []).append(statistics.median(contender.steps(2)))
+    for work, build in works.items():
+        with Contender(f"{work} weight", partial(build, overlap=False, weigh=True), config) as contender:
+            turns[f"{work}_weight"] = contender.steps(3)[1:]
     return {
         **{work: _figures(turns, work) for work in ("training", "decode")},
         "channel": channel,
         "rounds": rounds,
         "hosts": _HOSTS,
-        "sequences": _SEQUENCES,
+        "sequences": sequences,
         "load_before": load,
     }
 
@@ -127,7 +131,7 @@ def training(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterat
 
 
 @contextmanager
-def decode(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterator[Step]:
+def decode(config: RunConfig, *, sequences: int, overlap: bool, weigh: bool = False) -> Iterator[Step]:
     """Decoding; without overlap a step is not halved."""
     from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
     from jobs.bench.expert_lanes import expert_lanes
@@ -141,14 +145,15 @@ def decode(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterator
     trunk = Transformer(model).eval()
     trunk.load_state_dict(RandomSource(model, seed).trunk())
     settings = EngineSettings(
-        cache_tokens=_SEQUENCES * 2 * (_PROMPT + _TOKENS),
+        cache_tokens=sequences * 2 * (_PROMPT + _TOKENS),
         prefix_caching=False,
-        max_batch_tokens=_SEQUENCES * _PROMPT,
-        max_sequences=_SEQUENCES,
+        max_batch_tokens=sequences * _PROMPT,
+        max_sequences=sequences,
         overlap_from=_OVERLAP_FROM if overlap else None,
     )
     with expert_lanes(model, config.cluster, seed=seed, cores=theirs) as lanes:
         engine = Engine(TrunkWeights.of(trunk), lanes, settings, on_step=lanes.begin)
+        settle_heap()  # as replicas do
         params = SamplingParams(max_tokens=_TOKENS + 1, temperature=0.0)
         generator = torch.Generator().manual_seed(seed)
 
@@ -158,7 +163,7 @@ def decode(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterator
 
         def step() -> float:
             """`_TOKENS` tokens for each sequence; reading the prompts does not count."""
-            prompts = torch.randint(model.vocab_size, (_SEQUENCES, _PROMPT), generator=generator)
+            prompts = torch.randint(model.vocab_size, (sequences, _PROMPT), generator=generator)
             for index, tokens in enumerate(prompts.tolist()):
                 engine.add(str(index), tokens, params)
             engine.step()

@@ -36,7 +36,9 @@ def test_a_channel_within_a_process_is_refused() -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="trunk and hosts take a core each")
 @pytest.mark.parametrize(
-    ("work", "weigh"), [(overlap.training, True), (overlap.decode, False)], ids=["training", "decode"]
+    ("work", "weigh"),
+    [(overlap.training, True), (partial(overlap.decode, sequences=64), False)],
+    ids=["training", "decode"],
 )
 def test_overlap(work: Build, weigh: bool) -> None:
     build: Build = partial(work, overlap=True, weigh=weigh)
