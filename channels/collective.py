@@ -186,17 +186,19 @@ class CollectiveServer(AcceptingServer[End]):
                 f"{tls.VARIABLE} is set, and the collective channel is not encrypted; use grpc"
             )
         self._handler, self._end = handler, end or End
-        self._host, _, port = bind.rpartition(":")
+        host, _, port = bind.rpartition(":")
+        bare = host.strip("[]")  # which an address of IPv6 has
+        family = socket.AF_INET6 if ":" in bare else socket.AF_INET
         try:
-            listener = socket.create_server((self._host, int(port)), backlog=BACKLOG)
+            listener = socket.create_server((bare, int(port)), family=family, backlog=BACKLOG)
         except OSError as error:
             raise ChannelError(f"collective cannot listen at {bind}: {error}") from error
-        super().__init__(listener, f"{kind}:{self._host}:{listener.getsockname()[1]}")
+        super().__init__(listener, f"{kind}:{host}:{listener.getsockname()[1]}")
         self.start()
 
     def _begin(self, connection: socket.socket) -> End:
-        peer = str(connection.getpeername())
-        return self._end(connection, _HOST, peer=peer, interface=self._host, timeout=_FORMING)
+        peer, interface = str(connection.getpeername()), connection.getsockname()[0]
+        return self._end(connection, _HOST, peer=peer, interface=interface, timeout=_FORMING)
 
     def _talk(self, found: End) -> None:
         while True:
@@ -237,7 +239,7 @@ def connect(address: str, *, timeout: float = 30.0, end: EndMaker | None = None,
     host, _, port = address.removeprefix(f"{kind}:").rpartition(":")
     deadline = time.monotonic() + timeout
     try:
-        connection = socket.create_connection((host, int(port)), timeout)
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout)
     except TimeoutError as error:
         raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
     except OSError as error:

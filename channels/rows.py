@@ -31,7 +31,8 @@ _AHEAD: Final = 2
 """Payloads that are asked for in advance."""
 _MAX_ROOM: Final = 1 << 23
 """Bytes asked for at a time, at most: a connection holds twice as much for each large tensor of a payload."""
-_PATIENCE: Final = timedelta(days=1)  # of the group; waits have limits of their own
+_ATTEMPTS: Final = 5
+"""That gloo makes to connect a group, with a group's time limit for each."""
 _LATE: Final = 5.0
 """Seconds that a payload takes after its header at most, and one more for every"""
 _SLOWEST: Final = 1e7
@@ -54,10 +55,10 @@ class Rows:
     def __init__(self, line: Line, rank: int, peer: str, interface: str, timeout: float) -> None:
         self._peer, self._name = 1 - rank, peer
         options = _dist.ProcessGroupGloo._Options()
-        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=interface)]
-        options._timeout = _PATIENCE
+        options._timeout = timedelta(seconds=timeout / _ATTEMPTS)  # waits for rows have limits of their own
         meeting = Meeting(line, time.monotonic() + timeout)
         try:
+            options._devices = [_dist.ProcessGroupGloo.create_device(hostname=interface)]
             self._group = _dist.ProcessGroupGloo(meeting, rank, 2, options)
         except RuntimeError as error:
             raise ChannelError(f"no process group with {peer}: {_first_line(error)}") from None

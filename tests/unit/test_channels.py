@@ -271,6 +271,19 @@ def test_memory_of_a_collective_channel_is_used_again() -> None:
     server.close()
 
 
+@pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::1]:0"])
+def test_a_collective_channel_talks_over_the_interface_that_it_came_by(bind: str) -> None:
+    try:
+        server = collective.serve(handle, bind=bind)
+    except ChannelError as error:
+        pytest.skip(f"{error}")  # a machine without IPv6
+    channel = choose.connect(server.address.replace("0.0.0.0", "127.0.0.1"))
+    given = torch.randn(300, 256)
+    assert torch.equal(channel.submit(request(given)).result(30)[1], given * 2)
+    channel.close()
+    server.close()
+
+
 def test_a_group_is_not_told_more_than_it_takes() -> None:
     server = collective.serve(handle)
     host, _, port = server.address.removeprefix("collective:").rpartition(":")
