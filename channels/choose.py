@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Final
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from channels.base import Channel
 from channels.locality import machine_id, process_id
 from errors import ChannelError, ConfigError
+
+_log = logging.getLogger(__name__)
 
 KINDS: Final = ("local", "shm", "collective", "grpc")
 # What each is made of, from the nearest on: with a GPU at both ends, rows need not leave it. Rows between
@@ -91,8 +93,10 @@ def reach(kind: str, addresses: Mapping[str, str], *, timeout: float, device: to
     for address in others:
         if not address.startswith(_BETWEEN_GPUS):
             return connect(address, timeout=timeout)
-        with suppress(ChannelError):
+        try:
             return connect(address, timeout=min(_FORMING, timeout), device=device)
+        except ChannelError as error:
+            _log.warning("%s; another way is taken", error)
     return connect(last, timeout=timeout, device=device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ from errors import ChannelError, ProtocolError, ResourceError
 
 _NOTE: Final = struct.Struct("<IQHHH")
 """Segment, its capacity if it is new, bytes of its handle, segments done with, tensors."""
+_FORMING: Final = 30.0
+"""Seconds that a host gives a caller to greet it."""
+_TRIAL: Final = 1 << 16  # bytes of a segment that nothing is sent in
 
 
 class _OnDevice(NamedTuple):
@@ -69,6 +73,33 @@ class End:
         self._pool = DevicePool(memory)
         self._open: dict[int, DeviceSegment] = {}  # the peer's
         self._done: deque[int] = deque()  # of these, with which ones this end is done
+        self._tried: DeviceSegment | None = None
+
+    def greet(self, *, first: bool, deadline: float | None = None) -> None:
+        """Find out whether each end can open what the other makes: drivers and containers may not let it.
+
+        Args:
+            first: whether this end begins.
+
+        Raises:
+            ChannelTimeout: the deadline passed.
+            ChannelError: it cannot.
+        """
+        try:
+            if first:
+                self._offer()
+            packet = self.bell.receive(deadline)
+            if not packet.note:
+                raise ProtocolError("a message ahead of the segment to try")
+            self.memory.open(packet.text, _TRIAL)
+            if not first:
+                self._offer()
+        except (ProtocolError, ResourceError) as error:
+            raise ChannelError(f"{self.caller}: processes cannot share the GPU's memory: {error}") from None
+
+    def _offer(self) -> None:
+        self._tried, handle = self.memory.make(_TRIAL)  # which is there for as long as the peer may open it
+        self.bell.note(handle)
 
     def send(self, text: Callable[[Layout], bytes], tensors: Sequence[Tensor]) -> Segments:
         """Send a message; which segments it took.
@@ -178,6 +209,7 @@ class End:
         self.bell.close()
         self._pool.clear()
         self._open.clear()
+        self._tried = None
 
 
 @contextmanager
@@ -241,7 +273,13 @@ class CudaServer(AcceptingServer[End]):
         self.start()
 
     def _begin(self, connection: socket.socket) -> End:
-        return End(Doorbell(connection), self._memory)
+        end = End(Doorbell(connection), self._memory)
+        try:
+            end.greet(first=False, deadline=time.monotonic() + _FORMING)
+        except BaseException:
+            end.close()
+            raise
+        return end
 
     def _talk(self, found: End) -> None:
         while True:
@@ -297,12 +335,15 @@ def open_channel(address: str, memory: DeviceMemory, here: str, *, timeout: floa
     there, _, name = address.removeprefix("cuda:").partition("/")
     if there != here:
         raise ChannelError(f"{address} is on another GPU than this process ({here}); use auto")
+    deadline = time.monotonic() + timeout
     connection = dial(name, address, timeout)
     try:
-        return CudaChannel(address, End(Doorbell(connection), memory))
+        end = End(Doorbell(connection), memory)
+        end.greet(first=True, deadline=deadline)
     except BaseException:
         connection.close()
         raise
+    return CudaChannel(address, end)
 
 
 __all__ = ["CudaChannel", "CudaServer", "connect", "gpu_place", "open_channel", "serve"]

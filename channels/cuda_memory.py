@@ -41,8 +41,8 @@ class CudaMemory:
                     event.record()  # a handle is of an event that has been recorded
                 shared: Any = memory.untyped_storage()
                 told = [*shared._share_cuda_(), *(bytes(event.ipc_handle()) for event in events)]
-        except torch.cuda.OutOfMemoryError as error:
-            raise ResourceError(f"no {capacity} bytes of the GPU's memory: {error}") from None
+        except RuntimeError as error:  # it is full, or the driver shares none
+            raise ResourceError(f"no {capacity} bytes of the GPU's memory to share: {error}") from None
         return _Segment(memory, *events), packed(told)
 
     def open(self, handle: bytes, capacity: int) -> DeviceSegment:

@@ -53,7 +53,7 @@ class DeviceMemory(Protocol):
         """A segment, and what another process opens it with.
 
         Raises:
-            ResourceError: the device gives no memory.
+            ResourceError: the device gives no memory, or none that can be shared.
         """
         ...
 

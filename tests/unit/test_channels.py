@@ -20,8 +20,17 @@ from device_memory import PretendedMemory
 from channels import choose, collective, cuda, grpc, local, shm
 from channels import header as headers
 from channels.base import Channel, Phase, Request, RequestId, Server
+from channels.device_memory import DeviceSegment
 from channels.line import Head, Line
-from errors import ChannelError, ChannelTimeout, ConfigError, ProtocolError, RemoteError, StaleEpoch
+from errors import (
+    ChannelError,
+    ChannelTimeout,
+    ConfigError,
+    ProtocolError,
+    RemoteError,
+    ResourceError,
+    StaleEpoch,
+)
 
 SERVE: dict[str, Callable[[Any], Server]] = {
     "local": local.serve,
@@ -281,6 +290,34 @@ def test_a_collective_channel_talks_over_the_interface_that_it_came_by(bind: str
     given = torch.randn(300, 256)
     assert torch.equal(channel.submit(request(given)).result(30)[1], given * 2)
     channel.close()
+    server.close()
+
+
+class Unopened(PretendedMemory):
+    def open(self, handle: bytes, capacity: int) -> DeviceSegment:
+        raise ProtocolError("the peer's device memory cannot be opened: invalid device context")
+
+
+class Unmade(PretendedMemory):
+    def make(self, capacity: int) -> tuple[DeviceSegment, bytes]:
+        raise ResourceError("no memory to share: operation not supported")
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (Unopened(), PretendedMemory()),
+        (Unmade(), PretendedMemory()),
+        (PretendedMemory(), Unopened()),
+        (PretendedMemory(), Unmade()),
+    ],
+)
+def test_a_gpu_whose_memory_cannot_be_shared_is_found_out_when_the_channel_opens(
+    there: PretendedMemory, here: PretendedMemory
+) -> None:
+    server = cuda.CudaServer(handle, there, "here")
+    with pytest.raises(ChannelError):
+        cuda.open_channel(server.address, here, "here", timeout=30)
     server.close()
 
 
