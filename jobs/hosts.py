@@ -50,11 +50,16 @@ def on_loopback(cluster: ClusterConfig) -> ClusterConfig:
 
 
 def check_transport(cluster: ClusterConfig) -> None:
-    """See before anything starts that certificates can be read, and that the channel goes with them.
+    """See before anything starts that the channel reaches hosts, and goes with the certificates, if any.
 
     Raises:
-        ConfigError: they cannot, or it does not.
+        ConfigError: it does not, or they cannot be read.
     """
+    if cluster.channel == "local" and cluster.expert_hosts:
+        raise ConfigError(
+            "cluster.channel: local stays within a process, and expert hosts have their own; use auto, or set "
+            "cluster.expert_hosts to 0"
+        )
     folder = tls.directory()
     if folder is None:
         return

@@ -155,7 +155,8 @@ def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) 
     """Where the run begins, and the tokenizer that goes with its weights."""
     name = uuid.uuid4().hex[:12]
     store = CheckpointStore(output / "checkpoints")
-    if not resume and ((output / METRICS_FILE).exists() or store.complete()):
+    metrics = output / METRICS_FILE
+    if not resume and (store.complete() or (metrics.exists() and metrics.stat().st_size)):
         raise ConfigError(f"{output} holds a run already; use --resume {output}, or another --output")
     if resume:
         if output.parent.name == "checkpoints":

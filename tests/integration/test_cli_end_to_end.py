@@ -170,6 +170,11 @@ BAD = {
         1,
         "cluster.gpus_per_host (1)",
     ),
+    "channel": (
+        {"cluster__expert_hosts": 1, "cluster__channel": "local"},
+        2,
+        "cluster.channel: local stays within a process",
+    ),
     "worker without GPU": ({"training__gpus_per_worker": 0.5}, 1, "0 GPUs free, and 0.5 are asked for"),
 }
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 from harness import Outcome, difference, text_corpus, tiny, train
 
+from errors import ConfigError
 from jobs.beginning import Start
 from jobs.checkpoint_store import find_checkpoint, read_state
 from jobs.config import RunConfig
 from jobs.config_file import resumed_config
+from jobs.metrics import METRICS_FILE
+from jobs.train import _start
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 24, 12
@@ -50,6 +53,15 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, output = config(2, 1), tmp_path_factory.mktemp("stopped")
     train(run, text_corpus(run, TEXT), output, channel="shm", stop_after=STOP)
     return output
+
+
+def test_a_run_that_failed_before_its_first_step_is_none(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).touch()
+    begin, _ = _start(config(2, 1), tmp_path, resume=False, init=None)
+    assert begin.step == 0
+    (tmp_path / METRICS_FILE).write_text("{}\n")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        _start(config(2, 1), tmp_path, resume=False, init=None)
 
 
 def test_a_timeline_is_of_the_run_that_it_was_asked_for(stopped: Path, tmp_path: Path) -> None:
