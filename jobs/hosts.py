@@ -57,8 +57,8 @@ def check_transport(cluster: ClusterConfig) -> None:
     """
     if cluster.channel == "local" and cluster.expert_hosts:
         raise ConfigError(
-            "cluster.channel: local stays within a process, and expert hosts have their own; use auto, or set "
-            "cluster.expert_hosts to 0"
+            "cluster.channel: local stays within a process, and expert hosts have their own; use auto, or "
+            "set cluster.expert_hosts to 0"
         )
     folder = tls.directory()
     if folder is None:
