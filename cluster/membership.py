@@ -127,7 +127,7 @@ class Membership:
         self._known.add(info.id)
         stage = Stage.LEAVING if info.id in self.retiring else Stage.JOINING
         self.members[info.id] = Member(info, stage, now)
-        self.note(now, "joined", f"expert host {info.id} on node {info.node or '?'}, process {info.pid}")
+        self.note(now, "joined", f"expert host {info.id} on node {info.node[:8] or '?'}, process {info.pid}")
         self._retire_surplus()
 
     def saw(self, id: str, now: float) -> None:
