@@ -55,8 +55,12 @@ class PretendedMemory:
         return Segment(_map(path, capacity)), path.encode()
 
     def open(self, handle: bytes, capacity: int) -> DeviceSegment:
-        path = handle.decode()
-        if not path.startswith(tempfile.gettempdir()) or os.path.getsize(path) != capacity + 1:
+        path = handle.decode(errors="replace")
+        if (
+            "\0" in path
+            or not path.startswith(tempfile.gettempdir())
+            or os.path.getsize(path) != capacity + 1
+        ):
             raise ProtocolError(f"no segment {path} of {capacity} bytes")
         segment = Segment(_map(path, capacity))
         os.unlink(path)

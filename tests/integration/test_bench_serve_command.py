@@ -77,7 +77,8 @@ def test_a_load_of_mixed_requests_is_measured(directory: Path) -> None:
     assert not alive
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_load_leaves_no_process(directory: Path, number: signal.Signals) -> None:
     process = start("--checkpoint", directory, "--rate", 5, "--duration", 600)
     family = wait_for_workers(process)

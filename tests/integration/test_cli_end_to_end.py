@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -38,16 +37,6 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text in several documents."""
-    folder = tmp_path_factory.mktemp("corpus")
-    text = Path(argparse.__file__).read_text(encoding="utf-8")
-    for i, start in enumerate(range(0, len(text), 8000)):
-        (folder / f"{i:02}.txt").write_text(text[start : start + 8000], encoding="utf-8")
-    return folder
 
 
 def invoke(*arguments: str | Path, **settings: Any) -> Result:

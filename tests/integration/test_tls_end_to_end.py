@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from serving import PROMPT, running, save_model, tiny_model, tiny_tokenizer
-from test_train import finish, start
+from training import finish, start
 
 from channels import tls
 from jobs.certs import make_certificates

@@ -5,7 +5,6 @@ The figures that these tests print are in docs/operations.md.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
@@ -18,14 +17,13 @@ from statistics import median
 
 import psutil
 import pytest
-from test_train import assert_gone, family, finish, start
+from training import STEPS, assert_gone, family, finish, losses, start
 
 from actors.coordinator_client import AdminClient
 from jobs.metrics import METRICS_FILE, read_metrics
 from model.shards import ShardReader
 
 pytestmark = pytest.mark.timeout(600)
-STEPS = 60
 HOST, WORKER, COORDINATOR = "_ExpertHostProcess", "RayTrainWorker", "_CoordinatorProcess"
 SETTINGS = {
     "training__steps": STEPS,
@@ -34,24 +32,6 @@ SETTINGS = {
     "cluster__snapshot_interval": 5,
     "cluster__dead_after": 2.0,
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text in several documents."""
-    folder = tmp_path_factory.mktemp("corpus")
-    text = Path(argparse.__file__).read_text(encoding="utf-8")
-    for i, begin in enumerate(range(0, len(text), 8000)):
-        (folder / f"{i:02}.txt").write_text(text[begin : begin + 8000], encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that nothing disturbs."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    finish(start(corpus, output, **SETTINGS))
-    return output
 
 
 class Run:
@@ -136,12 +116,6 @@ def _title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def losses(output: Path) -> list[float]:
-    lines = read_metrics(output / METRICS_FILE)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [line["main_loss"] for line in lines]
 
 
 def apart(one: Path, other: Path) -> float:

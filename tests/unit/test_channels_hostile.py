@@ -57,11 +57,14 @@ def server() -> Iterator[Server]:
     opened.close()
 
 
-def refused(server: Server, packet: bytes, descriptors: list[int]) -> bool:
-    """Send one packet by hand: whether the server hangs up."""
+def refused(server: Server, packet: bytes, descriptors: list[int], *, greeting: bytes = b"") -> bool:
+    """Send one packet by hand, after a greeting that is answered: whether the server hangs up."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
         peer.settimeout(30)
         peer.connect("\0" + server.address.rpartition("/")[2])
+        if greeting:
+            peer.send(greeting)
+            assert peer.recv(1 << 16)
         rights = (
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         )
@@ -313,11 +316,14 @@ def note(
         ),
     ],
 )
-def test_notes_that_lie(text: bytes) -> None:
+@pytest.mark.parametrize("greets", [True, False])
+def test_notes_that_lie(text: bytes, greets: bool) -> None:
     opened = cuda.CudaServer(echo, PretendedMemory(), "here")
     good = cuda.open_channel(opened.address, PretendedMemory(), "here")
+    begin = HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0)
+    greeting = begin + PretendedMemory().make(cuda._TRIAL)[1] if greets else b""
     try:
-        assert refused(opened, HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0) + text, [])
+        assert refused(opened, begin + text, [], greeting=greeting)
         (reply,) = good.submit(Request(NAME, (torch.ones(3),))).result(30)
         assert torch.equal(reply, torch.ones(3))
     finally:
