@@ -29,7 +29,7 @@ $(STAMP): $(BASE)
 	touch $@
 
 demo: $(BASE)
-	$(BIN)/python -m jobs.demo
+	$(BIN)/python -m jobs.tools.demo
 
 lint: setup
 	$(BIN)/ruff check .

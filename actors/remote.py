@@ -14,15 +14,15 @@ import grpc
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.control_server import ControlServer
-from actors.coordinator import Coordinator
-from actors.coordinator_servicer import AdminServicer, CoordinatorServicer
-from actors.expert_host import ExpertHost
-from actors.gate_router import GateRouter
-from actors.heap import settle_heap
-from actors.servicers import RouterServicer
-from actors.serving import ExpertHostServer
-from channels import tls
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.servicer import AdminServicer, CoordinatorServicer
+from actors.host.expert_host import ExpertHost
+from actors.host.host_server import ExpertHostServer
+from actors.process_heap import settle_heap
+from actors.router.gate_router import GateRouter
+from actors.router.gate_servicer import RouterServicer
+from actors.rpc.control_server import ControlServer
+from channels.grpc import tls
 from cluster.topology import HostInfo
 from errors import RaymoeError, ResourceError
 from protos import admin_pb2_grpc, coordinator_pb2_grpc, router_pb2_grpc

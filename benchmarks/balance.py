@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.config import RunConfig
+from jobs.config.presets import preset
+from jobs.config.run_config import RunConfig
 from jobs.console import Progress
-from jobs.documents import find_files
-from jobs.metrics import METRICS_FILE, read_metrics
-from jobs.presets import preset
-from jobs.tokenizer import save_tokenizer, train_tokenizer
-from jobs.train import train
-from model.checkpoint import RandomSource, write_index, write_model_config, write_shard
+from jobs.data.documents import find_files
+from jobs.data.tokenizer import save_tokenizer, train_tokenizer
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.train import train
+from model.checkpoints.pretrained import RandomSource, write_index, write_model_config, write_shard
 
 STRATEGIES = ("none", "auxiliary", "bias")
 _SKEW = 6.0

@@ -47,23 +47,23 @@ def connect(address: str, *, timeout: float = 30.0, device: torch.device | None 
 
         return local.connect(address, timeout=timeout)
     if kind == "shm":
-        import channels.shm as shm
+        import channels.shm.channel as shm
 
         return shm.connect(address, timeout=timeout)
     if kind == "grpc":
-        import channels.grpc as grpc
+        import channels.grpc.channel as grpc
 
         return grpc.connect(address, timeout=timeout)
     if kind == "collective":
-        import channels.collective as collective
+        import channels.collective.channel as collective
 
         return collective.connect(address, timeout=timeout)
     if kind == "cuda":
-        import channels.cuda as cuda
+        import channels.cuda.channel as cuda
 
         return cuda.connect(address, timeout=timeout, device=device)
     if kind == "nccl":
-        import channels.nccl as nccl
+        import channels.collective.nccl as nccl
 
         return nccl.connect(address, timeout=timeout, device=device)
     raise ConfigError(
@@ -86,7 +86,7 @@ def reach(kind: str, addresses: Mapping[str, str], *, timeout: float, device: to
     """
     gpu = None
     if device.type == "cuda":
-        from channels.cuda import gpu_place
+        from channels.cuda.channel import gpu_place
 
         gpu = gpu_place(device)
     *others, last = ways(kind, addresses, gpu=gpu)
@@ -114,7 +114,7 @@ def ways(
     within a machine, else grpc. The two flags are read from the addresses unless they are given.
 
     Args:
-        gpu: that the caller computes on, as `channels.cuda.gpu_place` names it; None for a CPU.
+        gpu: that the caller computes on, as `channels.cuda.channel.gpu_place` names it; None for a CPU.
 
     Raises:
         ConfigError: `kind` is unknown.

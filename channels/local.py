@@ -11,8 +11,8 @@ from typing import Final
 
 import torch
 
-from channels import header as headers
 from channels.base import Channel, Handler, Request
+from channels.framing import header as headers
 from channels.locality import process_id
 from errors import ChannelError, RemoteError
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from helm.values import Value
-from jobs.config import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.serving.config import ServeConfig
 
 Schema = dict[str, Any]

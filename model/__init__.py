@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from model.config import BalanceConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from model.checkpoint import load_pretrained, save_pretrained
+    from model.checkpoints.pretrained import load_pretrained, save_pretrained
 
 
 def __getattr__(name: str) -> Any:
     """Checkpoints on first use: who wants only a configuration need not wait for torch."""
     if name in ("load_pretrained", "save_pretrained"):
-        from model import checkpoint
+        from model.checkpoints import pretrained as checkpoint
 
         return getattr(checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from model.experts import LocalExperts
 from model.transformer import Transformer
 
 if TYPE_CHECKING:
-    from model.sources import WeightSource
+    from model.checkpoints.sources import WeightSource
 
 
 class CausalLM(nn.Module):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from errors import ConfigError
-from model.schedule import Schedule
+from model.optimizers.schedule import Schedule
 
 _LARGEST = (1 << 31) - 1
 Size = Annotated[int, Field(ge=1, le=_LARGEST)]

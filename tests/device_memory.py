@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from channels.device_memory import DeviceSegment
+from channels.cuda.device_memory import DeviceSegment
 from errors import ProtocolError
 
 _READ, _WRITING, _WRITTEN, _READING = range(4)

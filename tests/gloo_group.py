@@ -12,15 +12,16 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from channels import collective, nccl
 from channels.base import Channel, Server
-from channels.meeting import Meeting
+from channels.collective import channel as collective
+from channels.collective import nccl
+from channels.collective.rendezvous import Meeting
 
 _dist: Any = torch.distributed
 
 
 class GlooGroup:
-    """See `channels.nccl.Group`."""
+    """See `channels.collective.nccl.Group`."""
 
     device = torch.device("cpu")
 
@@ -51,12 +52,12 @@ _end: Any = partial(nccl.DeviceEnd, make=GlooGroup)
 
 
 def serve(handler: Callable[..., Any]) -> Server:
-    """As `channels.nccl.serve`."""
+    """As `channels.collective.nccl.serve`."""
     return collective.CollectiveServer(handler, end=_end, kind="nccl")
 
 
 def connect(address: str, *, timeout: float = 30.0) -> Channel:
-    """As `channels.nccl.connect`."""
+    """As `channels.collective.nccl.connect`."""
     return collective.connect(address, timeout=timeout, end=_end, kind="nccl")
 
 

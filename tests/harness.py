@@ -16,24 +16,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from actors.expert_host import ExpertHost
-from actors.training_steps import TrainingSteps
+from actors.coordinator.training_steps import TrainingSteps
+from actors.host.expert_host import ExpertHost
 from channels.base import Channel
 from channels.choose import connect
 from cluster.topology import HostInfo
-from jobs.assembly import build_coordinator, build_host
-from jobs.beginning import Start
-from jobs.config import RunConfig
-from jobs.held_out import HeldOut
-from jobs.metrics import METRICS_FILE, read_metrics
-from jobs.packing import PackedCorpus, pack
-from jobs.presets import preset
-from jobs.worker_assembly import assemble_worker
+from jobs.config.presets import preset
+from jobs.config.run_config import RunConfig
+from jobs.data.held_out import HeldOut
+from jobs.data.packing import PackedCorpus, pack
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.run_assembly import build_coordinator, build_host
+from jobs.training.run_start import Start
+from jobs.training.worker_assembly import assemble_worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Stands for `jobs.data.PreparedData`: packed rows, made without Ray."""
+    """Stands for `jobs.data.corpus.PreparedData`: packed rows, made without Ray."""
 
     train: PackedCorpus
     held_out: HeldOut
@@ -124,7 +124,10 @@ class _OfRank:
 @contextmanager
 def serving(host: ExpertHost, channel: str) -> Iterator[HostInfo]:
     """A host behind a real server of one kind of channel."""
-    from channels import collective, grpc, local, shm
+    from channels import local
+    from channels.collective import channel as collective
+    from channels.grpc import channel as grpc
+    from channels.shm import channel as shm
 
     kinds = {"local": local.serve, "shm": shm.serve, "collective": collective.serve, "grpc": grpc.serve}
     server = kinds[channel](host.handle)

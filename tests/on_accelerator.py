@@ -20,12 +20,11 @@ from torch.utils import backend_registration
 
 import engine.batch
 import engine.runner
-from actors.staging import Outgoing, add_up
+from actors.router.device_rows import Outgoing, add_up
 from engine.batch import Stretch
 from engine.runner import Runner
 from engine.weights import TrunkWeights
-from jobs.presets import preset
-from model.balance_loss import BalanceWeights
+from jobs.config.presets import preset
 from model.dispatch import HostSlice
 from model.experts import (
     Done,
@@ -37,8 +36,9 @@ from model.experts import (
     experts_forward,
 )
 from model.grouped import InOneKernel, group
-from model.losses import training_loss
-from model.optimizer import AdamW
+from model.losses.balance_loss import BalanceWeights
+from model.losses.training_losses import training_loss
+from model.optimizers.adamw import AdamW
 from model.trace import Trace
 from model.transfer import to_cpu, to_device
 from model.transformer import Transformer

@@ -23,20 +23,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from actors.clients import HostClient
-from actors.control_server import ControlServer
-from actors.coordinator_client import CoordinatorClient
-from actors.coordinator_servicer import CoordinatorServicer
-from actors.serving import ExpertHostServer
+from actors.coordinator.servicer import CoordinatorServicer
+from actors.host.host_server import ExpertHostServer
+from actors.rpc.control_server import ControlServer
+from actors.rpc.coordinator_client import CoordinatorClient
+from actors.rpc.host_client import HostClient
 from channels.base import Channel, Phase, Request
 from cluster.topology import HostInfo
 from errors import ChannelError, WorkersLost
-from jobs.assembly import build_coordinator, build_host
-from jobs.beginning import Start
-from jobs.config import RunConfig
-from jobs.hosts import connector
-from jobs.metrics import METRICS_FILE, read_metrics
-from jobs.worker_assembly import assemble_worker
+from jobs.config.run_config import RunConfig
+from jobs.fleet.hosts import connector
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.run_assembly import build_coordinator, build_host
+from jobs.training.run_start import Start
+from jobs.training.worker_assembly import assemble_worker
 from protos import coordinator_pb2_grpc
 
 _PATIENCE = 60.0  # seconds for whatever has to come
@@ -127,7 +127,7 @@ class Share:
 
 
 def _work(job: _Job) -> Share:
-    from jobs.ray_worker import ProcessGroupReducer
+    from jobs.training.ray_worker import ProcessGroupReducer
 
     config = RunConfig.from_dict(job.config)
     torch.distributed.init_process_group(

@@ -11,10 +11,10 @@ from cluster.config import ClusterConfig, GpuShare, Reserved, Seconds
 from engine.engine import EngineSettings
 from errors import ConfigError
 from jobs.api.backend import Limits
-from jobs.config import CountOrZero, DTypeName, Size, Threads
-from jobs.config_errors import Section
-from jobs.config_file import apply_override
-from jobs.yaml_text import read_yaml
+from jobs.config.config_file import apply_override
+from jobs.config.field_errors import Section
+from jobs.config.run_config import CountOrZero, DTypeName, Size, Threads
+from jobs.config.yaml_text import read_yaml
 
 
 class ServingConfig(Section):

@@ -18,19 +18,19 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from actors.heap import settle_heap
+from actors.process_heap import settle_heap
 from actors.remote import listening_address
-from actors.tables import CoordinatorTables
+from actors.router.table_source import CoordinatorTables
 from errors import RaymoeError
+from jobs.checkpoints.weights import find_weights
 from jobs.serving.config import ServeConfig
 from jobs.serving.follower import Follower
-from jobs.serving.interface import Interface
+from jobs.serving.interface.interface import Interface
 from jobs.serving.membership import PoolLink
-from jobs.serving.pool import ExpertPool
-from jobs.serving.replica import Replica
-from jobs.serving.rollout import Standing
-from jobs.serving.trunk_server import Leases, TrunkServer, TrunkService
-from jobs.weights import find_weights
+from jobs.serving.pool.pool import ExpertPool
+from jobs.serving.replica.replica import Replica
+from jobs.serving.replica.trunk_server import Leases, TrunkServer, TrunkService
+from jobs.serving.versions import Standing
 
 POOL = "experts"
 """Name of the pool's deployment, which `raymoe reload` asks."""
@@ -133,7 +133,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
 
 
 def app(arguments: dict[str, Any]) -> Application:
-    """Application builder for a Serve config file: `import_path: jobs.serve:app`.
+    """Application builder for a Serve config file: `import_path: jobs.serving.serve:app`.
 
     Args:
         arguments: `checkpoint`, and the sections of a `ServeConfig`.

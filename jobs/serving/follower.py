@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from errors import RaymoeError
-from jobs.serving.rollout import Standing, Wanted
-from jobs.serving.weights import Version
+from jobs.serving.versions import Standing, Wanted, WeightsVersion
 
 _RETRY_SECONDS = 1.0
 
@@ -16,11 +15,11 @@ _RETRY_SECONDS = 1.0
 class Exchanger(Protocol):
     """Holds weights, and can hold others beside them."""
 
-    async def prepare(self, version: Version) -> None:
+    async def prepare(self, version: WeightsVersion) -> None:
         """Load a version beside the one in use."""
         ...
 
-    async def exchange(self, version: Version) -> None:
+    async def exchange(self, version: WeightsVersion) -> None:
         """Use the version that was prepared, from the next step on."""
         ...
 
@@ -42,14 +41,14 @@ class Follower:
     def __init__(
         self,
         run: str,
-        version: Version,
+        version: WeightsVersion,
         *,
         ask: Callable[[int], Awaitable[Wanted]],
         report: Callable[[Standing], Awaitable[None]],
     ) -> None:
         self._run = run
         self._uses = version
-        self._ready: Version | None = None
+        self._ready: WeightsVersion | None = None
         self._ask, self._report = ask, report
         self._wanted: Wanted | None = None
         self._news = asyncio.Event()
@@ -113,7 +112,7 @@ class Follower:
             return Standing(uses=self._uses.epoch, failed=failed, failure=text)
         return Standing(uses=self._uses.epoch, ready=None if self._ready is None else self._ready.epoch)
 
-    async def _prepare(self, exchanger: Exchanger, version: Version) -> None:
+    async def _prepare(self, exchanger: Exchanger, version: WeightsVersion) -> None:
         if self._ready != version:
             exchanger.forget()
             self._ready = None

@@ -9,11 +9,10 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from actors.coordinator_client import CoordinatorClient
+from actors.rpc.coordinator_client import CoordinatorClient
 from cluster.topology import RoutingTable
 from jobs.api.metrics import ExpertFigures
-from jobs.serving.pool import Membership
-from jobs.serving.rollout import Standing, Wanted
+from jobs.serving.versions import PoolMembership, Standing, Wanted
 
 _RETRY_SECONDS = 0.2
 
@@ -37,14 +36,16 @@ class PoolLink:
         self._pool = pool
         self._calls: dict[str, Any] = {}
 
-    async def enter(self) -> Membership:
+    async def enter(self) -> PoolMembership:
         """Become a member, or again after a crash of the pool: what to begin with."""
-        member: Membership = await self._pool.join.remote(self.name)
+        member: PoolMembership = await self._pool.join.remote(self.name)
         if "lease" not in self._calls:
             self._calls["lease"] = self._pool.lease.remote(self.name)
         return member
 
-    async def join(self, timeout: float) -> tuple[Membership, CoordinatorClient | None, RoutingTable | None]:
+    async def join(
+        self, timeout: float
+    ) -> tuple[PoolMembership, CoordinatorClient | None, RoutingTable | None]:
         """The same, with the coordinator, and its routing table of the same weights."""
         while True:
             member = await self.enter()

@@ -1,4 +1,4 @@
-"""The weights of a served model: read for a replica, named, and held against those that they replace."""
+"""The weights of a served model: their name, their dtype, and whether others can replace them."""
 
 from __future__ import annotations
 
@@ -10,80 +10,18 @@ from typing import Self
 import torch
 from tokenizers import Tokenizer
 
-from engine.weights import TrunkWeights
 from errors import CheckpointError, ResourceError
-from jobs.precision import compute_device
+from jobs.checkpoints.memory import free_memory
+from jobs.checkpoints.weights import compute_dtype
+from jobs.data.tokenizer import load_tokenizer
 from jobs.serving.config import ServeConfig
-from jobs.serving.memory import free_memory, serving_need
-from jobs.tokenizer import load_tokenizer
-from jobs.weights import compute_dtype
-from model.checkpoint import PretrainedSource, load_pretrained
+from model.checkpoints.pretrained import PretrainedSource
 from model.config import ModelConfig
-from model.experts import LocalExperts
-from model.transformer import Transformer
 
 _MIB = 1 << 20
+
+
 _FREE = {"initializer_range"}  # says how training began, nothing about what is computed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
-    """Weights that a deployment can use.
-
-    Attributes:
-        epoch: of the expert hosts' routing table; without hosts a number that grows.
-        directory: that holds them.
-        name: what answers carry as `system_fingerprint`.
-    """
-
-    epoch: int
-    directory: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaWeights:
-    """What a replica reads from a checkpoint.
-
-    Attributes:
-        experts: None where hosts have them.
-    """
-
-    trunk: TrunkWeights
-    experts: LocalExperts | None
-
-
-def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
-    """Read a checkpoint's trunk, and its experts if they are to live in this process.
-
-    Raises:
-        CheckpointError: the weights are incomplete or of another architecture.
-    """
-    dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
-    device = compute_device(config.serving.gpus_per_replica, "serving.gpus_per_replica")
-    if experts:
-        whole = load_pretrained(directory, dtype=dtype).to(device)
-        trunk = TrunkWeights.of(whole.trunk, modules=modules)
-        return ReplicaWeights(trunk=trunk, experts=whole.experts)
-    source = PretrainedSource(directory, dtype=dtype)
-    with torch.device("meta"):
-        model = Transformer(source.config, dtype=dtype)
-    model = model.to_empty(device=device)
-    model.tie()
-    model.load_state_dict(source.trunk())
-    return ReplicaWeights(trunk=TrunkWeights.of(model, modules=modules), experts=None)
-
-
-def load_beside(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
-    """The same beside weights that are in use.
-
-    Raises:
-        ResourceError: there is no memory for both.
-    """
-    dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
-    need = serving_need(PretrainedSource(directory).config, dtype, cache_tokens=0, modules=modules)
-    require_room(need.trunk + (need.experts if experts else 0), "a replica")
-    return load_weights(config, directory, experts=experts)
 
 
 def require_room(size: int, who: str) -> None:
@@ -122,7 +60,7 @@ def weights_version(directory: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class ModelShape:
     """What weights must share with those that they replace under requests on their way."""
 
     model: ModelConfig
@@ -148,7 +86,7 @@ class Kind:
             end_of_text=end_of_text,
         )
 
-    def refuse_other(self, other: Kind, directory: Path) -> None:
+    def refuse_other(self, other: ModelShape, directory: Path) -> None:
         """Hold weights against these.
 
         Raises:
@@ -174,13 +112,4 @@ class Kind:
             )
 
 
-__all__ = [
-    "Kind",
-    "ReplicaWeights",
-    "Version",
-    "load_beside",
-    "load_weights",
-    "require_room",
-    "serving_dtype",
-    "weights_version",
-]
+__all__ = ["ModelShape", "require_room", "serving_dtype", "weights_version"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.chaos import TARGETS, Kind, processes, schedule
+from jobs.tools.chaos import TARGETS, Kind, processes, schedule
 
 
 @given(

@@ -27,7 +27,7 @@ from rendering import (
     render,
 )
 
-from jobs.config_file import load_config
+from jobs.config.config_file import load_config
 from jobs.serving.config import ServeConfig
 
 pytestmark = [

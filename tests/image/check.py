@@ -155,7 +155,8 @@ def train(containers: Containers) -> None:
     submit = ["ray", "job", "submit", "--address", DASHBOARD, "--", *raymoe]
     said = containers.once("submitter", submit, timeout=600)
     assert "validation loss" in said, said
-    state = "from jobs.checkpoint_store import find_checkpoint, read_state; from pathlib import Path; "
+    state = "from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state; "
+    state += "from pathlib import Path; "
     state += "print(read_state(find_checkpoint(Path('/checkpoints/first'))).step)"
     reached = containers.execute("worker", ["python", "-c", state]).strip()
     assert reached == str(STEPS), reached

@@ -20,9 +20,9 @@ import torch
 from openai import AsyncOpenAI, OpenAI
 from tokenizers import Tokenizer
 
-from jobs.tokenizer import save_tokenizer, train_tokenizer
+from jobs.data.tokenizer import save_tokenizer, train_tokenizer
 from model.causal_lm import CausalLM
-from model.checkpoint import save_pretrained
+from model.checkpoints.pretrained import save_pretrained
 from model.config import ModelConfig
 
 PROMPT = "the cat sat on"

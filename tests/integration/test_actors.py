@@ -16,26 +16,26 @@ import ray
 import torch
 from torch import Tensor
 
-from actors import wire
-from actors.clients import HostClient
-from actors.coordinator import Coordinator
-from actors.coordinator_client import CoordinatorClient
-from actors.elastic import Elastic
-from actors.expert_host import ExpertHost
-from actors.gate_router import GateRouter, gates_of
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.training_steps import Beginning, TrainingSteps
+from actors.coordinator.transfer_plan import Shape
+from actors.host.expert_host import ExpertHost
+from actors.messages import control_codec as wire
+from actors.messages.steps import OptimizerSettings, StepReport, TrainingPlan
 from actors.remote import CoordinatorActor, ExpertHostActor, RouterActor, ask, start
-from actors.router import Router
-from actors.steps import OptimizerSettings, StepReport, TrainingPlan
-from actors.training_steps import Beginning, TrainingSteps
-from actors.transfers import Shape
+from actors.router.gate_router import GateRouter, gates_of
+from actors.router.router import Router
+from actors.rpc.coordinator_client import CoordinatorClient
+from actors.rpc.host_client import HostClient
 from channels.base import Channel
 from channels.choose import reach
 from cluster import HostInfo, RoutingTable, plan_placement
 from errors import ChannelError, ChannelTimeout, CheckpointError, Interrupted, RaymoeError, ResourceError
+from model.checkpoints.sources import RandomSource
 from model.config import ModelConfig
 from model.experts import LocalExperts
 from model.routing import affinity, gate_values, select_experts
-from model.sources import RandomSource
 
 CONFIG = ModelConfig(
     vocab_size=64,

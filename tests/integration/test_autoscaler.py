@@ -21,7 +21,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from serving import running, save_model, tiny_model
 from streams import Load, disturbed, greedy_requests
 
-from actors.coordinator_client import AdminClient
+from actors.rpc.coordinator_client import AdminClient
 
 pytestmark = [
     pytest.mark.soak,

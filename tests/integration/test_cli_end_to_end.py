@@ -14,11 +14,11 @@ import ray
 import torch
 from typer.testing import CliRunner, Result
 
-from jobs.checkpoint_store import find_checkpoint
-from jobs.cli import app
-from jobs.demo import fresh_directory
-from jobs.metrics import METRICS_FILE, read_metrics
-from jobs.plot import PLOT_FILE
+from jobs.checkpoints.checkpoint_store import find_checkpoint
+from jobs.cli.main import app
+from jobs.tools.demo import fresh_directory
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.plot import PLOT_FILE
 
 pytestmark = [
     pytest.mark.timeout(540),
@@ -64,7 +64,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings |= {"data.path": corpus, "training.steps": 30, "checkpoint.interval": 15}
     settings["training.profile_steps"] = 2
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={_yaml(value)}")]
-    command = [sys.executable, "-m", "jobs.demo", "--output", str(output), *sets]
+    command = [sys.executable, "-m", "jobs.tools.demo", "--output", str(output), *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -18,10 +18,10 @@ import ray
 from tokenizers import Tokenizer
 
 from errors import ConfigError, DataError
-from jobs.config import RunConfig
-from jobs.config_file import load_config
-from jobs.data import PreparedData, prepare
-from jobs.documents import find_files, held_out, read_documents
+from jobs.config.config_file import load_config
+from jobs.config.run_config import RunConfig
+from jobs.data.corpus import PreparedData, prepare
+from jobs.data.documents import find_files, held_out, read_documents
 
 TEXTS = [f"Document number {i} says " + " ".join(f"word{j % (i + 3)}" for j in range(60)) for i in range(30)]
 # Ray's own code warns of its own settings.

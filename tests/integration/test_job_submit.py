@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from jobs.checkpoint_store import find_checkpoint, read_state
-from jobs.metrics import METRICS_FILE, read_metrics
+from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
+from jobs.training.metrics import METRICS_FILE, read_metrics
 
 pytestmark = [
     pytest.mark.timeout(300),

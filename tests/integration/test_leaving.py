@@ -9,9 +9,9 @@ import pytest
 from ray.cluster_utils import Cluster
 from serving import running, save_model, tiny_model
 
-from actors.coordinator_client import AdminClient
+from actors.rpc.coordinator_client import AdminClient
 from errors import ResourceError
-from jobs.leaving import leave
+from jobs.tools.node_drain import leave
 
 pytestmark = [
     pytest.mark.soak,

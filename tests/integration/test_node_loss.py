@@ -14,8 +14,8 @@ from serving import running, save_model, tiny_model
 from streams import Load, disturbed, greedy_requests
 from test_train_elastic import Run, differ
 
-from actors.coordinator_client import AdminClient
-from jobs.metrics import METRICS_FILE, read_metrics
+from actors.rpc.coordinator_client import AdminClient
+from jobs.training.metrics import METRICS_FILE, read_metrics
 
 pytestmark = [
     pytest.mark.soak,

@@ -20,7 +20,7 @@ import pytest
 from openai import AsyncOpenAI
 from serving import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
 
-from actors.clients import HostClient
+from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo
 from errors import RaymoeError
 from model.causal_lm import CausalLM

@@ -17,7 +17,7 @@ import pytest
 from serving import Server, running, save_model, tiny_model
 from streams import COORDINATOR, HOST, Load, Told, actors, disturbed, greedy_requests
 
-from actors.coordinator_client import AdminClient
+from actors.rpc.coordinator_client import AdminClient
 from errors import ConfigError
 
 pytestmark = pytest.mark.timeout(600)

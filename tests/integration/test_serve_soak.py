@@ -13,11 +13,11 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from jobs.bench.serve_capacity import measure_capacity
-from jobs.bench.serve_client import connected
-from jobs.bench.serve_figures import Outcome, figures
-from jobs.bench.serve_mix import Mix, arrivals
-from jobs.bench.serve_target import Target, served
+from benchmarks.serving.capacity import measure_capacity
+from benchmarks.serving.client import connected
+from benchmarks.serving.figures import Outcome, figures
+from benchmarks.serving.mix import Mix, arrivals
+from benchmarks.serving.target import Target, served
 
 SECONDS = float(os.environ.get("RAYMOE_SOAK_SECONDS", "600"))
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(SECONDS + 900)]

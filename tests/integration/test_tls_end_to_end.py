@@ -11,9 +11,9 @@ import pytest
 from serving import PROMPT, running, save_model, tiny_model, tiny_tokenizer
 from training import finish, start
 
-from channels import tls
-from jobs.certs import make_certificates
-from jobs.metrics import METRICS_FILE, read_metrics
+from channels.grpc import tls
+from jobs.tools.certs import make_certificates
+from jobs.training.metrics import METRICS_FILE, read_metrics
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 

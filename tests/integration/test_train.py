@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training import STEPS, assert_gone, family, finish, losses, start, wait_for_step
 
-from jobs.checkpoint_store import find_checkpoint, read_state
+from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -19,9 +19,9 @@ import psutil
 import pytest
 from training import STEPS, assert_gone, family, finish, losses, start
 
-from actors.coordinator_client import AdminClient
-from jobs.metrics import METRICS_FILE, read_metrics
-from model.shards import ShardReader
+from actors.rpc.coordinator_client import AdminClient
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from model.checkpoints.shards import ShardReader
 
 pytestmark = pytest.mark.timeout(600)
 HOST, WORKER, COORDINATOR = "_ExpertHostProcess", "RayTrainWorker", "_CoordinatorProcess"

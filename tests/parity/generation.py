@@ -14,14 +14,14 @@ from harness import tiny as tiny_run
 from reference import ours, theirs
 from torch import Tensor
 
-from actors.engine_lanes import EngineLanes
-from actors.expert_host import ExpertHost
-from actors.router import Router
+from actors.host.expert_host import ExpertHost
+from actors.router.engine_lanes import EngineLanes
+from actors.router.router import Router
 from channels.choose import connect
 from cluster import RoutingTable, experts_held
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from engine import Sequence as Request
-from jobs.hosts import placement
+from jobs.fleet.hosts import placement
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
 

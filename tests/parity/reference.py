@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from model.checkpoint import CausalLM, RandomSource
+from model.checkpoints.pretrained import CausalLM, RandomSource
 from model.config import ModelConfig
 
 TOLERANCE = 1e-4

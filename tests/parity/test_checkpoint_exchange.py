@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from model.checkpoint import load_pretrained, save_pretrained
-from model.hf_names import layer_prefix
+from model.checkpoints.hf_names import layer_prefix
+from model.checkpoints.pretrained import load_pretrained, save_pretrained
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.config_file import load_config
-from jobs.convert import export_checkpoint, import_checkpoint
-from jobs.tokenizer import save_tokenizer, train_tokenizer
-from jobs.weights import load_model
+from jobs.checkpoints.weights import load_model
+from jobs.config.config_file import load_config
+from jobs.data.tokenizer import save_tokenizer, train_tokenizer
+from jobs.tools.convert import export_checkpoint, import_checkpoint
 from model.causal_lm import CausalLM
-from model.checkpoint import RandomSource, save_pretrained
+from model.checkpoints.pretrained import RandomSource, save_pretrained
 
 transformers = pytest.importorskip("transformers")
 # Four experts of two groups: the one relation for which transformers judges groups as the paper does.

@@ -9,8 +9,8 @@ import torch
 from reference import TOLERANCE, ours, random_tokens, their_modules, theirs, tiny
 from transformers.cache_utils import MtpCache
 
-from model.balance_loss import BalanceWeights
-from model.losses import drafts, training_loss
+from model.losses.balance_loss import BalanceWeights
+from model.losses.training_losses import drafts, training_loss
 from model.trace import Trace
 
 YARN = {

@@ -9,10 +9,10 @@ from typing import Any
 
 from fake_hosts import FakeHost
 
-from actors.elastic import Elastic
-from actors.moves import Assembly
-from actors.published import Published, holding
-from actors.transfers import Shape, arrivals
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.routing_tables import Published, holding
+from actors.coordinator.transfer_plan import Shape, arrivals
+from actors.messages.transfer_orders import Assembly
 from cluster.membership import Membership, Stage
 from cluster.placement import Placement
 from cluster.topology import HostInfo

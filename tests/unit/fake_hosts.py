@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.moves import EXPERTS, Assembly, Blob, Stored
-from actors.steps import HostStats
+from actors.messages.steps import HostStats
+from actors.messages.transfer_orders import EXPERTS, Assembly, Blob, Stored
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RemoteError
 
@@ -18,7 +18,7 @@ Held = dict[int, tuple[int, ...]]
 
 
 class FakeHost:
-    """Implements `actors.steps.HostControl`.
+    """Implements `actors.messages.steps.HostControl`.
 
     Attributes:
         calls: what it was told of steps.

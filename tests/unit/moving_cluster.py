@@ -11,10 +11,10 @@ import torch
 from tiny_cluster import CONFIG, LAYERS, SETTINGS, SeededSource, tokens
 from torch import Tensor
 
-from actors.clients import HostClient
-from actors.expert_host import ExpertHost
-from actors.moves import Assembly, Origin
-from actors.serving import ExpertHostServer
+from actors.host.expert_host import ExpertHost
+from actors.host.host_server import ExpertHostServer
+from actors.messages.transfer_orders import Assembly, Origin
+from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request, RequestId
 from cluster.topology import HostInfo
 

@@ -17,7 +17,7 @@ from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
 from jobs.api.chat import ChatTemplate
 from jobs.api.metrics import ExpertFigures, ServingMetrics
-from jobs.tokenizer import train_tokenizer
+from jobs.data.tokenizer import train_tokenizer
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
 

@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 
+from benchmarks import overlap
+from benchmarks.contenders import Build, Contender
+from benchmarks.training_steps import ours
 from errors import ConfigError
-from jobs.bench import overlap
-from jobs.bench.contenders import Build, Contender
-from jobs.bench.training_steps import ours
-from jobs.config import RunConfig
-from jobs.presets import preset
+from jobs.config.presets import preset
+from jobs.config.run_config import RunConfig
 
 
 def tiny(hosts: int) -> RunConfig:

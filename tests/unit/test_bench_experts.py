@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jobs.bench import bench_decode, bench_experts, bench_train
 
 from errors import ConfigError, ResourceError
-from jobs.bench import bench_decode, bench_experts, bench_train
-from jobs.precision import compute_device
-from jobs.presets import preset
+from jobs.config.precision import compute_device
+from jobs.config.presets import preset
 
 
 def test_experts_against_dense_products() -> None:

@@ -17,14 +17,14 @@ import pytest
 from aiohttp import web
 from typer.testing import CliRunner
 
+from benchmarks.serving.capacity import Capacity, Level, grows, level_of
+from benchmarks.serving.client import connected
+from benchmarks.serving.figures import Outcome, concurrency, figures, percentile, tokens_between
+from benchmarks.serving.load_test import Load, offer
+from benchmarks.serving.mix import CONVERSATION, Ask, Mix, arrivals, mix_of, rate_of, read_span
+from benchmarks.serving.progress import ProgressLine
 from errors import ChannelError, ConfigError, DataError, ResourceError
-from jobs.bench.serve import Load, offer
-from jobs.bench.serve_capacity import Capacity, Level, grows, level_of
-from jobs.bench.serve_client import connected
-from jobs.bench.serve_figures import Outcome, concurrency, figures, percentile, tokens_between
-from jobs.bench.serve_mix import CONVERSATION, Ask, Mix, arrivals, mix_of, rate_of, read_span
-from jobs.bench.serve_progress import ProgressLine
-from jobs.cli import app
+from jobs.cli.main import app
 
 PLAIN = {
     "prompt_tokens": None,

@@ -17,11 +17,15 @@ import pytest
 import torch
 from device_memory import PretendedMemory
 
-from channels import choose, collective, cuda, grpc, local, shm
-from channels import header as headers
+from channels import choose, local
 from channels.base import Channel, Phase, Request, RequestId, Server
-from channels.device_memory import DeviceSegment
-from channels.line import Head, Line
+from channels.collective import channel as collective
+from channels.cuda import channel as cuda
+from channels.cuda.device_memory import DeviceSegment
+from channels.framing import header as headers
+from channels.framing.line import Head, Line
+from channels.grpc import channel as grpc
+from channels.shm import channel as shm
 from errors import (
     ChannelError,
     ChannelTimeout,

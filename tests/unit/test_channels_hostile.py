@@ -15,11 +15,14 @@ import pytest
 import torch
 from device_memory import PretendedMemory
 
-from channels import choose, cuda, grpc, shm
+from channels import choose
 from channels.base import Phase, Request, RequestId, Server
-from channels.cuda_memory import CudaMemory, packed, unpacked
-from channels.pipe import MAX_IN_FLIGHT
-from channels.segments import SegmentMirror, SegmentPool
+from channels.cuda import channel as cuda
+from channels.cuda.cuda_memory import CudaMemory, packed, unpacked
+from channels.framing.pipe import MAX_IN_FLIGHT
+from channels.grpc import channel as grpc
+from channels.shm import channel as shm
+from channels.shm.segments import SegmentMirror, SegmentPool
 from errors import ChannelError, ProtocolError
 from protos import expert_pb2, expert_pb2_grpc
 
@@ -240,7 +243,7 @@ def test_a_write_that_fails_leaves_no_segment_behind(server: Server, monkeypatch
         def fail(*_: object) -> None:
             raise ProtocolError("cannot be written")
 
-        patched.setattr("channels.doorbell._write", fail)
+        patched.setattr("channels.shm.doorbell._write", fail)
         for size in (3, 1 << 20):
             for _ in range(300):
                 with pytest.raises(ProtocolError, match="cannot be written"):

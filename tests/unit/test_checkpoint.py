@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_config import SMALL
 
 from errors import CheckpointError
-from model.checkpoint import (
+from model.checkpoints.fp8 import SCALE_SUFFIX, dequantize, quantize
+from model.checkpoints.hf_names import EMBEDDING, expert_names
+from model.checkpoints.pretrained import (
     CausalLM,
     PretrainedSource,
     RandomSource,
@@ -25,8 +27,6 @@ from model.checkpoint import (
     write_shard,
 )
 from model.config import ModelConfig
-from model.fp8 import SCALE_SUFFIX, dequantize, quantize
-from model.hf_names import EMBEDDING, expert_names
 
 INDEX = "model.safetensors.index.json"
 
@@ -280,7 +280,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.shards.save_file", full)
+    monkeypatch.setattr("model.checkpoints.shards.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         write_shard(path, {"a": torch.zeros(3)})
     assert torch.equal(ShardReader(path).tensor("a"), torch.ones(3))
@@ -295,7 +295,7 @@ def test_an_unfinished_checkpoint_has_no_config(tmp_path: Path, monkeypatch: pyt
     def stop(*_: object) -> None:
         raise CheckpointError("stopped")
 
-    monkeypatch.setattr("model.checkpoint.write_index", stop)
+    monkeypatch.setattr("model.checkpoints.pretrained.write_index", stop)
     with pytest.raises(CheckpointError, match="stopped"):
         save_pretrained(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"no config\.json"):

@@ -14,10 +14,10 @@ from torch import Tensor
 from errors import CheckpointError
 from model import load_pretrained, save_pretrained
 from model.causal_lm import CausalLM
+from model.checkpoints.fp8 import dequantize, quantize
+from model.checkpoints.shards import ShardReader, write_index, write_shard
+from model.checkpoints.sources import PretrainedSource
 from model.config import ModelConfig
-from model.fp8 import dequantize, quantize
-from model.shards import ShardReader, write_index, write_shard
-from model.sources import PretrainedSource
 
 CONFIG = ModelConfig(
     vocab_size=40,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from errors import CheckpointError
-from jobs.checkpoint_store import CheckpointStore, TrainingState, find_checkpoint, read_state
+from jobs.checkpoints.checkpoint_store import CheckpointStore, TrainingState, find_checkpoint, read_state
 
 
 def write(store: CheckpointStore, step: int) -> Path:

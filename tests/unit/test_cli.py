@@ -16,10 +16,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from errors import CheckpointError, ConfigError, RaymoeError, ResourceError
-from jobs.cli import app
-from jobs.config_file import load_config
+from jobs.cli.main import app
+from jobs.config.config_file import load_config
+from jobs.config.presets import preset
 from jobs.console import Progress, finish, own_error, surfaced
-from jobs.presets import preset
 
 ROOT = Path(__file__).parents[2]
 runner = CliRunner()
@@ -87,7 +87,7 @@ def test_wrong_usage_ends_with_two_and_names_it(arguments: list[str], said: str)
 
 def test_help_needs_neither_torch_nor_ray() -> None:
     script = (
-        "import sys; from jobs.cli import app\n"
+        "import sys; from jobs.cli.main import app\n"
         "try:\n    app(['train', '--help'])\nexcept SystemExit:\n    pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'transformers')))"
     )

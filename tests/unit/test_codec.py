@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from channels import codec
 from channels.base import Phase, Request, RequestId
+from channels.framing import codec
 from errors import ConfigError, ProtocolError, RemoteError, StaleEpoch
 from protos import expert_pb2, tensor_pb2
 

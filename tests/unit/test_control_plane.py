@@ -12,21 +12,21 @@ import pytest
 import torch
 from tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
 
-from actors import wire
-from actors.clients import HostClient
-from actors.control_server import ControlServer
-from actors.coordinator import Coordinator
-from actors.coordinator_client import AdminClient, CoordinatorClient
-from actors.coordinator_servicer import AdminServicer, CoordinatorServicer
-from actors.elastic import Elastic
-from actors.gate_router import GateRouter
-from actors.servicers import RouterServicer
-from actors.serving import ExpertHostServer
-from actors.steps import StepReport, TrainingPlan
-from actors.training_steps import TrainingSteps
-from actors.transfers import Shape
-from channels import grpc as grpc_channel
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.servicer import AdminServicer, CoordinatorServicer
+from actors.coordinator.training_steps import TrainingSteps
+from actors.coordinator.transfer_plan import Shape
+from actors.host.host_server import ExpertHostServer
+from actors.messages import control_codec as wire
+from actors.messages.steps import StepReport, TrainingPlan
+from actors.router.gate_router import GateRouter
+from actors.router.gate_servicer import RouterServicer
+from actors.rpc.control_server import ControlServer
+from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
+from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request, RequestId
+from channels.grpc import channel as grpc_channel
 from errors import (
     ChannelError,
     CheckpointError,

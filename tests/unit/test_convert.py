@@ -14,17 +14,23 @@ from typer.testing import CliRunner
 
 from engine import Engine
 from errors import CheckpointError, ConfigError, DataError
-from jobs.checkpoint_store import TrainingState
-from jobs.cli import app
-from jobs.config_file import load_config
-from jobs.convert import _deviation, export_checkpoint, import_checkpoint
-from jobs.evaluate import evaluate, judge
-from jobs.generate import continue_tokens, generate
-from jobs.presets import preset
-from jobs.tokenizer import save_tokenizer, train_tokenizer
-from jobs.weights import LoadedModel, load_model
-from model.checkpoint import RandomSource, ShardReader, write_index, write_model_config, write_shard
-from model.fp8 import SCALE_SUFFIX, quantize
+from jobs.checkpoints.checkpoint_store import TrainingState
+from jobs.checkpoints.weights import LoadedModel, load_model
+from jobs.cli.main import app
+from jobs.config.config_file import load_config
+from jobs.config.presets import preset
+from jobs.data.tokenizer import save_tokenizer, train_tokenizer
+from jobs.tools.convert import _deviation, export_checkpoint, import_checkpoint
+from jobs.tools.evaluate import evaluate, judge
+from jobs.tools.generate import continue_tokens, generate
+from model.checkpoints.fp8 import SCALE_SUFFIX, quantize
+from model.checkpoints.pretrained import (
+    RandomSource,
+    ShardReader,
+    write_index,
+    write_model_config,
+    write_shard,
+)
 
 CONFIG = preset("tiny")
 TEXTS = [f"def name_{i}(argument):\n    return argument + {i}\n" for i in range(40)]
@@ -107,7 +113,7 @@ def test_a_cast_leaves_the_bias_in_float32(run: Path, tmp_path: Path) -> None:
 
 
 def test_large_models_are_cut_into_shards(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.convert._SHARD_BYTES", 50_000)
+    monkeypatch.setattr("jobs.tools.convert._SHARD_BYTES", 50_000)
     export_checkpoint(run, tmp_path / "hf")
     shards = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(shards) > 3
@@ -252,7 +258,7 @@ def test_the_cache_is_as_long_as_the_text_can_get(run: Path, monkeypatch: pytest
             super().__init__(*args, **kwargs)
             rooms.append(self.pool.n_pages * self.pool.page_size)
 
-    monkeypatch.setattr("jobs.generate.Engine", Observed)
+    monkeypatch.setattr("jobs.tools.generate.Engine", Observed)
     model = load_model(run)
     for prompt, max_tokens in ((10, 54), (10, 55), (10, 10**9)):
         new, _ = continue_tokens(model, [1] * prompt, max_tokens=max_tokens, temperature=1.0, seed=0)

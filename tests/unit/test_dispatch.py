@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from channels.mailbox import MAX_ROWS, Mailbox, size_of
+from channels.shm.mailbox import MAX_ROWS, Mailbox, size_of
 from model.dispatch import _sorted, plan_dispatch
 from model.experts import ExpertShard, experts_forward
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from errors import ChannelError, ResourceError
-from jobs.leaving import Emptied, drain_hosts
+from jobs.tools.node_drain import Emptied, drain_hosts
 
 
 class Job:

@@ -14,7 +14,7 @@ from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from engine.sequence import Sequence
 from engine.service import Delta, EngineService
 from errors import ConfigError, QueueFull
-from jobs.tokenizer import train_tokenizer
+from jobs.data.tokenizer import train_tokenizer
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
 

@@ -13,12 +13,13 @@ from test_api import PROMPT, Served, events
 
 from engine import TrunkWeights
 from errors import ResourceError
-from jobs.serving import weights as serving_weights
+from jobs.data.tokenizer import save_tokenizer, train_tokenizer
 from jobs.serving.config import ServeConfig
-from jobs.serving.weights import Kind, load_beside
-from jobs.tokenizer import save_tokenizer, train_tokenizer
+from jobs.serving.replica.replica import weights as serving_weights
+from jobs.serving.replica.weights import load_beside
+from jobs.serving.weights import ModelShape
 from model.causal_lm import CausalLM
-from model.checkpoint import save_pretrained
+from model.checkpoints.pretrained import save_pretrained
 
 LOCAL = ServeConfig.from_dict({"cluster": {"expert_hosts": 0}})
 
@@ -119,11 +120,11 @@ def test_what_does_not_fit_is_refused_in_one_line(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(directory, other)
-    kind = Kind.of(LOCAL, directory)
-    kind.refuse_other(Kind.of(LOCAL, other), other)
+    kind = ModelShape.of(LOCAL, directory)
+    kind.refuse_other(ModelShape.of(LOCAL, other), other)
     change(other)
     with pytest.raises(Exception, match=message) as caught:
-        kind.refuse_other(Kind.of(LOCAL, other), other)
+        kind.refuse_other(ModelShape.of(LOCAL, other), other)
     assert getattr(caught.value, "exit_code", None) == 2
     assert "\n" not in str(caught.value)
 
@@ -132,7 +133,7 @@ def test_how_training_began_may_differ(directory: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(directory, other)
     changed(initializer_range=0.5)(other)
-    Kind.of(LOCAL, directory).refuse_other(Kind.of(LOCAL, other), other)
+    ModelShape.of(LOCAL, directory).refuse_other(ModelShape.of(LOCAL, other), other)
 
 
 def test_weights_that_there_is_no_memory_for_are_not_loaded(

@@ -9,7 +9,7 @@ import torch
 from tiny_cluster import CONFIG, LAYERS, SETTINGS, SeededSource, TinyCluster, tokens
 from torch import Tensor
 
-from actors.expert_host import ExpertHost
+from actors.host.expert_host import ExpertHost
 from channels.base import Phase, Request, RequestId
 from errors import ProtocolError, RaymoeError, StaleEpoch
 from model.experts import experts_forward
@@ -187,7 +187,7 @@ def test_what_is_written_to_a_request_after_its_check_does_not_count(
         request.tensors[2].fill_(1 << 20)
         return experts_forward(*arguments, keep=keep)
 
-    monkeypatch.setattr("actors.expert_host.experts_forward", late)
+    monkeypatch.setattr("actors.host.expert_host.experts_forward", late)
     assert torch.equal(host.handle(request)[0], expected)
 
 
@@ -298,7 +298,7 @@ def test_a_failed_commit_wakes_the_waiting_and_stays_failed(
     def broken(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("model.optimizer.AdamW.step", broken)
+    monkeypatch.setattr("model.optimizers.adamw.AdamW.step", broken)
     with pytest.raises(RuntimeError):
         host.commit(0, 1e-2, 1.0)
     early.join(20)

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from tiny_cluster import CONFIG, LAYERS, SETTINGS, TinyCluster, tokens
 from torch import Tensor
 
-from actors.expert_host import ExpertHost
-from actors.expert_state import SavedMoments
+from actors.host.checkpoint_part import SavedMoments
+from actors.host.expert_host import ExpertHost
 from cluster import experts_held, plan_placement
 from errors import CheckpointError
-from model.shards import ShardReader
+from model.checkpoints.shards import ShardReader
 
 
 class Weights:

@@ -11,12 +11,12 @@ import torch
 from tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, tokens
 from torch import Tensor
 
-from actors.coordinator import Coordinator
-from actors.expert_host import ExpertHost
-from actors.moves import Assembly
-from actors.router import Router
-from actors.tables import CoordinatorTables
-from actors.transfers import Shape
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.transfer_plan import Shape
+from actors.host.expert_host import ExpertHost
+from actors.messages.transfer_orders import Assembly
+from actors.router.router import Router
+from actors.router.table_source import CoordinatorTables
 from channels.base import Phase, Request, RequestId
 from cluster import RoutingTable, experts_held
 from errors import CheckpointError, ProtocolError, RaymoeError, ResourceError, StaleEpoch

@@ -13,14 +13,17 @@ import torch
 from tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, local_experts, tokens
 from torch import Tensor
 
-from actors.expert_host import ExpertHost
-from actors.lane import Lane
-from actors.mail import MailCall
-from actors.moves import Assembly
-from actors.router import Router
-from channels import choose, collective, grpc, local, shm
+from actors.host.expert_host import ExpertHost
+from actors.messages.transfer_orders import Assembly
+from actors.router.lane import Lane
+from actors.router.mailbox_calls import MailCall
+from actors.router.router import Router
+from channels import choose, local
 from channels.base import Channel, Request
-from channels.mailbox import HostBox
+from channels.collective import channel as collective
+from channels.grpc import channel as grpc
+from channels.shm import channel as shm
+from channels.shm.mailbox import HostBox
 from cluster import HostInfo, RoutingTable, experts_held
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError
 
@@ -161,7 +164,7 @@ class Cluster(TinyCluster):
 @pytest.fixture(autouse=True)
 def _a_busy_machine_lets_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost host is gone around for as long as a test takes."""
-    monkeypatch.setattr("actors.router._SHUNNED", 600.0)
+    monkeypatch.setattr("actors.router.router._SHUNNED", 600.0)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from channels import collective
-from channels.meeting import Meeting
+from channels.collective import channel as collective
+from channels.collective.rendezvous import Meeting
 from errors import ChannelError
 
 

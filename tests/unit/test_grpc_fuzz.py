@@ -16,12 +16,15 @@ import pytest
 import torch
 from tiny_cluster import CONFIG, LAYERS, SeededSource
 
-from actors.clients import HostClient
-from actors.expert_host import ExpertHost
-from actors.serving import ExpertHostServer
-from channels import choose, codec, grpc, tls
+from actors.host.expert_host import ExpertHost
+from actors.host.host_server import ExpertHostServer
+from actors.rpc.host_client import HostClient
+from channels import choose
 from channels.base import Phase, Request, RequestId
-from jobs.certs import make_certificates
+from channels.framing import codec
+from channels.grpc import channel as grpc
+from channels.grpc import tls
+from jobs.tools.certs import make_certificates
 from protos import expert_pb2
 
 MIB = 1 << 20

@@ -15,7 +15,7 @@ from errors import RaymoeError
 from jobs.api.backend import Limits
 from jobs.api.generation import completion_request
 from jobs.api.schemas import CompletionRequest
-from jobs.serving.grpc_methods import GrpcMethods, on_this_machine
+from jobs.serving.interface.grpc_methods import GrpcMethods, on_this_machine
 from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 
 

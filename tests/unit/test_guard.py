@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from channels.guard import Guard, Rate
+from channels.grpc.guard import Guard, Rate
 from protos import expert_pb2, expert_pb2_grpc
 
 

@@ -11,13 +11,13 @@ from harness import Outcome, difference, text_corpus, tiny, train
 from torch import nn
 
 from errors import CheckpointError
-from jobs.beginning import Start
-from jobs.checkpoint_store import find_checkpoint
-from jobs.config import RunConfig
+from jobs.checkpoints.checkpoint_store import find_checkpoint
+from jobs.config.run_config import RunConfig
+from jobs.training.run_start import Start
 from model.causal_lm import CausalLM
+from model.checkpoints.shards import ShardReader
 from model.experts import ExpertShard, experts_backward, experts_forward
-from model.optimizer import AdamW
-from model.shards import ShardReader
+from model.optimizers.adamw import AdamW
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 12, 6

@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import gc
 import torch
-from actors.heap import settle_heap
+from actors.process_heap import settle_heap
 
 class Node:
     pass

@@ -16,12 +16,12 @@ import pytest
 from test_failover import Tables, check
 from tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
 
-from actors.mail import MailCall
-from actors.router import Router
-from actors.serving import ExpertHostServer
+from actors.host.host_server import ExpertHostServer
+from actors.router.mailbox_calls import MailCall
+from actors.router.router import Router
+from benchmarks.contenders import host_process, until_closed
 from channels import choose
 from cluster import HostInfo, RoutingTable
-from jobs.bench.contenders import host_process, until_closed
 
 HOSTS = 3
 

@@ -12,13 +12,20 @@ from torch import Tensor
 
 from errors import ConfigError
 from model.balance import auxiliary_loss, sequence_balance_loss
-from model.balance_loss import BalanceWeights
 from model.block import Pass
 from model.causal_lm import CausalLM
 from model.config import BalanceConfig, DeviceWeights, ModelConfig
-from model.cross_entropy import IGNORE
 from model.experts import Pending
-from model.losses import Losses, count_targets, drafts, evaluation_loss, targets_of, training_loss
+from model.losses.balance_loss import BalanceWeights
+from model.losses.cross_entropy import IGNORE
+from model.losses.training_losses import (
+    Losses,
+    count_targets,
+    drafts,
+    evaluation_loss,
+    targets_of,
+    training_loss,
+)
 from model.mtp import MTPModule, draft_acceptance
 from model.routing import affinity
 from model.trace import Trace

@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
 
-from actors.lane import Lane
-from actors.mail import MailCall
-from channels import shm
+from actors.router.lane import Lane
+from actors.router.mailbox_calls import MailCall
 from channels.base import Channel
-from channels.mailbox import HostBox, Mailbox, size_of
-from channels.shm import ShmServer
+from channels.shm import channel as shm
+from channels.shm.channel import ShmServer
+from channels.shm.mailbox import HostBox, Mailbox, size_of
 from cluster import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError
 from kernels import mailbox as words_of

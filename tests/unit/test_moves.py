@@ -13,11 +13,12 @@ from moving_cluster import ALL, MovingCluster, same, split
 from test_expert_state import Weights
 from tiny_cluster import LAYERS, SeededSource, tokens
 
-from actors import state_stream, state_wire
-from actors.clients import HostClient
-from actors.expert_state import SavedMoments
-from actors.moves import Assembly, Origin, Pull, Stored
-from actors.state_stream import Inflow
+from actors.host.checkpoint_part import SavedMoments
+from actors.messages import tensor_stream as state_stream
+from actors.messages import transfer_codec as state_wire
+from actors.messages.tensor_stream import Inflow
+from actors.messages.transfer_orders import Assembly, Origin, Pull, Stored
+from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request
 from cluster.topology import HostInfo
 from errors import ChannelError, ProtocolError, RaymoeError, RemoteError, StaleEpoch
@@ -282,7 +283,7 @@ def test_a_failed_commit_gives_nothing_away_and_ends_with_its_epoch(
     host = cluster.hosts["a"]
     host.prepare(0)
     with monkeypatch.context() as patch:
-        patch.setattr("model.optimizer.AdamW.step", lambda *_: 1 / 0)
+        patch.setattr("model.optimizers.adamw.AdamW.step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             host.commit(0, 1e-2, 1.0)
     for step in (0, 1):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from channels import nccl
+from channels.collective import nccl
 
 
 class Work:

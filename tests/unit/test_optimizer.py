@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import CheckpointError, ProtocolError
-from model.optimizer import AdamW
+from model.optimizers.adamw import AdamW
 
 SHAPES = {"norm": (3,), "matrix": (5, 7), "stack": (4, 3, 5), "bias": (17,), "head": (2, 2)}
 

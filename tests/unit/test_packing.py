@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.batches import microbatch_rows, microbatches_of_worker, rows_of_step
-from jobs.packing import PADDING, PackedCorpus, pack
+from jobs.data.batches import microbatch_rows, microbatches_of_worker, rows_of_step
+from jobs.data.packing import PADDING, PackedCorpus, pack
 
 END = 99
 documents = st.lists(st.lists(st.integers(0, 50), max_size=20), min_size=1, max_size=12)

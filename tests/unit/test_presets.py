@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from errors import ConfigError
-from jobs.presets import preset, summary
-from model.schedule import value_at
+from jobs.config.presets import preset, summary
+from model.optimizers.schedule import value_at
 
 
 def test_bench_20m_has_20m_parameters_and_5m_active() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from errors import ResourceError
-from jobs.ray_session import Needs, ray_session
+from jobs.fleet.ray_session import Needs, ray_session
 
 NEEDS = Needs(cpus=1, why="training.workers (1)")
 

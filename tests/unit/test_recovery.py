@@ -11,7 +11,7 @@ import torch
 from fake_hosts import FakeHost
 from training_run import PLAN, E, L, Run, report
 
-from actors.coordinator import State
+from actors.coordinator.coordinator import State
 from errors import ChannelError, Interrupted, RaymoeError
 
 KEEPS = replace(PLAN, snapshot_interval=2)

@@ -11,21 +11,21 @@ from moving_cluster import same
 from tiny_cluster import CONFIG, LAYERS, SETTINGS, SeededSource, tokens
 from torch import Tensor
 
-from actors.clients import HostClient
-from actors.common_snapshot import TRUNK
-from actors.coordinator import Coordinator
-from actors.elastic import Elastic
-from actors.expert_host import ExpertHost
-from actors.moves import Blob, Pull
-from actors.router import Router
-from actors.serving import ExpertHostServer
-from actors.steps import StepDecision, StepReport, TrainingPlan
-from actors.training_steps import Beginning, TrainingSteps
-from actors.transfers import Shape
+from actors.coordinator.common_snapshot import TRUNK
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.training_steps import Beginning, TrainingSteps
+from actors.coordinator.transfer_plan import Shape
+from actors.host.expert_host import ExpertHost
+from actors.host.host_server import ExpertHostServer
+from actors.messages.steps import StepDecision, StepReport, TrainingPlan
+from actors.messages.transfer_orders import Blob, Pull
+from actors.router.router import Router
+from actors.rpc.host_client import HostClient
 from channels import choose
 from cluster.topology import HostInfo
 from errors import ChannelError, Interrupted, ProtocolError
-from model.shards import ShardReader
+from model.checkpoints.shards import ShardReader
 
 E = CONFIG.n_routed_experts
 PLAN = TrainingPlan(steps=100, workers=1, learning_rate=1e-2, clip_norm=0.5, snapshot_interval=1)

@@ -12,12 +12,12 @@ import torch
 from harness import Outcome, difference, text_corpus, tiny, train
 
 from errors import ConfigError
-from jobs.beginning import Start
-from jobs.checkpoint_store import find_checkpoint, read_state
-from jobs.config import RunConfig
-from jobs.config_file import resumed_config
-from jobs.metrics import METRICS_FILE
-from jobs.train import _start
+from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
+from jobs.config.run_config import RunConfig
+from jobs.training.metrics import METRICS_FILE
+from jobs.training.resumed_config import resumed_config
+from jobs.training.run_start import Start
+from jobs.training.train import _start
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 24, 12

@@ -15,14 +15,14 @@ import pytest
 from errors import CheckpointError, ProtocolError, ResourceError
 from jobs.api.chat import ChatTemplate
 from jobs.serving.follower import Follower
-from jobs.serving.rollout import Rollout, Standing
-from jobs.serving.templates import Templates
-from jobs.serving.weights import Version
+from jobs.serving.interface.templates import Templates
+from jobs.serving.pool.rollout import Rollout
+from jobs.serving.versions import Standing, WeightsVersion
 
 pytestmark = pytest.mark.timeout(60)
-OLD = Version(epoch=0, directory="/old", name="old")
-NEW = Version(epoch=1, directory="/new", name="new")
-LATEST = Version(epoch=2, directory="/latest", name="latest")
+OLD = WeightsVersion(epoch=0, directory="/old", name="old")
+NEW = WeightsVersion(epoch=1, directory="/new", name="new")
+LATEST = WeightsVersion(epoch=2, directory="/latest", name="latest")
 
 
 class Weights:
@@ -36,12 +36,12 @@ class Weights:
         self.gate.set()
         self.exchanged_when: set[str] = set()
 
-    async def prepare(self, version: Version) -> None:
+    async def prepare(self, version: WeightsVersion) -> None:
         if self.broken:
             raise CheckpointError(self.broken)
         self.held = version
 
-    async def exchange(self, version: Version) -> None:
+    async def exchange(self, version: WeightsVersion) -> None:
         await self.gate.wait()
         assert self.held == version
         self.used, self.held = version, None
@@ -178,8 +178,8 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         for directory in (old, new):
             directory.mkdir()
             (directory / "chat_template.jinja").write_text(f"{directory.name}: {{{{ messages[0].content }}}}")
-        first = Version(epoch=0, directory=str(old), name="old")
-        second = Version(epoch=1, directory=str(new), name="new")
+        first = WeightsVersion(epoch=0, directory=str(old), name="old")
+        second = WeightsVersion(epoch=1, directory=str(new), name="new")
         rollout = Rollout("run", first)
         # As much of a backend as a template is exchanged in.
         backend: Any = SimpleNamespace(chat=ChatTemplate.beside(old))
@@ -204,7 +204,7 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         assert (backend.chat.render([{"content": "hi"}]), exchanger.version) == ("new: hi", "new")
         (new / "chat_template.jinja").write_text("{{ broken")
         with pytest.raises(ResourceError, match="chat template"):
-            await rollout.prepare(Version(epoch=2, directory=str(new), name="newer"))
+            await rollout.prepare(WeightsVersion(epoch=2, directory=str(new), name="newer"))
         assert exchanger.version == "new"
         following.cancel()
 

@@ -7,7 +7,7 @@ import torch
 from tiny_cluster import CONFIG, LAYERS, SETTINGS, TinyCluster, local_experts, tokens
 from torch import Tensor
 
-from actors.router import Router
+from actors.router.router import Router
 from channels.base import Phase, Request
 from errors import ChannelError, ProtocolError, RemoteError, StaleEpoch
 from model.experts import Experts

@@ -8,10 +8,10 @@ import pytest
 from pydantic import BaseModel
 
 from errors import ConfigError, UsageError
-from jobs.config import RunConfig
-from jobs.config_file import load_config, write_config
-from jobs.presets import PRESETS, preset
-from jobs.yaml_text import commented_yaml, parse_yaml
+from jobs.config.config_file import load_config, write_config
+from jobs.config.presets import PRESETS, preset
+from jobs.config.run_config import RunConfig
+from jobs.config.yaml_text import commented_yaml, parse_yaml
 
 
 def _problems(*overrides: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from errors import ConfigError
-from jobs.run_directory import run_directory
+from jobs.training.run_directory import run_directory
 
 
 def test_a_second_run_is_kept_out_while_the_first_one_goes_on(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import torch
 from elastic_simulation import EXPERTS, LAYERS, Inline
 from fake_hosts import FakeHost, zeros
 
-from actors.elastic import Elastic
-from actors.health import Health
-from actors.published import Published, holding
-from actors.scaling import Autoscaler, Rebalancer
-from actors.transfers import Shape
+from actors.coordinator.host_health import Health
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.routing_tables import Published, holding
+from actors.coordinator.scaling import Autoscaler, Rebalancer
+from actors.coordinator.transfer_plan import Shape
 from cluster.config import AutoscalingSettings
 from cluster.membership import Membership
 from cluster.policy import NoDecision, RebalanceDecision, ScaleDecision, total_balancedness

@@ -7,7 +7,7 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from model.schedule import Point, Schedule, learning_rate, value_at
+from model.optimizers.schedule import Point, Schedule, learning_rate, value_at
 
 ADAPTER: TypeAdapter[float | tuple[Point, ...]] = TypeAdapter(Schedule)
 

@@ -10,20 +10,14 @@ import torch
 
 from engine.weights import TrunkWeights
 from errors import ConfigError, ResourceError
-from jobs import weights as loading
-from jobs.presets import preset
-from jobs.serving import memory
+from jobs.checkpoints import weights as loading
+from jobs.checkpoints.memory import Need, check_memory, free_memory, loading_need, serving_need
+from jobs.config.presets import preset
+from jobs.serving.admission import check_serving
 from jobs.serving.config import ServeConfig
-from jobs.serving.memory import (
-    Need,
-    check_memory,
-    check_serving,
-    free_memory,
-    loading_need,
-    serving_need,
-)
+from jobs.serving.replica.replica import memory
 from model.causal_lm import CausalLM
-from model.checkpoint import save_pretrained
+from model.checkpoints.pretrained import save_pretrained
 from model.transformer import Transformer
 
 TINY = preset("tiny").model

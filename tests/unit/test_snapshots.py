@@ -14,11 +14,11 @@ from moving_cluster import ALL, MovingCluster, same, split, until
 from test_expert_state import Weights
 from tiny_cluster import CONFIG, LAYERS, tokens
 
-from actors import state_stream
-from actors.expert_state import SavedMoments
-from actors.layers import LayerCopy
-from actors.moves import Assembly, Blob, Origin, Pull
-from actors.snapshots import Memory
+from actors.host.checkpoint_part import SavedMoments
+from actors.host.expert_layers import LayerCopy
+from actors.host.snapshot_store import Memory
+from actors.messages import tensor_stream as state_stream
+from actors.messages.transfer_orders import Assembly, Blob, Origin, Pull
 from channels.base import Phase
 from cluster.topology import HostInfo
 from errors import ProtocolError, StaleEpoch
@@ -317,7 +317,7 @@ def test_a_sender_that_fails_in_the_middle_leaves_nothing(made: Any) -> None:
     sent = Blob(name="trunk", step=1, tensors={"x": torch.ones(4), "y": torch.ones(1 << 21)})
 
     def failing() -> Iterator[bytes]:
-        from actors.copies import blob_frames
+        from actors.messages.transfer_codec import blob_frames
 
         frames = blob_frames(sent)
         yield next(frames)

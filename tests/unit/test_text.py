@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from engine.text import TextStream
-from jobs.tokenizer import train_tokenizer
+from jobs.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.timeline import MERGED, Timeline, merge, profiled
+from actors.messages.timeline import MERGED, Timeline, merge, profiled
 
 
 def events(file: Path) -> list[dict[str, Any]]:

@@ -16,17 +16,18 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from tiny_cluster import CONFIG, LAYERS, SeededSource
 from typer.testing import CliRunner
 
-from actors.clients import HostClient
-from actors.expert_host import ExpertHost
-from actors.serving import ExpertHostServer
-from channels import grpc, tls
+from actors.host.expert_host import ExpertHost
+from actors.host.host_server import ExpertHostServer
+from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request, RequestId
+from channels.grpc import channel as grpc
+from channels.grpc import tls
 from cluster.config import ClusterConfig
 from errors import ChannelError, ConfigError
-from jobs import certs
-from jobs.certs import CA_KEY, make_certificates
-from jobs.cli import app
-from jobs.hosts import check_transport
+from jobs.cli.main import app
+from jobs.fleet.hosts import check_transport
+from jobs.tools import certs
+from jobs.tools.certs import CA_KEY, make_certificates
 
 NAME = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import ConfigError, DataError
-from jobs.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, train_tokenizer
+from jobs.data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, train_tokenizer
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i}\n" for i in range(200)]
 TOKENIZER, END = train_tokenizer(TEXTS, 320)

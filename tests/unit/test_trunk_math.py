@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.attention import LatentAttention, document_mask
 from model.config import ModelConfig
-from model.cross_entropy import IGNORE, greedy, linear_cross_entropy
+from model.losses.cross_entropy import IGNORE, greedy, linear_cross_entropy
 from model.mlp import SwiGLU
 from model.moe import Gate
 from model.norm import RMSNorm

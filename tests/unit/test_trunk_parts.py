@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.common_snapshot import DECISIONS, newest_common
-from actors.endurance import Endurance, EnduringCall, SilentExperts
-from actors.moves import EXPERTS, Stored
-from actors.training_call import dispatched
-from actors.trunk_parts import TRUNK, complete, part_name, part_of
+from actors.coordinator.common_snapshot import DECISIONS, newest_common
+from actors.messages.transfer_orders import EXPERTS, Stored
+from actors.messages.trunk_parts import TRUNK, complete, part_name, part_of
+from actors.router.deferred_loss import Endurance, EnduringCall, SilentExperts
+from actors.router.training_call import dispatched
 from errors import ChannelError, RemoteError
-from model.sharded_optimizer import rows_of
+from model.optimizers.sharded_adamw import rows_of
 
 
 def test_names() -> None:

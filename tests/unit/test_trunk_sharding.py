@@ -14,10 +14,10 @@ from sharded_workers import Moment, Workers, train_sharded
 
 from channels.base import Phase
 from errors import ConfigError
-from jobs.beginning import Start
-from jobs.checkpoint_store import find_checkpoint
-from jobs.config import RunConfig
-from model.shards import ShardReader
+from jobs.checkpoints.checkpoint_store import find_checkpoint
+from jobs.config.run_config import RunConfig
+from jobs.training.run_start import Start
+from model.checkpoints.shards import ShardReader
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 12, 6

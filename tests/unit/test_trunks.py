@@ -17,11 +17,11 @@ from engine.sequence import TokenLogprobs
 from engine.service import Delta
 from errors import ConfigError, QueueFull
 from jobs.api.metrics import ExpertFigures
-from jobs.serving.overview import Overview
-from jobs.serving.routes import ServeRoutes
+from jobs.serving.interface.overview import Overview
+from jobs.serving.interface.routes import ServeRoutes
+from jobs.serving.interface.trunks import Lease, Trunks
+from jobs.serving.replica.trunk_server import Leases
 from jobs.serving.trunk_messages import delta_message, delta_of, sampling_message, sampling_params
-from jobs.serving.trunk_server import Leases
-from jobs.serving.trunks import Lease, Trunks
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus
 from protos.trunk_pb2_grpc import TrunkServicer, add_TrunkServicer_to_server
 
@@ -359,7 +359,7 @@ def test_parameters_and_deltas_come_through_as_they_are() -> None:
 
 
 def test_a_lease_lasts_as_long_as_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.serving.trunk_server._IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("jobs.serving.replica.trunk_server._IDLE_SECONDS", 0.2)
 
     async def check() -> None:
         leases = Leases()
@@ -460,7 +460,7 @@ def test_serve_is_asked_unless_a_request_has_just_ended() -> None:
 
 
 def test_serve_is_asked_again_when_a_replica_is_gone_or_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.serving.routes._ASK_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("jobs.serving.interface.routes._ASK_AGAIN_SECONDS", 0.1)
 
     async def check() -> None:
         handle = Handle([RuntimeError("the actor died"), None, "a:1"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from actors.turns import Turns
+from actors.router.lane_turns import Turns
 
 
 def test_one_computes_while_another_is_away() -> None:

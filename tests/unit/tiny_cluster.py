@@ -7,10 +7,10 @@ import threading
 import torch
 from torch import Tensor
 
-from actors.expert_host import ExpertHost
-from actors.lane import Lane
-from actors.router import Router
-from actors.steps import OptimizerSettings
+from actors.host.expert_host import ExpertHost
+from actors.messages.steps import OptimizerSettings
+from actors.router.lane import Lane
+from actors.router.router import Router
 from channels import local
 from channels.base import Channel
 from cluster import HostInfo, RoutingTable, experts_held, plan_placement

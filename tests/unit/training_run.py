@@ -10,13 +10,13 @@ import torch
 from fake_hosts import FakeHost
 from torch import Tensor
 
-from actors.common_snapshot import TRUNK
-from actors.coordinator import Coordinator
-from actors.elastic import Elastic
-from actors.moves import Blob
-from actors.steps import Resume, StepReport, TrainingPlan
-from actors.training_steps import Beginning, TrainingSteps
-from actors.transfers import Shape
+from actors.coordinator.common_snapshot import TRUNK
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.training_steps import Beginning, TrainingSteps
+from actors.coordinator.transfer_plan import Shape
+from actors.messages.steps import Resume, StepReport, TrainingPlan
+from actors.messages.transfer_orders import Blob
 from cluster import HostInfo
 
 L, E = 2, 4

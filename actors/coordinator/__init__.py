@@ -1,0 +1,3 @@
+"""The coordinator: the control plane of a job."""
+
+from __future__ import annotations

@@ -1,0 +1,180 @@
+"""What is published of the hosts: the versions of the weights that they hold, and tables of who holds what.
+
+Usually there is one version; while weights are being exchanged there are two. A table is made anew with every
+change, under a serial that only grows: whoever missed one gets the newest, whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from actors.messages.coordinator_state import PlacedWeights
+from cluster.placement import Placement
+from cluster.topology import HostInfo, RoutingTable
+from errors import ProtocolError, ResourceError
+
+
+class Published:
+    """What hosts hold; any thread may call.
+
+    Args:
+        epoch: no version has had one greater than this.
+    """
+
+    def __init__(self, *, epoch: int = -1, serial: int = 0) -> None:
+        self._changed = threading.Condition()
+        self._live: dict[str, PlacedWeights] = {}  # the one in use last
+        self._hosts: Mapping[str, HostInfo] = {}
+        self._gone: set[str] = set()
+        self._serial = serial
+        self._epoch = epoch
+        self._closed: str | None = None
+        self._intact = False
+
+    @property
+    def serial(self) -> int:
+        """Of the newest tables."""
+        return self._serial
+
+    @property
+    def live(self) -> tuple[PlacedWeights, ...]:
+        """Published that requests are answered of, the one in use last."""
+        with self._changed:
+            return tuple(self._live.values())
+
+    @property
+    def current(self) -> PlacedWeights | None:
+        """The one in use; None before there is one."""
+        return next(reversed(self.live), None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every expert of the version in use has a holder; not before there is one."""
+        current = self.current
+        return current is not None and all(ids for row in current.placement.holders for ids in row)
+
+    @property
+    def intact(self) -> bool:
+        """Whether no host has been lost that the version in use was placed on; not before there is one."""
+        return self._intact
+
+    def next_epoch(self, *, above: int = -1) -> int:
+        """An epoch that no version has had, nor `above`."""
+        with self._changed:
+            self._epoch = max(self._epoch, above) + 1
+            return self._epoch
+
+    def publish(self, versions: Iterable[PlacedWeights], hosts: Mapping[str, HostInfo]) -> None:
+        """Make these, and no others, the live ones, the last of them the one in use.
+
+        Args:
+            hosts: that are there; placements lose those that are not, or are gone since.
+        """
+        with self._changed:
+            self._hosts = {id: info for id, info in hosts.items() if id not in self._gone}
+            said = {version.name: version for version in versions}
+            self._live = {name: self._without_the_gone(version) for name, version in said.items()}
+            self._intact = bool(said) and list(said.values()) == list(self._live.values())
+            self._epoch = max([self._epoch, *(version.epoch for version in self._live.values())])
+            self._bump()
+
+    def without(self, host: str) -> None:
+        """A host is gone; what it alone held has no holder now."""
+        with self._changed:
+            self._gone.add(host)
+            if host not in self._hosts:
+                return
+            self._hosts = {id: info for id, info in self._hosts.items() if id != host}
+            self._intact &= all(host not in version.placement.sites for version in self._live.values())
+            for name, version in self._live.items():
+                self._live[name] = replace(version, placement=without(version.placement, host))
+            self._bump()
+
+    def table(self, weights: str | None = None) -> RoutingTable | None:
+        """The newest table of these weights, None taking those in use; None when there is none."""
+        with self._changed:
+            return self._table(weights)
+
+    def after(self, serial: int, weights: str | None, timeout: float) -> RoutingTable | None:
+        """The newest table once its serial is not `serial` any more; None when that takes longer.
+
+        Raises:
+            ResourceError: there will be none any more.
+        """
+        return self._wait(
+            lambda: self._serial != serial and self._table(weights) is not None, weights, timeout
+        )
+
+    def complete(self, timeout: float | None) -> RoutingTable | None:
+        """The table in use once every expert has a holder; None when that takes longer."""
+
+        return self._wait(lambda: self.whole, None, timeout)
+
+    def close(self, why: str) -> None:
+        """Wake everybody who waits."""
+        with self._changed:
+            self._closed = why
+            self._changed.notify_all()
+
+    def _wait(
+        self, wanted: Callable[[], bool], weights: str | None, timeout: float | None
+    ) -> RoutingTable | None:
+        with self._changed:
+            found = self._changed.wait_for(lambda: self._closed is not None or wanted(), timeout)
+            if self._closed is not None:
+                raise ResourceError(self._closed)
+            return self._table(weights) if found else None
+
+    def _without_the_gone(self, version: PlacedWeights) -> PlacedWeights:
+        placement = version.placement
+        for site in placement.sites:
+            placement = placement if site in self._hosts else without(placement, site)
+        return replace(version, placement=placement)
+
+    def _bump(self) -> None:
+        self._serial += 1
+        self._changed.notify_all()
+
+    def _table(self, weights: str | None) -> RoutingTable | None:
+        version = next(reversed(self._live.values()), None) if weights is None else self._live.get(weights)
+        if version is None:
+            return None
+        hosts = tuple(self._hosts[id] for id in version.placement.sites if id in self._hosts)
+        index = {host.id: at for at, host in enumerate(hosts)}
+        if len(index) != len(version.placement.sites):
+            raise ProtocolError(f"epoch {version.epoch} is placed on hosts that are not there")
+        holders = tuple(
+            tuple(tuple(index[id] for id in ids) for ids in row) for row in version.placement.holders
+        )
+        return RoutingTable(
+            epoch=version.epoch,
+            hosts=hosts,
+            holders=holders,
+            weights=version.name,
+            serial=self._serial,
+        )
+
+
+def without(placement: Placement, host: str) -> Placement:
+    """The same without a host."""
+    return Placement(
+        sites=tuple(site for site in placement.sites if site != host),
+        holders=tuple(
+            tuple(tuple(id for id in ids if id != host) for ids in row) for row in placement.holders
+        ),
+    )
+
+
+def holding(placement: Placement) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Host id -> per layer row the experts that it holds."""
+    rows: dict[str, list[list[int]]] = {site: [[] for _ in placement.holders] for site in placement.sites}
+    for at, row in enumerate(placement.holders):
+        for expert, ids in enumerate(row):
+            for id in ids:
+                rows[id][at].append(expert)
+    return {id: tuple(map(tuple, parts)) for id, parts in rows.items()}
+
+
+__all__ = ["Published", "holding", "without"]

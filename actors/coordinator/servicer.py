@@ -1,0 +1,189 @@
+"""gRPC services over a coordinator: for workers, routers, whoever runs hosts, and who operates a job."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.host_roster import steady
+from actors.messages.control_codec import (
+    decision_to,
+    host_from,
+    host_to,
+    metrics_to,
+    report_from,
+    table_to,
+    tensor_to,
+)
+from actors.rpc.control_server import refusing
+from cluster.membership import Scaling
+from protos import admin_pb2, admin_pb2_grpc, coordinator_pb2, coordinator_pb2_grpc
+
+
+class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
+    """The coordinator's calls."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def RegisterHost(
+        self, request: coordinator_pb2.RegisterHostRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.RegisterHostReply:
+        with refusing(context):
+            self._coordinator.register_host(host_from(request.host))
+            return coordinator_pb2.RegisterHostReply()
+
+    def Found(
+        self, request: coordinator_pb2.FoundRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.FoundReply:
+        with refusing(context):
+            self._coordinator.found()
+            return coordinator_pb2.FoundReply()
+
+    def GetRoutingTable(
+        self, request: coordinator_pb2.GetRoutingTableRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.GetRoutingTableReply:
+        with refusing(context):
+            weights = request.weights or None
+            if request.known_serial < 0:
+                table = self._coordinator.table(weights, request.seconds)
+            else:
+                found = self._coordinator.table_after(request.known_serial, weights, request.seconds)
+                if found is None:
+                    return coordinator_pb2.GetRoutingTableReply()
+                table = found
+            return coordinator_pb2.GetRoutingTableReply(table=table_to(table))
+
+    def Suspect(
+        self, request: coordinator_pb2.SuspectRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.SuspectReply:
+        with refusing(context):
+            self._coordinator.suspect(request.host, request.why)
+            return coordinator_pb2.SuspectReply()
+
+    def Orders(
+        self, request: coordinator_pb2.OrdersRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.OrdersReply:
+        with refusing(context):
+            orders, wanted = self._coordinator.orders(
+                starting=request.starting, failed=dict(request.failed), stopped=list(request.stopped)
+            )
+            return coordinator_pb2.OrdersReply(
+                start=orders.start,
+                stop=orders.stop,
+                wanted=wanted,
+                state=self._coordinator.state().to_json(),
+            )
+
+    def Join(
+        self, request: coordinator_pb2.JoinRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.JoinReply:
+        with refusing(context):
+            resume = self._coordinator.steps.join(request.rank, request.workers, request.attempt, request.why)
+            return coordinator_pb2.JoinReply(
+                attempt=resume.attempt,
+                step=resume.step,
+                trunk=[host_to(host) for host in resume.trunk],
+                directory=resume.directory,
+            )
+
+    def ReportStep(
+        self, request: coordinator_pb2.StepReport, context: grpc.ServicerContext
+    ) -> coordinator_pb2.StepDecision:
+        with refusing(context):
+            return decision_to(self._coordinator.steps.report(report_from(request)))
+
+    def GetMetrics(
+        self, request: coordinator_pb2.GetMetricsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.GetMetricsReply:
+        with refusing(context):
+            steps = self._coordinator.steps.metrics(request.since)
+            return coordinator_pb2.GetMetricsReply(steps=[metrics_to(step) for step in steps])
+
+    def RequestStop(
+        self, request: coordinator_pb2.RequestStopRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.RequestStopReply:
+        with refusing(context):
+            return coordinator_pb2.RequestStopReply(step=self._coordinator.steps.request_stop())
+
+    def Fail(
+        self, request: coordinator_pb2.FailRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.FailReply:
+        with refusing(context):
+            self._coordinator.steps.fail(request.text)
+            return coordinator_pb2.FailReply()
+
+    def SaveHosts(
+        self, request: coordinator_pb2.SaveHostsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.SaveHostsReply:
+        with refusing(context):
+            files = self._coordinator.steps.save(request.directory, request.step)
+            return coordinator_pb2.SaveHostsReply(files=files)
+
+    def LoadWeights(
+        self, request: coordinator_pb2.LoadWeightsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.LoadWeightsReply:
+        with refusing(context):
+            epoch = self._coordinator.load(request.directory, request.version)
+            return coordinator_pb2.LoadWeightsReply(epoch=epoch)
+
+    def PublishWeights(
+        self, request: coordinator_pb2.PublishWeightsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.PublishWeightsReply:
+        with refusing(context):
+            self._coordinator.publish(request.epoch)
+            return coordinator_pb2.PublishWeightsReply()
+
+    def RetireWeights(
+        self, request: coordinator_pb2.RetireWeightsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.RetireWeightsReply:
+        with refusing(context):
+            self._coordinator.retire(request.keep)
+            return coordinator_pb2.RetireWeightsReply()
+
+    def GetState(
+        self, request: coordinator_pb2.GetStateRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.GetStateReply:
+        with refusing(context):
+            return coordinator_pb2.GetStateReply(bias=tensor_to(self._coordinator.steps.bias()))
+
+    def GetStatus(
+        self, request: coordinator_pb2.GetStatusRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.GetStatusReply:
+        with refusing(context):
+            steps = self._coordinator.steps
+            return coordinator_pb2.GetStatusReply(step=steps.step, failure=steps.failure or "")
+
+
+class AdminServicer(admin_pb2_grpc.AdminServicer):
+    """For whoever operates the job."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def Status(
+        self, request: admin_pb2.StatusOfJobRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.StatusOfJobReply:
+        with refusing(context):
+            return admin_pb2.StatusOfJobReply(status=json.dumps(self._coordinator.status()))
+
+    def Scale(self, request: admin_pb2.ScaleRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
+        with refusing(context):
+            return _reply(self._coordinator.scale(request.hosts, request.seconds))
+
+    def Drain(self, request: admin_pb2.DrainRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
+        with refusing(context):
+            done = self._coordinator.drain(request.host, request.seconds, replace=request.replace)
+            return _reply(done)
+
+
+def _reply(scaling: Scaling) -> admin_pb2.ScaleReply:
+    ended = steady() if scaling.ended is None else scaling.ended
+    return admin_pb2.ScaleReply(
+        done=scaling.ended is not None, hosts=scaling.target, seconds=ended - scaling.began
+    )
+
+
+__all__ = ["AdminServicer", "CoordinatorServicer"]

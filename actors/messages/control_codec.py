@@ -1,0 +1,274 @@
+"""Values of the control plane as protobuf messages, and back."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from actors.messages.steps import HostStats, StepDecision, StepMetrics, StepReport
+from cluster.topology import HostInfo, RoutingTable
+from errors import ProtocolError
+from protos import coordinator_pb2, expert_pb2, tensor_pb2
+
+DTYPES = {
+    torch.float32: tensor_pb2.DTYPE_FLOAT32,
+    torch.float64: tensor_pb2.DTYPE_FLOAT64,
+    torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16,
+    torch.float16: tensor_pb2.DTYPE_FLOAT16,
+    torch.int32: tensor_pb2.DTYPE_INT32,
+    torch.int64: tensor_pb2.DTYPE_INT64,
+}
+TORCH_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
+
+
+def tensor_to(tensor: Tensor) -> tensor_pb2.Tensor:
+    """A tensor by itself, for control calls."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return tensor_pb2.Tensor(dtype=DTYPES[tensor.dtype], shape=tensor.shape, data=flat.numpy().tobytes())
+
+
+def tensor_from(message: tensor_pb2.Tensor) -> Tensor:
+    """The inverse of `tensor_to`.
+
+    Raises:
+        ProtocolError: the bytes are not those of a tensor of this type and shape.
+    """
+    shape = list(message.shape)
+    dtype = TORCH_DTYPES.get(message.dtype)
+    if dtype is None:
+        raise ProtocolError(f"a tensor of unknown type {message.dtype} came in")
+    out = torch.empty(shape, dtype=dtype)
+    if len(message.data) != out.numel() * out.element_size():
+        raise ProtocolError(f"{len(message.data)} bytes came in for a tensor {shape} of {dtype}")
+    return torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(shape) if out.numel() else out
+
+
+def host_to(host: HostInfo) -> coordinator_pb2.HostInfo:
+    """See `HostInfo`."""
+    return coordinator_pb2.HostInfo(id=host.id, node=host.node, addresses=dict(host.addresses), pid=host.pid)
+
+
+def host_from(message: coordinator_pb2.HostInfo) -> HostInfo:
+    """The inverse of `host_to`."""
+    return HostInfo(id=message.id, node=message.node, pid=message.pid, addresses=dict(message.addresses))
+
+
+def table_to(table: RoutingTable) -> coordinator_pb2.RoutingTable:
+    """See `RoutingTable`."""
+    return coordinator_pb2.RoutingTable(
+        epoch=table.epoch,
+        hosts=[host_to(host) for host in table.hosts],
+        n_layers=len(table.holders),
+        n_experts=len(table.holders[0]) if table.holders else 0,
+        holders=[host for row in table.holders for hosts in row for host in hosts],
+        replicas=[len(hosts) for row in table.holders for hosts in row],
+        weights=table.weights,
+        serial=table.serial,
+    )
+
+
+def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
+    """The inverse of `table_to`.
+
+    Raises:
+        ProtocolError: the numbers of layers, experts, replicas and hosts do not go together.
+    """
+    n_layers, n_experts = message.n_layers, message.n_experts
+    counts, flat = list(message.replicas), iter(message.holders)
+    fits = len(counts) == n_layers * n_experts and sum(counts) == len(message.holders)
+    if not fits or any(not 0 <= host < len(message.hosts) for host in message.holders):
+        raise ProtocolError(
+            f"a routing table of {n_layers} layers, {n_experts} experts and {len(message.hosts)} hosts names "
+            f"{len(message.holders)} holders of {len(counts)} experts"
+        )
+    holders = [tuple(islice(flat, count)) for count in counts]
+    return RoutingTable(
+        epoch=message.epoch,
+        hosts=tuple(host_from(host) for host in message.hosts),
+        holders=tuple(tuple(holders[row * n_experts : (row + 1) * n_experts]) for row in range(n_layers)),
+        weights=message.weights,
+        serial=message.serial,
+    )
+
+
+def report_to(report: StepReport) -> coordinator_pb2.StepReport:
+    """See `StepReport`."""
+    return coordinator_pb2.StepReport(
+        worker=report.worker,
+        step=report.step,
+        loads=tensor_to(report.loads),
+        trunk_squared_norm=report.trunk_squared_norm,
+        expert_squared_norm=report.local_expert_squared_norm,
+        main_loss_sum=report.main_sum,
+        mtp_loss_sums=[report.mtp_sum],
+        balance_loss=report.balance_sum,
+        targets=report.n_targets,
+        rows=report.n_rows,
+        tokens=report.tokens,
+        seconds=report.seconds,
+        dispatched=report.tokens_routed,
+        rows_sent=report.rows_sent,
+        bytes_sent=report.bytes,
+    )
+
+
+def report_from(message: coordinator_pb2.StepReport) -> StepReport:
+    """The inverse of `report_to`."""
+    return StepReport(
+        worker=message.worker,
+        step=message.step,
+        loads=tensor_from(message.loads),
+        trunk_squared_norm=message.trunk_squared_norm,
+        local_expert_squared_norm=message.expert_squared_norm,
+        main_sum=message.main_loss_sum,
+        mtp_sum=sum(message.mtp_loss_sums),
+        balance_sum=message.balance_loss,
+        n_targets=message.targets,
+        n_rows=message.rows,
+        tokens=message.tokens,
+        seconds=message.seconds,
+        tokens_routed=message.dispatched,
+        rows_sent=message.rows_sent,
+        bytes=message.bytes_sent + message.bytes_received,
+    )
+
+
+def decision_to(decision: StepDecision) -> coordinator_pb2.StepDecision:
+    """See `StepDecision`."""
+    return coordinator_pb2.StepDecision(
+        step=decision.step,
+        lr=decision.learning_rate,
+        scale=decision.scale,
+        grad_norm=decision.grad_norm,
+        bias=tensor_to(decision.bias),
+        bias_version=decision.step + 1,
+        epoch=decision.epoch,
+        checkpoint=decision.checkpoint,
+        stop=decision.stop,
+        snapshot=decision.snapshot,
+    )
+
+
+def decision_from(message: coordinator_pb2.StepDecision) -> StepDecision:
+    """The inverse of `decision_to`."""
+    return StepDecision(
+        step=message.step,
+        learning_rate=message.lr,
+        scale=message.scale,
+        grad_norm=message.grad_norm,
+        bias=tensor_from(message.bias),
+        epoch=message.epoch,
+        checkpoint=message.checkpoint,
+        stop=message.stop,
+        snapshot=message.snapshot,
+    )
+
+
+_METRICS = (
+    "loss",
+    "mtp_loss",
+    "balance_loss",
+    "learning_rate",
+    "grad_norm",
+    "scale",
+    "tokens",
+    "seconds",
+    "hosts_per_token",
+    "bytes",
+)
+
+
+def metrics_to(metrics: StepMetrics) -> coordinator_pb2.StepMetrics:
+    """See `StepMetrics`."""
+    return coordinator_pb2.StepMetrics(
+        step=metrics.step,
+        values={name: float(getattr(metrics, name)) for name in _METRICS},
+        max_violation=metrics.max_violation,
+    )
+
+
+def metrics_from(message: coordinator_pb2.StepMetrics) -> StepMetrics:
+    """The inverse of `metrics_to`."""
+    values = message.values
+    return StepMetrics(
+        step=message.step,
+        loss=values["loss"],
+        mtp_loss=values["mtp_loss"],
+        balance_loss=values["balance_loss"],
+        learning_rate=values["learning_rate"],
+        grad_norm=values["grad_norm"],
+        scale=values["scale"],
+        max_violation=tuple(message.max_violation),
+        tokens=int(values["tokens"]),
+        seconds=values["seconds"],
+        hosts_per_token=values["hosts_per_token"],
+        bytes=int(values["bytes"]),
+    )
+
+
+def stats_to(stats: HostStats) -> expert_pb2.StatusReply:
+    """See `HostStats`."""
+    return expert_pb2.StatusReply(
+        host=stats.id,
+        epoch=stats.epoch,
+        step=stats.step,
+        parameters=stats.parameters,
+        kept=stats.kept,
+        rows=stats.rows,
+        requests=sum(stats.requests.values()),
+        busy_seconds=stats.busy_seconds,
+        epochs=stats.epochs,
+        experts=dict(stats.experts),
+        metrics={
+            "kept_bytes": float(stats.kept_bytes),
+            "in_flight": float(stats.in_flight),
+            "failed_pushes": float(stats.failed_pushes),
+            **{f"requests.{phase}": float(count) for phase, count in stats.requests.items()},
+        },
+    )
+
+
+def stats_from(message: expert_pb2.StatusReply) -> HostStats:
+    """The inverse of `stats_to`."""
+    metrics = message.metrics
+    return HostStats(
+        id=message.host,
+        step=message.step,
+        epoch=message.epoch,
+        kept=message.kept,
+        kept_bytes=int(metrics["kept_bytes"]),
+        parameters=message.parameters,
+        requests={
+            name.removeprefix("requests."): int(count)
+            for name, count in metrics.items()
+            if name.startswith("requests.")
+        },
+        rows=message.rows,
+        busy_seconds=message.busy_seconds,
+        in_flight=int(metrics["in_flight"]),
+        epochs=tuple(message.epochs),
+        experts=dict(message.experts),
+        failed_pushes=int(metrics["failed_pushes"]),
+    )
+
+
+__all__ = [
+    "DTYPES",
+    "TORCH_DTYPES",
+    "decision_from",
+    "decision_to",
+    "host_from",
+    "host_to",
+    "metrics_from",
+    "metrics_to",
+    "report_from",
+    "report_to",
+    "stats_from",
+    "stats_to",
+    "table_from",
+    "table_to",
+    "tensor_from",
+    "tensor_to",
+]

@@ -1,0 +1,113 @@
+"""Tensors as a stream of frames: flat, one after the other, large ones in pieces, small ones together.
+
+Both ends know which tensors these are, from the request or from the stream's first frame. A frame is
+encoded, which copies, before it is checked that what it was read from has not changed meanwhile; so nobody
+waits for a slow reader, and what has arrived is of one state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from channels.framing import codec
+from errors import ProtocolError
+from protos import expert_pb2
+
+FRAME_BYTES: Final = 4 << 20
+_MOST_PIECES: Final = 32  # the layouts of so few are remembered by `channels.framing.header`
+
+
+def frames(tensors: Iterable[Tensor], intact: Callable[[], None]) -> Iterator[bytes]:
+    """Encode tensors.
+
+    Args:
+        intact: called after each frame has been made; raises when its tensors may have changed.
+    """
+    pieces: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        flat = codec.plain(tensor).view(-1)
+        most = FRAME_BYTES // flat.element_size()
+        for start in range(0, flat.numel(), most):
+            piece = flat[start : start + most]
+            if pieces and (size + piece.nbytes > FRAME_BYTES or len(pieces) == _MOST_PIECES):
+                yield _frame(pieces, intact)
+                pieces, size = [], 0
+            pieces.append(piece)
+            size += piece.nbytes
+    if pieces:
+        yield _frame(pieces, intact)
+
+
+def _frame(pieces: Sequence[Tensor], intact: Callable[[], None]) -> bytes:
+    frame = codec.encode_reply(pieces)
+    intact()
+    return frame
+
+
+class Inflow:
+    """Fills tensors, which are contiguous, from frames.
+
+    Attributes:
+        at: index of the tensor that is being filled.
+    """
+
+    def __init__(self, targets: Sequence[Tensor]) -> None:
+        self._targets = [target for target in targets if target.numel()]
+        self._filled = 0
+        self.at = 0
+
+    def read(self, frames: Iterable[bytes]) -> None:
+        """Fill all of them.
+
+        Raises:
+            ProtocolError: too little came, or too much, or of another type.
+            RaymoeError: from `frames`.
+        """
+        for frame in frames:
+            for piece in codec.decode_reply(frame):
+                self._take(piece)
+        if self.at < len(self._targets):
+            raise ProtocolError(f"a stream of {len(self._targets)} tensors ended within number {self.at}")
+
+    def _take(self, piece: Tensor) -> None:
+        if self.at == len(self._targets):
+            raise ProtocolError(f"a stream of {len(self._targets)} tensors goes on after the last")
+        target = self._targets[self.at].view(-1)
+        end = self._filled + piece.numel()
+        if piece.ndim != 1 or piece.dtype != target.dtype or end > target.numel():
+            raise ProtocolError(
+                f"tensor {self.at} of a stream is {target.numel()} numbers of {target.dtype}; from the "
+                f"{self._filled}th on there came {list(piece.shape)} of {piece.dtype}"
+            )
+        target[self._filled : end].copy_(piece)
+        self._filled = end
+        if end == target.numel():
+            self.at, self._filled = self.at + 1, 0
+
+
+def head(stored: expert_pb2.StoredState) -> bytes:
+    """The first frame of a stream that says itself what it carries."""
+    return expert_pb2.Frame(header=expert_pb2.Header(stored=stored)).SerializeToString()
+
+
+def read_head(frames: Iterator[bytes]) -> expert_pb2.StoredState:
+    """Take the first frame off a stream.
+
+    Raises:
+        ProtocolError: it says nothing of what the stream carries.
+    """
+    try:
+        frame = expert_pb2.Frame.FromString(next(frames, b""))
+    except DecodeError as error:
+        raise ProtocolError(f"the first frame of a stream cannot be read: {error}") from error
+    if not frame.header.HasField("stored"):
+        raise ProtocolError("a stream does not begin with what it carries (Header.stored)")
+    return frame.header.stored
+
+
+__all__ = ["FRAME_BYTES", "Inflow", "frames", "head", "read_head"]

@@ -1,0 +1,52 @@
+"""An engine's two ways to its experts, for the two halves of a large step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from actors.router.lane import Lane
+from actors.router.mailbox_calls import Array, MailCall
+from actors.router.router import Router
+from model.experts import Experts, Pending
+
+
+class EngineLanes:
+    """Implements `model.experts.Experts`, `ArrayExperts` and `PairedExperts`; one thread uses it at a time.
+
+    Args:
+        router: has two lanes, which are the engine's alone.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self._lanes = router.lane(0), router.lane(1)
+
+    @property
+    def pair(self) -> tuple[Experts, Experts]:
+        """See `model.experts.PairedExperts`."""
+        return self._lanes
+
+    @property
+    def lanes(self) -> tuple[Lane, Lane]:
+        """The two, the first of which takes steps that are not halved."""
+        return self._lanes
+
+    def begin(self, step: int) -> None:
+        """Start a step of the engine: calls from here on carry its number."""
+        for half, lane in enumerate(self._lanes):
+            lane.begin(step, half)
+
+    def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
+        """See `Lane.dispatch`."""
+        return self._lanes[0].dispatch(layer, rows, idx, gates)
+
+    def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailCall | None:
+        """See `Lane.dispatch_arrays`."""
+        return self._lanes[0].dispatch_arrays(layer, rows, idx, gates)
+
+    def abandon(self) -> None:
+        """See `Lane.abandon`."""
+        for lane in self._lanes:
+            lane.abandon()
+
+
+__all__ = ["EngineLanes"]

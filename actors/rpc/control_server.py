@@ -1,0 +1,110 @@
+"""A gRPC server for control calls, and how errors of ours cross it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import grpc
+
+import errors
+from channels.grpc import tls
+from channels.grpc.channel import MAX_STREAMS, OPTIONS
+from channels.grpc.guard import Guard
+from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
+
+_ERROR_TYPE = "raymoe-error"
+_MAX_TEXT = 1200  # a status travels in gRPC's metadata: 8 KiB, in which a character may take six bytes
+
+
+class ControlServer:
+    """A running gRPC server on a port that the system chose.
+
+    Args:
+        register: adds the services to the server.
+        host: the interface to listen on.
+        port: to listen on; 0 takes a free one.
+        threads: calls that may be blocked at once.
+
+    Raises:
+        ResourceError: the interface cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        register: Callable[[grpc.Server], None],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        threads: int = 8,
+    ) -> None:
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, thread_name_prefix="control"),
+            interceptors=[Guard()],
+            options=OPTIONS,
+            maximum_concurrent_rpcs=threads + MAX_STREAMS,  # these wait for a thread; one more is refused
+        )
+        register(self._server)
+        try:
+            port = tls.listen(self._server, f"{host}:{port}")
+        except RuntimeError as error:
+            raise ResourceError(f"cannot listen on {host}:{port}: {error}") from error
+        self._server.start()
+        self.address = f"grpc:{host}:{port}"
+
+    def close(self) -> None:
+        """Stop; calls that are under way are cut off."""
+        self._server.stop(grace=None).wait()
+
+
+def control_channel(address: str) -> grpc.Channel:
+    """A gRPC channel to a `ControlServer`'s address."""
+    return tls.lasting(address.removeprefix("grpc:"), OPTIONS)
+
+
+@contextmanager
+def refusing(context: grpc.ServicerContext) -> Iterator[None]:
+    """Within a servicer's method: errors reach the caller with their class and text."""
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, RaymoeError)
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        context.set_trailing_metadata(((_ERROR_TYPE, type(error).__name__ if ours else "RemoteError"),))
+        context.abort(grpc.StatusCode.INTERNAL, text[:_MAX_TEXT])
+
+
+def not_served(context: grpc.ServicerContext) -> NoReturn:
+    """For a method of a .proto file that this process does not offer."""
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "this process does not serve this call")
+    raise AssertionError  # abort has raised
+
+
+@contextmanager
+def raising(peer: str) -> Iterator[None]:
+    """Around a stub's call: a refusal becomes the error that it was, anything else a `ChannelError`."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        metadata = {item.key: item.value for item in error.trailing_metadata() or ()}
+        text = f"{peer}: {error.details()}"
+        kind: Any = metadata.get(_ERROR_TYPE)
+        if kind is not None:
+            known = getattr(errors, kind, RemoteError)
+            raise (RemoteError if known is StaleEpoch else known)(text) from None
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise ChannelTimeout(f"{peer} did not answer in time") from None
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise ChannelError(f"{peer} has more calls than it takes: {error.details()}") from None
+        details = str(error.details())
+        why = f"({error.code().name}): {details}{tls.mistrust(details)}"
+        raise ChannelError(f"{peer} cannot be reached {why}") from None
+    except ValueError as error:
+        if "closed channel" not in str(error):
+            raise
+        raise ChannelError(f"{peer} has been given up") from None  # so gRPC says that we hung up ourselves
+
+
+__all__ = ["ControlServer", "control_channel", "not_served", "raising", "refusing"]

@@ -1,0 +1,48 @@
+"""What a training worker is given for a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.losses.balance_loss import BalanceWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Microbatch:
+    """Rows that go through the model at once.
+
+    Attributes:
+        index: among all microbatches of the step, over all workers.
+        tokens: `[B, T + 1 + depth]` int64.
+        segments: `[B, T + 1 + depth]` int32, document of each token, -1 padding; None when every row
+            is one document.
+    """
+
+    index: int
+    tokens: Tensor
+    segments: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """What one worker needs for one step.
+
+    Attributes:
+        n_targets, n_rows: of the global batch, so that gradients of all workers simply add up.
+        balance: weights of the balance losses at this step.
+        mtp_weight: λ at this step.
+        passes: microbatches of the worker that has most; where passes take all workers, each makes so many.
+    """
+
+    step: int
+    microbatches: tuple[Microbatch, ...]
+    n_targets: int
+    n_rows: int
+    balance: BalanceWeights
+    mtp_weight: float
+    passes: int = 0
+
+
+__all__ = ["Microbatch", "StepInputs"]

@@ -1,0 +1,238 @@
+"""The commands of `raymoe bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from errors import ConfigError
+from jobs.cli.options import ConfigFile, Debug, Json, Overrides, Preset, Result
+from jobs.console import finish, say, surfaced
+
+Device = Annotated[str, typer.Option(help="cpu, or cuda for all contenders on one GPU.")]
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@bench.command("train")
+@surfaced
+def bench_train(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each contender to time.")] = 15,
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time training steps: experts in process, on hosts, and transformers; by default of bench-20m."""
+    chosen = _config(preset, config, overrides)
+
+    def compute() -> Result:
+        from benchmarks.train import bench_train as run
+
+        return run(chosen, steps=steps, device=device)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("decode")
+@surfaced
+def bench_decode(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time greedy decoding: experts in process, on hosts, and transformers; by default of bench-20m."""
+    chosen = _config(preset, config, overrides)
+
+    def compute() -> Result:
+        from benchmarks.decode import bench_decode as run
+
+        return run(chosen, rounds=rounds, device=device)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("experts")
+@surfaced
+def bench_experts(
+    device: Device = "cpu",
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 7168,
+    width: Annotated[int, typer.Option(min=1, help="Of an expert (moe_intermediate_size).")] = 2048,
+    experts: Annotated[int, typer.Option(min=1, help="That a host holds of a layer.")] = 8,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Of each expert; by default 4,096 on GPUs, 256 on CPUs.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a layer's experts against dense products; by default of DeepSeek-V3's shape."""
+
+    def compute() -> Result:
+        from benchmarks.experts import bench_experts as run
+
+        return run(device=device, hidden=hidden, width=width, experts=experts, rows=rows, rounds=rounds)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("drafts")
+@surfaced
+def bench_drafts(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run or a Hugging Face directory.")],
+    data: Annotated[
+        str | None, typer.Option(help="Documents to continue; those that the run held out by default.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many documents.")] = 20,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a checkpoint's decoding with MTP drafts and without, experts in process and on hosts."""
+
+    def compute() -> Result:
+        from benchmarks.drafts import bench_drafts as run
+
+        return run(checkpoint, data, prompts=prompts, temperature=temperature, note=say)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("channel")
+@surfaced
+def bench_channel(
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="shm, collective or grpc; repeatable, all by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which each kind has its turn.")] = 10,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time round trips between two processes of this machine, gRPC's beside a bare stream's."""
+
+    def compute() -> Result:
+        from benchmarks.channel import bench_channel as run
+
+        return run(kinds or ["shm", "collective", "grpc"], rounds=rounds)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("overlap")
+@surfaced
+def bench_overlap(
+    channel: Annotated[str, typer.Option(help="As cluster.channel: auto, shm, collective or grpc.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 4,
+    sequences: Annotated[
+        int, typer.Option(min=32, max=65536, help="Sequences that are decoded at a time.")
+    ] = 2048,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time training and decoding with overlap and without, trunk and hosts on cores of their own."""
+
+    def compute() -> Result:
+        from benchmarks.overlap import bench_overlap as run
+
+        return run(channel=channel, rounds=rounds, sequences=sequences)
+
+    finish(compute, as_json=as_json)
+
+
+@bench.command("serve")
+@surfaced
+def bench_serve(
+    url: Annotated[
+        str | None, typer.Argument(metavar="[URL]", help="Of a server; without it, one just for this run.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="What the server of its own serves; by default bench-20m with random weights."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML for the server of its own."),
+    ] = None,
+    overrides: Overrides = None,
+    rate: Annotated[
+        str, typer.Option(help="Requests per second, or auto: --load of the capacity, measured first.")
+    ] = "auto",
+    share: Annotated[float, typer.Option("--load", min=0.01, max=10, help="With --rate auto.")] = 0.8,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests to send.")] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds to send for; 30 without --requests.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt on each line.")] = None,
+    prompt_tokens: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Length of random prompts, in place of the mix.")
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Tokens to ask for, in place of the mix.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the sampling.")] = 0.0,
+    drops: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of requests whose client hangs up in the middle.")
+    ] = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Let requests have all of their tokens.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 0,
+    probe_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Of each level when the capacity is measured.")
+    ] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    api_key: Annotated[str | None, typer.Option(help="To send along.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Offer a server requests that arrive at random, and show how fast it answers them."""
+    from benchmarks.serving.load_test import Load
+    from benchmarks.serving.mix import mix_of, rate_of
+    from benchmarks.serving.progress import ProgressLine
+
+    if url is not None and (checkpoint or config or overrides):
+        raise ConfigError("--checkpoint, --config and --set are for a server of its own; leave out URL")
+    load = Load(
+        rate=rate_of(rate),
+        share=share,
+        requests=requests,
+        duration=30.0 if duration is None and requests is None else duration,
+        mix=mix_of(
+            prompts,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            temperature=temperature,
+            drops=drops,
+            seed=seed,
+        ),
+        probe_seconds=probe_seconds,
+        ignore_eos=ignore_eos,
+        timeout=timeout,
+        api_key=api_key,
+    )
+    options = [*(["--config", str(config)] if config else ()), *(f"--set={text}" for text in overrides or ())]
+
+    def compute() -> Result:
+        from benchmarks.serving.load_test import bench_serve as run
+
+        with ProgressLine() as show:
+            return run(url, load, checkpoint=checkpoint, options=options, show=show)
+
+    finish(compute, as_json=as_json)
+
+
+def _config(preset: str | None, config: Path | None, overrides: list[str] | None) -> Any:
+    from jobs.config.config_file import load_config
+
+    name = preset or (None if config else "bench-20m")
+    return load_config(path=config, preset_name=name, overrides=overrides or ())
+
+
+__all__ = ["bench"]

@@ -1,0 +1,107 @@
+"""The arithmetic of an expert host timed against dense matrix products of the same device and type."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.contenders import finished, machine
+from errors import ConfigError
+from jobs.config.precision import compute_device
+from model.experts import ExpertShard, experts_backward, experts_forward
+
+_ROWS = {"cpu": 256, "cuda": 4096}
+_PRODUCTS = 3  # matrices of an expert
+
+
+def bench_experts(
+    *, device: str, hidden: int, width: int, experts: int, rows: int | None, rounds: int
+) -> dict[str, Any]:
+    """Time the forward and backward pass of a layer's experts, each of which gets as many rows.
+
+    Gathering rows, SwiGLU, gates and sums are part of the time, and none of the arithmetic that is counted:
+    6·D·I operations a row forward, twice that backward.
+
+    Args:
+        device: cpu, in float32, or cuda, in bfloat16.
+        hidden, width: D and I of the experts.
+        rows: of each expert; None takes what the device has to get for its best speed.
+
+    Returns:
+        `forward_over_dense`, `backward_over_dense` and `both_over_dense`, medians of the rounds' ratios of
+        rates; `dense_tflops`; `spreads`.
+
+    Raises:
+        ConfigError: an unknown device.
+        ResourceError: there is no such device.
+    """
+    if device not in _ROWS:
+        raise ConfigError(f"--device {device!r} should be one of {', '.join(_ROWS)}")
+    place = compute_device(float(device == "cuda"), "--device cuda")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    each = rows or _ROWS[device]
+    n = each * experts
+    made: dict[str, Any] = {"device": place, "dtype": dtype}
+    torch.manual_seed(0)
+    shard = ExpertShard(
+        torch.randn(experts, 2 * width, hidden, **made) / hidden**0.5,
+        torch.randn(experts, hidden, width, **made) / width**0.5,
+        torch.zeros(experts, 2 * width, hidden, device=place),
+        torch.zeros(experts, hidden, width, device=place),
+    )
+    x, gate = torch.randn(n, hidden, **made), torch.rand(n, **made)
+    expert = torch.arange(experts, dtype=torch.int32).repeat(each)
+    row_ptr = torch.arange(n + 1, dtype=torch.int32)
+    dense = shard.w13.flatten(0, 1)[: 2 * width].t()
+    flops = _PRODUCTS * 2 * n * hidden * width
+
+    def product() -> None:
+        for _ in range(_PRODUCTS):
+            torch.mm(x, dense)
+
+    def forward() -> Any:
+        return experts_forward(shard, x, row_ptr, expert, gate, keep=True)
+
+    partial, saved = forward()
+    assert saved is not None
+    works: dict[str, tuple[Callable[[], Any], float]] = {
+        "dense": (product, 2 * flops),  # of each product 2·n·D·2I
+        "forward": (forward, flops),
+        "backward": (lambda: experts_backward(shard, saved, partial), 2 * flops),
+    }
+    rates: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+    for _ in range(rounds + 1):
+        for name, (work, arithmetic) in works.items():
+            seconds[name] = _timed(work, place)
+            rates.setdefault(name, []).append(arithmetic / seconds[name])
+        both = 3 * flops / (seconds["forward"] + seconds["backward"])
+        rates.setdefault("both", []).append(both)
+    rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
+    ratios = {
+        f"{name}_over_dense": [a / b for a, b in zip(rates[name], rates["dense"], strict=True)]
+        for name in ("forward", "backward", "both")
+    }
+    return {
+        **{name: statistics.median(values) for name, values in ratios.items()},
+        "dense_tflops": statistics.median(rates["dense"]) / 1e12,
+        "spreads": {name: [min(values), max(values)] for name, values in ratios.items()},
+        "shape": f"{experts} experts of {hidden} x {width}, {each} rows each, {dtype}",
+        "rounds": rounds,
+        "machine": machine(place),
+    }
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    finished(device)
+    began = time.perf_counter()
+    work()
+    finished(device)
+    return time.perf_counter() - began
+
+
+__all__ = ["bench_experts"]

@@ -1,0 +1,145 @@
+"""`raymoe bench serve`: a server under load that does not wait for it, and how it bears it.
+
+Requests arrive at random moments of their own (a Poisson process), whether earlier ones have ended or not, as
+those of independent users do: a server that falls behind is shown with all the waiting it causes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.capacity import measure_capacity
+from benchmarks.serving.client import Client, connected
+from benchmarks.serving.figures import Outcome, figures
+from benchmarks.serving.mix import Mix, arrivals
+from benchmarks.serving.target import served
+from errors import ResourceError
+
+Show = Callable[[str], None]
+"""Takes a line of progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What to offer.
+
+    Attributes:
+        mix: of requests.
+        rate: requests per second; None measures the capacity first and offers `share` of it.
+        requests, duration: when to stop: after so many, or so many seconds; the first of the two.
+        probe_seconds, most_concurrency: of the capacity's levels.
+        ignore_eos: let every request have all of its tokens.
+        timeout: seconds that a request may take.
+        api_key: to send along.
+    """
+
+    mix: Mix
+    rate: float | None = None
+    share: float = 0.8
+    requests: int | None = None
+    duration: float | None = 30.0
+    probe_seconds: float = 10.0
+    most_concurrency: int = 256
+    ignore_eos: bool = True
+    timeout: float = 600.0
+    api_key: str | None = None
+
+
+def bench_serve(
+    url: str | None,
+    load: Load,
+    *,
+    checkpoint: Path | None = None,
+    options: Sequence[str] = (),
+    show: Show,
+) -> dict[str, Any]:
+    """Offer a load to a server, by default to one of its own for as long as it takes.
+
+    Args:
+        url: of a server; None brings one up.
+        checkpoint: for the server of its own; None takes bench-20m with random weights.
+        options: of `raymoe serve`, for the server of its own.
+
+    Returns:
+        The `figures`, with `request_rate` (offered), `seed`, `model`, `url`, and, where it was measured,
+        `capacity`.
+
+    Raises:
+        RaymoeError: no server, or none of the requests was answered.
+    """
+    with ExitStack() as stack:
+        if url is None:
+            # SIGTERM ends this command as Ctrl-C does: by way of its `finally`.
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            stack.callback(signal.signal, signal.SIGTERM, before)
+            show("bringing a server up")
+            url = stack.enter_context(served(checkpoint, options)).url
+        return asyncio.run(offer(url, load, show))
+
+
+async def offer(url: str, load: Load, show: Show) -> dict[str, Any]:
+    """The same to a server that runs.
+
+    Raises:
+        RaymoeError: it cannot be reached, or answers no request.
+    """
+    async with connected(
+        url, api_key=load.api_key, ignore_eos=load.ignore_eos, timeout=load.timeout
+    ) as client:
+        mix = load.mix if client.longest is None else replace(load.mix, longest=client.longest)
+        first = await client.ask(next(replace(mix, drops=0.0).asks()), due=client.clock())
+        if first.failure is not None:
+            raise ResourceError(f"{url} does not answer a request: {first.failure}: {first.text}")
+        rate, measured = load.rate, {}
+        if rate is None:
+            capacity = await measure_capacity(
+                client, mix, seconds=load.probe_seconds, most=load.most_concurrency, note=show
+            )
+            rate = load.share * capacity.requests_per_second
+            measured = {
+                "capacity": {
+                    "request_throughput": capacity.requests_per_second,
+                    "output_throughput": capacity.best.tokens_per_second,
+                    "concurrency": capacity.best.concurrency,
+                    "levels": [asdict(level) for level in capacity.levels],
+                },
+                "load": load.share,
+            }
+        found = await _open_loop(client, load, mix, rate, show)
+    return {"url": url, "model": client.model, "seed": mix.seed, "request_rate": rate, **measured, **found}
+
+
+async def _open_loop(client: Client, load: Load, mix: Mix, rate: float, show: Show) -> dict[str, Any]:
+    # Other requests than those that measured the capacity: their prompts are in the server's cache.
+    asks = replace(mix, seed=mix.seed + 1).asks()
+    due = arrivals(rate, seed=mix.seed, count=load.requests, duration=load.duration)
+    began = client.clock()
+    ended = failed = tokens = 0
+
+    def note(outcome: Outcome) -> None:
+        nonlocal ended, failed, tokens
+        ended += 1
+        failed += outcome.failure is not None
+        tokens += outcome.output_tokens
+        seconds = client.clock() - began
+        show(
+            f"{rate:.3g} requests/s for {seconds:.0f} s: {ended} ended, {failed} failed, "
+            f"{tokens / seconds:,.0f} tok/s"
+        )
+
+    outcomes = await client.open_loop(asks, due, note)
+    if not outcomes:
+        raise ResourceError("no request was due in that time; raise --rate or --duration")
+    if all(outcome.failure is not None for outcome in outcomes):
+        one = outcomes[0]
+        raise ResourceError(f"all of {len(outcomes)} requests failed, with {one.failure}: {one.text}")
+    return figures(outcomes, began=began)
+
+
+__all__ = ["Load", "Show", "bench_serve", "offer"]

@@ -1,0 +1,117 @@
+"""Training steps timed: experts in process, experts on hosts, and transformers' implementation.
+
+Each contender is a process of its own (remote experts: one more for each host), so that nobody's idle
+threads are in another's way. They take turns, round after round, so that whatever else the machine does
+hits all of them; ratios are taken within a round, and medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks.contenders import Contender, has_transformers, machine, matmul, on_device
+from benchmarks.training_steps import ours, transformers
+from jobs.config.precision import worker_device
+from jobs.config.presets import summary
+from jobs.config.run_config import RunConfig
+from model.config import ModelConfig
+
+_WARM_UP = 3  # steps that fill caches and pools
+_PER_ROUND = 3  # steps of a contender in its turn
+_HOSTS = 2  # where the configuration keeps its experts in process
+
+
+def bench_train(config: RunConfig, *, steps: int, device: str = "cpu") -> dict[str, Any]:
+    """Time the steps of a configuration's model on random tokens, MTP, evaluation and checkpoints left out.
+
+    A step is everything: forward, backward, the norm of all gradients, clipping, AdamW, and for ours the
+    gates' bias and both phases of the hosts' commit.
+
+    Args:
+        steps: timed steps of each contender, rounded up to whole rounds.
+        device: cpu, or cuda for all contenders and hosts on one GPU, in bfloat16.
+
+    Returns:
+        Tokens per second of each contender (medians), their ratios, the share of the measured peak of
+        matrix products that the arithmetic of our local step reaches, and `spreads`: the lowest
+        and highest round of each figure. Without transformers installed its figures are None.
+        `load_before` is the machine's load average at the start: on a busy machine the ratios mean little,
+        for a contender whose threads wait for each other after every operation then waits for others' work.
+
+    Raises:
+        RaymoeError: a contender failed, with its text.
+    """
+    load = os.getloadavg()[0]
+    local = _with_hosts(config, 0, device)
+    remote = _with_hosts(config, config.cluster.expert_hosts or _HOSTS, device)
+    place = worker_device(local)
+    rounds: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        contenders = {
+            "local": stack.enter_context(Contender("local", ours, local)),
+            "remote": stack.enter_context(Contender("remote", ours, remote)),
+        }
+        if has_transformers():
+            contenders["transformers"] = stack.enter_context(Contender("transformers", transformers, local))
+        for contender in contenders.values():
+            contender.steps(_WARM_UP)
+        peak = stack.enter_context(Contender("matmul", matmul, local))
+        for _ in range(max(1, -(-steps // _PER_ROUND))):
+            for name, contender in {**contenders, "matmul": peak}.items():
+                rounds.setdefault(name, []).append(statistics.median(contender.steps(_PER_ROUND)))
+    training = config.training
+    tokens = training.batch_size * training.sequence_length
+    flops = tokens * flops_per_token(local.model, training.sequence_length)
+    figures: dict[str, list[float]] = {
+        f"{name}_tokens_per_second": [tokens / seconds for seconds in rounds.get(name, ())]
+        for name in ("local", "remote", "transformers")
+    }
+    figures |= {
+        "local_over_transformers": _ratio(rounds, "transformers", "local"),
+        "remote_over_local": _ratio(rounds, "local", "remote"),
+        "matmul_peak_gflops": [1e-9 / seconds for seconds in rounds["matmul"]],
+        "fraction_of_matmul_peak": [
+            flops * per_flop / seconds
+            for per_flop, seconds in zip(rounds["matmul"], rounds["local"], strict=True)
+        ],
+    }
+    counts = summary(config)
+    return {
+        **{name: statistics.median(values) if values else None for name, values in figures.items()},
+        "spreads": {name: [min(values), max(values)] for name, values in figures.items() if values},
+        "load_before": load,
+        "rounds": len(rounds["local"]),
+        "steps_per_round": _PER_ROUND,
+        "tokens_per_step": tokens,
+        "total_parameters": counts["total_parameters"],
+        "active_parameters": counts["active_parameters"],
+        "expert_hosts": remote.cluster.expert_hosts,
+        "machine": machine(place),
+    }
+
+
+def flops_per_token(model: ModelConfig, length: int) -> float:
+    """Arithmetic of one token's forward and backward pass: matrix products and causal attention alone."""
+    matrices = model.active_parameters() - model.vocab_size * model.hidden_size  # a look-up is no product
+    attended = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * length / 2
+    return 3 * 2 * (matrices + model.num_hidden_layers * attended)
+
+
+def _with_hosts(config: RunConfig, hosts: int, device: str) -> RunConfig:
+    values = config.to_dict()
+    on_device(values, device)
+    values["model"]["num_nextn_predict_layers"] = 0
+    values["training"] |= {"workers": 1, "warmup_steps": 0, "steps": 1 << 30}
+    values["cluster"]["expert_hosts"] = hosts
+    return RunConfig.from_dict(values)
+
+
+def _ratio(rounds: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:
+    return [a / b for a, b in zip(rounds.get(over, ()), rounds.get(under, ()), strict=False)]
+
+
+__all__ = ["bench_train", "flops_per_token"]

@@ -1,0 +1,309 @@
+"""The collective channel between two GPUs: tensors of the CPU come with the header, those of a GPU by NCCL.
+
+NCCL does what it is told in the order in which it is told, and each direction has a group of its own: in one,
+a request that nobody has asked for yet would be in the way of the reply that its receiver waits to send. So
+a lane has two communicators with each host, with their memory: many hosts are better reached otherwise.
+Whoever waits for rows waits with a limit, and then ends the group: NCCL itself would wait for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from channels.base import Channel, Handler
+from channels.collective import channel as collective
+from channels.collective.channel import CollectiveServer, End
+from channels.collective.rendezvous import Meeting
+from channels.framing import header as headers
+from channels.framing.codec import address_of, buffer_of, tensor_at
+from channels.framing.header import MAX_MESSAGE, Layout, Placement
+from channels.framing.line import Head, Line, remaining
+from channels.framing.pipe import Reply
+from errors import ChannelError, ChannelTimeout, ProtocolError
+
+KIND: Final = "nccl"
+_dist: Any = torch.distributed
+_CALLER: Final = 0
+_MASK: Final = 8  # bytes ahead of a header's text: which of the message's tensors are on the GPU
+_PATIENCE: Final = timedelta(days=1)  # of a group; waits have limits of their own
+_LATE: Final = 5.0
+"""Seconds that a payload takes after its header at most, and one more for every"""
+_SLOWEST: Final = 1e8
+"""bytes."""
+_LOOK: Final = 5e-6  # seconds between two looks at whether rows have come
+
+
+class Group(Protocol):
+    """One direction: its sender and its receiver, in order."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        ...
+
+    def send(self, tensor: Tensor) -> Any:
+        """Begin to send; what is given back is held on to until the peer has had it."""
+        ...
+
+    def receive(self, tensor: Tensor, limit: float, ended: Callable[[], bool]) -> None:
+        """Fill a tensor, within `limit` seconds.
+
+        Args:
+            ended: whether the rows are waited for no longer.
+
+        Raises:
+            TimeoutError: not in time; the group is of no use any more.
+            RuntimeError: the peer is gone.
+        """
+        ...
+
+    def end(self) -> None:
+        """Whatever is under way ends. Any thread."""
+        ...
+
+
+MakeGroup = Callable[[Meeting, int, str, str, float], Group]
+"""(meeting, rank, name, interface, seconds) -> a group of this name."""
+
+
+class DeviceEnd(End):
+    """One end of a connection between GPUs.
+
+    Args:
+        rank: 0 for the caller, 1 for the host.
+        peer: who is at the other end, for messages.
+        interface: of this machine, to talk over.
+        timeout: seconds for the groups to form.
+        make: forms one; None: of NCCL, on `device`.
+
+    Raises:
+        ChannelError: they do not form.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        rank: int,
+        *,
+        peer: str,
+        interface: str,
+        timeout: float,
+        make: MakeGroup | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.caller = peer
+        self._ended = threading.Event()
+        # Only a caller's messages carry much of the CPU's, and a host reads those whatever it writes.
+        self._line = Line(connection, peer, inline=MAX_MESSAGE)
+        meeting = Meeting(self._line, time.monotonic() + timeout)
+        form = make or partial(_Nccl, device=device)
+        both: list[Group] = []
+        try:
+            for name in ("there", "back"):
+                both.append(form(meeting, rank, name, interface, timeout))
+            # Groups form at their first use, over the meeting; afterwards the line is for messages alone.
+            for group, sends in zip(both, (rank == _CALLER, rank != _CALLER), strict=True):
+                hello = torch.zeros(1, device=group.device)
+                self._hello = group.send(hello) if sends else self._receive(hello, group, timeout)
+        except BaseException as error:
+            for group in both:
+                group.end()
+            if isinstance(error, RuntimeError):
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ChannelError(f"no process group with {peer}: {said}") from None
+            raise
+        meeting.end()
+        self._out, self._in = both if rank == _CALLER else reversed(both)
+        self._leaving: deque[tuple[list[Any], list[Tensor]]] = deque()
+        self._left = self._received = 0  # payloads with tensors of the GPU
+
+    def takes(self, device: torch.device) -> bool:
+        """See `channels.base.Channel`."""
+        return device == self._out.device
+
+    def send(self, text: bytes, payload: Layout, tensors: Sequence[Tensor]) -> None:
+        """See `End.send`."""
+        headers.require_fit(payload.size)
+        there = [tensor.device == self._out.device for tensor in tensors]
+        mask = sum(1 << at for at, far in enumerate(there) if far)
+        ours = [tensor for tensor, far in zip(tensors, there, strict=True) if not far]
+        near: list[Any] = [buffer_of(tensor) for tensor in ours if tensor.numel()]
+        text = mask.to_bytes(_MASK, "little") + text
+        self._line.write(Head(text, payload.size, b"".join(near), self._received))
+        far_ones = [tensor.detach().contiguous() for tensor, far in zip(tensors, there, strict=True) if far]
+        if far_ones:
+            try:
+                self._leaving.append(([self._out.send(one) for one in far_ones if one.numel()], far_ones))
+            except RuntimeError as error:
+                raise ChannelError(f"{self.caller} hung up; has its process ended?") from error
+
+    def head(self, deadline: float | None = None) -> Head:
+        """See `End.head`."""
+        head = self._line.read(deadline)
+        while self._leaving and self._left < head.received:
+            self._leaving.popleft()
+            self._left += 1
+        if len(head.text) < _MASK:
+            raise ProtocolError("a header that does not say which tensors are on the GPU")
+        self._mask = int.from_bytes(head.text[:_MASK], "little")
+        return head._replace(text=head.text[_MASK:])
+
+    def payload(self, placed: tuple[Placement, ...], head: Head, deadline: float | None) -> Reply:
+        """See `End.payload`."""
+        near = [(at, where) for at, where in enumerate(placed) if not self._mask >> at & 1]
+        sizes = [where.end - where.offset for _, where in near]
+        if sum(sizes) != len(head.inline):
+            raise ProtocolError(f"{len(head.inline)} bytes came with a header of {sum(sizes)}")
+        found: list[Any] = [None] * len(placed)
+        memory = torch.frombuffer(head.inline, dtype=torch.uint8).numpy() if head.inline else None
+        start = 0
+        for (at, where), size in zip(near, sizes, strict=True):
+            if memory is None or not size:
+                found[at] = torch.empty(where.shape, dtype=where.dtype)
+                continue
+            # A copy: where it lies may not be aligned.
+            piece = memory[start : start + size].copy()
+            found[at] = tensor_at(piece, address_of(piece), where._replace(offset=0, end=size))
+            start += size
+        for at, where in enumerate(placed):
+            if found[at] is None:
+                tensor = torch.empty(where.shape, dtype=where.dtype, device=self._in.device)
+                limit = _LATE + tensor.nbytes / _SLOWEST
+                left = limit if deadline is None else min(limit, self._remaining(deadline))
+                found[at] = self._receive(tensor, self._in, left) if tensor.numel() else tensor
+        self._received += any(self._mask >> at & 1 for at in range(len(placed)))
+        return tuple(found)
+
+    def shut(self) -> None:
+        """See `End.shut`."""
+        self._ended.set()
+        self._line.shut()
+
+    def close(self) -> None:
+        """See `End.close`."""
+        self.shut()
+        self._line.close()
+        for group in (self._out, self._in):
+            group.end()
+        self._leaving.clear()
+
+    def _receive(self, tensor: Tensor, group: Group, limit: float) -> Tensor:
+        try:
+            group.receive(tensor, limit, self._ended.is_set)
+            return tensor
+        except TimeoutError:
+            raise ChannelTimeout(f"{self.caller} does not answer") from None
+        except RuntimeError as error:
+            raise ChannelError(f"{self.caller} hung up or stalled; has its process ended?") from error
+
+    def _remaining(self, deadline: float) -> float:
+        try:
+            return remaining(deadline) or _LATE
+        except TimeoutError:
+            raise ChannelTimeout(f"{self.caller} does not answer") from None
+
+
+_making = threading.Lock()
+_BLOCKING: Final = "TORCH_NCCL_BLOCKING_WAIT"
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """A group that is made in here raises from `wait` what has failed.
+
+    Others hear nothing of it there, and their watchdog ends the whole process; torch has no other way to say
+    which is wanted.
+    """
+    with _making:
+        before = os.environ.get(_BLOCKING)
+        os.environ[_BLOCKING] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_BLOCKING]
+            else:
+                os.environ[_BLOCKING] = before
+
+
+class _Nccl:
+    """See `Group`."""
+
+    def __init__(
+        self,
+        meeting: Meeting,
+        rank: int,
+        name: str,
+        interface: str,
+        timeout: float,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        if device is None:
+            raise ChannelError("nccl is between GPUs, and this process computes on none; use auto")
+        self.device = torch.device("cuda", device.index or 0)
+        self._peer = 1 - rank
+        self._meeting = meeting  # which the group's own thread looks at for as long as there is one
+        options = _dist.ProcessGroupNCCL.Options()
+        # NCCL's watchdog ends the process when one passes; a request may wait for its host for long.
+        options._timeout = _PATIENCE
+        with _raising():
+            self._group = _dist.ProcessGroupNCCL(_dist.PrefixStore(name, meeting), rank, 2, options)
+
+    def send(self, tensor: Tensor) -> Any:
+        return self._group.send([tensor], self._peer, 0)
+
+    def receive(self, tensor: Tensor, limit: float, ended: Callable[[], bool]) -> None:
+        work = self._group.recv([tensor], self._peer, 0)
+        deadline = time.monotonic() + limit
+        while not work.is_completed():
+            if ended():
+                raise RuntimeError("it is waited for no longer")
+            if time.monotonic() > deadline:
+                self.end()
+                raise TimeoutError
+            time.sleep(_LOOK)
+        work.wait()  # what is queued from here on finds the rows; raises if it was completed by a failure
+
+    def end(self) -> None:
+        self._group.abort()
+
+
+def serve(handler: Handler, device: torch.device, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
+    """Let processes with a GPU of their own that reach `bind` call `handler`.
+
+    Args:
+        device: this process's.
+
+    Raises:
+        ResourceError: TLS is asked for.
+        ChannelError: `bind` is taken or not of this machine.
+    """
+    return CollectiveServer(handler, bind=bind, end=partial(DeviceEnd, device=device), kind=KIND)
+
+
+def connect(address: str, *, timeout: float = 30.0, device: torch.device | None = None) -> Channel:
+    """Open a channel to a server of any machine.
+
+    Raises:
+        ChannelTimeout: the server does not answer in time.
+        ChannelError: nobody listens there, no group forms, or this process computes on no GPU.
+    """
+    end = partial(DeviceEnd, device=device)
+    return collective.connect(address, timeout=timeout, end=end, kind=KIND)
+
+
+__all__ = ["DeviceEnd", "Group", "MakeGroup", "connect", "serve"]

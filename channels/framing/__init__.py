@@ -1,0 +1,3 @@
+"""What channels over a byte stream share: headers, frames, requests in flight."""
+
+from __future__ import annotations

@@ -1,0 +1,222 @@
+"""The frame of a byte stream: at once a protobuf message and a buffer that is read in place.
+
+A frame is `raymoe.v1.Frame { header = 1; padding = 14; payload = 15 }`. Protobuf's own code would copy
+the payload into the message and again into the frame, and once more to read it; so tag and length are
+written by hand (one join is the only copy) and read by hand (tensors are views of the frame). A foreign
+client does it with its generated code, in any order of the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from channels.base import Request
+from channels.framing import header as headers
+from channels.framing.header import ALIGNMENT, Layout, Placement, varint
+from errors import ProtocolError
+
+_HEADER_TAG: Final = b"\x0a"  # field 1, length-delimited
+_PADDING_TAG: Final = b"\x72"  # field 14
+_PAYLOAD_TAG: Final = b"\x7a"  # field 15
+_FIXED_SIZE: Final = {1: 8, 5: 4}
+_ZEROS: Final = bytes(2 * ALIGNMENT)
+
+_NUMPY_DTYPE: Final[dict[torch.dtype, np.dtype[Any]]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(np.int16),  # numpy has none
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+
+COPIED_BELOW: Final = 1 << 14
+"""Bytes below which a tensor is copied rather than viewed: a view costs more than so short a copy."""
+
+
+def encode_request(request: Request) -> bytes:
+    """The frame of a request.
+
+    Raises:
+        ProtocolError: an id or a dtype that the wire cannot carry.
+    """
+    payload = headers.layout(request.tensors)
+    return _encode(headers.request_text(request.id, payload), payload, request.tensors)
+
+
+def encode_reply(tensors: Sequence[torch.Tensor]) -> bytes:
+    """The frame of a reply that went well."""
+    payload = headers.layout(tensors)
+    return _encode(headers.reply_text(payload), payload, tensors)
+
+
+def encode_error(error: Exception) -> bytes:
+    """The frame of a reply that says how the call failed."""
+    return _encode(headers.error_text(error), headers.layout(()), ())
+
+
+def decode_request(frame: bytes) -> Request:
+    """Read a request; large tensors are views of `frame`, which must not be used otherwise.
+
+    Raises:
+        ProtocolError: the frame is malformed.
+    """
+    text, size, start = _split(frame)
+    name, placed = headers.read_request(text, size)
+    return Request(name, _views(frame, placed, size, start))
+
+
+def decode_reply(frame: bytes) -> tuple[torch.Tensor, ...]:
+    """Read a reply; large tensors are views of `frame`, which must not be used otherwise.
+
+    Raises:
+        RemoteError: the reply tells of an error (StaleEpoch stays itself).
+        ProtocolError: the frame is malformed.
+    """
+    text, size, start = _split(frame)
+    return _views(frame, headers.read_reply(text, size), size, start)
+
+
+def _encode(text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> bytes:
+    head = _HEADER_TAG + varint(len(text)) + text
+    if not tensors:
+        return head
+    tail = _PAYLOAD_TAG + varint(payload.size)
+    # The padding field itself takes two bytes at least; its length fits one (< 128).
+    padding = -(len(head) + 2 + len(tail)) % ALIGNMENT
+    parts: list[Any] = [head, _PADDING_TAG, bytes((padding,)), _ZEROS[:padding], tail]
+    end = 0
+    for tensor, where in zip(tensors, payload.placed, strict=True):
+        if where.offset != end:
+            parts.append(_ZEROS[: where.offset - end])
+        if where.elements:
+            parts.append(buffer_of(tensor))
+        end = where.end
+    return b"".join(parts)
+
+
+def buffer_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor as an object with the buffer protocol, without a copy where it is contiguous."""
+    flat = plain(tensor)
+    if flat.dtype is torch.bfloat16:  # numpy has none
+        flat = flat.view(torch.int16)
+    return flat.numpy()
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, contiguous and without history; itself where it is so already."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_cpu:
+        tensor = tensor.cpu()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
+    """The varint at byte `at` and the place after it."""
+    if at < len(frame) and frame[at] < 0x80:
+        return frame[at], at + 1
+    value = shift = 0
+    while shift < 64 and at < len(frame):
+        byte = frame[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ProtocolError(f"a frame of {len(frame)} bytes ends or runs wild within a number, at byte {at}")
+
+
+def _split(frame: bytes) -> tuple[bytes, int, int]:
+    """The header's text, size of the payload, and its first byte within the frame."""
+    texts = []
+    size = start = at = 0
+    while at < len(frame):
+        tag, at = _read_varint(frame, at)
+        field, wire = tag >> 3, tag & 7
+        if wire == 2:
+            length, at = _read_varint(frame, at)
+        elif wire == 0:
+            _, at = _read_varint(frame, at)
+            length = 0
+        elif wire in _FIXED_SIZE:
+            length = _FIXED_SIZE[wire]
+        else:
+            raise ProtocolError(f"a frame has a field of unknown wire type {wire} before byte {at}")
+        if at + length > len(frame):
+            raise ProtocolError(
+                f"field {field} of a frame ends at byte {at + length}, but the frame has {len(frame)} bytes"
+            )
+        if (field in (1, 14, 15) and wire != 2) or not field:
+            raise ProtocolError(f"field {field} of a frame has wire type {wire}; it is not one of ours")
+        if field == 1:
+            texts.append(frame[at : at + length])  # as protobuf has it: occurrences of a message merge
+        elif field == 15:
+            size, start = length, at
+        at += length
+    return texts[0] if len(texts) == 1 else b"".join(texts), size, start
+
+
+class Memory:
+    """Memory that tensors are views of, as numpy wants to be told of it; keeps its owner alive.
+
+    Writable even when a bytes object owns it: a frame belongs to its decoder alone, so that its tensors
+    may be changed by who gets them (torch would warn of a read-only buffer instead).
+    """
+
+    __slots__ = ("__array_interface__", "_owner")
+
+    def __init__(self, owner: object, address: int, size: int) -> None:
+        self._owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": (size,),
+            "typestr": "|u1",
+        }
+
+
+def address_of(memory: np.ndarray[Any, Any]) -> int:
+    """Where an array begins."""
+    return int(memory.__array_interface__["data"][0])
+
+
+def tensor_at(memory: np.ndarray[Any, Any], address: int, where: Placement) -> torch.Tensor:
+    """The tensor that lies in `memory` (uint8, writable, beginning at `address`): a view if it is aligned."""
+    dtype, shape, count, offset, end = where
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    if (address + offset) % dtype.itemsize:
+        memory, offset = memory[offset:end].copy(), 0
+    # By way of numpy, which takes the shape at once: a third of what torch.frombuffer and a view take, and
+    # the interpreter's lock is kept, which a thread that lets it go may wait for.
+    tensor = torch.from_numpy(np.ndarray(shape, _NUMPY_DTYPE[dtype], memory, offset))
+    return tensor.view(dtype) if dtype is torch.bfloat16 else tensor
+
+
+def _views(frame: bytes, placed: Sequence[Placement], size: int, start: int) -> tuple[torch.Tensor, ...]:
+    if size < COPIED_BELOW:
+        memory, address = np.frombuffer(frame, np.uint8, size, start).copy(), 0
+    else:
+        address = address_of(np.frombuffer(frame, np.uint8)) + start
+        memory = np.asarray(Memory(frame, address, size))
+    return tuple([tensor_at(memory, address, where) for where in placed])
+
+
+__all__ = [
+    "COPIED_BELOW",
+    "Memory",
+    "address_of",
+    "buffer_of",
+    "decode_reply",
+    "decode_request",
+    "encode_error",
+    "encode_reply",
+    "encode_request",
+    "plain",
+    "tensor_at",
+]

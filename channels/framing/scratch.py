@@ -1,0 +1,62 @@
+"""Memory that is used again: what is new costs more to touch than a copy into it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+import numpy as np
+import torch
+
+from channels.framing.codec import Memory, tensor_at
+from channels.framing.header import Placement
+
+_LEAST: Final = 1 << 16
+
+
+class Scratch:
+    """Memory of payloads, which comes back when they are done with.
+
+    Args:
+        spare: pieces to keep for the next payload.
+    """
+
+    def __init__(self, spare: int) -> None:
+        self._spare: deque[torch.Tensor] = deque(maxlen=spare)
+
+    def take(self, size: int) -> torch.Tensor:
+        """At least `size` bytes, [n] uint8."""
+        for _ in range(len(self._spare)):
+            memory = self._spare.popleft()
+            if memory.nbytes >= size:
+                return memory
+        with torch.inference_mode(False):  # it may be used again outside
+            return torch.empty(rounded(size), dtype=torch.uint8)
+
+    def give(self, memory: torch.Tensor) -> None:
+        """Nobody looks at it any more. Any thread, in the middle of anything: takes no lock."""
+        self._spare.append(memory)
+
+    def lend(self, memory: torch.Tensor, where: Placement) -> torch.Tensor:
+        """The tensor that lies in the memory, which is given back when nothing is a view of it any more."""
+        loan = _Loan(self, memory)
+        return tensor_at(np.asarray(loan), memory.data_ptr(), where)
+
+
+class _Loan(Memory):
+    __slots__ = ("_memory", "_scratch")
+
+    def __init__(self, scratch: Scratch, memory: torch.Tensor) -> None:
+        super().__init__(memory, memory.data_ptr(), memory.nbytes)
+        self._scratch, self._memory = scratch, memory
+
+    def __del__(self) -> None:
+        self._scratch.give(self._memory)
+
+
+def rounded(size: int) -> int:
+    """The least power of two that holds so many bytes, so that payloads of like sizes share memory."""
+    return max(_LEAST, 1 << (size - 1).bit_length())
+
+
+__all__ = ["Scratch", "rounded"]

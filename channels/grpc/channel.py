@@ -1,0 +1,277 @@
+"""The channel between machines: one bidirectional gRPC stream of frames.
+
+gRPC is handed finished bytes (identity serializers); `codec` makes and reads them. A stream takes one
+thread at the server for as long as it lasts.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import grpc
+
+from channels.base import Channel, Handler, Request
+from channels.framing import codec
+from channels.framing.header import MAX_MESSAGE, require_fit
+from channels.framing.pipe import Pipe, Reply, call
+from channels.grpc import tls
+from channels.grpc.guard import Guard
+from channels.watchdog import Watchdog
+from errors import ChannelError, ChannelTimeout, ProtocolError
+
+_log = logging.getLogger(__name__)
+
+SERVICE: Final = "raymoe.v1.Expert"
+METHOD: Final = "Exchange"
+MAX_STREAMS: Final = 1024
+"""Streams of frames that a server takes at a time; one more is refused, never kept waiting unseen."""
+MAX_CALLS: Final = 64
+"""Control calls beside them: a host with however many streams answers whoever asks after it."""
+
+_ASKING: Final = 1.0  # seconds
+
+OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    # A peer whose machine is gone says nothing: ask after it.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # One that comes back is found soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Each channel has a connection of its own, so that lanes do not share one's flow control.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.so_reuseport", 0),
+)
+
+
+class GrpcChannel(Pipe):
+    """The router's end: requests go in through a queue, replies are read by the caller's thread."""
+
+    def __init__(self, name: str, channel: grpc.Channel) -> None:
+        super().__init__(name)
+        self._channel = channel
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._late = False
+        self._watchdog = Watchdog(self._expire)
+        exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)
+        self._replies: Any = exchange(iter(self._requests.get, None))
+
+    def _send(self, request: Request) -> None:
+        self._requests.put(_fitting(codec.encode_request(request)))
+
+    def _receive(self, deadline: float | None) -> Reply:
+        if deadline is not None:
+            self._watchdog.arm(deadline)
+        try:
+            frame: bytes = next(self._replies)
+        except StopIteration:
+            raise ChannelError(f"{self.name} ended the stream; connect again") from None
+        except grpc.RpcError as error:
+            raise self._failure(error) from error
+        finally:
+            self._watchdog.disarm()
+        return codec.decode_reply(frame)
+
+    def _failure(self, error: Any) -> ChannelError | ProtocolError:
+        if self._late:
+            return ChannelTimeout(f"{self.name} does not answer")
+        text = f"{self.name}: {error.code().name.lower()}: {error.details()}"
+        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+            return ProtocolError(text)
+        return ChannelError(text)
+
+    def _expire(self) -> None:
+        self._late = True
+        self._replies.cancel()
+
+    def _hang_up(self) -> None:
+        self._requests.put(None)  # lets gRPC's sending thread end
+        self._replies.cancel()
+        self._channel.close()
+        self._watchdog.close()
+
+    def _wake(self) -> None:
+        self._replies.cancel()
+
+
+class GrpcServer:
+    """The host's end: a gRPC server with the stream of frames, and the control calls of `services`."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        bind: str,
+        advertise: str | None,
+        services: tuple[Callable[[Any], None], ...],
+    ) -> None:
+        self._handler = handler
+        self._closing = threading.Lock()
+        self._closed = False
+        self._streams: set[Any] = set()
+        self._threads = ThreadPoolExecutor(MAX_STREAMS + MAX_CALLS, thread_name_prefix="grpc-serve")
+        self._server = grpc.server(
+            self._threads,
+            interceptors=[Guard()],
+            options=OPTIONS,
+            maximum_concurrent_rpcs=MAX_STREAMS + MAX_CALLS,
+        )
+        for register in services:
+            register(self._server)
+        # After the services: a servicer made from expert.proto brings an Exchange of its own, which
+        # reads frames by protobuf's code; the last one registered is the one that is called.
+        registered: Any = self._server  # the stubs of grpc do not know this method of its interface
+        registered.add_registered_method_handlers(
+            SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(self._exchange)}
+        )
+        try:
+            port = tls.listen(self._server, bind)
+        except RuntimeError as error:
+            raise ChannelError(f"grpc cannot listen at {bind}: {error}; choose another port or 0") from error
+        host = advertise or bind.rpartition(":")[0]
+        self._address = f"grpc:{bind}" if bind.startswith("unix") else f"grpc:{host}:{port}"
+        self._server.start()
+
+    @property
+    def address(self) -> str:
+        """`grpc:<host>:<port>`, or `grpc:unix…` when bound to a Unix socket."""
+        return self._address
+
+    def close(self) -> None:
+        """Stop accepting, hang up on every caller, join every thread."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._server.stop(grace=None).wait()
+                self._threads.shutdown(wait=True)
+
+    def hang_up(self) -> None:
+        """End every stream of frames that is open now; callers may come again."""
+        for context in list(self._streams):
+            context.cancel()
+
+    def _exchange(self, frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        if len(self._streams) >= MAX_STREAMS:
+            text = f"{MAX_STREAMS} streams are open, and no more are taken; who never hangs up?"
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        self._streams.add(context)
+        try:
+            for frame in frames:
+                try:
+                    request = codec.decode_request(frame)
+                except ProtocolError as error:
+                    _log.warning("%s: hung up on %s: %s", self._address, context.peer(), error)
+                    context.set_code(grpc.StatusCode.INVALID_ARGUMENT)
+                    context.set_details(str(error))
+                    return
+                outcome = call(self._handler, request)
+                del request, frame  # their memory goes before the next one comes
+                yield _encode(outcome)
+        except grpc.RpcError:
+            return  # the caller hung up
+        finally:
+            self._streams.discard(context)
+
+
+def _fitting(frame: bytes) -> bytes:
+    require_fit(len(frame))
+    return frame
+
+
+def _encode(outcome: Reply | Exception) -> bytes:
+    if isinstance(outcome, Exception):
+        return codec.encode_error(outcome)
+    try:
+        return _fitting(codec.encode_reply(outcome))
+    except ProtocolError as error:  # what the handler returned cannot travel
+        return codec.encode_error(error)
+
+
+def serve(
+    handler: Handler,
+    *,
+    bind: str = "127.0.0.1:0",
+    advertise: str | None = None,
+    services: tuple[Callable[[Any], None], ...] = (),
+) -> GrpcServer:
+    """Let any process that reaches `bind` call `handler`, which runs in one thread a stream.
+
+    Args:
+        bind: `host:port` (port 0: a free one) or a `unix:` target.
+        advertise: the host's name in `address`, where `bind` is a wildcard such as `0.0.0.0:0`.
+        services: each is called with the gRPC server to add control calls to it, for example
+            `lambda server: add_ExpertServicer_to_server(servicer, server)`.
+
+    Raises:
+        ChannelError: `bind` is taken or not of this machine.
+    """
+    return GrpcServer(handler, bind=bind, advertise=advertise, services=services)
+
+
+def connect(address: str, *, timeout: float = 30.0) -> Channel:
+    """Open a channel to a server of any machine.
+
+    Raises:
+        ChannelError: nobody listens there.
+        ChannelTimeout: nobody answers in time.
+    """
+    channel = tls.dial(address.removeprefix("grpc:"), OPTIONS)
+    decided, found = threading.Event(), [grpc.ChannelConnectivity.IDLE]
+
+    def moved(state: grpc.ChannelConnectivity) -> None:
+        found[0] = state
+        if state not in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+            decided.set()
+
+    try:
+        channel.subscribe(moved, try_to_connect=True)
+        if not decided.wait(timeout):
+            raise ChannelTimeout(f"{address} does not answer within {timeout} s; is its process alive?")
+        channel.unsubscribe(moved)
+        if found[0] is not grpc.ChannelConnectivity.READY:
+            why = _why(channel)
+            if not why:
+                raise ChannelError(f"{address} did not listen at first, and does now: connect again")
+            short = why.rpartition("last error: ")[2]
+            raise ChannelError(
+                f"nobody listens at {address} ({short}); has its process ended?{tls.mistrust(why)}"
+            )
+    except BaseException:
+        channel.close()
+        raise
+    return GrpcChannel(address, channel)
+
+
+def _why(channel: grpc.Channel) -> str:
+    """Of a channel that could not connect: gRPC tells it to calls alone. Empty if it can now."""
+    try:
+        channel.unary_unary(f"/{SERVICE}/Ping", None, None)(b"", timeout=_ASKING)
+    except grpc.RpcError as error:
+        call: Any = error
+        if call.code() is not grpc.StatusCode.UNIMPLEMENTED:  # else somebody has answered
+            return str(call.details())
+    return ""
+
+
+__all__ = [
+    "MAX_CALLS",
+    "MAX_STREAMS",
+    "METHOD",
+    "OPTIONS",
+    "SERVICE",
+    "GrpcChannel",
+    "GrpcServer",
+    "connect",
+    "serve",
+]

@@ -1,0 +1,46 @@
+"""Abstract Unix sockets of packets, which leave nothing behind: how they are listened on and connected to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+
+from channels.framing.accepting import BACKLOG
+from errors import ChannelError, ChannelTimeout
+
+
+def listen() -> tuple[socket.socket, str]:
+    """A listening socket, and its name."""
+    name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("\0" + name)
+    listener.listen(BACKLOG)
+    return listener, name
+
+
+def dial(name: str, address: str, timeout: float) -> socket.socket:
+    """Connect to a listener.
+
+    Args:
+        address: for messages.
+
+    Raises:
+        ChannelTimeout: nobody accepts in time.
+        ChannelError: nobody listens.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(timeout)
+        connection.connect("\0" + name)
+        connection.settimeout(None)
+        return connection
+    except TimeoutError as error:
+        connection.close()
+        raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
+    except OSError as error:
+        connection.close()
+        raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
+
+
+__all__ = ["dial", "listen"]

@@ -1,0 +1,201 @@
+"""The channel within a machine: payloads in shared memory, a doorbell over a Unix socket.
+
+A request is written once, into a segment, and read there by the handler; a reply likewise. Small
+replies are copied out, large ones are lent to the caller: their segment is used again when the caller
+has dropped the tensors. Sockets are abstract and memory is nameless: nothing is left behind by a
+process that dies.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from channels.base import Channel, Handler, Request
+from channels.framing import header as headers
+from channels.framing.accepting import AcceptingServer
+from channels.framing.codec import Memory, tensor_at
+from channels.framing.header import Placement
+from channels.framing.pipe import Pipe, Reply, call
+from channels.locality import machine_id
+from channels.shm.abstract_sockets import dial, listen
+from channels.shm.doorbell import Doorbell
+from channels.shm.mailbox import HostBox, Mailbox, Postman
+from channels.shm.segments import Segment
+from errors import ChannelError, ProtocolError, RemoteError
+from kernels.mailbox import MAIL, PACKET
+
+_LEND_FROM: Final = 1 << 18
+"""Bytes from which a reply is lent and not copied: below, the copy is the cheaper one."""
+_EMPTY: Final = headers.layout(())
+_LOOKS: Final = 1000  # into a mailbox between two looks at the clock
+_RESTLESS: Final = 2e-3
+"""Seconds without mail after which a host sleeps: longer than between two layers of a token, so that it
+sleeps between requests and not within them."""
+_MAX_LENT: Final = 8
+"""Replies lent at a time by one channel; a caller who keeps more gets copies, so that segments end."""
+
+
+class _Loan(Memory):
+    """A reply's memory, given back when the last tensor of it dies."""
+
+    __slots__ = ("_channel", "_segment")
+
+    def __init__(self, channel: ShmChannel, segment: Segment, size: int) -> None:
+        super().__init__(segment, segment.address, size)
+        self._channel = channel
+        self._segment = segment
+
+    def __del__(self) -> None:
+        self._channel.give_back(self._segment)
+
+
+class ShmChannel(Pipe):
+    """The router's end."""
+
+    def __init__(self, name: str, connection: socket.socket) -> None:
+        super().__init__(name)
+        self._bell = Doorbell(connection)
+        self._written: deque[int | None] = deque()
+        self._lent = 0
+        self._back: deque[Segment] = deque()  # loans that have ended
+
+    def _send(self, request: Request) -> None:
+        self._take_back()
+        payload = headers.layout(request.tensors)
+        text = headers.request_text(request.id, payload)
+        self._written.append(self._bell.send(text, payload, request.tensors))
+
+    def _receive(self, deadline: float | None) -> Reply:
+        self._take_back()
+        packet = self._bell.receive(deadline)
+        segment = packet.segment
+        if not self._written:
+            raise ProtocolError(f"{self.name} replies to a request that nobody made")
+        self._bell.reusable(self._written.popleft())
+        try:
+            placed = headers.read_reply(packet.text, packet.size)
+        except RemoteError:
+            self._bell.done_with(segment)
+            raise
+        if segment is None:
+            return packet.tensors(placed)
+        size = max((where.end for where in placed), default=0)
+        if size >= _LEND_FROM and self._lent < _MAX_LENT:
+            return self._lend(segment, placed, size)
+        reply = tuple([view.clone() for view in packet.tensors(placed)])
+        self._bell.done_with(segment)
+        return reply
+
+    def _lend(self, segment: Segment, placed: Sequence[Placement], size: int) -> Reply:
+        self._lent += 1
+        memory: np.ndarray[Any, Any] = np.asarray(_Loan(self, segment, size))
+        return tuple([tensor_at(memory, segment.address, where) for where in placed])
+
+    def give_back(self, segment: Segment) -> None:
+        """A lent segment is free again. Any thread, in the middle of anything: takes no lock."""
+        self._back.append(segment)
+
+    def _take_back(self) -> None:
+        while self._back:
+            self._bell.done_with(self._back.popleft())
+            self._lent -= 1
+
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox:
+        """See `Doorbell.open_mailbox`."""
+        return self._bell.open_mailbox(width, pairs, dtype)
+
+    def _hang_up(self) -> None:
+        self._bell.close()
+
+    def _wake(self) -> None:
+        self._bell.shut()
+
+
+class ShmServer(AcceptingServer[Doorbell]):
+    """The host's end."""
+
+    def __init__(self, handler: Handler, postman: Postman | None = None) -> None:
+        self._handler = handler
+        self._postman = postman
+        listener, name = listen()
+        super().__init__(listener, f"shm:{machine_id()}/{name}")
+        self.start()
+
+    def _begin(self, connection: socket.socket) -> Doorbell:
+        return Doorbell(connection)
+
+    def _talk(self, found: Doorbell) -> None:
+        while True:
+            if found.box is not None and self._postman is not None:
+                self._deliver(found.box, self._postman)
+            self._answer(found)
+
+    def _deliver(self, box: HostBox, postman: Postman) -> None:
+        """Answer what comes into a box, until there is a packet to read or nothing comes for a while."""
+        last = time.monotonic()
+        while True:
+            found = box.watch(_LOOKS)
+            if found == MAIL:
+                postman(box)
+                if self._closed:  # the socket says so, which nobody looks at while mail comes
+                    return
+                last = time.monotonic()
+            elif found == PACKET or (time.monotonic() - last > _RESTLESS and box.rest()):
+                return
+
+    def _answer(self, bell: Doorbell) -> None:
+        packet = bell.receive()
+        if bell.box is not None and not packet.text:  # a knock, or it has just been opened
+            if self._postman is not None:
+                bell.box.open()
+            return
+        name, placed = headers.read_request(packet.text, packet.size)
+        outcome = call(self._handler, Request(name, packet.tensors(placed)))
+        if isinstance(outcome, Exception):
+            bell.send(headers.error_text(outcome), _EMPTY)
+            return
+        try:
+            payload = headers.layout(outcome)
+        except ProtocolError as error:  # what the handler returned cannot travel: its fault, not the wire's
+            bell.send(headers.error_text(error), _EMPTY)
+            return
+        bell.send(headers.reply_text(payload), payload, outcome)
+
+
+def serve(handler: Handler, postman: Postman | None = None) -> ShmServer:
+    """Let processes of this machine and user reach `handler`, which runs in one thread a connection.
+
+    Args:
+        postman: answers what comes into mailboxes; without one callers use none.
+    """
+    return ShmServer(handler, postman)
+
+
+def connect(address: str, *, timeout: float = 30.0) -> Channel:
+    """Open a channel to a server of this machine.
+
+    Raises:
+        ChannelTimeout: the server does not accept in time.
+        ChannelError: it is on another machine, gone, or of another user.
+    """
+    place, _, name = address.removeprefix("shm:").partition("/")
+    if place != machine_id():
+        raise ChannelError(
+            f"{address} is on another machine or in another network namespace than this process"
+            f" ({machine_id()}); use grpc"
+        )
+    connection = dial(name, address, timeout)
+    try:
+        return ShmChannel(address, connection)
+    except BaseException:
+        connection.close()
+        raise
+
+
+__all__ = ["ShmChannel", "ShmServer", "connect", "serve"]

@@ -1,0 +1,321 @@
+"""The doorbell of the shared memory channel: one packet on a Unix socket for each request and reply.
+
+A packet is a fixed head, the numbers of the segments that its sender has done with, and a protobuf
+`Header`; a new segment's descriptor travels beside it.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from channels.framing.codec import COPIED_BELOW, plain, tensor_at
+from channels.framing.header import Layout, Placement
+from channels.shm.mailbox import HostBox, Mailbox, size_of
+from channels.shm.segments import Segment, SegmentMirror, SegmentPool, new_segment, sealed_segment
+from errors import ChannelError, ChannelTimeout, ProtocolError
+
+_HEAD: Final = struct.Struct("<4sIQQI")  # magic, segment, capacity if it is new, size, segments released
+_MAGIC: Final = b"rmo1"
+_NO_SEGMENT: Final = 0xFFFFFFFF
+_MAILBOX: Final = 0xFFFFFFFE
+"""In a segment's place: the descriptor beside it is that of a mailbox, see `channels.shm.mailbox`."""
+_NOTE: Final = 0xFFFFFFFD
+"""In a segment's place: the packet is no message, but goes with the next one."""
+_MAX_PACKET: Final = 1 << 16
+_MAX_RELEASED: Final = 64
+_CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # plain numbers: an enum's operators are slow
+_CREDENTIALS: Final = struct.Struct("3i")
+_INT: Final = array.array("i").itemsize
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * _INT)
+_NONE: Final = array.array("i")
+_WHEN_IT_COMES: Final = int(socket.MSG_CMSG_CLOEXEC)
+_AT_ONCE: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_LONGEST: Final = 1e9  # seconds that a socket takes as a time-out
+_SPIN: Final = 200e-6
+"""Seconds that a receive polls before it sleeps, where the wait before was short. To fall asleep and be
+woken costs about 50 µs at each end; waits longer than this are the peer computing, who wants the core."""
+
+
+def _write(segment: Segment, where: Placement, tensor: torch.Tensor) -> None:
+    size = where.end - where.offset
+    if size < COPIED_BELOW:
+        flat = plain(tensor)
+        ctypes.memmove(segment.address + where.offset, flat.data_ptr(), size)
+    else:  # one pass whatever the strides, by several threads, and without the interpreter's lock
+        tensor_at(segment.memory, segment.address, where).copy_(tensor.detach())
+
+
+class Packet(NamedTuple):
+    """What came: a header's text and the segment that holds the payload of `size` bytes; or a note."""
+
+    text: bytes
+    size: int
+    segment: Segment | None
+    note: bool = False
+
+    def tensors(self, placed: tuple[Placement, ...]) -> tuple[torch.Tensor, ...]:
+        """Views of the segment."""
+        if self.segment is None:
+            return tuple(torch.empty(where.shape, dtype=where.dtype) for where in placed)
+        return self.segment.views(placed)
+
+
+class Doorbell:
+    """One end of a connection: both directions' segments and the socket. Used by one thread at a time.
+
+    Raises:
+        ChannelError: the process at the other end belongs to another user.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._pool = SegmentPool()
+        self._mirror = SegmentMirror()
+        self._read: deque[int] = deque()
+        self._buffer = bytearray(_MAX_PACKET)
+        self._patience = 0.0
+        self._brief = False  # the wait before was short
+        self._shut = False
+        self._posted: Mailbox | None = None
+        self.box: HostBox | None = None  # that the peer has opened
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.peer, user, _ = _CREDENTIALS.unpack(credentials)
+        if user != os.geteuid():
+            raise ChannelError(
+                f"the process at the other end (pid {self.peer}) runs as user {user}, this one as"
+                f" {os.geteuid()}; shared memory is for one user, use grpc"
+            )
+
+    def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor] = ()) -> int | None:
+        """Write the tensors to a segment and ring; returns the segment's number, if one was needed.
+
+        Raises:
+            ProtocolError: the header is too long.
+            ResourceError: the system gives no memory or descriptor.
+            ChannelError: the peer is gone.
+        """
+        size = payload.size
+        if len(text) > _MAX_PACKET - _HEAD.size - 4 * _MAX_RELEASED:
+            raise ProtocolError(f"a header of {len(text)} bytes does not fit a packet; shorten its names")
+        if not size:
+            self._ring(text, None, 0, 0, None)
+            return None
+        segment, descriptor = self._pool.acquire(size)
+        try:
+            try:
+                for tensor, where in zip(tensors, payload.placed, strict=True):
+                    _write(segment, where, tensor)
+            except BaseException:
+                # The peer has not heard of it: a new segment is nobody's, an old one is free again.
+                if descriptor is None:
+                    self._pool.release(segment.index)
+                else:
+                    self._pool.forget(segment.index)
+                raise
+            self._ring(text, segment, segment.capacity if descriptor is not None else 0, size, descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        return segment.index
+
+    def _ring(
+        self, text: bytes, segment: Segment | None, capacity: int, size: int, descriptor: int | None
+    ) -> None:
+        waiting = self._read
+        read = [waiting.popleft() for _ in range(min(len(waiting), _MAX_RELEASED))]
+        index = _NO_SEGMENT if segment is None else segment.index
+        packet = _HEAD.pack(_MAGIC, index, capacity, size, len(read))
+        if read:
+            packet += struct.pack(f"<{len(read)}I", *read)
+        packet += text
+        self._send(packet, descriptor)
+
+    def _send(self, packet: bytes, descriptor: int | None) -> None:
+        if self._posted is not None:
+            self._posted.rang()
+        try:
+            if descriptor is None:
+                self._socket.send(packet, socket.MSG_NOSIGNAL)
+            else:
+                socket.send_fds(self._socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+
+    def knock(self) -> None:
+        """Wake the peer, with a packet that says nothing.
+
+        Raises:
+            ChannelError: the peer is gone.
+        """
+        self._ring(b"", None, 0, 0, None)
+
+    def note(self, text: bytes) -> None:
+        """Send what goes with the next message.
+
+        Raises:
+            ProtocolError: it is too long.
+            ChannelError: the peer is gone.
+        """
+        if len(text) > _MAX_PACKET - _HEAD.size:
+            raise ProtocolError(f"a note of {len(text)} bytes does not fit a packet")
+        self._send(_HEAD.pack(_MAGIC, _NOTE, 0, 0, 0) + text, None)
+
+    def check_peer(self) -> None:
+        """See that the peer has not hung up.
+
+        Raises:
+            ChannelError: it has, or this end was shut.
+        """
+        if self._shut:  # what came before that can still be read
+            raise ChannelError(f"the connection to pid {self.peer} was shut")
+        try:
+            if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+        raise ChannelError(f"pid {self.peer} hung up")
+
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox:
+        """A mailbox that the peer is told of; it says itself when the peer looks into it.
+
+        Raises:
+            ResourceError: the system gives no memory or descriptor.
+            ChannelError: the peer is gone.
+        """
+        memory, descriptor = new_segment(_MAILBOX, size_of(width, pairs, dtype))
+        try:
+            mailbox = Mailbox(memory.memory, width, pairs, dtype, knock=self.knock, alive=self.check_peer)
+            self._send(_HEAD.pack(_MAGIC, _MAILBOX, memory.capacity, 0, 0), descriptor)
+        finally:
+            os.close(descriptor)
+        self._posted = mailbox  # the peer counts packets from the next one on
+        return mailbox
+
+    def receive(self, deadline: float | None = None) -> Packet:
+        """Wait for a packet.
+
+        Raises:
+            ChannelTimeout: the deadline (of `time.monotonic`) passed.
+            ChannelError: the peer is gone.
+            ProtocolError: the packet is malformed.
+        """
+        self._set_patience(deadline)
+        try:
+            length, ancillary, flags, _ = self._wait()
+        except BlockingIOError:
+            raise ChannelTimeout(f"pid {self.peer} does not answer") from None
+        except OSError as error:
+            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+        descriptors = array.array("i") if ancillary else _NONE
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(data[: len(data) - len(data) % _INT])
+        try:
+            if not length:
+                raise ChannelError(f"pid {self.peer} hung up")
+            if flags & _CUT:
+                raise ProtocolError("a packet is longer than any may be")
+            return self._read_packet(memoryview(self._buffer)[:length], descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _wait(self) -> tuple[int, list[tuple[int, int, bytes]], int, Any]:
+        """The next packet into the buffer: polled for if the wait before was short, else slept for."""
+        began = time.perf_counter()
+        receive, into = self._socket.recvmsg_into, [self._buffer]
+        if self._brief:
+            while time.perf_counter() - began < _SPIN:
+                try:
+                    return receive(into, _ANCILLARY, _AT_ONCE)
+                except BlockingIOError:
+                    os.sched_yield()
+        came = receive(into, _ANCILLARY, _WHEN_IT_COMES)
+        self._brief = time.perf_counter() - began < 2.5 * _SPIN
+        return came
+
+    def _read_packet(self, packet: memoryview, descriptors: array.array[int]) -> Packet:
+        if len(packet) < _HEAD.size:
+            raise ProtocolError(f"a packet of {len(packet)} bytes is shorter than its head")
+        magic, index, capacity, size, n_released = _HEAD.unpack_from(packet)
+        text = _HEAD.size + 4 * n_released
+        if magic != _MAGIC or text > len(packet):
+            raise ProtocolError(f"a packet of {len(packet)} bytes does not begin as ours do")
+        if len(descriptors) != (1 if capacity else 0):
+            raise ProtocolError(f"a packet brings {len(descriptors)} descriptors, which it does not announce")
+        if n_released:
+            for released in struct.unpack_from(f"<{n_released}I", packet, _HEAD.size):
+                self._pool.release(released)
+        if index == _MAILBOX:
+            self.box = HostBox(sealed_segment(index, descriptors[0], capacity).memory) if capacity else None
+            return Packet(b"", 0, None)
+        if self.box is not None:
+            self.box.packet_came()
+        if index == _NOTE and not capacity:
+            return Packet(bytes(packet[text:]), 0, None, note=True)
+        if capacity:
+            self._mirror.attach(index, descriptors[0], capacity)
+        segment = self._mirror.get(index, size) if size else None
+        return Packet(bytes(packet[text:]), size, segment)
+
+    def done_with(self, segment: Segment | None) -> None:
+        """Nothing reads `segment` any more; the peer hears of it with the next packet. Any thread."""
+        if segment is not None:
+            self._read.append(segment.index)
+
+    def reusable(self, index: int | None) -> None:
+        """The peer has answered, so that the segment it read may be written again."""
+        if index is not None:
+            self._pool.release(index)
+
+    def _set_patience(self, deadline: float | None) -> None:
+        # The kernel's own timeout: a poll before each receive would be one more system call.
+        # A twentieth more is as good: calls with the same timeout then leave it as it is.
+        patience = 0.0 if deadline is None else min(max(deadline - time.monotonic(), 1e-6), _LONGEST)
+        if not patience <= self._patience <= 1.05 * patience:
+            patience *= 1.04
+            seconds = int(patience)
+            value = struct.pack("ll", seconds, max(int((patience - seconds) * 1e6), 0 if seconds else 1))
+            with contextlib.suppress(OSError):  # closed by another thread: the receive will tell
+                self._socket.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVTIMEO, value if patience else struct.pack("ll", 0, 0)
+                )
+            self._patience = patience
+
+    @property
+    def caller(self) -> str:
+        """Who is at the other end, for logs."""
+        return f"pid {self.peer}"
+
+    def shut(self) -> None:
+        """Wake whoever waits at either end, with an error. Any thread."""
+        self._shut = True
+        posted = self._posted
+        if posted is not None:
+            posted.end()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hang up, and unmap all memory but what tensors are views of."""
+        self.shut()
+        self._socket.close()
+        self._pool.clear()
+        self._mirror.clear()
+
+
+__all__ = ["Doorbell", "Packet"]

@@ -1,0 +1,90 @@
+"""A trained model in one process: found, loaded with its experts and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from errors import CheckpointError
+from jobs.checkpoints.checkpoint_store import find_checkpoint
+from jobs.checkpoints.memory import check_memory, loading_need
+from jobs.config.precision import computes_bfloat16
+from jobs.data.tokenizer import load_tokenizer
+from model.checkpoints.pretrained import PretrainedSource, ShardReader, load_pretrained
+from model.experts import LocalExperts
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model to run on its own.
+
+    Attributes:
+        directory: what it was loaded from.
+        transformer: trunk, its configuration in `.config`.
+        experts: all routed experts.
+        tokenizer: beside the weights.
+        end_of_text: id of the token that ends a text.
+    """
+
+    directory: Path
+    transformer: Transformer
+    experts: LocalExperts
+    tokenizer: Tokenizer
+    end_of_text: int
+
+
+def find_weights(path: Path) -> Path:
+    """The directory with weights that a user means: itself, or the latest checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "config.json").is_file():
+        return path
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        if not path.exists():
+            raise
+        raise CheckpointError(f"{error}, and no config.json of a Hugging Face model either") from None
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Load a checkpoint, a run's latest, or a Hugging Face directory, for evaluation.
+
+    Weights keep their dtype where the machine computes in it, and become float32 elsewhere.
+
+    Raises:
+        CheckpointError: missing, damaged or of another architecture.
+        DataError: no tokenizer.json beside the weights.
+        ResourceError: it is larger than the memory.
+    """
+    directory = find_weights(path)
+    dtype = compute_dtype(directory)
+    check_memory(
+        loading_need(PretrainedSource(directory).config, dtype),
+        advice="use a machine with more, or raymoe serve with cluster.expert_hosts on several machines",
+    )
+    model = load_pretrained(directory, dtype=dtype).eval()
+    tokenizer, end_of_text = load_tokenizer(directory, model.config.vocab_size)
+    return LoadedModel(
+        directory=directory,
+        transformer=model.trunk,
+        experts=model.experts,
+        tokenizer=tokenizer,
+        end_of_text=end_of_text,
+    )
+
+
+def compute_dtype(directory: Path, *, on_gpus: bool = False) -> torch.dtype:
+    """The dtype to run a model in: its weights' own where GPUs or CPUs compute in it, else float32."""
+    stored = ShardReader(directory).tensor("model.norm.weight").dtype
+    keeps = stored == torch.float64 or (stored == torch.bfloat16 and (on_gpus or computes_bfloat16()))
+    return stored if keeps else torch.float32
+
+
+__all__ = ["LoadedModel", "compute_dtype", "find_weights", "load_model"]

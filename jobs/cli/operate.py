@@ -1,0 +1,222 @@
+"""The commands that operate a running job: `raymoe status | scale | drain | chaos | certs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from errors import ConfigError
+from jobs.cli.options import Debug, Json, Result
+from jobs.console import finish, say, surfaced
+
+Job = Annotated[
+    str | None,
+    typer.Option("--coordinator", metavar="HOST:PORT", help="Of the job; by default looked for with Ray."),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option("--address", help="The job's Ray cluster; by default the one that runs on this machine."),
+]
+Patience = Annotated[float, typer.Option(min=0, help="Seconds to wait until it is done; 0 returns at once.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make these commands of the command line."""
+    for command in (status, scale, drain, chaos, certs):
+        app.command()(surfaced(command))
+
+
+def status(
+    coordinator: Job = None,
+    address: Cluster = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a job's expert hosts, what they hold, and what happened last."""
+    from rich.console import Console
+
+    with _operated(coordinator, address, debug) as job:
+        from jobs.tools.operate import shown
+        from jobs.tools.operate import watch as show_on
+
+        if as_json:
+            finish(job.status, as_json=True)
+        elif watch:
+            show_on(job.status)
+        else:
+            Console(highlight=False).print(shown(job.status()), soft_wrap=True)
+
+
+def scale(
+    hosts: Annotated[int, typer.Argument(metavar="N", help="Expert hosts that there should be.")],
+    coordinator: Job = None,
+    address: Cluster = None,
+    timeout: Patience = 300.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Change the number of expert hosts of a job that serves or trains."""
+    with _operated(coordinator, address, debug) as job:
+        done = job.scale(hosts, timeout=timeout)
+    _tell(done, as_json=as_json)
+
+
+def drain(
+    host: Annotated[str | None, typer.Argument(metavar="[HOST]", help="As `raymoe status` names it.")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(metavar="ID|here", help="All of a Ray node before it ends; others take their place."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Start another one in its place; else one less is wanted.")
+    ] = False,
+    coordinator: Job = None,
+    address: Cluster = None,
+    timeout: Patience = 300.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let an expert host, or all that a node has, give its experts away and go."""
+    if (host is None) == (node is None):
+        raise ConfigError("drain takes either a HOST or --node; name one of them")
+    if node is not None:
+        _drain_node(node, address, timeout, as_json=as_json, debug=debug, coordinator=coordinator)
+        return
+    with _operated(coordinator, address, debug) as job:
+        done = job.drain(host, replace=replace, timeout=timeout)
+    _tell(done, as_json=as_json)
+
+
+def chaos(
+    seed: Annotated[int, typer.Option(min=0, help="The same faults for the same seed.")] = 0,
+    duration: Annotated[float, typer.Option(min=0, help="Seconds that it goes on for.")] = 60.0,
+    every: Annotated[float, typer.Option(min=0.01, help="Seconds between two faults, on average.")] = 10.0,
+    kinds: Annotated[
+        str, typer.Option(help="Of kill, stop, slow and drop (connections), with commas.")
+    ] = "kill",
+    targets: Annotated[
+        str, typer.Option(help="Of host, coordinator, trunk (in serving) and worker (in training).")
+    ] = "host",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    coordinator: Job = None,
+    address: Cluster = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rehearse failures: kill, stop, slow down and cut off a job's processes, by a seed."""
+    from jobs.fleet.ray_token import use_own_token
+
+    use_own_token()
+    from jobs.tools.chaos import TARGETS, Kind, schedule
+
+    faults = schedule(
+        seed,
+        duration=duration,
+        every=every,
+        kinds=[Kind(one) for one in _choices(kinds, [str(kind) for kind in Kind], "--kinds")],
+        targets=_choices(targets, list(TARGETS), "--targets"),
+    )
+
+    def compute() -> Result:
+        from dataclasses import asdict
+
+        from jobs.tools.operate import rehearse
+
+        if dry_run:
+            done = [asdict(fault) for fault in faults]
+        else:
+            done = rehearse(faults, coordinator=coordinator, address=address, debug=debug, tell=say)
+        return {"seed": seed, "faults": done}
+
+    if dry_run and not as_json:
+        for fault in faults:
+            print(f"{fault.at:7.2f} s  {fault.kind} {fault.target}")
+        return
+    if as_json:
+        finish(compute, as_json=True)
+    else:
+        compute()
+
+
+def certs(
+    directory: Annotated[str, typer.Argument(help="Where they are written, for RAYMOE_TLS_DIR to name.")],
+    days: Annotated[
+        float, typer.Option(min=0.001, max=36500, help="That the certificate is good for.")
+    ] = 90.0,
+    ca_days: Annotated[
+        float, typer.Option(min=0.001, max=36500, help="That a new authority is good for.")
+    ] = 3650.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make an authority and a certificate for mutual TLS; again, a new certificate of the same authority."""
+    from jobs.tools.certs import make_certificates
+
+    if not directory.strip():  # a variable that is not set: else the files would lie wherever one stands
+        raise ConfigError("DIRECTORY is empty; name the directory to write to, or . for this one")
+    made = make_certificates(Path(directory), days=days, ca_days=ca_days)
+    if as_json:
+        finish(lambda: made, as_json=True)
+        return
+    what = "authority and certificate" if made["new_authority"] else "certificate"
+    print(f"{what} in {directory}, good until {made['certificate_until']}")
+
+
+def _drain_node(
+    node: str, address: str | None, timeout: float, *, as_json: bool, debug: bool, coordinator: str | None
+) -> None:
+    if coordinator is not None:
+        raise ConfigError("--node drains the hosts of all jobs there; leave out --coordinator")
+    from jobs.fleet.ray_token import use_own_token
+
+    use_own_token()
+    from jobs.tools.node_drain import leave
+
+    done = leave(None if node == "here" else node, address=address, timeout=timeout, debug=debug)
+    if as_json:
+        finish(lambda: done, as_json=True)
+    else:
+        hosts = ", ".join(done["drained"]) or "no expert host"
+        print(f"{hosts} and {done['replicas']} replicas of the trunk have left in {done['seconds']:.1f} s")
+
+
+def _choices(text: str, known: list[str], option: str) -> list[str]:
+    """What a list with commas names.
+
+    Raises:
+        ConfigError: something that there is not, or nothing.
+    """
+    chosen = [one.strip() for one in text.split(",") if one.strip()]
+    unknown = [one for one in chosen if one not in known]
+    if unknown or not chosen:
+        what = f"{', '.join(unknown)} is none of them" if unknown else "none is named"
+        raise ConfigError(f"{option}: {what}; there are {', '.join(known)}")
+    return chosen
+
+
+def _operated(coordinator: str | None, address: str | None, debug: bool) -> Any:
+    from jobs.fleet.ray_token import use_own_token
+
+    use_own_token()
+    from jobs.tools.operate import operated
+
+    return operated(coordinator=coordinator, address=address, debug=debug)
+
+
+def _tell(done: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        finish(lambda: done, as_json=True)
+        return
+    hosts = f"{done['hosts']} expert host{'s' * (done['hosts'] != 1)}"
+    if done["done"]:
+        print(f"{hosts} after {done['seconds']:.2f} s")
+    else:
+        print(f"on the way to {hosts}; `raymoe status --watch` shows how it goes")
+
+
+__all__ = ["add_to"]

@@ -1,0 +1,3 @@
+"""From files to packed rows of tokens."""
+
+from __future__ import annotations

@@ -1,0 +1,253 @@
+"""From files to packed rows with Ray Data: read, hold out, tokenise, pack into Ray's object store.
+
+Everything is in the order of the documents' files and decided by their names, so the same corpus
+gives the same rows on any cluster. Nothing is cached outside the run's output directory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import ray
+import ray.data
+from tokenizers import Tokenizer
+
+from errors import DataError
+from jobs.config.run_config import RunConfig
+from jobs.console import counted, own_error
+from jobs.data.documents import Document, SourceFile, find_files, held_out, name_hash, read_documents
+from jobs.data.held_out import HeldOut, zlib_bits_per_byte
+from jobs.data.packing import Block, PackedCorpus, Packer
+from jobs.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+_SAMPLE_BYTES = 16 << 20  # of training text that a tokenizer is trained on
+_CHUNK_BYTES = 8 << 20  # of text that one block of a dataset holds, about
+_RAYS_ADVICE = "\nFailed to "  # Ray Data appends how it retried to the text of any error
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class InObjectStore(Generic[_T]):
+    """A value in Ray's object store; numpy arrays come back as views of shared memory."""
+
+    reference: ray.ObjectRef
+
+    def get(self) -> _T:
+        """The value, fetched to this node when it is on another."""
+        value: _T = ray.get(self.reference)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """What a run trains and evaluates on.
+
+    Attributes:
+        tokenizer: the text of its tokenizer.json.
+        end_of_text: id of the token behind each document.
+        train: rows to train on.
+        train_tokens: tokens of the training documents, with their ends.
+        train_documents: how many documents those are.
+        held_out: rows to evaluate on.
+    """
+
+    tokenizer: str
+    end_of_text: int
+    train: PackedCorpus
+    train_tokens: int
+    train_documents: int
+    held_out: HeldOut
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer into a folder, as transformers reads it."""
+        save_tokenizer(Tokenizer.from_str(self.tokenizer), self.end_of_text, directory)
+
+
+def prepare(
+    config: RunConfig, *, tokenizer: Path | None = None, note: Callable[[str], None] | None = None
+) -> PreparedData:
+    """Read, split, tokenise and pack the corpus of a run. Ray must be initialised.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: take this one, whatever `data.tokenizer` says: a run that is resumed, or begun from
+            a checkpoint, keeps its own.
+        note: is told what is being done, before each part that takes its time.
+
+    Raises:
+        DataError: the corpus is missing, unreadable, or too small.
+        ConfigError: the tokenizer does not fit the model.
+    """
+    note = note or (lambda _: None)
+    chosen = tokenizer or (Path(config.data.tokenizer).expanduser() if config.data.tokenizer else None)
+    vocab_size = config.model.vocab_size
+    given = load_tokenizer(chosen, vocab_size) if chosen else None
+    files = find_files(config.data.path)
+    note(f"reading {counted(len(files), 'file')}")
+    documents = _read(files, config.data.text_field)
+    sizes = {row["name"]: row["size"] for row in _take(documents.select_columns(["name", "size"]))}
+    held = held_out(list(sizes), config.data.validation_fraction)
+    training, validation = _only(documents, held, keep=False), _only(documents, held, keep=True)
+    if given is None:
+        note(f"training the tokenizer: {vocab_size:,} tokens")
+        given = train_tokenizer(_sample(training, sizes, held), vocab_size)
+    model, end_of_text = given
+    text = model.to_str()
+
+    note(f"packing {counted(len(sizes), 'document')}")
+    train, packer = _pack(training, text, end_of_text, config, pad=False)
+    if train.n_rows == 0:
+        raise DataError(
+            f"data.path: the {packer.n_tokens} tokens to train on fill no row of training.sequence_length "
+            f"({config.training.sequence_length}); give more text, or shorten the rows"
+        )
+    evaluation, _ = _pack(validation, text, end_of_text, config, pad=True)
+    return PreparedData(
+        tokenizer=text,
+        end_of_text=end_of_text,
+        train=train,
+        train_tokens=packer.n_tokens,
+        train_documents=packer.n_documents,
+        held_out=HeldOut(
+            rows=evaluation,
+            documents=len(held),
+            size=sum(sizes[name] for name in held),
+            zlib_bits_per_byte=zlib_bits_per_byte(row["text"] for row in _take(validation)),
+        ),
+    )
+
+
+def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
+    """A dataset of (name, text, size) in the order of the files, held in the object store."""
+
+    def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        held: list[Document] = []
+        size = 0
+        for index in batch["item"]:
+            for document in read_documents(files[int(index)], text_field):
+                held.append(document)
+                size += len(document.text)
+                if size >= _CHUNK_BYTES:
+                    yield _table(held)
+                    held, size = [], 0
+        yield _table(held)
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    # Ray Data prints the error of a task beside raising it; --debug is what shows Ray's own words.
+    debug = logging.getLogger("ray").getEffectiveLevel() <= logging.INFO
+    logging.getLogger("ray.data").setLevel(logging.WARNING if debug else logging.CRITICAL)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that bars are off
+    items = ray.data.from_items(list(range(len(files))), override_num_blocks=min(len(files), 8))
+    with _own_errors():
+        return items.map_batches(read, batch_size=None).materialize()
+
+
+def _only(documents: ray.data.Dataset, names: set[str], *, keep: bool) -> ray.data.Dataset:
+    """The documents of those names, or all but those."""
+    wanted = pa.array(sorted(names), pa.string())
+
+    def choose(batch: pa.Table) -> pa.Table:
+        named = pyarrow.compute.is_in(batch.column("name"), value_set=wanted)
+        return batch.filter(named if keep else pyarrow.compute.invert(named))
+
+    return documents.map_batches(choose, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
+
+
+def _table(documents: Sequence[Document]) -> pa.Table:
+    return pa.table(
+        {
+            "name": pa.array([document.name for document in documents], pa.string()),
+            "text": pa.array([document.text for document in documents], pa.large_string()),
+            "size": pa.array([len(document.text.encode()) for document in documents], pa.int64()),
+        }
+    )
+
+
+def _sample(training: ray.data.Dataset, sizes: dict[str, int], held: set[str]) -> Iterator[str]:
+    """Training documents, spread over the corpus, of about `_SAMPLE_BYTES` in all."""
+    chosen: set[str] = set()
+    size = 0
+    for name in sorted(sizes.keys() - held, key=lambda name: (name_hash(f"sample {name}"), name)):
+        if chosen and size + sizes[name] > _SAMPLE_BYTES:
+            break
+        chosen.add(name)
+        size += sizes[name]
+    return (row["text"] for row in _take(training) if row["name"] in chosen)
+
+
+def _pack(
+    documents: ray.data.Dataset, tokenizer: str, end_of_text: int, config: RunConfig, *, pad: bool
+) -> tuple[PackedCorpus, Packer]:
+    """Tokenise and pack; blocks go into the object store as they fill."""
+
+    def encode(batch: pa.Table) -> pa.Table:
+        texts = batch.column("text").to_pylist()
+        encoded = _tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+        return pa.table({"tokens": pa.array([one.ids for one in encoded], pa.large_list(pa.int32()))})
+
+    length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
+    rows_per_block = max(1, (4 << 20) // length)
+    packer = Packer(
+        sequence_length=length, depth=depth, end_of_text=end_of_text, rows_per_block=rows_per_block
+    )
+    encoded = documents.map_batches(encode, batch_format="pyarrow", batch_size=256, zero_copy_batch=True)
+
+    stored: list[InObjectStore[Block]] = []
+    counts = [np.zeros(0, dtype=np.int32)]
+
+    def keep(blocks: Iterator[Block]) -> None:
+        for block in blocks:
+            counts.append(block.targets_per_row(length, depth))
+            stored.append(InObjectStore(ray.put(block)))
+
+    with _own_errors():
+        for batch in encoded.iter_batches(batch_format="pyarrow", batch_size=None):
+            for tokens in batch.column("tokens"):
+                keep(packer.add(tokens.values.to_numpy()))
+    keep(packer.finish(pad=pad))
+    targets = np.concatenate(counts)
+    corpus = PackedCorpus(
+        stored,
+        InObjectStore(ray.put(targets)),
+        n_rows=len(targets),
+        rows_per_block=rows_per_block,
+        sequence_length=length,
+        depth=depth,
+    )
+    return corpus, packer
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(text: str) -> Tokenizer:
+    return Tokenizer.from_str(text)
+
+
+def _take(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    with _own_errors():
+        yield from dataset.iter_rows()
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise an error of ours as itself, out of whatever Ray wrapped around it in a task."""
+    try:
+        yield
+    except Exception as error:
+        own = own_error(error)
+        if own is None or own is error:
+            raise
+        raise type(own)(str(own).partition(_RAYS_ADVICE)[0]) from None
+
+
+__all__ = ["InObjectStore", "PreparedData", "prepare"]

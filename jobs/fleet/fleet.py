@@ -1,0 +1,334 @@
+"""The actors of a job: its coordinator and its expert hosts, started, watched, and ended as it orders.
+
+A fleet lives in the process that owns the job: the driver of a training run, the pool of a deployment. What
+it starts ends with it. It tells the coordinator how its hosts stand and does what it is told, again and
+again, so that nothing is lost with a coordinator: a new one at the same address goes on from the state of the
+last.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.coordinator.coordinator import Coordinator
+from actors.host.expert_host import ExpertHost
+from actors.messages.coordinator_state import CoordinatorState
+from actors.remote import CoordinatorActor, ExpertHostActor, ask, require_reach, start
+from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
+from cluster.config import ClusterConfig
+from cluster.topology import HostInfo
+from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
+
+NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
+"""Where the actors of coordinators are found, and what their names begin with."""
+
+_log = logging.getLogger(__name__)
+_PAUSE = 0.1  # seconds between two reports
+_LONGEST_PAUSE = 5.0  # between two starts of a coordinator that does not come up
+_CALL_SECONDS = 10.0
+_STANDBY_SECONDS = 5.0  # that a job has run for before a process stands by: short ones do without
+_CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
+
+
+@dataclass(slots=True)
+class _Host:
+    """An expert host of this fleet.
+
+    Attributes:
+        info: its answer to where it is, awaited until it is there.
+        lease: ends with it.
+    """
+
+    actor: Any
+    asked: Any
+    lease: Any
+    began: float
+    info: HostInfo | None = None
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Runs a job's actors until `close`.
+
+    Args:
+        cluster: how many hosts, and what each gets.
+        coordinator: builds one in its own process, from the state of the one before.
+        host: builds a host of this name in its own process.
+    """
+
+    cluster: ClusterConfig
+    coordinator: Callable[[CoordinatorState | None], Coordinator]
+    host: Callable[[str], ExpertHost]
+    address: str = ""
+    _coordinator: Any = None
+    _client: CoordinatorClient | None = None
+    _state: CoordinatorState | None = None
+    _hosts: dict[str, _Host] = field(default_factory=dict)
+    _failed: dict[str, str] = field(default_factory=dict)
+    _stopped: list[str] = field(default_factory=list)
+    _next: int = 0
+    _next_census: float = 0.0
+    _standby: Any = None
+    _standby_at: float = math.inf
+    _closing: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def open(self) -> str:
+        """Bring coordinator and hosts up, and all experts into place; the coordinator's address.
+
+        Raises:
+            RaymoeError: what one of them failed with; nothing is left of the others.
+        """
+        require_reach(self.cluster.interface)
+        try:
+            self._start_coordinator()
+            for _ in range(self.cluster.expert_hosts):
+                self._start_host()
+            patience = self.cluster.start_timeout
+            self._await_coordinator(patience)
+            assert self._client is not None
+            for id, host in self._hosts.items():
+                host.info = ask(host.asked, what=f"expert host {id}", timeout=patience)
+                self._client.register_host(host.info)
+            if self._hosts:
+                self._client.found()
+        except BaseException:
+            self.close()
+            raise
+        self._standby_at = time.monotonic() + _STANDBY_SECONDS
+        self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
+        self._thread.start()
+        return self.address
+
+    def close(self) -> None:
+        """End all actors."""
+        self._closing.set()
+        if self._thread is not None:
+            for actor in (self._coordinator, self._standby):  # else it waits for a start to end
+                _kill(actor)
+            self._thread.join()
+        if self._client is not None:
+            self._client.close()
+        for actor in [self._coordinator, self._standby, *(host.actor for host in self._hosts.values())]:
+            _kill(actor)
+        self._hosts.clear()
+
+    # --- the loop
+
+    def _run(self) -> None:
+        while not self._closing.wait(_PAUSE):
+            try:
+                self._look()
+                self._follow_nodes(self._obey())
+                if self._standby is None and time.monotonic() > self._standby_at:
+                    self._standby = self._coordinator_process(None)
+            except RaymoeError:
+                if not self._alive(self._coordinator):
+                    self._replace_coordinator()
+            except RayError:  # the cluster itself is going; whoever owns this fleet finds out
+                continue
+
+    def _look(self) -> None:
+        """Find out what has become of the hosts."""
+        assert self._client is not None
+        leases = {host.lease: id for id, host in self._hosts.items()}
+        ended, _ = ray.wait(list(leases), num_returns=max(1, len(leases)), timeout=0) if leases else ([], [])
+        for lease in ended:
+            id = leases[lease]
+            self._failed[id] = self._why(self._hosts.pop(id))
+        for id, host in list(self._hosts.items()):
+            if host.info is not None:
+                continue
+            ready, _ = ray.wait([host.asked], timeout=0)
+            try:
+                if ready:
+                    host.info = ask(host.asked, what=f"expert host {id}")
+                    self._client.register_host(host.info)
+                elif time.monotonic() - host.began > self.cluster.start_timeout:
+                    raise RaymoeError(
+                        f"it did not come up within {self.cluster.start_timeout:g} s: the cluster may lack "
+                        f"the {self.cluster.cpus_per_host:g} CPUs that cluster.cpus_per_host asks for"
+                        f"{self._resources_asked()}"
+                    )
+            except RaymoeError as error:
+                refused = isinstance(error, ProtocolError)  # it was there, and has been retired
+                if host.info is not None and not refused and self._alive(host.actor):  # coordinator away
+                    host.info = None
+                    raise
+                self._failed[id] = str(error)
+                self._end(id)
+
+    def _resources_asked(self) -> str:
+        asked = ", ".join(f"{least:g} {name}" for name, least in self.cluster.host_resources.items())
+        return f", or the {asked} of cluster.host_resources" if asked else ""
+
+    def _follow_nodes(self, wanted: int) -> None:
+        """Want as many hosts as there is room for on the nodes that there are now."""
+        if self.cluster.hosts_per_node is None or time.monotonic() < self._next_census:
+            return
+        self._next_census = time.monotonic() + _CENSUS_SECONDS
+        asked = {"CPU": self.cluster.cpus_per_host, **self.cluster.host_resources}
+        nodes = [
+            node
+            for node in ray.nodes()
+            if node["Alive"] and all(node["Resources"].get(name, 0) >= least for name, least in asked.items())
+        ]
+        target = max(1, len(nodes) * self.cluster.hosts_per_node)
+        if target != wanted:
+            admin = AdminClient(self.address, timeout=_CALL_SECONDS)
+            try:
+                admin.scale(target, timeout=0.0)
+            except (ConfigError, ResourceError):  # more than there are experts, or a change is under way
+                pass
+            finally:
+                admin.close()
+
+    def _obey(self) -> int:
+        """Report, and do what is ordered; how many hosts are wanted."""
+        assert self._client is not None
+        starting = sum(host.info is None for host in self._hosts.values())
+        failed, stopped = dict(self._failed), list(self._stopped)
+        orders, wanted, self._state = self._client.orders(starting=starting, failed=failed, stopped=stopped)
+        for id in failed:
+            self._failed.pop(id)
+        self._stopped = [id for id in self._stopped if id not in stopped]
+        for id in orders.stop:
+            self._end(id)
+            self._stopped.append(id)
+        for _ in range(orders.start):
+            self._start_host()
+        return wanted
+
+    def _start_host(self) -> None:
+        id = f"host-{self._next}"
+        self._next += 1
+        actor = start(
+            ExpertHostActor,
+            _Named(self.host, id),
+            interface=self.cluster.interface,
+            cpus=self.cluster.cpus_per_host,
+            gpus=self.cluster.gpus_per_host,
+            resources=dict(self.cluster.host_resources),
+        )
+        self._hosts[id] = _Host(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
+
+    def _end(self, id: str) -> None:
+        host = self._hosts.pop(id, None)
+        if host is not None:
+            _kill(host.actor)
+
+    def _why(self, host: _Host) -> str:
+        try:
+            ray.get(host.lease)
+        except RayActorError:
+            return "its process ended"
+        except RayError as error:
+            return str(error).strip().splitlines()[0]
+        return "it ended"
+
+    # --- the coordinator
+
+    def _start_coordinator(self) -> None:
+        build = _Succeeding(self.coordinator, self._state)
+        standby, self._standby = self._standby, None
+        if standby is None:
+            self._coordinator = self._coordinator_process(build)
+            return
+        self._coordinator = standby
+        self._standby_at = time.monotonic() + _STANDBY_SECONDS
+        ask(
+            standby.begin.remote(build, self._port),
+            what="the coordinator",
+            timeout=self.cluster.start_timeout,
+        )
+
+    @property
+    def _port(self) -> int:
+        return int(self.address.rpartition(":")[2]) if self.address else 0
+
+    def _coordinator_process(self, build: Callable[[], Coordinator] | None) -> Any:
+        """A coordinator, or a process that stands by to become one without the time that its start takes."""
+        here = ray.get_runtime_context().get_node_id()
+        return start(
+            CoordinatorActor,
+            build,
+            interface=self.cluster.interface,
+            port=self._port,
+            # Where the fleet is: so its address stays as long as there is somebody to start it anew.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            name=f"{COORDINATOR}{uuid.uuid4().hex[:8]}",
+            namespace=NAMESPACE,
+        )
+
+    def _await_coordinator(self, timeout: float) -> None:
+        self.address = ask(self._coordinator.address.remote(), what="the coordinator", timeout=timeout)
+        if self._client is None:
+            self._client = CoordinatorClient(self.address, timeout=_CALL_SECONDS)
+
+    def _replace_coordinator(self) -> None:
+        """Start another one at the same address, and introduce the hosts to it."""
+        pause = _PAUSE
+        while not self._closing.wait(pause):
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            try:
+                _kill(self._coordinator)  # it may hang, and hold the port
+                self._start_coordinator()
+                self._await_coordinator(self.cluster.start_timeout)
+                assert self._client is not None
+                for host in self._hosts.values():
+                    if host.info is not None:
+                        self._client.register_host(host.info)
+                self._client.found()
+                return
+            except (RaymoeError, RayError) as error:  # hosts serve on without one; training workers wait
+                _log.warning("no coordinator has come up at %s yet: %s", self.address, error)
+
+    def _alive(self, actor: Any) -> bool:
+        try:
+            ray.get(actor.ping.remote(), timeout=_CALL_SECONDS)
+        except RayError:
+            return False
+        return True
+
+
+def _kill(actor: Any) -> None:
+    if actor is not None:
+        with suppress(RayError):
+            ray.kill(actor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Builds a host of a name."""
+
+    build: Callable[[str], ExpertHost]
+    id: str
+
+    def __call__(self) -> ExpertHost:
+        return self.build(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Succeeding:
+    """Builds a coordinator after another."""
+
+    build: Callable[[CoordinatorState | None], Coordinator]
+    state: CoordinatorState | None
+
+    def __call__(self) -> Coordinator:
+        return self.build(self.state)
+
+
+__all__ = ["COORDINATOR", "NAMESPACE", "Fleet"]

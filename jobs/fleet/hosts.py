@@ -1,0 +1,94 @@
+"""The expert hosts of a job, in training and serving: what each owns, how they start and are reached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from actors.coordinator.transfer_plan import Shape
+from channels.base import Channel
+from channels.choose import reach
+from channels.grpc import tls
+from cluster.config import ClusterConfig
+from cluster.placement import plan_placement
+from cluster.topology import Holders, HostInfo, experts_held
+from errors import ConfigError
+from model.config import ModelConfig
+
+
+def placement(model: ModelConfig, hosts: int) -> Holders:
+    """`[L][E]` -> host; one host for experts in process."""
+    return plan_placement(len(model.moe_layers), model.n_routed_experts, model.n_group, max(1, hosts))
+
+
+def experts_of(model: ModelConfig, cluster: ClusterConfig, index: int) -> dict[int, tuple[int, ...]]:
+    """Model layer index -> ids of the experts of host number `index`."""
+    return experts_held(placement(model, cluster.expert_hosts), model.moe_layers, index)
+
+
+def shape_of(model: ModelConfig, cluster: ClusterConfig) -> Shape:
+    """What is placed on the hosts, and how often."""
+    return Shape(
+        layers=model.moe_layers,
+        n_experts=model.n_routed_experts,
+        n_group=model.n_group,
+        replicas=cluster.replicas,
+        redundant=cluster.redundant_experts,
+    )
+
+
+def host_threads(cluster: ClusterConfig) -> int:
+    """Threads of an expert host's arithmetic, were all hosts on this machine."""
+    return cluster.threads_per_host or max(1, (os.cpu_count() or 1) // max(1, cluster.expert_hosts))
+
+
+def on_loopback(cluster: ClusterConfig) -> ClusterConfig:
+    """The same for a cluster on this machine alone: nobody else needs to reach its hosts."""
+    return cluster if cluster.interface else cluster.model_copy(update={"interface": "127.0.0.1"})
+
+
+def check_transport(cluster: ClusterConfig) -> None:
+    """See before anything starts that the channel reaches hosts, and goes with the certificates, if any.
+
+    Raises:
+        ConfigError: it does not, or they cannot be read.
+    """
+    if cluster.channel == "local" and cluster.expert_hosts:
+        raise ConfigError(
+            "cluster.channel: local stays within a process, and expert hosts have their own; use auto, or "
+            "set cluster.expert_hosts to 0"
+        )
+    folder = tls.directory()
+    if folder is None:
+        return
+    tls.identity(folder)
+    if cluster.channel == "collective" and cluster.expert_hosts:
+        raise ConfigError(
+            f"cluster.channel: collective is not encrypted, and {tls.VARIABLE} is set; use auto, shm or grpc"
+        )
+
+
+def connector(cluster: ClusterConfig, device: torch.device) -> Callable[[HostInfo], Channel]:
+    """How a lane opens a channel to a host.
+
+    Args:
+        device: that the lane's rows are on.
+    """
+
+    def open_channel(host: HostInfo) -> Channel:
+        return reach(cluster.channel, host.addresses, timeout=cluster.start_timeout, device=device)
+
+    return open_channel
+
+
+__all__ = [
+    "check_transport",
+    "connector",
+    "experts_of",
+    "host_threads",
+    "on_loopback",
+    "placement",
+    "shape_of",
+]

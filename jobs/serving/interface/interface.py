@@ -1,0 +1,125 @@
+"""The interface of a served model as a Ray Serve deployment, which has no weights."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from actors.process_heap import settle_heap
+from jobs.api import build_api
+from jobs.api.backend import Backend
+from jobs.api.chat import ChatTemplate
+from jobs.api.metrics import ServingMetrics
+from jobs.data.tokenizer import load_tokenizer
+from jobs.serving.config import ServeConfig
+from jobs.serving.follower import Exchanger, Follower
+from jobs.serving.interface.grpc_methods import GrpcMethods
+from jobs.serving.interface.overview import Overview
+from jobs.serving.interface.routes import ServeRoutes
+from jobs.serving.interface.templates import Templates
+from jobs.serving.interface.trunks import Trunks
+from jobs.serving.membership import PoolLink
+from jobs.serving.versions import Standing, WeightsVersion
+from model.checkpoints.sources import PretrainedSource
+
+_RETRY_SECONDS = 1.0
+
+
+def _backend() -> Backend:
+    """Of the process that this request has come to."""
+    interface: Interface = serve.get_replica_context().servable_object
+    return interface.backend
+
+
+@serve.ingress(build_api(_backend))
+class Interface(GrpcMethods):
+    """One process of the interface.
+
+    Args:
+        values: a `ServeConfig` as plain values.
+        directory: with the tokenizer; every version of the weights has the same.
+        title: the model's name for clients.
+        pool: of the deployment.
+        trunk: replicas that generate.
+        loopback: refuse gRPC calls from other machines.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        values: dict[str, Any],
+        directory: str,
+        title: str,
+        pool: DeploymentHandle,
+        trunk: DeploymentHandle,
+        *,
+        loopback: bool,
+    ) -> None:
+        self._closing = ExitStack()  # what it holds is given back in the reverse order
+        self._loopback = loopback
+        config = ServeConfig.from_dict(values)
+        model = PretrainedSource(Path(directory)).config
+        tokenizer, end_of_text = load_tokenizer(Path(directory), model.vocab_size)
+        self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
+        self._closing.callback(self._link.close)
+        member = await self._link.enter()
+        await self._link.report(Standing(uses=member.version.epoch))
+        trunks = Trunks(
+            ServeRoutes(trunk),
+            vocabulary=tokenizer.get_vocab_size(),
+            patience=config.serving.resume_timeout,
+            dead_after=config.cluster.dead_after,
+        )
+        overview = Overview(trunks, self._link.trunks, self._link.experts)
+        self._backend = Backend(
+            model=title,
+            version=lambda: self._templates.version,
+            service=trunks,
+            tokenizer=tokenizer,
+            chat=ChatTemplate.beside(Path(member.version.directory)),
+            longest=config.serving.engine_settings().longest(model.max_position_embeddings),
+            end_of_text=end_of_text,
+            limits=config.serving.limits(),
+            health=overview.health,
+            engines=overview.engines,
+            experts=overview.experts,
+            metrics=ServingMetrics(title),
+        )
+        self._templates = Templates(self._backend, member.version.name)
+        self._following = asyncio.create_task(self._follow(member.run, member.version))
+        self._closing.callback(self._following.cancel)
+        settle_heap()
+
+    @property
+    def backend(self) -> Backend:
+        """What the interface works with."""
+        return self._backend
+
+    def __del__(self) -> None:
+        self._closing.close()
+
+    async def _follow(self, run: str, version: WeightsVersion) -> None:
+        """Keep to the version that the pool wants; after a crash of the pool, to that of the new one."""
+        templates: asyncio.Future[Exchanger] = asyncio.get_running_loop().create_future()
+        templates.set_result(self._templates)
+        while True:
+            follower = Follower(run, version, ask=self._link.ask, report=self._link.report)
+            await follower.follow(templates)
+            while True:
+                try:
+                    member = await self._link.enter()
+                    exchanger = await templates
+                    await exchanger.prepare(member.version)
+                    await exchanger.exchange(member.version)
+                except Exception:  # the pool is away
+                    await asyncio.sleep(_RETRY_SECONDS)
+                else:
+                    break
+            run, version = member.run, member.version
+
+
+__all__ = ["Interface"]

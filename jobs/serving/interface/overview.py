@@ -1,0 +1,80 @@
+"""How replicas of the trunk and expert hosts stand: for `/health` and `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
+from errors import ChannelError
+from jobs.api.metrics import EngineFigures, ExpertFigures
+from jobs.serving.interface.trunks import Trunks
+from protos.trunk_pb2 import TrunkStatus
+
+_POOL_SECONDS = 2.0
+
+
+class Overview:
+    """Asks every replica.
+
+    Args:
+        trunks: reaches them.
+        where: asks the pool for their addresses by their names.
+        hosts: asks the pool how the expert hosts stand.
+    """
+
+    def __init__(
+        self,
+        trunks: Trunks,
+        where: Callable[[], Awaitable[Mapping[str, str]]],
+        hosts: Callable[[], Awaitable[ExpertFigures | None]],
+    ) -> None:
+        self._trunks, self._where, self._hosts = trunks, where, hosts
+        self._known: Mapping[str, str] = {}
+
+    async def health(self) -> str | None:
+        """Why requests cannot be answered, or None; that one replica is gone is no reason."""
+        answers = await self._ask(health=True)
+        for status in answers.values():
+            if status.unwell:
+                return status.unwell
+        return None if answers else "no replica of the trunk answers"
+
+    async def engines(self) -> Mapping[str, EngineFigures]:
+        """Figures of the replicas that answer."""
+        return {
+            name.rpartition("#")[2]: EngineFigures(
+                running=status.running,
+                waiting=status.waiting,
+                pages_held=status.pages_held,
+                pages=status.pages,
+                preemptions=status.preemptions,
+                drafts=status.drafts,
+                draft_tokens=status.draft_tokens,
+                accepted_tokens=status.accepted_tokens,
+                requests=status.requests,
+            )
+            for name, status in (await self._ask()).items()
+        }
+
+    async def experts(self) -> ExpertFigures | None:
+        """Figures of the expert hosts; None where there are none, or the pool is away."""
+        with suppress(Exception):
+            return await asyncio.wait_for(self._hosts(), _POOL_SECONDS)
+        return None
+
+    async def _ask(self, *, health: bool = False) -> dict[str, TrunkStatus]:
+        with suppress(Exception):  # of a pool that is away: they are where they were
+            self._known = await asyncio.wait_for(self._where(), _POOL_SECONDS)
+
+        async def one(address: str) -> TrunkStatus | None:
+            try:
+                return await self._trunks.status(address, health=health)
+            except ChannelError:
+                return None
+
+        answers = await asyncio.gather(*map(one, self._known.values()))
+        return {name: answer for name, answer in zip(self._known, answers, strict=True) if answer is not None}
+
+
+__all__ = ["Overview"]

@@ -1,0 +1,63 @@
+"""`raymoe reload`: changes the weights of a model that is served, while it answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
+
+from errors import RaymoeError, ResourceError
+from jobs.checkpoints.weights import find_weights
+from jobs.fleet.ray_session import Needs, check_answers, ray_session
+from jobs.serving.deployment import POOL
+
+_ALIVE = (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY, ApplicationStatus.DEPLOYING)
+
+
+def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = False) -> dict[str, Any]:
+    """Let a deployment use another checkpoint; returns when every replica does.
+
+    Args:
+        address: of the Ray cluster that it runs on; None finds the one on this machine.
+        name: of the Serve application.
+
+    Returns:
+        See `ExpertPool.reload`.
+
+    Raises:
+        RaymoeError: there is no such deployment, or the checkpoint does not fit; the old one is served on.
+    """
+    directory = find_weights(checkpoint).resolve()
+    if not debug:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    check_answers(address)
+    with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
+        found = serve.status().applications.get(name)
+        if found is None or found.status not in _ALIVE:
+            what = "is not there" if found is None else f"is {found.status.value}"
+            raise ResourceError(
+                f"the Serve application {name!r} {what} on the Ray cluster at {address}; check --app and "
+                "--address"
+            )
+        try:
+            done: dict[str, Any] = (
+                serve.get_deployment_handle(POOL, name).reload.remote(str(directory)).result()
+            )
+        except RayTaskError as error:
+            if isinstance(error.cause, RaymoeError):
+                raise error.cause from None
+            raise RaymoeError(f"the reload failed: {type(error.cause).__name__}: {error.cause}") from None
+        except (RayError, RayServeException) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RaymoeError(f"the deployment {name!r} does not answer: {first}") from None
+    return done
+
+
+__all__ = ["reload"]

@@ -1,0 +1,3 @@
+"""A replica of the trunk, which generates."""
+
+from __future__ import annotations

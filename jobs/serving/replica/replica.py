@@ -1,0 +1,202 @@
+"""One replica of the trunk, put together: weights, engine, its way to the experts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from actors.router.engine_lanes import EngineLanes
+from actors.router.router import Router
+from actors.router.table_source import Tables
+from actors.rpc.host_client import HostClient
+from cluster.topology import RoutingTable
+from engine.engine import Engine
+from engine.service import EngineService
+from errors import ProtocolError, RaymoeError
+from jobs.data.tokenizer import load_tokenizer
+from jobs.fleet.hosts import connector
+from jobs.serving.config import ServeConfig
+from jobs.serving.replica.weights import ReplicaWeights, load_beside, load_weights
+from jobs.serving.versions import WeightsVersion
+from model.experts import Experts
+from protos.trunk_pb2 import TrunkStatus
+
+_HEALTH_SECONDS = 1.0  # a finding is not older than this
+
+
+class Replica:
+    """A replica's parts, and the exchange of its weights.
+
+    Args:
+        config: the deployment's.
+        version: of the weights to begin with.
+        name: of the replica, unique within the deployment.
+        run: the deployment.
+        table: of the expert hosts, of the same version; None loads the experts into this process.
+        tables: where newer ones come from.
+
+    Raises:
+        CheckpointError: the weights are incomplete or of another architecture.
+        DataError: there is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        version: WeightsVersion,
+        name: str,
+        run: str,
+        table: RoutingTable | None = None,
+        tables: Tables | None = None,
+    ) -> None:
+        serving, directory = config.serving, Path(version.directory)
+        if serving.threads is not None:
+            torch.set_num_threads(serving.threads)
+        self._config, self._tables = config, tables
+        self._prepared: tuple[WeightsVersion, ReplicaWeights] | None = None
+        weights = load_weights(config, directory, experts=table is None)
+        self._router: Router | None = None
+        if table is not None:
+            self._router = Router(
+                name=name,
+                run=run,
+                config=weights.trunk.config,
+                table=table,
+                connect=connector(config.cluster, weights.trunk.embedding.device),
+                lanes=2,
+                tables=tables,
+                timeout=config.cluster.call_timeout,
+                patience=config.cluster.call_timeout,
+                hedge_after=config.cluster.hedge_after,
+                watch=True,
+            )
+        self._lanes = None if self._router is None else EngineLanes(self._router)
+        lanes = self._lanes
+        experts = self._reach(weights)
+        tokenizer, end_of_text = load_tokenizer(directory, weights.trunk.config.vocab_size)
+        self._engine = Engine(
+            weights.trunk,
+            experts,
+            serving.engine_settings(),
+            end_of_text=[end_of_text],
+            vocabulary=tokenizer.get_vocab_size(),
+            on_step=None if lanes is None else lanes.begin,
+        )
+        try:
+            self._engine.warm_up()
+        except RaymoeError:  # of a host that does not answer, /health tells; requests will try again
+            if lanes is not None:
+                lanes.abandon()
+        self.service = EngineService(
+            self._engine, tokenizer, version=version.name, abandon=None if lanes is None else lanes.abandon
+        )
+        self._health = HostsHealth(self._router, timeout=5.0)
+
+    def status(self, health: bool) -> TrunkStatus:
+        """See trunk.proto.
+
+        Args:
+            health: ask the expert hosts, too.
+        """
+        engine, pool, stats = self._engine, self._engine.pool, self._engine.stats
+        running, waiting = self.service.load
+        return TrunkStatus(
+            version=self.service.version,
+            running=running,
+            waiting=waiting,
+            pages_held=pool.held,
+            pages=pool.n_pages,
+            preemptions=engine.scheduler.preemptions,
+            drafts=stats.proposed[0],
+            draft_tokens=sum(list(stats.proposed.values())),
+            accepted_tokens=sum(list(stats.accepted.values())),
+            requests=self.service.taken,
+            unwell=(self._health() or "") if health else "",
+        )
+
+    async def prepare(self, version: WeightsVersion) -> None:
+        """Load a version beside the one in use.
+
+        Raises:
+            CheckpointError: it is incomplete or of another shape.
+            ResourceError: there is no memory for it.
+        """
+        load = partial(load_beside, self._config, Path(version.directory), experts=self._router is None)
+        self._prepared = version, await asyncio.to_thread(load)
+
+    async def exchange(self, version: WeightsVersion) -> None:
+        """Use the version that was prepared, from the next step on; requests under way go on with it.
+
+        Raises:
+            ProtocolError: the hosts' table is of other weights.
+        """
+        assert self._prepared is not None and self._prepared[0] == version
+        table = None
+        if self._tables is not None:
+            table = await asyncio.to_thread(self._tables.newest, version.name)
+            if table.weights != version.name:
+                raise ProtocolError(f"the hosts use {table.weights}, this replica was told {version.name}")
+        done = self.service.exchange(partial(self._use, self._prepared[1], table), version.name)
+        await asyncio.wrap_future(done)
+        self._prepared = None
+
+    def forget(self) -> None:
+        """Drop what was prepared."""
+        self._prepared = None
+
+    def close(self) -> None:
+        """End the engine's thread and hang up on the hosts."""
+        self.service.close()
+        if self._router is not None:
+            self._router.close()
+
+    def _use(self, weights: ReplicaWeights, table: RoutingTable | None) -> None:
+        """In the engine's thread, between two steps: the trunk and the way to its experts change together."""
+        if self._router is not None:
+            assert table is not None
+            self._router.set_table(table)
+        self._engine.replace(weights.trunk, self._reach(weights))
+
+    def _reach(self, weights: ReplicaWeights) -> Experts:
+        """The way to the experts of a trunk."""
+        experts = self._lanes or weights.experts
+        assert experts is not None
+        return experts
+
+
+class HostsHealth:
+    """Asks every expert host that the router counts on for a sign of life, at most once a second."""
+
+    def __init__(self, router: Router | None, *, timeout: float) -> None:
+        self._router, self._timeout = router, timeout
+        self._clients: dict[str, HostClient] = {}
+        self._asked = float("-inf")
+        self._reason: str | None = None
+
+    def __call__(self) -> str | None:
+        """What is wrong, or None."""
+        if time.monotonic() - self._asked > _HEALTH_SECONDS:
+            self._reason = self._ask()
+            self._asked = time.monotonic()
+        return self._reason
+
+    def _ask(self) -> str | None:
+        hosts = () if self._router is None else self._router.table.hosts
+        for gone in self._clients.keys() - {host.id for host in hosts}:
+            self._clients.pop(gone).close()
+        for host in hosts:
+            try:
+                if host.id not in self._clients:
+                    self._clients[host.id] = HostClient(host, timeout=self._timeout)
+                self._clients[host.id].stats()
+            except RaymoeError as error:
+                return str(error)
+        return None
+
+
+__all__ = ["HostsHealth", "Replica"]

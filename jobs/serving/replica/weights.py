@@ -1,0 +1,65 @@
+"""The weights of a served model: read for a replica, named, and held against those that they replace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.weights import TrunkWeights
+from jobs.checkpoints.memory import serving_need
+from jobs.config.precision import compute_device
+from jobs.serving.config import ServeConfig
+from jobs.serving.weights import require_room, serving_dtype
+from model.checkpoints.pretrained import PretrainedSource, load_pretrained
+from model.experts import LocalExperts
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaWeights:
+    """What a replica reads from a checkpoint.
+
+    Attributes:
+        experts: None where hosts have them.
+    """
+
+    trunk: TrunkWeights
+    experts: LocalExperts | None
+
+
+def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
+    """Read a checkpoint's trunk, and its experts if they are to live in this process.
+
+    Raises:
+        CheckpointError: the weights are incomplete or of another architecture.
+    """
+    dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
+    device = compute_device(config.serving.gpus_per_replica, "serving.gpus_per_replica")
+    if experts:
+        whole = load_pretrained(directory, dtype=dtype).to(device)
+        trunk = TrunkWeights.of(whole.trunk, modules=modules)
+        return ReplicaWeights(trunk=trunk, experts=whole.experts)
+    source = PretrainedSource(directory, dtype=dtype)
+    with torch.device("meta"):
+        model = Transformer(source.config, dtype=dtype)
+    model = model.to_empty(device=device)
+    model.tie()
+    model.load_state_dict(source.trunk())
+    return ReplicaWeights(trunk=TrunkWeights.of(model, modules=modules), experts=None)
+
+
+def load_beside(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
+    """The same beside weights that are in use.
+
+    Raises:
+        ResourceError: there is no memory for both.
+    """
+    dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
+    need = serving_need(PretrainedSource(directory).config, dtype, cache_tokens=0, modules=modules)
+    require_room(need.trunk + (need.experts if experts else 0), "a replica")
+    return load_weights(config, directory, experts=experts)
+
+
+__all__ = ["ReplicaWeights", "load_beside", "load_weights"]

@@ -1,0 +1,212 @@
+"""`raymoe serve`: brings a model up on Ray Serve, waits, and takes it down."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from errors import ConfigError, ResourceError
+from jobs.checkpoints.weights import find_weights
+from jobs.data.tokenizer import load_tokenizer
+from jobs.fleet.hosts import check_transport, on_loopback
+from jobs.fleet.ray_session import Needs, embeds, ray_session
+from jobs.serving.admission import check_serving
+from jobs.serving.config import ServeConfig
+from jobs.serving.deployment import POOL, app, build_application
+from jobs.serving.interface.grpc_methods import SERVICES
+from jobs.serving.weights import serving_dtype
+from model.checkpoints.sources import PretrainedSource
+
+NAME = "raymoe"
+"""Of the Serve application."""
+
+_GRPC_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where a served model is reached.
+
+    Attributes:
+        url: of HTTP.
+        grpc: host and port of gRPC; None when it is off.
+        ray: address of the cluster, for `raymoe reload`.
+        coordinator: of the expert hosts, for `raymoe status`, `scale` and `drain`; None without hosts.
+    """
+
+    url: str
+    grpc: str | None
+    ray: str
+    coordinator: str | None
+
+
+def serve(
+    config: ServeConfig,
+    checkpoint: Path,
+    *,
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    address: str | None,
+    ready: Callable[[Listening], None],
+    debug: bool = False,
+) -> None:
+    """Serve a checkpoint until Ctrl-C or SIGTERM, which lets requests under way end.
+
+    Args:
+        host, port: where HTTP listens.
+        grpc_port: of gRPC; None switches it off. Serve's gRPC proxy listens on all interfaces; when `host` is
+            the loopback, calls that come from elsewhere are refused.
+        address: of a running Ray cluster; None embeds one.
+        ready: is told where, when requests are answered.
+
+    Raises:
+        RaymoeError: with the text of whatever failed.
+    """
+    check_transport(config.cluster)
+    directory = find_weights(checkpoint).resolve()
+    # What can be found wrong is found before anything starts.
+    source = PretrainedSource(directory)
+    source.check()
+    model = source.config
+    load_tokenizer(directory, model.vocab_size)
+    if config.cluster.expert_hosts > model.n_routed_experts:
+        raise ConfigError(
+            f"cluster.expert_hosts ({config.cluster.expert_hosts}) is more than the model's "
+            f"{model.n_routed_experts} routed experts: a host would own none; lower it"
+        )
+    if embeds(address):
+        check_serving(config, model, serving_dtype(config, directory))
+        if grpc_port is not None:
+            _check_free(grpc_port)
+    if not debug:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with ray_session(_needs(config), address=address, debug=debug) as embedded:
+        if embedded:
+            config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
+        services = [] if grpc_port is None else SERVICES
+        ray_serve.start(
+            # The interface is on the head node, and a connection ends with the node that it comes in at.
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=host, port=port),
+            grpc_options=gRPCOptions(port=grpc_port or 0, grpc_servicer_functions=services),
+        )
+        stop = threading.Event()
+        # Not before: Ray, when it starts, sets a handler of its own for SIGTERM.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        try:
+            _run(config, directory, loopback=_is_loopback(host))
+            shown = "127.0.0.1" if host == "0.0.0.0" else host
+            if grpc_port is not None:
+                _check_answers(grpc_port)
+            ready(
+                Listening(
+                    url=f"http://{shown}:{port}",
+                    grpc=None if grpc_port is None else f"{shown}:{grpc_port}",
+                    ray=ray.get_runtime_context().gcs_address,
+                    coordinator=_coordinator(),
+                )
+            )
+            stop.wait()
+        finally:
+            with suppress(TimeoutError):  # Serve's controller goes on with it, if the cluster stays
+                ray_serve.delete(NAME)
+
+
+def _coordinator() -> str | None:
+    """Address of the experts' coordinator; None without hosts.
+
+    Raises:
+        ResourceError: their deployment does not answer.
+    """
+    for _ in range(_TRIES):
+        # A new handle each time: an answer has been seen to get lost on its way to this process.
+        answer = ray_serve.get_deployment_handle(POOL, NAME).where.remote()
+        with suppress(TimeoutError):
+            address: str | None = answer.result(timeout_s=_ANSWER_SECONDS)
+            return None if address is None else address.removeprefix("grpc:")
+    raise ResourceError(
+        f"the model is up, but its deployment {POOL!r} does not answer this command within "
+        f"{_TRIES * _ANSWER_SECONDS:g} s; see whether Ray's nodes reach this machine, and try again"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_free(port: int) -> None:
+    """Hold the port of gRPC against what listens on this machine: Serve's proxy would fail without a word."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ResourceError(
+                f"--grpc-port {port} cannot be had ({error.strerror}); choose another"
+            ) from None
+
+
+def _check_answers(port: int) -> None:
+    """On a cluster where Serve runs already, it keeps the options that it was started with."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_GRPC_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise ResourceError(
+                f"nothing answers gRPC on port {port}: Serve may run on this cluster with other options; "
+                "leave out --grpc-port, or start Serve with its grpc_options"
+            ) from None
+
+
+def _run(config: ServeConfig, directory: Path, *, loopback: bool) -> None:
+    application = build_application(config, directory, loopback=loopback)
+    try:
+        ray_serve.run(application, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise ResourceError(f"the model does not come up: {_cause(error)}") from error
+
+
+def _cause(error: RuntimeError) -> str:
+    """What the replicas failed with, which Serve tells in its status, tracebacks and all."""
+    status = ray_serve.status().applications[NAME]
+    told = "\n".join([str(error), *(deployment.message for deployment in status.deployments.values())])
+    ours = re.findall(r"^(?:ray::.*)?errors\.\w+: (.+)$", told, flags=re.MULTILINE)
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return str(ours[-1] if ours else lines[-1])
+
+
+def _needs(config: ServeConfig) -> Needs:
+    serving, cluster = config.serving, config.cluster
+    replicas = f"serving.replicas ({serving.replicas}) x serving."
+    hosts = f"cluster.expert_hosts ({cluster.expert_hosts}) x cluster."
+    return Needs(
+        cpus=serving.replicas * serving.cpus_per_replica + cluster.expert_hosts * cluster.cpus_per_host,
+        why=f"{replicas}cpus_per_replica ({serving.cpus_per_replica:g}) + {hosts}cpus_per_host"
+        f" ({cluster.cpus_per_host:g})",
+        gpus=serving.replicas * serving.gpus_per_replica + cluster.expert_hosts * cluster.gpus_per_host,
+        why_gpus=f"{replicas}gpus_per_replica ({serving.gpus_per_replica:g}) + {hosts}gpus_per_host"
+        f" ({cluster.gpus_per_host:g})",
+    )
+
+
+__all__ = ["NAME", "Listening", "app", "serve"]

@@ -1,0 +1,3 @@
+"""Commands that are neither training nor serving."""
+
+from __future__ import annotations

@@ -1,0 +1,202 @@
+"""`raymoe chaos`: faults on demand, so that the operators of a job can rehearse what they hope never to see.
+
+What happens when is drawn from a seed, apart from doing it. A fault is done by a Ray task on the node of the
+process that it is for; only processes that Ray has started there, and for this job, are touched.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import psutil
+import ray
+from ray._private.state import actors
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.rpc.coordinator_client import AdminClient
+from actors.rpc.host_client import HostClient
+from cluster.topology import HostInfo
+from errors import RaymoeError
+
+
+class Kind(StrEnum):
+    """What is done to a process.
+
+    Attributes:
+        KILL: SIGKILL.
+        STOP: SIGSTOP for some seconds, as if it hung.
+        SLOW: stopped and let go on in turns for some seconds.
+        DROP: all connections of routers to an expert host are ended.
+    """
+
+    KILL = "kill"
+    STOP = "stop"
+    SLOW = "slow"
+    DROP = "drop"
+
+
+TARGETS: Final = ("host", "coordinator", "trunk", "worker")
+"""Kinds of processes."""
+
+_POOL: Final = re.compile("ServeReplica:(.*):experts")
+"""Class of the actor that owns a served model's coordinator, with the application's name."""
+
+_SECONDS: Final = {Kind.STOP: 10.0, Kind.SLOW: 5.0}
+_LONGEST: Final = max(_SECONDS.values())
+_PULSE: Final = 0.1  # seconds of a pulse of SLOW, of which the process stands still for most
+_STILL: Final = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        at: seconds from the beginning.
+        target: one of `TARGETS`.
+        pick: in [0, 1): which of the processes that there are then.
+    """
+
+    at: float
+    kind: Kind
+    target: str
+    pick: float
+
+
+def schedule(
+    seed: int, *, duration: float, every: float, kinds: Sequence[Kind], targets: Sequence[str]
+) -> list[Fault]:
+    """Faults within `duration` seconds, `every` so many on average; the same for the same seed."""
+    source = random.Random(seed)
+    faults = []
+    at = source.expovariate(1 / every)
+    while at < duration:
+        kind, target = source.choice(list(kinds)), source.choice(list(targets))
+        if kind is Kind.DROP:
+            target = "host"  # nothing else has such connections
+        faults.append(Fault(at=round(at, 3), kind=kind, target=target, pick=source.random()))
+        at += source.expovariate(1 / every)
+    return faults
+
+
+def run_chaos(
+    job: AdminClient, faults: Sequence[Fault], *, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Do faults when they are due, on the Ray cluster that this process is connected to.
+
+    Returns:
+        Each fault with the process that it was for, and how it went.
+    """
+    began = time.monotonic()
+    done: list[dict[str, Any]] = []
+    tasks: list[Any] = []  # what is stopped is let go on by these, so they have to end
+    for fault in faults:
+        time.sleep(max(0.0, began + fault.at - time.monotonic()))
+        try:
+            how = _drop(job, fault) if fault.kind is Kind.DROP else _signal(job, fault, tasks)
+        except (RaymoeError, RayError) as error:
+            how = f"not done: {str(error).strip().splitlines()[0]}"
+        tell(f"{time.monotonic() - began:7.2f} s  {fault.kind} {fault.target}: {how}")
+        done.append({**asdict(fault), "how": how})
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=2 * _LONGEST)
+    return done
+
+
+def _drop(job: AdminClient, fault: Fault) -> str:
+    hosts = [
+        HostInfo(**{name: host[name] for name in ("id", "node", "pid", "addresses")})
+        for host in job.status()["hosts"]
+    ]
+    if not hosts:
+        return "not done: there is no expert host"
+    host = hosts[int(fault.pick * len(hosts))]
+    client = HostClient(host, timeout=10.0)
+    try:
+        client.hang_up()
+    finally:
+        client.close()
+    return f"connections of {host.id}"
+
+
+def _signal(job: AdminClient, fault: Fault, tasks: list[Any]) -> str:
+    """Let the node of a process do it."""
+    found = processes(fault.target, job.status(), list(actors().values()))
+    if not found:
+        return "not done: there is none"
+    node, pid = found[int(fault.pick * len(found))]
+    tasks.append(_on(node, _do).remote(pid, str(fault.kind), _SECONDS.get(fault.kind, 0.0)))
+    return f"process {pid} on node {node[:8]}"
+
+
+def processes(
+    target: str, status: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, int]]:
+    """Node and process id of a job's processes of a kind, in a lasting order.
+
+    Args:
+        target: one of `TARGETS`.
+        status: of the job.
+        known: all actors of its Ray cluster, as Ray describes them.
+    """
+    if target == "host":
+        return sorted((host["node"], host["pid"]) for host in status["hosts"])
+    alive = [actor for actor in known if actor["State"] == "ALIVE"]
+    wanted = [actor for actor in alive if actor["ActorID"] == status["actor"]]  # others stand by
+    if target != "coordinator":
+        wanted = [actor for leading in wanted for actor in alive if _belongs(actor, target, leading, alive)]
+    return sorted((actor["Address"]["NodeID"], actor["Pid"]) for actor in wanted)
+
+
+def _belongs(
+    actor: Mapping[str, Any],
+    target: str,
+    coordinator: Mapping[str, Any],
+    alive: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether an actor is a worker, or a replica of the trunk, of a coordinator's job."""
+    if target == "worker":
+        mine = actor["JobID"] == coordinator["JobID"]
+        return mine and "RayTrainWorker" in actor["ActorClassName"]
+    owners = [one["ActorClassName"] for one in alive if one["Address"] == coordinator["OwnerAddress"]]
+    apps = [found[1] for name in owners if (found := _POOL.fullmatch(name))]
+    return any(actor["ActorClassName"] == f"ServeReplica:{app}:trunk" for app in apps)
+
+
+def _on(node: str, work: Callable[..., Any]) -> Any:
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
+
+
+def _do(pid: int, kind: str, seconds: float) -> None:
+    """In a task on the process's node, whose sibling it has to be."""
+    deadline = time.monotonic() + seconds
+    try:
+        if psutil.Process(pid).ppid() != os.getppid():
+            return
+        if kind == Kind.KILL:
+            os.kill(pid, signal.SIGKILL)
+        elif kind == Kind.STOP:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
+        else:
+            while time.monotonic() < deadline:
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(_PULSE * _STILL)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(_PULSE * (1 - _STILL))
+    except (ProcessLookupError, psutil.NoSuchProcess):  # it has ended, or was ended for its silence
+        return
+
+
+__all__ = ["TARGETS", "Fault", "Kind", "processes", "run_chaos", "schedule"]

@@ -1,0 +1,234 @@
+"""`raymoe export` and `raymoe import`: checkpoints to and from plain Hugging Face directories.
+
+Tensors stream one shard at a time, so a model of any size passes through a machine of modest memory.
+A directory appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import CheckpointError, ConfigError
+from jobs.checkpoints.weights import find_weights
+from jobs.data.tokenizer import load_tokenizer
+from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize
+from model.checkpoints.hf_names import HEAD, duplicate_names, expert_names
+from model.checkpoints.pretrained import PretrainedSource
+from model.checkpoints.shards import INDEX, ShardReader, write_json, write_shard
+from model.checkpoints.sources import read_hf_config, trunk_shapes
+from model.config import ModelConfig
+
+_SHARD_BYTES = 2 << 30
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_BIAS = "e_score_correction_bias"
+_THEIR_GROUP_SCORE = 2  # experts by which everybody else's code judges a group
+Shape = tuple[int, ...]
+
+
+def export_checkpoint(
+    checkpoint: Path, target: Path, *, dtype: str | None = None, mtp: bool = True
+) -> dict[str, Any]:
+    """Write weights, configuration and tokenizer as transformers and vLLM read them.
+
+    Args:
+        checkpoint: one of ours, or a run's directory, whose latest is taken.
+        target: a directory that does not exist, or is empty.
+        dtype: cast to; None keeps each tensor's (float32 for fp8).
+        mtp: with the MTP modules. transformers' plain model does not use them, and lists their weights as
+            unexpected unless the model has DeepSeek-V3's 61 layers.
+
+    Returns:
+        What was written; `note` says so where other implementations would route the model differently.
+
+    Raises:
+        CheckpointError: missing, incomplete, or `target` is taken.
+        ConfigError: `dtype` is unknown.
+    """
+    source = _Source(find_weights(checkpoint), _dtype(dtype), mtp=mtp)
+    return {**_write(source, target), **_deviation(source.config)}
+
+
+def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -> dict[str, Any]:
+    """Check a Hugging Face model of the DeepSeek-V3 architecture and write it as a checkpoint of weights.
+
+    Every tensor is read: what is missing, damaged, misshapen or not shared as it should be comes to
+    light here, and fp8 is dequantised once.
+
+    Args:
+        source: the directory with config.json and safetensors.
+        target: a directory that does not exist, or is empty.
+        dtype: cast to; None keeps each tensor's (float32 for fp8).
+
+    Raises:
+        CheckpointError: missing, incomplete, of another architecture, or `target` is taken.
+        ConfigError: `dtype` is unknown.
+    """
+    return _write(_Source(source, _dtype(dtype)), target)
+
+
+class _Source:
+    """A directory's tensors one by one, as they are to be written."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None, *, mtp: bool = True) -> None:
+        self.directory = directory
+        self.config = PretrainedSource(directory).config
+        if not mtp:
+            self.config = self.config.model_copy(update={"num_nextn_predict_layers": 0})
+        self._reader = ShardReader(directory)
+        self._block = block_size(read_hf_config(directory))
+        self._originals = duplicate_names(self.config)
+        self.shapes = self._shapes()
+        missing = [name for name in self.shapes if name not in self._reader and name not in self._originals]
+        if missing:
+            raise CheckpointError(
+                f"{directory} lacks {len(missing)} tensors, the first {missing[0]}; it is incomplete, or its "
+                "config.json is that of another model"
+            )
+        self.cast = dtype
+        self.dtype = dtype or self.tensor("model.norm.weight").dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, dequantised, cast, and held against the one that it has to repeat."""
+        stored = name if name in self._reader else self._originals[name]
+        tensor = self._plain(stored)
+        original = self._originals.get(name)
+        if original is not None and stored != original and not torch.equal(tensor, self._plain(original)):
+            raise CheckpointError(
+                f"{self.directory}: {name} differs from {original}; MTP modules with an embedding or head "
+                "of their own are not supported"
+            )
+        if name.endswith(_BIAS):
+            return tensor.float()
+        return tensor if self.cast is None else tensor.to(self.cast)
+
+    def _plain(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        tensor = self._reader.tensor(name, shape=shape)
+        if name + SCALE_SUFFIX not in self._reader:
+            if tensor.dtype.itemsize == 1:
+                raise CheckpointError(f"{self.directory}: {name} is {tensor.dtype} and has no {SCALE_SUFFIX}")
+            return tensor
+        blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
+        return dequantize(tensor, self._reader.tensor(name + SCALE_SUFFIX, shape=blocks), self._block)
+
+    def _shapes(self) -> dict[str, Shape]:
+        """Name and shape of every tensor that is to be written."""
+        config = self.config
+        shapes = trunk_shapes(config)
+        shapes |= {name: shapes[original] for name, original in self._originals.items()}
+        if config.tie_word_embeddings:
+            del shapes[HEAD]
+        hidden, wide = config.hidden_size, config.moe_intermediate_size
+        for layer in config.moe_layers:
+            for expert in range(config.n_routed_experts):
+                gate, up, down = expert_names(layer, expert)
+                shapes |= {gate: (wide, hidden), up: (wide, hidden), down: (hidden, wide)}
+        return shapes
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in _DTYPES:
+        raise ConfigError(f"--dtype {name!r} is unknown; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name] if name is not None else None
+
+
+def _write(source: _Source, target: Path) -> dict[str, Any]:
+    target = target.expanduser()
+    shards = list(_shards(source.shapes, source.dtype.itemsize))
+    weight_map: dict[str, str] = {}
+    size = 0
+    with _appearing(target) as making:
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {name: source.tensor(name) for name in names}
+            write_shard(making / file, tensors)
+            weight_map |= dict.fromkeys(names, file)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(making / INDEX, index)
+        for name in _TOKENIZER_FILES:
+            if (source.directory / name).is_file():
+                shutil.copyfile(source.directory / name, making / name)
+        write_json(making / "config.json", _hf_config(source.config, making, source.dtype))
+    return {
+        "directory": str(target),
+        "source": str(source.directory),
+        "tensors": len(source.shapes),
+        "bytes": size,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "parameters": source.config.total_parameters(),
+    }
+
+
+def _shards(shapes: dict[str, Shape], itemsize: int) -> Iterator[list[str]]:
+    held: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        width = math.prod(shape) * itemsize
+        if held and size + width > _SHARD_BYTES:
+            yield held
+            held, size = [], 0
+        held.append(name)
+        size += width
+    yield held
+
+
+def _hf_config(config: ModelConfig, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    # Older readers know the second name.
+    values = {**config.to_hf(), "dtype": name, "torch_dtype": name}
+    if (directory / "tokenizer.json").is_file():
+        values["eos_token_id"] = load_tokenizer(directory, config.vocab_size)[1]
+    return values
+
+
+def _deviation(config: ModelConfig) -> dict[str, str]:
+    """What other implementations of this architecture would do differently with the weights."""
+    ours = max(1, config.num_experts_per_tok // config.topk_group)
+    if config.topk_group == config.n_group:
+        return {}
+    if config.group_score == "biased" and ours == _THEIR_GROUP_SCORE:
+        return {}
+    return {
+        "note": f"this model judges a group by its best {ours} {config.group_score} scores; transformers "
+        f"and vLLM always take the best {_THEIR_GROUP_SCORE} biased ones and route some tokens differently"
+    }
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `target` when all went well and vanishes otherwise."""
+    try:
+        place = Path(os.path.realpath(target))  # `.` has no name to put another beside
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise CheckpointError(f"{target} is there already; give a directory that is new or empty")
+        making = place.with_name(f".{place.name}.writing")
+        shutil.rmtree(making, ignore_errors=True)
+        try:
+            making.mkdir(parents=True)
+            yield making
+            making.replace(place)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error}; give a directory that can be written"
+        ) from None
+
+
+__all__ = ["export_checkpoint", "import_checkpoint"]

@@ -1,0 +1,154 @@
+"""`raymoe eval`: a model judged on documents, in one process and without Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from errors import CheckpointError, ConfigError, DataError
+from jobs.checkpoints.checkpoint_store import read_state
+from jobs.checkpoints.weights import LoadedModel, find_weights, load_model
+from jobs.config.run_config import RunConfig
+from jobs.console import counted
+from jobs.data.documents import find_files, held_out, read_documents
+from jobs.data.held_out import HeldOut, zlib_bits_per_byte
+from jobs.data.packing import pack
+from model.losses.training_losses import evaluation_loss
+
+_LENGTH = 1024  # of a row, where no run says otherwise
+
+
+def evaluate(
+    checkpoint: Path,
+    data: str | None = None,
+    *,
+    text_field: str | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 4,
+    threads: int | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Judge a model on all documents of `data`, or on those that its run held out.
+
+    `note` is told what is being done, before each part that takes its time.
+
+    Returns:
+        loss (nats per token), perplexity, bits_per_byte beside zlib_bits_per_byte, mtp_acceptance (of each
+        MTP module, the share of its greedy drafts that the main model agrees with), and what was judged.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+        DataError: no such documents, or neither `data` nor a run that names them.
+    """
+    note = note or (lambda _: None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    directory = find_weights(checkpoint)
+    run = _run_of(directory)
+    texts = documents_of(directory, data, text_field=text_field, note=note)
+    model = load_model(directory)
+    limit = model.transformer.config.max_position_embeddings
+    length = sequence_length or min(run.training.sequence_length if run else _LENGTH, limit)
+    if length > limit:
+        raise ConfigError(
+            f"--sequence-length ({length}) is beyond the model's max_position_embeddings ({limit}); lower it"
+        )
+    note(f"judging {counted(len(texts), 'document')}")
+    return judge(model, texts, sequence_length=length, batch_size=batch_size)
+
+
+def judge(model: LoadedModel, texts: list[str], *, sequence_length: int, batch_size: int) -> dict[str, Any]:
+    """Score every token of the texts once, each within its own document."""
+    depth = model.transformer.config.num_nextn_predict_layers
+    rows = pack(
+        _encoded(model, texts),
+        sequence_length=sequence_length,
+        depth=depth,
+        end_of_text=model.end_of_text,
+        pad=True,
+    )
+    judged = HeldOut(
+        rows=rows,
+        documents=len(texts),
+        size=sum(len(text.encode()) for text in texts),
+        zlib_bits_per_byte=zlib_bits_per_byte(texts),
+    )
+    nats, targets = 0.0, 0
+    accepted, drafted = [0] * depth, [0] * depth
+    for start in range(0, rows.n_rows, batch_size):
+        tokens, segments = rows.rows(range(start, min(start + batch_size, rows.n_rows)))
+        found = evaluation_loss(
+            model.transformer,
+            torch.from_numpy(tokens).long(),
+            torch.from_numpy(segments),
+            experts=model.experts,
+        )
+        nats, targets = nats + found.nll, targets + found.n_targets
+        accepted = [a + b for a, b in zip(accepted, found.accepted, strict=True)]
+        drafted = [a + b for a, b in zip(drafted, found.drafted, strict=True)]
+    loss = nats / max(1, targets)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": judged.bits_per_byte(nats, model.transformer.config.vocab_size),
+        "zlib_bits_per_byte": judged.zlib_bits_per_byte,
+        "mtp_acceptance": [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)],
+        "tokens": targets,
+        "documents": judged.documents,
+        "bytes": judged.size,
+        "sequence_length": sequence_length,
+        "checkpoint": str(model.directory),
+    }
+
+
+def documents_of(
+    directory: Path, data: str | None, *, text_field: str | None = None, note: Callable[[str], None]
+) -> list[str]:
+    """The documents of `data`, or those that the run of a checkpoint held out.
+
+    Raises:
+        DataError: no such documents, or neither `data` nor a run that names them.
+    """
+    run = _run_of(directory)
+    if data is None and run is None:
+        raise DataError(f"{directory} holds weights without a run, and so no held-out documents; give --data")
+    return _texts(data, text_field, run, note)
+
+
+def _run_of(directory: Path) -> RunConfig | None:
+    """The configuration of the run that wrote a checkpoint; None for weights alone."""
+    try:
+        return RunConfig.from_dict(read_state(directory).config)
+    except CheckpointError:
+        if (directory / "state.json").exists():
+            raise
+        return None
+
+
+def _texts(
+    data: str | None, text_field: str | None, run: RunConfig | None, note: Callable[[str], None]
+) -> list[str]:
+    field = text_field or (run.data.text_field if run else "text")
+    files = find_files(data if data is not None else run.data.path if run else None)
+    note(f"reading {counted(len(files), 'file')}")
+    documents = [document for file in files for document in read_documents(file, field)]
+    if data is None and run is not None:
+        names = held_out([document.name for document in documents], run.data.validation_fraction)
+        documents = [document for document in documents if document.name in names]
+    if not documents:
+        raise DataError(f"--data: {data} holds no text; give files that are not empty")
+    return [document.text for document in documents]
+
+
+def _encoded(model: LoadedModel, texts: list[str]) -> Iterator[npt.ArrayLike]:
+    for start in range(0, len(texts), 64):
+        for one in model.tokenizer.encode_batch_fast(texts[start : start + 64], add_special_tokens=False):
+            yield one.ids
+
+
+__all__ = ["documents_of", "evaluate", "judge"]

@@ -1,0 +1,3 @@
+"""`raymoe train`: driver and workers of a training run."""
+
+from __future__ import annotations

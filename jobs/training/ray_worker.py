@@ -1,0 +1,137 @@
+"""What Ray Train runs in each of its workers: connects it to coordinator and hosts, and lets it work."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+import torch
+import torch.distributed
+from ray.train.torch import get_device
+from torch import Tensor
+
+from actors.process_heap import settle_heap
+from actors.rpc.coordinator_client import CoordinatorClient
+from actors.trunk.parameters import Reducer, SingleWorker
+from cluster.topology import RoutingTable
+from errors import RaymoeError, WorkersLost, gives_way
+from jobs.config.precision import worker_device
+from jobs.config.run_config import RunConfig
+from jobs.data.corpus import PreparedData
+from jobs.fleet.hosts import connector
+from jobs.training.run_start import Start, compute_threads
+from jobs.training.worker_assembly import assemble_worker
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_AGAIN_SECONDS = 0.1  # between two questions for a table that is not whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What the driver tells every worker.
+
+    Attributes:
+        config: as `RunConfig.to_dict` gives it.
+        output: the run's directory, on storage that all nodes share.
+        coordinator: its address.
+    """
+
+    config: dict[str, Any]
+    data: PreparedData
+    start: Start
+    output: str
+    coordinator: str
+
+
+class ProcessGroupReducer:
+    """Sums over the workers with torch.distributed, whose group Ray Train has set up."""
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """See `Reducer.all_reduce`."""
+        try:
+            pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for work in pending:
+                work.wait()
+        except RuntimeError as error:  # how gloo says that a peer has hung up
+            raise WorkersLost(f"the workers' process group is broken: {error}") from error
+
+
+def _table(coordinator: CoordinatorClient, config: RunConfig) -> RoutingTable:
+    """The routing table, as soon as every expert has a host."""
+    deadline = time.monotonic() + config.cluster.start_timeout
+    while True:
+        try:
+            return coordinator.table()
+        except RaymoeError as error:
+            if not gives_way(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_AGAIN_SECONDS)
+
+
+def _device(config: RunConfig) -> torch.device:
+    """What this worker computes on: workers of a machine see all GPUs of theirs, and each has one."""
+    device = worker_device(config)  # says what is missing
+    return device if device.type == "cpu" else get_device()
+
+
+def _mesh(config: RunConfig, workers: int, device: torch.device) -> DeviceMesh | None:
+    """Of the group that Ray Train has set up, where the workers share the trunk out."""
+    if config.training.trunk_sharding == "ddp":
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (workers,))
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """The training function of Ray Train; `settings["worker"]` is a `WorkerSettings`."""
+    given: WorkerSettings = settings["worker"]
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    config = RunConfig.from_dict(given.config)
+    torch.set_num_threads(compute_threads(config))
+    coordinator = CoordinatorClient(given.coordinator, timeout=config.cluster.call_timeout)
+    try:
+        device = _device(config)
+        reducer: Reducer = ProcessGroupReducer() if workers > 1 else SingleWorker()
+        made = assemble_worker(
+            config,
+            given.data,
+            rank=rank,
+            start=given.start,
+            output=Path(given.output),
+            coordinator=coordinator,
+            table=_table(coordinator, config) if config.cluster.expert_hosts else None,
+            connect=connector(config.cluster, device),
+            reducer=reducer,
+            workers=workers,
+            mesh=_mesh(config, workers, device),
+            device=device,
+        )
+        settle_heap()
+        try:
+            made.worker.run()
+        finally:
+            made.close()
+    except WorkersLost:
+        raise  # Ray Train starts all workers anew
+    except Exception as error:
+        # The others wait in the coordinator for this worker's report: tell them that none will come.
+        text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
+        # Ray Train would start this worker anew, to fail again: the driver hears of it from the coordinator.
+        try:
+            coordinator.fail(f"worker {rank} (process {os.getpid()}): {text}")
+        except RaymoeError:
+            raise error from None
+    finally:
+        coordinator.close()
+
+
+__all__ = ["ProcessGroupReducer", "WorkerSettings", "train_worker"]

@@ -1,0 +1,48 @@
+"""The configuration with which a run goes on from its latest checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import ConfigError
+from jobs.config.config_file import apply_override
+from jobs.config.run_config import RunConfig
+
+# What the rows of a run and their order follow from. The corpus may have moved: data.path may change.
+_KEPT = {
+    "training": ("seed", "batch_size", "sequence_length"),
+    "data": ("text_field", "tokenizer", "validation_fraction"),
+}
+
+
+def resumed_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of the latest checkpoint of a run, with what `overrides` change.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ConfigError: an override is wrong, or changes the model's shape, which its weights have.
+    """
+    from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
+
+    before = read_state(find_checkpoint(run)).config
+    values = copy.deepcopy(before)
+    values["training"]["profile_steps"] = 0  # of the run as it was begun, not of going on with it
+    for override in overrides:
+        apply_override(values, override)
+    config = RunConfig.from_dict(values)
+    old = RunConfig.from_dict(before)
+    if config.model != old.model:
+        raise ConfigError("--set model.…: a resumed run keeps the shape of its model; leave it out")
+    for section, names in _KEPT.items():
+        for name in names:
+            if getattr(getattr(config, section), name) != getattr(getattr(old, section), name):
+                raise ConfigError(
+                    f"--set {section}.{name}: a resumed run goes on with the same rows in the same order, "
+                    "which this would change; leave it out, or begin another run with --init"
+                )
+    return config
+
+
+__all__ = ["resumed_config"]

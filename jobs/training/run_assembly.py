@@ -1,0 +1,135 @@
+"""Puts expert hosts and the coordinator of a run together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.training_steps import Beginning, TrainingSteps
+from actors.host.checkpoint_part import MomentSource
+from actors.host.expert_host import ExpertHost
+from actors.messages.coordinator_state import CoordinatorState
+from actors.messages.steps import HostControl
+from actors.messages.transfer_orders import Peer
+from actors.rpc.host_client import HostClient
+from cluster.topology import HostInfo
+from jobs.checkpoints.checkpoint_store import CheckpointStore, read_state
+from jobs.config.precision import compute_device, resolve_dtype
+from jobs.config.run_config import RunConfig
+from jobs.fleet.hosts import host_threads, shape_of
+from jobs.training.run_start import (
+    Start,
+    moment_source,
+    optimizer_settings,
+    timeline,
+    training_plan,
+    weight_source,
+)
+from model.checkpoints.pretrained import WeightSource
+from model.checkpoints.sources import gate_biases
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_host(
+    config: RunConfig,
+    start: Start,
+    id: str,
+    *,
+    connect: Callable[[HostInfo], Peer] = HostClient,
+    output: Path | None = None,
+) -> ExpertHost:
+    """An expert host of this name, in its own process; it holds nothing yet.
+
+    Args:
+        output: the run's directory, for a timeline.
+        connect: reaches other hosts.
+    """
+
+    def open_source(directory: str) -> WeightSource:
+        return weight_source(config, start.at(directory))
+
+    def open_moments(directory: str) -> MomentSource:
+        source = moment_source(start.at(directory))
+        assert source is not None
+        return source
+
+    return ExpertHost(
+        id,
+        config.model,
+        {},
+        weight_source(config, start),
+        open_source=open_source,
+        open_moments=open_moments,
+        optimizer=optimizer_settings(config),
+        dtype=resolve_dtype(config),
+        threads=host_threads(config.cluster),
+        step=start.step,
+        device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
+        connect=connect,
+        timeline=None if output is None else timeline(config, start, id, output),
+    )
+
+
+def build_coordinator(
+    config: RunConfig,
+    start: Start,
+    output: Path,
+    state: CoordinatorState | None = None,
+    *,
+    control: Callable[[HostInfo], HostControl] | None = None,
+) -> Coordinator:
+    """The coordinator of a run, in its own process.
+
+    Args:
+        output: the run's directory.
+        state: of the coordinator before.
+        control: how to command a host; None: over gRPC.
+    """
+    model, cluster = config.model, config.cluster
+
+    def beginning() -> Beginning:
+        """The newest checkpoint of this run, or what the run began with."""
+        latest = start
+        for checkpoint in reversed(CheckpointStore(output / "checkpoints").complete()):
+            step = read_state(checkpoint).step
+            if step >= start.step:
+                latest = Start(run=start.run, step=step, weights=checkpoint, moments=True)
+            break
+        return Beginning(
+            directory="" if latest is start else str(latest.weights),
+            step=latest.step,
+            moments=latest.moments,
+            bias=gate_biases(weight_source(config, latest), model),
+        )
+
+    def steps(hosts: Elastic) -> TrainingSteps:
+        return TrainingSteps(
+            training_plan(config),
+            (len(model.moe_layers), model.n_routed_experts),
+            hosts if cluster.expert_hosts else None,
+            beginning=beginning,
+            step=start.step,
+            bias=gate_biases(weight_source(config, start), model),
+        )
+
+    return Coordinator(
+        shape_of(model, cluster),
+        hosts=cluster.expert_hosts,
+        control=control or partial(HostClient, timeout=cluster.call_timeout),
+        moments=start.moments,
+        step=start.step,
+        steps=steps,
+        dead_after=cluster.dead_after,
+        rebalance_below=cluster.rebalance_below,
+        channel=cluster.channel,
+        state=state,
+    )
+
+
+__all__ = ["build_coordinator", "build_host"]

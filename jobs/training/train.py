@@ -1,0 +1,378 @@
+"""`raymoe train`: brings up coordinator, expert hosts and Ray Train's workers, watches them, and sums up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from actors.messages.timeline import FOLDER, merge
+from actors.rpc.coordinator_client import CoordinatorClient
+from errors import CheckpointError, ConfigError, RaymoeError
+from jobs.checkpoints.checkpoint_store import CheckpointStore, find_checkpoint, read_state
+from jobs.config.config_file import write_config
+from jobs.config.precision import check_dtype
+from jobs.config.run_config import RunConfig, TrainingConfig
+from jobs.console import Progress
+from jobs.data.corpus import PreparedData, prepare
+from jobs.fleet.fleet import Fleet
+from jobs.fleet.hosts import check_transport, on_loopback
+from jobs.fleet.ray_session import Needs, ray_session
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.ray_worker import WorkerSettings, train_worker
+from jobs.training.run_assembly import build_coordinator, build_host
+from jobs.training.run_directory import run_directory
+from jobs.training.run_start import Start
+from jobs.training.worker import VALIDATION_FILE
+from model.checkpoints.sources import read_hf_config
+from model.config import ModelConfig
+
+_POLL_SECONDS = 0.5
+_STRAGGLER_SECONDS = 10.0
+"""That the other workers of a failed run have to end by themselves."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    output: Path,
+    resume: bool = False,
+    init: Path | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Train to the end, or until Ctrl-C, which ends with a checkpoint.
+
+    Args:
+        output: the run's directory; on a cluster of several machines, on storage that all of them share.
+        resume: go on from the latest checkpoint in `output`.
+        init: begin with the weights of this checkpoint or Hugging Face directory.
+        address: of a running Ray cluster; None embeds one.
+        progress: shows the steps.
+        debug: show what the actors write.
+
+    Returns:
+        A summary: losses, bits per byte, speed, balance, draft acceptance, where things are.
+
+    Raises:
+        RaymoeError: with the text of whatever failed, wherever in the cluster it did.
+    """
+    check_dtype(config.training.dtype, on_gpus=config.on_gpus)
+    check_transport(config.cluster)
+    if config.data.path is not None:  # a resume may come from another directory
+        values = config.to_dict()
+        values["data"]["path"] = os.path.abspath(os.path.expanduser(config.data.path))
+        config = RunConfig.from_dict(values)
+    with run_directory(output) as output:
+        return _train(
+            config,
+            output=output,
+            resume=resume,
+            init=init,
+            address=address,
+            progress=progress,
+            debug=debug,
+        )
+
+
+def _train(
+    config: RunConfig,
+    *,
+    output: Path,
+    resume: bool,
+    init: Path | None,
+    address: str | None,
+    progress: Progress | None,
+    debug: bool,
+) -> dict[str, Any]:
+    begin, tokenizer = _start(config, output, resume=resume, init=init)
+    if begin.step >= config.training.steps:
+        raise ConfigError(
+            f"training.steps is {config.training.steps}, and {begin.weights} has {begin.step} steps behind "
+            "it: raise training.steps to go on"
+        )
+    with ray_session(_needs(config), address=address, debug=debug) as embedded:
+        if embedded:
+            config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
+        data = prepare(config, tokenizer=tokenizer, note=None if progress is None else progress.note)
+        write_config(config, output / "config.yaml")
+        shutil.rmtree(output / FOLDER, ignore_errors=True)  # of the run before it was resumed
+        began = time.perf_counter()
+        interrupted = _run(config, data, begin, output, progress)
+        timeline = merge(output / FOLDER) if config.training.profile_steps else None
+        if timeline is not None and progress is not None:
+            progress.note(f"timeline in {timeline}; open it with chrome://tracing or ui.perfetto.dev")
+        return {
+            **summary(output),
+            "zlib_bits_per_byte": data.held_out.zlib_bits_per_byte,
+            "seconds": time.perf_counter() - began,
+            "interrupted": interrupted,
+            "checkpoint": str(find_checkpoint(output)),
+            "output": str(output),
+            **({} if timeline is None else {"timeline": str(timeline)}),
+        }
+
+
+def summary(output: Path) -> dict[str, Any]:
+    """What a run's files say about how it went."""
+    steps = read_metrics(output / METRICS_FILE)
+    values: dict[str, Any] = {}
+    if steps:
+        last, half = steps[-1], steps[len(steps) // 2 :]
+        speeds = sorted(step["tokens_per_second"] for step in half)
+        values = {
+            "step": last["step"],
+            "loss": last["main_loss"],
+            "tokens_per_second": speeds[len(speeds) // 2],
+            "max_violation": sum(step["max_violation_mean"] for step in half) / len(half),
+            "hosts_per_token": last["hosts_per_token"],
+        }
+    file = output / VALIDATION_FILE
+    if file.exists():
+        judged = json.loads(file.read_text(encoding="utf-8"))
+        values["validation_loss"] = judged["loss"]
+        values["bits_per_byte"] = judged["bits_per_byte"]
+        values["mtp_acceptance"] = judged["acceptance"]
+    return values
+
+
+def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) -> tuple[Start, Path | None]:
+    """Where the run begins, and the tokenizer that goes with its weights."""
+    name = uuid.uuid4().hex[:12]
+    store = CheckpointStore(output / "checkpoints")
+    metrics = output / METRICS_FILE
+    if not resume and (store.complete() or (metrics.exists() and metrics.stat().st_size)):
+        raise ConfigError(f"{output} holds a run already; use --resume {output}, or another --output")
+    if resume:
+        if output.parent.name == "checkpoints":
+            run = output.parent.parent
+            raise ConfigError(f"--resume {output} is one checkpoint; resume the run: --resume {run}")
+        checkpoint = find_checkpoint(output)
+        begin = Start(run=name, step=read_state(checkpoint).step, weights=checkpoint, moments=True)
+    elif init is not None:
+        init = init.expanduser().resolve()  # hosts and workers read it from directories of their own
+        weights = init if (init / "config.json").is_file() else find_checkpoint(init)
+        _check_shape(config, weights)
+        begin = Start(run=name, weights=weights)
+    else:
+        return Start(run=name), None
+    assert begin.weights is not None
+    tokenizer = begin.weights / "tokenizer.json"
+    if tokenizer.is_file():
+        return begin, tokenizer
+    if config.data.tokenizer is None:
+        raise CheckpointError(
+            f"{begin.weights} has no tokenizer.json, and a new one would not fit its weights: set "
+            "data.tokenizer"
+        )
+    return begin, None
+
+
+def _needs(config: RunConfig) -> Needs:
+    training, cluster = config.training, config.cluster
+    workers = f"training.workers ({training.workers}) x training."
+    hosts = f"cluster.expert_hosts ({cluster.expert_hosts}) x cluster."
+    return Needs(
+        cpus=training.workers * training.cpus_per_worker + cluster.expert_hosts * cluster.cpus_per_host,
+        why=f"{workers}cpus_per_worker ({training.cpus_per_worker:g}) + {hosts}cpus_per_host"
+        f" ({cluster.cpus_per_host:g})",
+        gpus=training.workers * training.gpus_per_worker + cluster.expert_hosts * cluster.gpus_per_host,
+        why_gpus=f"{workers}gpus_per_worker ({training.gpus_per_worker:g}) + {hosts}gpus_per_host"
+        f" ({cluster.gpus_per_host:g})",
+    )
+
+
+def _resources(training: TrainingConfig) -> dict[str, float]:
+    gpus = {"GPU": training.gpus_per_worker} if training.gpus_per_worker else {}
+    return {"CPU": training.cpus_per_worker, **gpus}
+
+
+def _check_shape(config: RunConfig, weights: Path) -> None:
+    theirs, ours = ModelConfig.from_hf(read_hf_config(weights)).model_dump(), config.model.model_dump()
+    other = [
+        f"model.{name} ({ours[name]}, there {theirs[name]})" for name in ours if ours[name] != theirs[name]
+    ]
+    if other:
+        raise CheckpointError(f"--init {weights} is a model of another shape: {', '.join(other[:4])}")
+
+
+def _run(
+    config: RunConfig, data: PreparedData, begin: Start, output: Path, progress: Progress | None
+) -> bool:
+    """Bring everything up, train, and take everything down; whether Ctrl-C ended it."""
+    with ExitStack() as stack:
+        fleet = Fleet(
+            config.cluster,
+            coordinator=partial(build_coordinator, config, begin, output),
+            host=partial(build_host, config, begin, output=output),
+        )
+        stack.callback(fleet.close)
+        address = fleet.open()
+        if progress is not None and config.cluster.expert_hosts:
+            progress.note(
+                f"coordinator at {address.removeprefix('grpc:')}, for raymoe status, scale and drain"
+            )
+        coordinator = CoordinatorClient(address, timeout=config.cluster.call_timeout)
+        stack.callback(coordinator.close)
+        settings = WorkerSettings(
+            config=config.to_dict(), data=data, start=begin, output=str(output), coordinator=address
+        )
+        training = config.training
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"worker": settings},
+            scaling_config=ScalingConfig(
+                num_workers=training.workers
+                if training.min_workers is None
+                else (training.min_workers, training.workers),
+                use_gpu=training.gpus_per_worker > 0,
+                resources_per_worker=_resources(training),
+                placement_strategy="SPREAD",
+            ),
+            # Gradients are summed where they are; what workers agree on, and evaluations, are the CPU's.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if training.gpus_per_worker else "gloo"),
+            run_config=TrainRunConfig(
+                name=output.name,
+                storage_path=str(output / "ray_train"),
+                failure_config=FailureConfig(max_failures=training.max_failures),
+            ),
+        )
+        return _Watch(trainer, coordinator, begin.step, progress).until_done()
+
+
+class _Watch:
+    """Waits for Ray Train in the main thread, shows progress, and turns Ctrl-C into a last checkpoint."""
+
+    def __init__(
+        self, trainer: TorchTrainer, coordinator: CoordinatorClient, step: int, progress: Progress | None
+    ) -> None:
+        self._coordinator = coordinator
+        self._shown = step - 1
+        self._progress = progress
+        self._error: BaseException | None = None
+        self._failed_at: float | None = None
+        self._interrupts = 0
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
+
+    def until_done(self) -> bool:
+        """Whether Ctrl-C ended it.
+
+        Raises:
+            RaymoeError: what ended the run otherwise.
+        """
+        with self._on_interrupt():
+            self._thread.start()
+            stopping = False
+            while self._thread.is_alive():
+                self._thread.join(_POLL_SECONDS)
+                if self._interrupts and not stopping:
+                    stopping = True
+                    self._note(
+                        "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
+                    )
+                if stopping:
+                    with suppress(
+                        RaymoeError
+                    ):  # again and again: a coordinator that was lost has not heard it
+                        self._coordinator.request_stop()
+                if self._interrupts > 1:
+                    raise KeyboardInterrupt
+                self._show()
+                self._give_up_on_stragglers()
+        self._show()
+        reason = self._reason()
+        if reason is not None:
+            raise reason from self._error
+        return stopping
+
+    def _give_up_on_stragglers(self) -> None:
+        """A worker that has failed for good ends; others may wait for it in a sum, for half an hour.
+
+        Raises:
+            RaymoeError: what the run has failed with a while ago.
+        """
+        try:
+            failure = self._coordinator.failure
+        except RaymoeError:  # it is away; or gone, and then the trainer ends
+            return
+        if failure is None:
+            self._failed_at = None
+        elif self._failed_at is None:
+            self._failed_at = time.monotonic()
+        elif time.monotonic() - self._failed_at > _STRAGGLER_SECONDS:
+            raise RaymoeError(failure)
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._error = error
+
+    def _show(self) -> None:
+        if self._progress is None:
+            return
+        try:
+            steps = self._coordinator.metrics(self._shown)
+        except RaymoeError:  # the run has failed: what Ray Train raises says why
+            return
+        for step in steps:
+            self._shown = step.step
+        if steps:
+            self._progress.update(
+                steps[-1].step + 1,
+                loss=steps[-1].loss,
+                tokens_per_second=sum(s.tokens for s in steps) / max(1e-9, sum(s.seconds for s in steps)),
+                max_violation=sum(steps[-1].max_violation) / max(1, len(steps[-1].max_violation)),
+            )
+
+    def _reason(self) -> RaymoeError | None:
+        """What ended the run; None when it came to its end."""
+        try:
+            failure = self._coordinator.failure
+        except RaymoeError as error:
+            return None if self._error is None else error
+        if failure is not None:
+            return RaymoeError(failure)
+        if self._error is None:
+            return None
+        text = str(self._error).strip().splitlines()
+        return RaymoeError(f"training failed: {text[-1] if text else type(self._error).__name__}")
+
+    def _note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
+
+    @contextmanager
+    def _on_interrupt(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def count(number: int, frame: FrameType | None) -> None:
+            self._interrupts += 1
+
+        # SIGTERM is how a job is stopped from outside.
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+__all__ = ["summary", "train"]

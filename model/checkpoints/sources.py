@@ -1,0 +1,229 @@
+"""Where weights come from: drawn at random, or read from a checkpoint in Hugging Face's format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from errors import CheckpointError, ConfigError
+from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize
+from model.checkpoints.hf_names import EMBEDDING, HEAD, expert_names, layer_prefix
+from model.checkpoints.shards import ShardReader
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+
+class WeightSource(Protocol):
+    """Gives the weights of a model, in whatever parts its pieces ask for."""
+
+    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """w13 [2I, D] and w2 [D, I] of one routed expert."""
+        ...
+
+    def trunk(self) -> dict[str, Tensor]:
+        """Everything else, by parameter or buffer name; what `Transformer.load_state_dict` takes."""
+        ...
+
+    def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same one after the other, for who has no room for all; a tied head is the embedding alone."""
+        ...
+
+
+def gate_biases(source: WeightSource, config: ModelConfig) -> Tensor:
+    """The gates' biases [L, E] float32, rows in the order of `ModelConfig.moe_layers`."""
+    names = [f"{layer_prefix(layer)}mlp.gate.e_score_correction_bias" for layer in config.moe_layers]
+    biases = {name: tensor for name, tensor in source.trunk_tensors() if name in names}
+    return torch.stack([biases[name] for name in names])
+
+
+def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the trunk's parameters and buffers."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class RandomSource:
+    """A model at the start of training: matrices from N(0, initializer_range), norms one, biases zero.
+
+    Every tensor has a random stream of its own, seeded by its name and drawn in float32, so that neither
+    placement nor dtype changes the model.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        self.config, self.seed, self.dtype = config, seed, dtype
+
+    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """See `WeightSource.expert`."""
+        hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
+        gate, up, down = expert_names(layer, expert)
+        w13 = torch.cat((self._draw(gate, (wide, hidden)), self._draw(up, (wide, hidden))))
+        return w13, self._draw(down, (hidden, wide))
+
+    def trunk(self) -> dict[str, Tensor]:
+        """See `WeightSource.trunk`."""
+        return _with_head(self.config, dict(self.trunk_tensors()))
+
+    def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource.trunk_tensors`."""
+        for name, shape in _apart(self.config):
+            if name.endswith("e_score_correction_bias"):
+                yield name, torch.zeros(shape, dtype=torch.float32)
+            elif name.endswith("norm.weight"):
+                yield name, torch.ones(shape, dtype=self.dtype)
+            else:
+                yield name, self._draw(name, shape)
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        return (torch.randn(shape, generator=generator) * self.config.initializer_range).to(self.dtype)
+
+
+class PretrainedSource:
+    """A checkpoint in Hugging Face's DeepSeek-V3 format; reads only the tensors asked for.
+
+    Weights quantised to fp8 in blocks are dequantised.
+
+    Args:
+        directory: with config.json and safetensors files.
+        config: what the checkpoint has to be; None takes its config.json's word.
+        dtype: to convert weights to; None keeps theirs (float32 for fp8). Biases are float32 always.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another architecture.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        config: ModelConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.directory, self.dtype = Path(directory), dtype
+        values = read_hf_config(self.directory)
+        self._block = block_size(values)
+        self._reader = ShardReader(self.directory)
+        self.config = config or self._own_config(values)
+
+    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """See `WeightSource.expert`.
+
+        Raises:
+            CheckpointError: missing, damaged or misshapen.
+        """
+        hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
+        gate, up, down = expert_names(layer, expert)
+        w13 = torch.cat((self._read(gate, (wide, hidden)), self._read(up, (wide, hidden))))
+        return w13, self._read(down, (hidden, wide))
+
+    def trunk(self) -> dict[str, Tensor]:
+        """See `WeightSource.trunk`.
+
+        Raises:
+            CheckpointError: missing, damaged or misshapen.
+        """
+        return _with_head(self.config, dict(self.trunk_tensors()))
+
+    def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource.trunk_tensors`.
+
+        Raises:
+            CheckpointError: missing, damaged or misshapen.
+        """
+        for name, shape in _apart(self.config):
+            yield name, self._read(name, shape)
+
+    def check(self) -> None:
+        """Hold names and shapes of all tensors against the configuration, reading the files' headers alone.
+
+        Raises:
+            CheckpointError: one is missing, or of another shape.
+        """
+        shapes = trunk_shapes(self.config)
+        if self.config.tie_word_embeddings:
+            del shapes[HEAD]
+        hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
+        for layer in self.config.moe_layers:
+            for expert in range(self.config.n_routed_experts):
+                gate, up, down = expert_names(layer, expert)
+                shapes |= {gate: (wide, hidden), up: (wide, hidden), down: (hidden, wide)}
+        for name, shape in shapes.items():
+            self._reader.check(name, shape)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._reader.tensor(name, shape=shape)
+        scales = name + SCALE_SUFFIX
+        if scales in self._reader:
+            blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
+            tensor = dequantize(tensor, self._reader.tensor(scales, shape=blocks), self._block)
+        elif tensor.dtype == torch.float8_e4m3fn:
+            raise CheckpointError(
+                f"{self.directory}: {name} is fp8 but {scales} is missing; the checkpoint is incomplete"
+            )
+        if name.endswith("e_score_correction_bias"):
+            return tensor.float()
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def _own_config(self, values: dict[str, Any]) -> ModelConfig:
+        try:
+            config = ModelConfig.from_hf(values)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.directory}: {error}") from None
+        # transformers drops the modules when it saves a model, and leaves their number in config.json.
+        modules = tuple(layer_prefix(layer) for layer in config.mtp_layers)
+        if modules and not any(name.startswith(modules) for name in self._reader.names):
+            return config.model_copy(update={"num_nextn_predict_layers": 0})
+        return config
+
+
+def _apart(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the trunk's tensors, without a head that is the embedding."""
+    for name, shape in trunk_shapes(config).items():
+        if name != HEAD or not config.tie_word_embeddings:
+            yield name, shape
+
+
+def _with_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if config.tie_word_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
+    return tensors
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """A checkpoint's config.json.
+
+    Raises:
+        CheckpointError: missing or not a JSON object.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; give one with config.json and safetensors files")
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no config.json; give a checkpoint in Hugging Face's format"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object; copy it again")
+    return values
+
+
+__all__ = [
+    "PretrainedSource",
+    "RandomSource",
+    "WeightSource",
+    "gate_biases",
+    "read_hf_config",
+    "trunk_shapes",
+]

@@ -1,0 +1,3 @@
+"""The losses of training and evaluation."""
+
+from __future__ import annotations

@@ -1,0 +1,234 @@
+"""The losses of training and evaluation, over a row's T positions and its next tokens.
+
+Shapes: B rows, T positions, D hidden; a row of tokens has T + 1 + depth entries, depth being the number
+of multi-token-prediction modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from errors import ConfigError
+from model.block import Pass
+from model.experts import Experts
+from model.losses.balance_loss import BalanceWeights
+from model.losses.cross_entropy import IGNORE, greedy, linear_cross_entropy
+from model.mtp import MTPModule, draft_acceptance
+from model.trace import Trace
+from model.transformer import Hidden, Transformer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """The losses of one microbatch.
+
+    Attributes:
+        total: what to call `backward` on; those of all microbatches and workers add up.
+        main_sum: negative log-likelihood of the main model, summed over its targets.
+        mtp_sums: the same of each MTP module.
+        balance: weighted balance losses of all layers, summed over the rows (a mean per row times B).
+    """
+
+    total: Tensor
+    main_sum: Tensor
+    mtp_sums: tuple[Tensor, ...]
+    balance: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One batch judged; sums, so that batches add up.
+
+    Attributes:
+        nll: negative log-likelihood in nats, summed over the targets.
+        n_targets: how many there were.
+        accepted: per MTP module, greedy drafts that are the main model's greedy token.
+        drafted: per MTP module, drafts judged.
+    """
+
+    nll: float
+    n_targets: int
+    accepted: tuple[int, ...]
+    drafted: tuple[int, ...]
+
+
+def targets_of(tokens: Tensor, segments: Tensor | None, *, length: int, ahead: int) -> Tensor:
+    """The token `ahead` of each of the first `length` positions: [B, length] int64.
+
+    `IGNORE` where it lies in another document, or where position or target is padding.
+    """
+    target = tokens[:, ahead : length + ahead].long()
+    if segments is None:
+        return target
+    here, there = segments[:, :length], segments[:, ahead : length + ahead]
+    return target.masked_fill((here != there) | (here < 0), IGNORE)
+
+
+def count_targets(tokens: Tensor, segments: Tensor | None, *, depth: int) -> int:
+    """Targets of the main model in rows [B, T + 1 + depth]: what `training_loss` is normalised with."""
+    length = _length(tokens, depth)
+    if segments is None:
+        return tokens.shape[0] * length
+    return int((targets_of(tokens, segments, length=length, ahead=1) != IGNORE).sum())
+
+
+def training_loss(
+    model: Transformer,
+    tokens: Tensor,
+    segments: Tensor | None,
+    *,
+    experts: Experts,
+    trace: Trace,
+    n_targets: int,
+    n_rows: int,
+    balance: BalanceWeights,
+    mtp_weight: float,
+    recompute: bool = False,
+) -> Losses:
+    """(main + λ/depth · Σ MTP) / n_targets + balance · B / n_rows, eq. 24 and 25 of arXiv 2412.19437.
+
+    Args:
+        tokens: [B, T + 1 + depth].
+        segments: [B, T + 1 + depth] int32 document of each token, -1 for padding; None when every row is
+            one document, the fast path.
+        trace: takes this microbatch's routes and loads.
+        n_targets: main targets of the whole global batch, also what an MTP loss is divided by.
+        n_rows: rows of the whole global batch.
+        balance: weights of the balance losses at this step.
+        mtp_weight: λ at this step.
+        recompute: trade time for memory, see `Pass`.
+
+    Raises:
+        ConfigError: the rows are too short.
+    """
+    depth = model.config.num_nextn_predict_layers
+    length = _length(tokens, depth)
+    hidden, through = _run(
+        model, tokens, segments, experts=experts, trace=trace, balance=balance, recompute=recompute
+    )
+    main_sum = _nll(model, hidden.normed, targets_of(tokens, segments, length=length, ahead=1))
+    total = main_sum / n_targets
+    per_row = hidden.balance
+    mtp_sums: list[Tensor] = []
+    for ahead, (draft, loss) in enumerate(drafts(model, tokens, segments, hidden, through), start=2):
+        mtp_sums.append(_nll(model, draft, targets_of(tokens, segments, length=length, ahead=ahead)))
+        total = total + mtp_sums[-1] * (mtp_weight / depth / n_targets)
+        if loss is not None:
+            per_row = loss if per_row is None else per_row + loss
+    balance_sum = torch.zeros_like(main_sum)
+    if per_row is not None:
+        balance_sum = per_row * tokens.shape[0]
+        total = total + balance_sum / n_rows
+    return Losses(
+        total=total,
+        main_sum=main_sum.detach(),
+        mtp_sums=tuple(s.detach() for s in mtp_sums),
+        balance=balance_sum.detach(),
+    )
+
+
+@torch.no_grad()
+def evaluation_loss(
+    model: Transformer,
+    tokens: Tensor,
+    segments: Tensor | None,
+    *,
+    experts: Experts,
+    trace: Trace | None = None,
+) -> Evaluation:
+    """Judge rows [B, T + 1 + depth] (segments likewise or None); moves nothing, and counts no load but
+    in the `trace` that a caller gives who wants to see it."""
+    depth = model.config.num_nextn_predict_layers
+    length = _length(tokens, depth)
+    hidden, through = _run(model, tokens, segments, experts=experts, trace=trace or Trace())
+    target = targets_of(tokens, segments, length=length, ahead=1)
+    nll = _nll(model, hidden.normed, target)
+    accepted: list[int] = []
+    drafted: list[int] = []
+    if depth:
+        chosen = greedy(hidden.normed, model.lm_head.weight)
+        for k, (draft, _) in enumerate(drafts(model, tokens, segments, hidden, through), start=1):
+            valid = targets_of(tokens, segments, length=length, ahead=k + 1) != IGNORE
+            hits, judged = draft_acceptance(chosen, greedy(draft, model.lm_head.weight), depth=k, valid=valid)
+            accepted.append(hits)
+            drafted.append(judged)
+    return Evaluation(
+        nll=float(nll),
+        n_targets=int((target != IGNORE).sum()),
+        accepted=tuple(accepted),
+        drafted=tuple(drafted),
+    )
+
+
+def _length(tokens: Tensor, depth: int) -> int:
+    length = tokens.shape[1] - 1 - depth
+    if length < 1:
+        raise ConfigError(
+            f"rows of {tokens.shape[1]} tokens leave no position: with {depth} MTP modules "
+            f"(num_nextn_predict_layers) a row needs at least {depth + 2}"
+        )
+    return length
+
+
+def _run(
+    model: Transformer,
+    tokens: Tensor,
+    segments: Tensor | None,
+    *,
+    experts: Experts,
+    trace: Trace,
+    balance: BalanceWeights | None = None,
+    recompute: bool = False,
+) -> tuple[Hidden, Pass]:
+    length = _length(tokens, model.config.num_nextn_predict_layers)
+    rows = tokens[:, :length]
+    through = model.start(
+        rows,
+        experts=experts,
+        segments=None if segments is None else segments[:, :length],
+        trace=trace,
+        balance=balance,
+        recompute=recompute,
+    )
+    return model.run(rows, through), through
+
+
+def drafts(
+    model: Transformer, tokens: Tensor, segments: Tensor | None, hidden: Hidden, through: Pass
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Normed hidden state [B, T, D] and balance loss of each MTP module in turn."""
+    config = model.config
+    length = hidden.normed.shape[1]
+    previous = hidden.normed
+    for k, layer in enumerate(config.mtp_layers, start=1):
+        module = model.model.layers[layer]
+        assert isinstance(module, MTPModule)
+        if config.mtp_mode == "parallel":
+            yield module.draft(hidden.last, through)
+            continue
+        if segments is not None:
+            # A position that would read the next document's token is no input anybody means.
+            here, there = segments[:, :length], segments[:, k : length + k]
+            through = replace(through, counted=(here == there) & (here >= 0))
+        embedded = model.model.embed_tokens(tokens[:, k : length + k])
+        previous, loss = module.draft(previous, through, embedded)
+        yield previous, loss
+
+
+def _nll(model: Transformer, hidden: Tensor, target: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, target.flatten())
+
+
+__all__ = [
+    "Evaluation",
+    "Losses",
+    "count_targets",
+    "drafts",
+    "evaluation_loss",
+    "targets_of",
+    "training_loss",
+]
