@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs.bench import bench_decode, bench_experts, bench_train
+from benchmarks.decode import bench_decode
+from benchmarks.experts import bench_experts
+from benchmarks.train import bench_train
 
 from errors import ConfigError, ResourceError
 from jobs.config.precision import compute_device

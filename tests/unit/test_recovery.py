@@ -11,7 +11,7 @@ import torch
 from fake_hosts import FakeHost
 from training_run import PLAN, E, L, Run, report
 
-from actors.coordinator.coordinator import State
+from actors.messages.coordinator_state import CoordinatorState
 from errors import ChannelError, Interrupted, RaymoeError
 
 KEEPS = replace(PLAN, snapshot_interval=2)
@@ -264,7 +264,7 @@ def test_a_coordinator_that_takes_over_lets_nobody_begin_before_hosts_are_at_one
     first.end_step(0)
     bias = first.end_step(1).bias
     until(lambda: copied(first, 2))
-    state = State.from_json(first.coordinator.state().to_json())
+    state = CoordinatorState.from_json(first.coordinator.state().to_json())
     read = [host.read for host in first.hosts]
     first.coordinator.close()
     epochs = [max(host.held) for host in first.hosts]

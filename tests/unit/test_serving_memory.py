@@ -15,7 +15,7 @@ from jobs.checkpoints.memory import Need, check_memory, free_memory, loading_nee
 from jobs.config.presets import preset
 from jobs.serving.admission import check_serving
 from jobs.serving.config import ServeConfig
-from jobs.serving.replica.replica import memory
+from jobs.checkpoints import memory
 from model.causal_lm import CausalLM
 from model.checkpoints.pretrained import save_pretrained
 from model.transformer import Transformer
