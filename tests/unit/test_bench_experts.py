@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from benchmarks.decode import bench_decode
 from benchmarks.experts import bench_experts
 from benchmarks.train import bench_train
-
 from errors import ConfigError, ResourceError
 from jobs.config.precision import compute_device
 from jobs.config.presets import preset

@@ -14,8 +14,8 @@ from test_api import PROMPT, Served, events
 from engine import TrunkWeights
 from errors import ResourceError
 from jobs.data.tokenizer import save_tokenizer, train_tokenizer
-from jobs.serving.config import ServeConfig
 from jobs.serving import weights as serving_weights
+from jobs.serving.config import ServeConfig
 from jobs.serving.replica.weights import load_beside
 from jobs.serving.weights import ModelShape
 from model.causal_lm import CausalLM

@@ -10,12 +10,12 @@ import torch
 
 from engine.weights import TrunkWeights
 from errors import ConfigError, ResourceError
+from jobs.checkpoints import memory
 from jobs.checkpoints import weights as loading
 from jobs.checkpoints.memory import Need, check_memory, free_memory, loading_need, serving_need
 from jobs.config.presets import preset
 from jobs.serving.admission import check_serving
 from jobs.serving.config import ServeConfig
-from jobs.checkpoints import memory
 from model.causal_lm import CausalLM
 from model.checkpoints.pretrained import save_pretrained
 from model.transformer import Transformer

@@ -121,8 +121,12 @@ class Scene:
     addresses: list[str] = field(default_factory=list)
     picks: int = 0
     absent: float = 0.0
+    listed: bool = False
     given_back: list[str] = field(default_factory=list)
     lost_ones: list[str] = field(default_factory=list)
+
+    async def known(self) -> dict[str, str]:
+        return {f"app#trunk#{i}": address for i, address in enumerate(self.addresses) if self.listed}
 
     async def take(self) -> Lease:
         if self.picks and self.absent:
@@ -146,7 +150,7 @@ class Scene:
             self.addresses.append(f"127.0.0.1:{fake.server.add_insecure_port('127.0.0.1:0')}")
             await fake.server.start()
             self.fakes.append(fake)
-        trunks = Trunks(self, vocabulary=VOCABULARY, patience=patience, dead_after=dead_after)
+        trunks = Trunks(self, self.known, vocabulary=VOCABULARY, patience=patience, dead_after=dead_after)
         try:
             yield trunks
         finally:
@@ -226,6 +230,29 @@ def test_a_replica_that_hangs_is_given_up_and_all_its_requests_go_on() -> None:
             scene.picks = 0
             assert tokens(await heard(trunks)) == expected(PROMPT)
             assert len(scene.fakes[0].asked) == 2
+
+    run(check)
+
+
+def test_a_request_goes_on_although_serve_names_the_replica_that_hangs_for_ever() -> None:
+    async def check() -> None:
+        scene = Scene([{4: "hangs"}, {}], absent=3600, listed=True)
+        async with scene.running(dead_after=0.5) as trunks:
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            assert (scene.picks, trunks.resumed) == (1, 1)
+            assert scene.lost_ones == ["lease-1"]
+            assert len(scene.fakes[1].asked) == 1
+
+    run(check)
+
+
+def test_a_request_begins_although_serve_names_no_replica_that_answers() -> None:
+    async def check() -> None:
+        scene = Scene([{}], absent=3600, listed=True)
+        scene.picks = 1
+        async with scene.running() as trunks:
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            assert scene.picks == 1
 
     run(check)
 
@@ -472,6 +499,20 @@ def test_serve_is_asked_again_when_a_replica_is_gone_or_silent(monkeypatch: pyte
         await asyncio.sleep(0.5)
         assert not waiting.done()
         waiting.cancel()
+
+    run(check)
+
+
+def test_serve_is_asked_again_however_many_asks_a_silent_replica_has_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobs.serving.interface.routes._ASK_AGAIN_SECONDS", 0.01)
+
+    async def check() -> None:
+        handle = Handle([*[None] * 20, "a:1"])
+        assert (await ServeRoutes(handle).take()).address == "a:1"  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert (handle.calls, handle.cancelled) == (21, 20)
 
     run(check)
 

@@ -70,6 +70,7 @@ class Interface(GrpcMethods):
         await self._link.report(Standing(uses=member.version.epoch))
         trunks = Trunks(
             ServeRoutes(trunk),
+            self._link.trunks,
             vocabulary=tokenizer.get_vocab_size(),
             patience=config.serving.resume_timeout,
             dead_after=config.cluster.dead_after,

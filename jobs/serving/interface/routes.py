@@ -49,21 +49,24 @@ class ServeRoutes:
 
     def give_back(self, lease: Lease) -> None:
         """See `jobs.serving.interface.trunks.Routes`."""
-        self._free.append((self._clock(), lease))
+        if lease.call is not None:  # else Serve does not count this request, and should count the next one
+            self._free.append((self._clock(), lease))
 
     def lost(self, lease: Lease) -> None:
         """See `jobs.serving.interface.trunks.Routes`."""
         self._free = [one for one in self._free if one[1].address != lease.address]
 
     async def _ask_serve(self) -> Lease:
-        asked: set[asyncio.Task[Lease]] = set()
+        asked: list[asyncio.Task[Lease]] = []  # oldest first
         try:
             while True:
-                if len(asked) < _ASKED_AT_MOST:
-                    asked.add(asyncio.create_task(self._ask_once()))
-                done, asked = await asyncio.wait(
+                if len(asked) == _ASKED_AT_MOST:  # all of them may have come to the same replica, which hangs
+                    asked.pop(0).cancel()
+                asked.append(asyncio.create_task(self._ask_once()))
+                done, _ = await asyncio.wait(
                     asked, timeout=_ASK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
                 )
+                asked = [one for one in asked if one not in done]
                 for one in done:
                     if one.exception() is None:
                         return one.result()

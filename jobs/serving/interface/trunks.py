@@ -11,8 +11,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -27,6 +27,10 @@ _LOSSES = 5  # of replicas in a row, without a token from any: it may be the req
 _IDLE_SECONDS = 60.0
 _RETRY_SECONDS = 0.1
 _SUSPECT_SECONDS = 1.0
+_SERVE_SECONDS = 1.0  # that Serve has to name a replica before replicas are asked themselves
+_SERVE_SUSPECT_SECONDS = 0.25  # the same, while some replica has given no answer
+_POOL_SECONDS = 0.3
+_ANSWER_SECONDS = 0.1  # within which answers are compared by load
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ class Lease:
         name: of the lease, for the replica.
         address: of the replica's gRPC service.
         began: when it was given, of the clock of whoever gave it.
-        call: to be kept as long as it is used.
+        call: Serve's call, to be kept as long as the lease is used; None where Serve does not count it.
     """
 
     name: str
@@ -83,13 +87,22 @@ class Trunks:
 
     Args:
         routes: say which replica takes a request.
+        replicas: addresses of all replicas by name, as the pool of the deployment knows them.
         vocabulary: tokens that there are.
         patience: seconds that a request waits for a replica.
         dead_after: seconds without an answer after which a replica counts as dead.
     """
 
-    def __init__(self, routes: Routes, *, vocabulary: int, patience: float, dead_after: float) -> None:
-        self._routes = routes
+    def __init__(
+        self,
+        routes: Routes,
+        replicas: Callable[[], Awaitable[Mapping[str, str]]],
+        *,
+        vocabulary: int,
+        patience: float,
+        dead_after: float,
+    ) -> None:
+        self._routes, self._replicas = routes, replicas
         self._vocabulary = vocabulary
         self._patience, self._dead_after = patience, dead_after
         self._links: dict[str, TrunkLink] = {}
@@ -169,11 +182,12 @@ class Trunks:
             name = f"{request.id}-{attempt}"
             try:
                 async with asyncio.timeout(self._patience):
-                    link, lease = await self._route()
+                    lease = await self._route()
             except TimeoutError:
                 raise ResourceError(
                     f"no replica of the trunk within {self._patience:g} s (serving.resume_timeout); {why}"
                 ) from None
+            link = self._link(lease.address)
             try:
                 await self._follow(link, lease, name, request)
             except ChannelError as error:
@@ -193,20 +207,67 @@ class Trunks:
             else:
                 self._routes.give_back(lease)
 
-    async def _route(self) -> tuple[TrunkLink, Lease]:
+    async def _route(self) -> Lease:
+        """The replica that Serve names, or one that answers a call of ours where Serve names none that does.
+
+        Serve compares queue lengths that it has counted itself. A replica that hangs has lost its requests, so
+        its queue is the shortest of all, and Serve may name it again and again.
+        """
+        named = asyncio.create_task(self._named())
+        try:
+            while True:
+                patience = _SERVE_SUSPECT_SECONDS if self._suspects else _SERVE_SECONDS
+                done, _ = await asyncio.wait({named}, timeout=patience)
+                if done:
+                    return named.result()
+                address = await self._answering()
+                if address is not None and not named.done():
+                    name = secrets.token_hex(16)
+                    return Lease(name=name, address=address, began=time.monotonic())
+        finally:
+            named.cancel()
+
+    async def _named(self) -> Lease:
+        """A replica that Serve names and that is not known to hang."""
         while True:
             lease = await self._routes.take()
-            link = self._link(lease.address)
             if lease.address not in self._suspects:
-                return link, lease
+                return lease
             try:
-                await link.status(timeout=_SUSPECT_SECONDS)
+                await self._link(lease.address).status(timeout=_SUSPECT_SECONDS)
             except ChannelError:
                 self._routes.lost(lease)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 self._suspects.discard(lease.address)
-                return link, lease
+                return lease
+
+    async def _answering(self) -> str | None:
+        """Address of the least loaded replica of those that answer; None where none does within a second."""
+        known = set(self._links)
+        with suppress(Exception):  # of a pool that is away: those that have been used are known
+            async with asyncio.timeout(_POOL_SECONDS):
+                known.update((await self._replicas()).values())
+        asking = {
+            asyncio.create_task(self._link(address).status(timeout=_SUSPECT_SECONDS)): address
+            for address in known
+        }
+        if not asking:
+            return None
+        try:
+            done, pending = await asyncio.wait(asking, timeout=_ANSWER_SECONDS)
+            while pending and not any(one.exception() is None for one in done):
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            loads = {
+                asking[one]: one.result().running + one.result().waiting
+                for one in done
+                if one.exception() is None
+            }
+        finally:
+            for one in asking:
+                one.cancel()
+        self._suspects.difference_update(loads)
+        return min(loads, key=loads.__getitem__, default=None)
 
     async def _follow(self, link: TrunkLink, lease: Lease, name: str, request: _Request) -> None:
         """Tell what comes from one replica.
