@@ -210,7 +210,7 @@ class Trunks:
     async def _route(self) -> Lease:
         """The replica that Serve names, or one that answers a call of ours where Serve names none that does.
 
-        Serve compares queue lengths that it has counted itself. A replica that hangs has lost its requests, so
+        Serve compares queue lengths that it counts itself. A replica that hangs has lost its requests, so
         its queue is the shortest of all, and Serve may name it again and again.
         """
         named = asyncio.create_task(self._named())
