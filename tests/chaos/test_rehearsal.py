@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import running, save_model, tiny_model
-from streams import Load, greedy_requests
+
+from support.commands.serve import running, save_model, tiny_model
+from support.commands.streams import Load, greedy_requests
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 SETTINGS = {

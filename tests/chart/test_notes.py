@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from rendering import CHART, helm
+
+from support.chart import CHART, helm
 
 pytestmark = pytest.mark.chart
 

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from rendering import CHART, HELMS, ROOT, helm, refusal
+
+from support.chart import CHART, HELMS, ROOT, helm, refusal
 
 pytestmark = pytest.mark.chart
 

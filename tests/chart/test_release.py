@@ -16,7 +16,8 @@ from urllib.error import URLError
 
 import pytest
 import yaml
-from rendering import CHART, HELMS, KUBE, NO_KUBE, TOOLS
+
+from support.chart import CHART, HELMS, KUBE, NO_KUBE, TOOLS
 
 pytestmark = [pytest.mark.chart, pytest.mark.skipif(not KUBE.is_dir(), reason=NO_KUBE)]
 _SECONDS = 120

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from rendering import (
+
+from jobs.config.config_file import load_config
+from jobs.serving.config import ServeConfig
+from support.chart import (
     CHART,
     HELMS,
     KUBE,
@@ -26,9 +29,6 @@ from rendering import (
     pods,
     render,
 )
-
-from jobs.config.config_file import load_config
-from jobs.serving.config import ServeConfig
 
 pytestmark = [
     pytest.mark.chart,
@@ -51,7 +51,7 @@ def test_lint(version: str, values: str) -> None:
 @pytest.mark.parametrize("values", SETS)
 def test_golden(version: str, values: str) -> None:
     expected = list(yaml.load_all(golden(values).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
-    assert render(version, values) == expected, "run python tests/chart/rendering.py and look at what changed"
+    assert render(version, values) == expected, "run python tests/support/chart.py and look at what changed"
 
 
 def test_no_golden_render_is_left_over() -> None:

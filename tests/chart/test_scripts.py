@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from rendering import render
+
+from support.chart import render
 
 pytestmark = pytest.mark.chart
 

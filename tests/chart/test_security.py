@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from rendering import SETS, TOOLS, pods, render
+
+from support.chart import SETS, TOOLS, pods, render
 
 pytestmark = pytest.mark.chart
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft7Validator
-from rendering import CHART, ROOT, SETS
 
 from helm.generate import generated
 from helm.schema import values_schema
 from helm.values import read_values
 from jobs.api.metrics import EngineFigures, ExpertFigures, ServingMetrics
+from support.chart import CHART, ROOT, SETS
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 import pytest
-from training import STEPS, finish, start
+
+from support.commands.train import STEPS, finish, start
 
 
 @pytest.fixture(scope="session")

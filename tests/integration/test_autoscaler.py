@@ -18,10 +18,10 @@ import psutil
 import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
-from serving import running, save_model, tiny_model
-from streams import Load, disturbed, greedy_requests
 
 from actors.rpc.coordinator_client import AdminClient
+from support.commands.serve import running, save_model, tiny_model
+from support.commands.streams import Load, disturbed, greedy_requests
 
 pytestmark = [
     pytest.mark.soak,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving import save_model, tiny_model
+
+from support.commands.serve import save_model, tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from serving import Server, running, save_model, tiny_model, tiny_tokenizer
+
+from support.commands.serve import Server, running, save_model, tiny_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 SENTENCES = ["the cat sat on the mat", "the hat sat", "a cat and a hat", "on the mat and the hat the cat sat"]

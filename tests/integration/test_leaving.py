@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from serving import running, save_model, tiny_model
 
 from actors.rpc.coordinator_client import AdminClient
 from errors import ResourceError
 from jobs.tools.node_drain import leave
+from support.commands.serve import running, save_model, tiny_model
 
 pytestmark = [
     pytest.mark.soak,

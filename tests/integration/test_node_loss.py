@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from serving import running, save_model, tiny_model
-from streams import Load, disturbed, greedy_requests
-from test_train_elastic import Run, differ
 
 from actors.rpc.coordinator_client import AdminClient
 from jobs.training.metrics import METRICS_FILE, read_metrics
+from support.commands.disturbed_run import DisturbedRun, differ
+from support.commands.serve import running, save_model, tiny_model
+from support.commands.streams import Load, disturbed, greedy_requests
 
 pytestmark = [
     pytest.mark.soak,
@@ -97,7 +97,7 @@ def test_a_node_is_lost_while_training(cluster: Cluster, tmp_path: Path) -> None
         (corpus / f"{i:02}.txt").write_text(text[begin : begin + 8000], encoding="utf-8")
     runs = []
     for name in ("calm", "lost"):
-        run = Run(corpus, tmp_path / name, "--address", cluster.address, training__steps=STEPS)
+        run = DisturbedRun(corpus, tmp_path / name, "--address", cluster.address, training__steps=STEPS)
         try:
             if name == "lost":
                 admin = run.admin()

@@ -19,10 +19,10 @@ import openai
 import psutil
 import pytest
 from openai import AsyncOpenAI
-from serving import PROMPT, Server, greedy, running, save_model, tiny_model, tiny_tokenizer
-from streams import HOST, actors
 
 from model.causal_lm import CausalLM
+from support.commands.serve import PROMPT, Server, greedy, running, save_model, tiny_model, tiny_tokenizer
+from support.commands.streams import HOST, actors
 
 pytestmark = pytest.mark.timeout(300)
 PROMPTS = [PROMPT, "the mat and", "the hat", "a cat on the mat sat"]

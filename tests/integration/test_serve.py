@@ -18,12 +18,12 @@ import openai
 import psutil
 import pytest
 from openai import AsyncOpenAI
-from serving import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
 
 from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo
 from errors import RaymoeError
 from model.causal_lm import CausalLM
+from support.commands.serve import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(300)
 

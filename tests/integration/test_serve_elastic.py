@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, running, save_model, tiny_model
-from streams import COORDINATOR, HOST, Load, Told, actors, disturbed, greedy_requests
 
 from actors.rpc.coordinator_client import AdminClient
 from errors import ConfigError
+from support.commands.serve import Server, running, save_model, tiny_model
+from support.commands.streams import COORDINATOR, HOST, Load, Told, actors, disturbed, greedy_requests
 
 pytestmark = pytest.mark.timeout(600)
 STREAMS, TOKENS, HOSTS = 16, 120, 3

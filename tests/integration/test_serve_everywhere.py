@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import schemathesis
 import torch
-from fuzzing import assert_robust
-from serving import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.commands.serve import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
+from support.fuzzing import assert_robust
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 NEW = 64

@@ -15,10 +15,10 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from serving import PROMPT, Server, free_port, running, save_model, tiny_model
 
 from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 from protos.generation_pb2_grpc import GenerationStub
+from support.commands.serve import PROMPT, Server, free_port, running, save_model, tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 KEY = "none"  # what the server's own client sends

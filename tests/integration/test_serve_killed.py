@@ -14,8 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from serving import PROMPT, Server, running, save_model, tiny_model
-from streams import TRUNK, Load, Told, actors
+
+from support.commands.serve import PROMPT, Server, running, save_model, tiny_model
+from support.commands.streams import TRUNK, Load, Told, actors
 
 pytestmark = pytest.mark.timeout(600)
 COUNT = 160

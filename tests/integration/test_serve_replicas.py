@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 import pytest
 from openai.types import Completion
-from serving import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
 
 from errors import ConfigError
 from jobs.serving.config import ServeConfig
+from support.commands.serve import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.timeout(300),

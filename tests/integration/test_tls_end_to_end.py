@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import PROMPT, running, save_model, tiny_model, tiny_tokenizer
-from training import finish, start
 
 from channels.grpc import tls
 from jobs.tools.certs import make_certificates
 from jobs.training.metrics import METRICS_FILE, read_metrics
+from support.commands.serve import PROMPT, running, save_model, tiny_model, tiny_tokenizer
+from support.commands.train import finish, start
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 

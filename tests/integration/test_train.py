@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from training import STEPS, assert_gone, family, finish, losses, start, wait_for_step
 
 from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
+from support.commands.train import STEPS, assert_gone, family, finish, losses, start, wait_for_step
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import TOLERANCE, ours, random_tokens, their_modules, theirs, tiny
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from model.checkpoints.hf_names import layer_prefix
 from model.checkpoints.pretrained import load_pretrained, save_pretrained
+from support.reference_models import TOLERANCE, ours, random_tokens, their_modules, theirs, tiny
 
 
 @pytest.mark.parametrize(

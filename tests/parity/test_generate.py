@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation import (
+
+from engine import EngineSettings, Sequence
+from model.causal_lm import CausalLM
+from support.generation import (
     engine_over,
     generated_by_transformers,
     greedily,
@@ -22,10 +25,7 @@ from generation import (
     text_prompts,
     trained_model,
 )
-from reference import tiny
-
-from engine import EngineSettings, Sequence
-from model.causal_lm import CausalLM
+from support.reference_models import tiny
 
 NEW = 64
 LENGTHS, EACH = (1, 9, 24, 40), 5

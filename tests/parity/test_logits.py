@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import TOLERANCE, ours, random_tokens, their_modules, theirs, tiny
 from transformers.cache_utils import MtpCache
 
 from model.losses.balance_loss import BalanceWeights
 from model.losses.training_losses import drafts, training_loss
 from model.trace import Trace
+from support.reference_models import TOLERANCE, ours, random_tokens, their_modules, theirs, tiny
 
 YARN = {
     "type": "yarn",

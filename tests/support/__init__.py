@@ -1,0 +1,1 @@
+"""Scaffolds that test modules share."""

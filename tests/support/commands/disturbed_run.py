@@ -1,0 +1,116 @@
+"""`raymoe train` in the course of which things happen, and the pauses that they cost."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from actors.rpc.coordinator_client import AdminClient
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from support.commands.train import STEPS, assert_gone, family, losses, start
+
+HOST, WORKER, COORDINATOR = "_ExpertHostProcess", "RayTrainWorker", "_CoordinatorProcess"
+
+SETTINGS = {
+    "training__steps": STEPS,
+    "checkpoint__interval": 0,
+    "cluster__expert_hosts": 3,
+    "cluster__snapshot_interval": 5,
+    "cluster__dead_after": 2.0,
+}
+
+
+class DisturbedRun:
+    """A run in the course of which things happen.
+
+    Attributes:
+        pauses: seconds from each disturbance to a step that it made afterwards.
+    """
+
+    def __init__(self, corpus: Path, output: Path, *options: str, **changed: object) -> None:
+        self.output = output
+        self.process = start(corpus, output, *options, **{**SETTINGS, **changed})
+        self.pauses: list[float] = []
+        self._said: list[str] = []
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def admin(self) -> AdminClient:
+        """Of its coordinator."""
+        while True:
+            found = re.search(r"coordinator at (\S+),", "".join(self._said))
+            if found is not None:
+                return AdminClient(f"grpc:{found[1]}")
+            assert self.process.poll() is None, "".join(self._said)
+            time.sleep(0.05)
+
+    def at(self, step: int, disturb: Callable[[], object]) -> None:
+        """Disturb it once it has that many steps, and wait until it goes on."""
+        while self._steps() < step:
+            assert self.process.poll() is None, "".join(self._said)
+            time.sleep(0.02)
+        began, before = time.monotonic(), self._steps()
+        disturb()
+        while self._steps() < before + 2:  # one may have been on its way
+            assert self.process.poll() is None, "".join(self._said)
+            time.sleep(0.01)
+        self.pauses.append(time.monotonic() - began)
+
+    def kill(self, title: str, source: random.Random) -> None:
+        """SIGKILL for one of its processes of this title, as soon as there is one.
+
+        Of coordinators the oldest one: others stand by.
+        """
+        while not (found := [p for p in family(self.process) if title in title_of(p)]):
+            assert self.process.poll() is None, "".join(self._said)
+            time.sleep(0.05)
+        found.sort(key=lambda p: p.create_time())
+        (found[0] if title == COORDINATOR else source.choice(found)).kill()
+
+    def finish(self) -> list[float]:
+        """Its losses, step by step."""
+        members = family(self.process)
+        assert self.process.wait(300) == 0, "".join(self._said)
+        self._close()
+        assert_gone(members)
+        return losses(self.output)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        self._listener.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._said.append(line)
+
+    def _steps(self) -> int:
+        lines = read_metrics(self.output / METRICS_FILE)
+        return int(lines[-1]["step"]) if lines else 0
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def differ(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))

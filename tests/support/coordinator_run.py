@@ -1,0 +1,134 @@
+"""A training run of fake hosts; workers are calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.coordinator.common_snapshot import TRUNK
+from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.training_steps import Beginning, TrainingSteps
+from actors.coordinator.transfer_plan import Shape
+from actors.messages.steps import Resume, StepReport, TrainingPlan
+from actors.messages.transfer_orders import Blob
+from cluster import HostInfo
+from support.fake_hosts import FakeHost
+
+L, E = 2, 4
+PLAN = TrainingPlan(steps=10, workers=2, learning_rate=1e-2, warmup_steps=2, clip_norm=1.0)
+
+
+class Run:
+    """A coordinator with fake hosts, which hold their experts already."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan = PLAN,
+        n_hosts: int = 2,
+        *,
+        dead_after: float = 5.0,
+        beginning: Callable[[], Beginning] | None = None,
+        step: int = 0,
+        bias: Tensor | None = None,
+        world: dict[str, FakeHost] | None = None,
+        state: Any = None,
+        found: bool = True,
+    ) -> None:
+        self.plan = plan
+        self.world: dict[str, FakeHost] = {} if world is None else world
+
+        def steps(elastic: Elastic) -> TrainingSteps:
+            hosts = elastic if n_hosts else None
+            return TrainingSteps(plan, (L, E), hosts, beginning=beginning or self.begin, step=step, bias=bias)
+
+        self.coordinator = Coordinator(
+            Shape(layers=tuple(range(L)), n_experts=E, n_group=1),
+            hosts=n_hosts,
+            control=lambda info: self.world[info.id],
+            step=step,
+            steps=steps,
+            dead_after=dead_after,
+            state=state,
+        )
+        self.steps = self.coordinator.steps
+        if not self.world:
+            for at in range(n_hosts):
+                FakeHost(f"host-{at}", self.world)
+        for id in self.world:
+            self.coordinator.register_host(HostInfo(id=id))
+        if n_hosts and found:
+            self.coordinator.found()
+        self.pool = ThreadPoolExecutor(8)
+        if found:
+            for rank in range(plan.workers):
+                self.join(rank)
+
+    @property
+    def hosts(self) -> list[FakeHost]:
+        return list(self.world.values())
+
+    def begin(self) -> Beginning:
+        return Beginning(directory="", step=0, moments=False, bias=torch.zeros(L, E))
+
+    def add(self, id: str) -> FakeHost:
+        host = FakeHost(id, self.world)
+        self.coordinator.register_host(HostInfo(id=id))
+        return host
+
+    def join(self, rank: int, attempt: int = -1) -> Resume:
+        """Join, and leave the trunk's state with hosts, as workers do."""
+        resume = self.steps.join(rank, self.plan.workers, attempt, "something was lost", timeout=20)
+        self.keep_trunk(resume.step)
+        return resume
+
+    def rejoin(self, attempt: int) -> Resume:
+        """All workers, after an attempt in which something was lost."""
+        joining = [self.pool.submit(self.join, rank, attempt) for rank in range(self.plan.workers)]
+        return [one.result(20) for one in joining][-1]
+
+    def keep_trunk(self, step: int) -> None:
+        for host in self.hosts:
+            if not host.dead and not host.hung:
+                host.put(Blob(name=TRUNK, step=step, tensors={}))
+
+    def report(self, worker: int, step: int = 0, **fields: Any) -> Future[Any]:
+        return self.pool.submit(self.steps.report, report(worker, step, **fields))
+
+    def end_step(self, step: int, **fields: Any) -> Any:
+        pending = [self.report(worker, step, **fields) for worker in range(self.plan.workers)]
+        decisions = [one.result(20) for one in pending]
+        assert decisions[0] is decisions[1]
+        if decisions[0].snapshot:
+            self.keep_trunk(step + 1)
+        return decisions[0]
+
+    def lose(self, id: str) -> None:
+        """A process is gone, and the coordinator finds out."""
+        self.world[id].dead = True
+        self.coordinator.elastic.lose(id, "its process ended")
+
+    def close(self) -> None:
+        for host in self.hosts:
+            host.gate.set()
+        self.coordinator.close()
+        self.pool.shutdown()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def report(worker: int, step: int = 0, **fields: Any) -> StepReport:
+    loads = torch.zeros(L, E, dtype=torch.int64)
+    loads[:, worker] = 10
+    return StepReport(worker=worker, step=step, **{"loads": loads, **fields})
+
+
+__all__ = ["PLAN", "E", "L", "Run", "report"]

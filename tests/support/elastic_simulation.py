@@ -1,0 +1,216 @@
+"""A cluster of a clock and fake hosts, without threads: starts take time, and everything may fail."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.routing_tables import Published, holding
+from actors.coordinator.transfer_plan import Shape, arrivals
+from actors.messages.transfer_orders import Assembly
+from cluster.membership import Membership, Stage
+from cluster.placement import Placement
+from cluster.topology import HostInfo
+from errors import ChannelError, ChannelTimeout, RaymoeError
+from support.fake_hosts import FakeHost
+
+DEAD_AFTER = 3.0
+LAYERS, EXPERTS, GROUPS = (1, 2), 12, 4
+
+
+class Inline(Executor):
+    """Work is done when it is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class SimulatedHost(FakeHost):
+    """Never waits; reads nothing that a live host has."""
+
+    def _up(self) -> None:
+        if self.hung:
+            raise ChannelTimeout(f"expert host {self.id} did not answer in time")
+        if self.dead:
+            raise ChannelError(f"expert host {self.id} cannot be reached")
+
+    def _get(self, order: Assembly, layer: int, expert: int) -> None:
+        before = self.read
+        super()._get(order, layer, expert)
+        if self.read > before and order.base is not None:
+            having = [o.id for o in self.world.values() if not o.dead and not o.hung]
+            having = [id for id in having if self.world[id].has(order, layer, expert)]
+            assert not having, f"expert {expert} of layer {layer} was read, though {having} had it"
+
+
+class Simulation:
+    """What a fleet and a coordinator's threads do, tick by tick.
+
+    Attributes:
+        fail_next: starts that are going to fail.
+        die_next: hosts that are going to die in the middle of their first assembly.
+        moved, least: experts that moved, and that had to, in the moves that nothing disturbed.
+    """
+
+    def __init__(self, seed: int, *, replicas: int, hosts: int = 2, nodes: int = 3) -> None:
+        self.random = random.Random(seed)
+        self.nodes = nodes
+        self.now = 1000.0
+        self.world: dict[str, FakeHost] = {}
+        self.starting: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self.stopped: list[str] = []
+        self.fail_next = self.die_next = 0
+        self.moved = self.least = 0
+        self.started = 0
+        self.lost: list[str] = []
+        self.serial, self.epoch = -1, -1
+        self.membership = Membership(wanted=hosts, most=EXPERTS)
+        self.elastic = Elastic(
+            Shape(layers=LAYERS, n_experts=EXPERTS, n_group=GROUPS, replicas=replicas),
+            self.membership,
+            Published(),
+            lambda info: self.world[info.id],
+            on_lost=lambda id, why: self.lost.append(id),
+            patience=1.0,
+            clock=lambda: self.now,
+            pool=Inline(),
+        )
+        for _ in range(hosts):
+            self._start()
+        while len(self.membership.members) < hosts:
+            self._fleet()
+            self.now += 0.5
+        self.elastic.begin("weights", "directory")
+
+    # --- what happens
+
+    def alive(self) -> list[str]:
+        return [id for id, host in self.world.items() if not host.dead and not host.hung]
+
+    def tick(self) -> None:
+        """Half a second."""
+        self.now += 0.5
+        self.elastic.ping_all(DEAD_AFTER)
+        for id in self.elastic.silent(DEAD_AFTER):
+            self.elastic.lose(id, "silent")
+        self._fleet()
+        why = self.elastic.due()
+        if why is not None:
+            before, deaths = self.elastic.versions.current, len(self.lost)
+            assert before is not None
+            try:
+                self.elastic.reshape(why)
+            except RaymoeError:
+                assert self.elastic.versions.current is not None
+            else:
+                after = self.elastic.versions.current
+                if len(self.lost) == deaths and after is not None:
+                    self._count(before.placement, after.placement)
+        self.check()
+
+    def settle(self) -> None:
+        """Until nothing is left to be done."""
+        for _ in range(400):
+            self.tick()
+            if self.settled():
+                return
+        raise AssertionError(f"the hosts come to no rest: {self.membership}")
+
+    def settled(self) -> bool:
+        members = self.membership.members
+        scaling = self.membership.scaling
+        return (
+            len(members) == self.membership.wanted
+            and set(self.alive()) == set(members)
+            and not self.starting
+            and all(member.stage is Stage.SERVING for member in members.values())
+            and self.elastic.due() is None
+            and (scaling is None or scaling.ended is not None)
+        )
+
+    def _fleet(self) -> None:
+        for id, ready in list(self.starting.items()):
+            if self.now < ready:
+                continue
+            del self.starting[id]
+            if self.fail_next:
+                self.fail_next -= 1
+                self.failed[id] = "no CPUs"
+                continue
+            host = SimulatedHost(id, self.world)
+            if self.die_next:
+                self.die_next -= 1
+                host.on_assemble = lambda host=host: setattr(host, "dead", True)
+            node = f"node-{self.random.randrange(self.nodes)}"
+            self.elastic.register(HostInfo(id=id, node=node))
+        failed, stopped = dict(self.failed), list(self.stopped)
+        orders, _ = self.elastic.orders(starting=len(self.starting), failed=failed, stopped=stopped)
+        self.failed, self.stopped = {}, []
+        for id in orders.stop:
+            self.world[id].dead = True
+            self.stopped.append(id)
+        for _ in range(orders.start):
+            self._start()
+
+    def _start(self) -> None:
+        self.starting[f"host-{self.started}"] = self.now + self.random.choice([0.0, 0.5, 1.0, 3.0])
+        self.started += 1
+
+    def _count(self, before: Placement, after: Placement) -> None:
+        old, new = holding(before), holding(after)
+        self.moved += arrivals(after, old)
+        empty = ((),) * len(LAYERS)
+        for id, rows in new.items():
+            for row, had in zip(rows, old.get(id, empty), strict=True):
+                self.least += max(0, len(row) - len(had))
+
+    # --- what has to hold
+
+    def check(self) -> None:
+        """At any moment."""
+        table = self.elastic.versions.table()
+        assert table is not None
+        assert table.serial >= self.serial
+        assert table.epoch >= self.epoch
+        self.serial, self.epoch = table.serial, table.epoch
+        for layer, row in zip(LAYERS, table.holders, strict=True):
+            for expert, hosts in enumerate(row):
+                assert len(set(hosts)) == len(hosts)
+                for at in hosts:
+                    held = self.world[table.hosts[at].id].held
+                    assert expert in held[table.epoch].get(layer, ()), "the table names who does not hold it"
+
+    def check_settled(self) -> None:
+        """When nothing is left to be done."""
+        current, table = self.elastic.versions.current, self.elastic.versions.table()
+        assert current is not None
+        assert table is not None
+        members = self.membership.members
+        assert set(current.placement.sites) == set(members)
+        node = {id: member.info.node for id, member in members.items()}
+        copies = min(self.elastic.shape.replicas, len(members))
+        for row in current.placement.holders:
+            for ids in row:
+                assert len(ids) >= copies
+                apart = len({node[id] for id in ids})
+                assert copies < 2 or apart > 1 or len(set(node.values())) == 1, f"{ids} are on one node"
+        if copies < 2 or len(set(node.values())) == 1:  # else few hosts on a node have to take more
+            counts = [len(row) for rows in holding(current.placement).values() for row in rows]
+            assert max(counts) - min(counts) <= EXPERTS // GROUPS
+        for id in members:
+            assert set(self.world[id].held) == {current.epoch}, "a host holds what is of no use"
+        gone = [host for id, host in self.world.items() if id not in members]
+        assert all(host.dead for host in gone), "a host was forgotten"
+        assert all(host.closed.is_set() for host in gone), "a client was not closed"
+
+
+__all__ = ["Simulation"]

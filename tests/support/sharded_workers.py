@@ -1,0 +1,363 @@
+"""Training runs whose workers are processes with a group over gloo; hosts and coordinator are here.
+
+What Ray Train does for a run (start its workers, and all of them anew when one is lost) `Workers` does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from actors.coordinator.servicer import CoordinatorServicer
+from actors.host.host_server import ExpertHostServer
+from actors.rpc.control_server import ControlServer
+from actors.rpc.coordinator_client import CoordinatorClient
+from actors.rpc.host_client import HostClient
+from channels.base import Channel, Phase, Request
+from cluster.topology import HostInfo
+from errors import ChannelError, WorkersLost
+from jobs.config.run_config import RunConfig
+from jobs.fleet.hosts import connector
+from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.run_assembly import build_coordinator, build_host
+from jobs.training.run_start import Start
+from jobs.training.worker_assembly import assemble_worker
+from protos import coordinator_pb2_grpc
+from support.training_job import Corpus, Outcome, weights_of
+
+_PATIENCE = 60.0  # seconds for whatever has to come
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A request in the middle of a step, at which a process ends.
+
+    Attributes:
+        at: of the step's requests of this phase that the process sees, from 0.
+    """
+
+    step: int
+    phase: Phase
+    at: int = 0
+
+
+class _Doom:
+    """Ends the process at its moment."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment, self._seen = moment, 0
+
+    def see(self, request: Request) -> None:
+        if (request.id.step, request.id.phase) == (self._moment.step, self._moment.phase):
+            if self._seen == self._moment.at:
+                os._exit(1)
+            self._seen += 1
+
+
+class _Cut:
+    """From its moment on nothing leaves the process, until the run has begun again under another epoch."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment, self._seen = moment, 0
+        self._epoch: int | None = None
+
+    def see(self, request: Request) -> None:
+        if (request.id.step, request.id.phase) == (self._moment.step, self._moment.phase):
+            if self._seen == self._moment.at:
+                self._epoch = request.id.epoch
+            self._seen += 1
+        if request.id.epoch == self._epoch:
+            raise ChannelError("the network is gone")
+
+
+class _Watched:
+    """A channel whose requests are seen first."""
+
+    def __init__(self, inner: Channel, doom: _Doom | _Cut) -> None:
+        self._inner, self._doom = inner, doom
+
+    def submit(self, request: Request) -> Any:
+        self._doom.see(request)
+        return self._inner.submit(request)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    rank: int
+    workers: int
+    config: dict[str, Any]
+    corpus: Corpus
+    start: Start
+    output: Path
+    coordinator: str
+    meeting: Path
+    end: Moment | None = None
+    cut: Moment | None = None
+
+
+@dataclass(kw_only=True)
+class Share:
+    """What a worker ends with.
+
+    Attributes:
+        trunk: whole tensors by name.
+        state_bytes, gradient_bytes: of values and moments, and of gradients in the last step.
+    """
+
+    trunk: dict[str, Tensor] = field(default_factory=dict)
+    state_bytes: int = 0
+    gradient_bytes: int = 0
+
+
+def _work(job: _Job) -> Share:
+    from jobs.training.ray_worker import ProcessGroupReducer
+
+    config = RunConfig.from_dict(job.config)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{job.meeting}", rank=job.rank, world_size=job.workers
+    )
+    sharded = config.training.trunk_sharding == "fsdp"
+    coordinator = CoordinatorClient(job.coordinator, timeout=_PATIENCE)
+    connect = connector(config.cluster, torch.device("cpu"))
+    doom = _Doom(job.end) if job.end is not None else _Cut(job.cut) if job.cut is not None else None
+    if doom is not None:
+        opened = connect
+        connect = lambda host: _Watched(opened(host), doom)  # type: ignore[assignment,return-value]  # noqa: E731
+    made = assemble_worker(
+        config,
+        job.corpus,  # type: ignore[arg-type]
+        rank=job.rank,
+        start=job.start,
+        output=job.output,
+        coordinator=coordinator,
+        table=coordinator.table() if config.cluster.expert_hosts else None,
+        connect=connect,
+        reducer=ProcessGroupReducer(),
+        workers=job.workers,
+        reach=partial(HostClient, timeout=_PATIENCE),
+        mesh=init_device_mesh("cpu", (job.workers,)) if sharded else None,
+    )
+    share = Share()
+    apply = made.trunk.apply
+
+    def watched(decision: Any) -> None:
+        gradients = (p.grad for p in made.trunk.model.parameters() if p.grad is not None)
+        share.gradient_bytes = sum(_local(one).nbytes for one in gradients)
+        apply(decision)
+
+    made.trunk.apply = watched  # type: ignore[method-assign]
+    try:
+        made.worker.run()
+        parameters = made.trunk.parameters
+        share.trunk = {name: one.clone() for name, one in parameters.whole()}
+        share.state_bytes = sum(one.nbytes for one in parameters.state().values())
+        return share
+    finally:
+        made.close()
+        coordinator.close()
+        torch.distributed.destroy_process_group()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _serve(pipe: Connection) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(_work(job))
+        except BaseException as error:
+            pipe.send(error)
+
+
+def _doomed_host(pipe: Connection, config: dict[str, Any], start: Start, id: str, end: Moment) -> None:
+    torch.set_num_threads(1)
+    host = build_host(RunConfig.from_dict(config), start, id, connect=HostClient)
+    doom, handle = _Doom(end), host.handle
+
+    def seen(request: Request) -> Any:
+        doom.see(request)
+        return handle(request)
+
+    host.handle = seen  # type: ignore[method-assign]
+    pipe.send(ExpertHostServer(host).info)
+    pipe.recv()
+
+
+class Workers:
+    """Processes that are workers of one run after the other."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._running: list[tuple[Any, Connection]] = []
+        self._meetings = 0
+
+    def run(self, jobs: list[_Job]) -> list[Share | BaseException]:
+        """Do all jobs at once; what came of each, an `EOFError` where the process has ended."""
+        while len(self._running) < len(jobs):
+            self._running.append(self._begin(_serve))
+        for (_, pipe), job in zip(self._running, jobs, strict=False):
+            pipe.send(job)
+        found: list[Share | BaseException] = []
+        for _, pipe in self._running[: len(jobs)]:
+            try:
+                assert pipe.poll(2 * _PATIENCE), "a worker hangs"
+                found.append(pipe.recv())
+            except EOFError as error:
+                found.append(error)
+        if any(isinstance(one, BaseException) for one in found):
+            self.close()  # as Ray Train does
+        return found
+
+    @contextmanager
+    def doomed_host(
+        self, config: RunConfig, start: Start, id: str, end: Moment, lost: Callable[[], None]
+    ) -> Iterator[HostInfo]:
+        """A host in a process of its own, until its moment; `lost` is called after it."""
+        process, pipe = self._begin(_doomed_host, config.to_dict(), start, id, end)
+        info: HostInfo = pipe.recv()
+
+        def watch() -> None:
+            wait([process.sentinel])
+            lost()
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            yield info
+        finally:
+            process.kill()
+            watching.join()
+            pipe.close()
+
+    def close(self) -> None:
+        for process, pipe in self._running:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._running.clear()
+
+    def _begin(self, target: Callable[..., None], *arguments: Any) -> tuple[Any, Connection]:
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=target, args=(theirs, *arguments), daemon=True)
+        process.start()
+        theirs.close()
+        return process, mine
+
+
+def train_sharded(
+    workers: Workers,
+    config: RunConfig,
+    corpus: Corpus,
+    output: Path,
+    *,
+    start: Start | None = None,
+    stop_after: int | None = None,
+    lose_host: Moment | None = None,
+    lose_worker: Moment | None = None,
+    cut_worker: Moment | None = None,
+    go_on_with: int | None = None,
+) -> tuple[Outcome, list[Share], list[tuple[str, float]]]:
+    """Run a training job to its end; raises what a worker raised.
+
+    Args:
+        lose_host: when the last host's process ends.
+        cut_worker: when the last worker reaches no host any more, for a while.
+        lose_worker: when the last worker's process ends; all are started anew, `go_on_with` of them.
+
+    Returns:
+        The outcome, what every worker had, and the run's interruptions.
+    """
+    start = start or Start(run="test")
+    n_hosts, n_workers = config.cluster.expert_hosts, config.training.workers
+    with ExitStack() as stack:
+        coordinator = build_coordinator(config, start, output)
+        stack.callback(coordinator.close)
+        steps = coordinator.steps
+        report = steps.report
+
+        def watched(one: Any) -> Any:
+            if stop_after is not None and one.step + 1 >= stop_after:
+                steps.request_stop()
+            return report(one)
+
+        steps.report = watched  # type: ignore[method-assign]
+        hosts = [
+            build_host(config, start, f"host-{i}", connect=HostClient)
+            for i in range(n_hosts - (lose_host is not None))
+        ]
+        for host in hosts:
+            server = ExpertHostServer(host)
+            stack.callback(server.close)
+            coordinator.register_host(server.info)
+        if lose_host is not None:
+            doomed = f"host-{n_hosts - 1}"
+            lost = partial(coordinator.elastic.lose, doomed, "its process ended")
+            info = stack.enter_context(workers.doomed_host(config, start, doomed, lose_host, lost))
+            coordinator.register_host(info)
+        if n_hosts:
+            coordinator.found()
+        servicer = CoordinatorServicer(coordinator)
+        control = ControlServer(
+            lambda server: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
+        )
+        stack.callback(control.close)
+
+        def jobs(n: int) -> list[_Job]:
+            workers._meetings += 1
+            job = _Job(
+                rank=0,
+                workers=n,
+                config=config.to_dict(),
+                corpus=corpus,
+                start=start,
+                output=output,
+                coordinator=control.address,
+                meeting=output / f"meeting-{workers._meetings}",
+            )
+            return [replace(job, rank=rank) for rank in range(n)]
+
+        output.mkdir(parents=True, exist_ok=True)
+        if lose_worker is not None:
+            some = jobs(n_workers)
+            found = workers.run([*some[:-1], replace(some[-1], end=lose_worker)])
+            assert isinstance(found[-1], EOFError), found
+            assert all(isinstance(one, WorkersLost) for one in found[:-1]), found
+            n_workers = go_on_with or n_workers
+        some = jobs(n_workers)
+        found = workers.run([*some[:-1], replace(some[-1], cut=cut_worker)])
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        shares = [one for one in found if isinstance(one, Share)]
+        outcome = Outcome(trunk=shares[0].trunk, metrics=read_metrics(output / METRICS_FILE))
+        outcome.experts = {k: v for host in hosts for k, v in weights_of(host).items()}
+        outcome.losses = [line["main_loss"] for line in outcome.metrics]
+        return outcome, shares, list(steps.pauses)
+
+
+__all__ = ["Moment", "Share", "Workers", "train_sharded"]

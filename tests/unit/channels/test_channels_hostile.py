@@ -1,0 +1,351 @@
+"""Peers that lie: each loses its own connection, and nobody else's."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import grpc as grpc_library
+import pytest
+import torch
+
+from channels import choose
+from channels.base import Phase, Request, RequestId, Server
+from channels.cuda import channel as cuda
+from channels.cuda.cuda_memory import CudaMemory, packed, unpacked
+from channels.framing.pipe import MAX_IN_FLIGHT
+from channels.grpc import channel as grpc
+from channels.shm import channel as shm
+from channels.shm.segments import SegmentMirror, SegmentPool
+from errors import ChannelError, ProtocolError
+from protos import expert_pb2, expert_pb2_grpc
+from support.device_memory import PretendedMemory
+
+NAME = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
+HEAD = struct.Struct("<4sIQQI")
+CAPACITY = 1 << 16
+
+
+def echo(request: Request) -> tuple[torch.Tensor, ...]:
+    return request.tensors
+
+
+def header(**placed: Any) -> bytes:
+    message = expert_pb2.Header(id=expert_pb2.RequestId(run="r"))
+    if placed:
+        shape = placed.get("shape", [])
+        message.layout.extend([placed.get("dtype", 1), len(shape), *shape, placed.get("offset", 0)])
+    return message.SerializeToString()
+
+
+def memory(size: int, *, sealed: bool) -> int:
+    if sealed:
+        _, descriptor = SegmentPool().acquire(size - size // 4)
+        assert descriptor is not None
+        return descriptor
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    opened = shm.serve(echo)
+    yield opened
+    opened.close()
+
+
+def refused(server: Server, packet: bytes, descriptors: list[int], *, greeting: bytes = b"") -> bool:
+    """Send one packet by hand, after a greeting that is answered: whether the server hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.settimeout(30)
+        peer.connect("\0" + server.address.rpartition("/")[2])
+        if greeting:
+            peer.send(greeting)
+            assert peer.recv(1 << 16)
+        rights = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
+        peer.sendmsg([packet], rights)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return peer.recv(1 << 16) == b""
+
+
+def open_files() -> set[tuple[str, str]]:
+    """Descriptors of this process and what they stand for."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+    return found
+
+
+def honest_size() -> int:
+    _, descriptor = SegmentPool().acquire(1024)
+    assert descriptor is not None
+    size = os.fstat(descriptor).st_size
+    os.close(descriptor)
+    return size
+
+
+def test_an_honest_packet_by_hand_is_answered(server: Server) -> None:
+    """Else the refusals below would prove nothing."""
+    size = honest_size()
+    packet = HEAD.pack(b"rmo1", 0, size, 1024, 0) + header(shape=[256])
+    _, descriptor = SegmentPool().acquire(1024)
+    assert descriptor is not None
+    assert not refused(server, packet, [descriptor])
+
+
+@pytest.mark.parametrize(
+    ("packet", "files"),
+    [
+        (b"x", []),
+        (b"rmo0" + bytes(24), []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 0) + b"\xff\xff", []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 0), []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 2**31) + header(), []),
+        (HEAD.pack(b"rmo1", 0xFFFFFFFF, 0, 0, 1) + bytes(4) + header(), []),
+        (HEAD.pack(b"rmo1", 3, 0, 1024, 0) + header(shape=[256]), []),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256]), []),
+        (HEAD.pack(b"rmo1", 0, 0, 0, 0) + header(), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256]), [False]),
+        (HEAD.pack(b"rmo1", 0, 2**30, 1024, 0) + header(shape=[256]), [True]),
+        (HEAD.pack(b"rmo1", 999, CAPACITY, 1024, 0) + header(shape=[256]), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, CAPACITY + 1, 0) + header(shape=[256]), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[257]), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256], offset=4), [True]),
+        (HEAD.pack(b"rmo1", 0, CAPACITY, 1024, 0) + header(shape=[256]), [True, True, True]),
+        (bytes(70_000), []),
+    ],
+)
+def test_a_packet_that_lies_closes_its_connection_alone(
+    packet: bytes, files: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = open_files()
+    server = shm.serve(echo)
+    good = choose.connect(server.address)
+    assert refused(server, packet, [memory(CAPACITY, sealed=sealed) for sealed in files])
+    assert "hung up on pid" in caplog.text
+    (back,) = good.submit(Request(id=NAME, tensors=(torch.ones(3),))).result(30)
+    assert torch.equal(back, torch.ones(3))
+    good.close()
+    server.close()
+    # What earlier tests left to the collector may be closed in the meantime.
+    assert open_files() <= before
+
+
+def test_a_segment_given_back_twice_is_refused() -> None:
+    pool = SegmentPool()
+    segment, descriptor = pool.acquire(10)
+    assert descriptor is not None
+    os.close(descriptor)
+    pool.release(segment.index)
+    with pytest.raises(ProtocolError, match="which it did not have"):
+        pool.release(segment.index)
+
+
+def test_segments_are_used_again_and_follow_the_largest_payload() -> None:
+    pool, mirror = SegmentPool(), SegmentMirror()
+    for size in (10, 70_000, 5000, 1 << 20, 1 << 20):
+        segment, descriptor = pool.acquire(size)
+        if descriptor is not None:
+            mirror.attach(segment.index, descriptor, segment.capacity)
+            os.close(descriptor)
+        segment.memory[:size] = 7
+        assert int(mirror.get(segment.index, size).memory[:size].sum()) == 7 * size
+        assert segment.index == 0
+        pool.release(0)
+    assert pool.acquire(1 << 20)[1] is None
+
+
+def test_a_stream_of_garbage_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    server = grpc.serve(echo)
+    good = choose.connect(server.address)
+    with grpc_library.insecure_channel(server.address.removeprefix("grpc:")) as channel:
+        exchange = channel.stream_stream(f"/{grpc.SERVICE}/{grpc.METHOD}", None, None)
+        with pytest.raises(grpc_library.RpcError) as refusal:
+            list(exchange(iter([b"garbage"])))
+        code: Any = refusal.value
+        assert code.code() is grpc_library.StatusCode.INVALID_ARGUMENT
+    assert "hung up on" in caplog.text
+    (back,) = good.submit(Request(id=NAME, tensors=(torch.ones(3),))).result(30)
+    assert torch.equal(back, torch.ones(3))
+    good.close()
+    server.close()
+
+
+def test_generated_stubs_exchange_frames_and_control_calls_beside_them() -> None:
+    class Servicer(expert_pb2_grpc.ExpertServicer):
+        def Prepare(self, request: Any, context: Any) -> expert_pb2.PrepareReply:
+            return expert_pb2.PrepareReply(step=request.step, squared_norm=2.0)
+
+    def register(server: Any) -> None:
+        expert_pb2_grpc.add_ExpertServicer_to_server(Servicer(), server)
+
+    server = grpc.serve(echo, services=(register,))
+    rows = torch.arange(4, dtype=torch.float32)
+    frame = expert_pb2.Frame(payload=rows.numpy().tobytes())
+    frame.header.id.run = "foreign"
+    frame.header.layout.extend([1, 1, 4, 0])
+    with grpc_library.insecure_channel(server.address.removeprefix("grpc:")) as channel:
+        stub: Any = expert_pb2_grpc.ExpertStub(channel)
+        assert stub.Prepare(expert_pb2.PrepareRequest(step=3)).squared_norm == 2.0
+        (reply,) = stub.Exchange(iter([frame]))
+    assert reply.header.status.code == expert_pb2.CODE_OK
+    assert reply.payload == frame.payload
+    server.close()
+
+
+@pytest.mark.parametrize("serve", [shm.serve, grpc.serve])
+def test_more_in_flight_than_the_pipe_holds(serve: Callable[..., Server]) -> None:
+    server = serve(echo)
+    channel = choose.connect(server.address)
+    tickets = [
+        channel.submit(Request(id=NAME, tensors=(torch.full((40_000,), float(i)),)))
+        for i in range(2 * MAX_IN_FLIGHT)
+    ]
+    for i, ticket in reversed(list(enumerate(tickets))):
+        assert float(ticket.result(30)[0][0]) == i
+    channel.close()
+    server.close()
+
+
+def test_a_request_that_cannot_travel_leaves_the_channel_whole() -> None:
+    server = shm.serve(echo)
+    channel = choose.connect(server.address)
+    with pytest.raises(ProtocolError, match=r"torch\.bool"):
+        channel.submit(Request(id=NAME, tensors=(torch.zeros(2, dtype=torch.bool),)))
+    assert float(channel.submit(Request(id=NAME, tensors=(torch.ones(1),))).result(30)[0]) == 1
+    channel.close()
+    server.close()
+
+
+def test_a_server_that_closes_wakes_its_callers() -> None:
+    server = shm.serve(echo)
+    channel = choose.connect(server.address)
+    server.close()
+    with pytest.raises(ChannelError):
+        channel.submit(Request(id=NAME)).result(30)
+
+
+def test_a_write_that_fails_leaves_no_segment_behind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = choose.connect(server.address)
+    (good,) = channel.submit(request(torch.ones(3))).result(30)
+    with monkeypatch.context() as patched:
+
+        def fail(*_: object) -> None:
+            raise ProtocolError("cannot be written")
+
+        patched.setattr("channels.shm.doorbell._write", fail)
+        for size in (3, 1 << 20):
+            for _ in range(300):
+                with pytest.raises(ProtocolError, match="cannot be written"):
+                    channel.submit(request(torch.ones(size)))
+    (again,) = channel.submit(request(torch.full((3,), 2.0))).result(30)
+    assert good.tolist() == [1.0] * 3
+    assert again.tolist() == [2.0] * 3
+    channel.close()
+
+
+def test_an_interrupt_in_the_middle_of_a_request_closes_the_channel(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = choose.connect(server.address)
+    assert isinstance(channel, shm.ShmChannel)
+    send = channel._bell.send
+
+    def interrupted(*arguments: Any) -> Any:
+        send(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(channel._bell, "send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        channel.submit(request(torch.ones(3)))
+    with pytest.raises(ChannelError, match="connect again"):
+        channel.submit(request(torch.ones(3)))
+
+
+def test_a_timeout_beyond_all_bounds_is_none(server: Server) -> None:
+    channel = choose.connect(server.address)
+    for seconds in (1e19, float("inf")):
+        assert channel.submit(request(torch.ones(2))).result(seconds)[0].tolist() == [1.0, 1.0]
+    channel.close()
+
+
+def request(*tensors: torch.Tensor) -> Request:
+    name = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
+    return Request(id=name, tensors=tensors)
+
+
+NOTE = struct.Struct("<IQHHH")
+TOO_LONG = expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 1 << 40, 0]).SerializeToString()
+LAYOUT = expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 4, 0]).SerializeToString()
+
+
+def note(
+    number: int = 0,
+    capacity: int = 0,
+    handle: bytes = b"",
+    done: int = 0,
+    places: int = 1,
+    text: bytes = LAYOUT,
+) -> bytes:
+    head = NOTE.pack(number, capacity, len(handle), done, places)
+    return head + struct.pack(f"<{done}I{places}H", *range(done), *range(places)) + handle + text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\xff" * 200,
+        note(),  # of a segment that nobody has told of
+        note(number=7),
+        note(capacity=CAPACITY, handle=b"/etc/passwd"),
+        note(capacity=CAPACITY, handle=b""),
+        note(done=1),  # gives back what it never had
+        note(places=2),
+        note(places=60000)[:9000],
+        note(text=b"\xff\xff"),
+        note(
+            text=expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 1 << 40, 0]).SerializeToString()
+        ),
+    ],
+)
+@pytest.mark.parametrize("greets", [True, False])
+def test_notes_that_lie(text: bytes, greets: bool) -> None:
+    opened = cuda.CudaServer(echo, PretendedMemory(), "here")
+    good = cuda.open_channel(opened.address, PretendedMemory(), "here")
+    begin = HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0)
+    greeting = begin + PretendedMemory().make(cuda._TRIAL)[1] if greets else b""
+    try:
+        assert refused(opened, begin + text, [], greeting=greeting)
+        (reply,) = good.submit(Request(NAME, (torch.ones(3),))).result(30)
+        assert torch.equal(reply, torch.ones(3))
+    finally:
+        good.close()
+        opened.close()
+
+
+def test_a_note_on_shared_memory_alone_is_refused(server: Server) -> None:
+    assert refused(server, HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0) + note(), [])
+
+
+@pytest.mark.parametrize("values", [[], [1, -5, True, False, b"", b"handle" * 20], [b"x" * 60000]])
+def test_handles_of_device_memory_come_back(values: list[Any]) -> None:
+    assert unpacked(packed(values)) == values
+
+
+@pytest.mark.parametrize("bytes_of_them", [b"\x00", b"\x00\x05\x00abc", b"\x01\x00", b"\x07", b"\x02"])
+def test_handles_that_lie(bytes_of_them: bytes) -> None:
+    with pytest.raises(ProtocolError, match="cannot be opened"):
+        CudaMemory(torch.device("cuda", 0)).open(bytes_of_them, CAPACITY)
+    with pytest.raises((ValueError, struct.error)):
+        unpacked(bytes_of_them)

@@ -1,0 +1,387 @@
+"""What hosts keep in memory, and a run that goes on from it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.host.checkpoint_part import SavedMoments
+from actors.host.expert_layers import LayerCopy
+from actors.host.snapshot_store import Memory
+from actors.messages import tensor_stream as state_stream
+from actors.messages.transfer_orders import Assembly, Blob, Origin, Pull
+from channels.base import Phase
+from cluster.topology import HostInfo
+from errors import ProtocolError, StaleEpoch
+from protos import expert_pb2
+from support.moving_cluster import ALL, MovingCluster, Weights, same, split, until
+from support.tiny_cluster import CONFIG, LAYERS, tokens
+
+ONE = {"a": {layer: ALL for layer in LAYERS}}
+RING = {"a": "b", "b": "c", "c": "a"}
+
+
+@pytest.fixture
+def made() -> Iterator[Any]:
+    clusters: list[MovingCluster] = []
+
+    def make(*arguments: Any, **options: Any) -> MovingCluster:
+        clusters.append(MovingCluster(*arguments, **options))
+        return clusters[-1]
+
+    yield make
+    for cluster in clusters:
+        cluster.close()
+
+
+def snapshot(cluster: MovingCluster) -> None:
+    """Each host's state to the next one, over gRPC, until it is there."""
+    for name, buddy in RING.items():
+        with cluster.client(name) as client:
+            client.snapshot(cluster.step, [cluster.info(buddy)])
+    for name, buddy in RING.items():
+        until(
+            lambda n=name, b=buddy: any(  # type: ignore[misc]
+                one.pushed == (b,)
+                for one in cluster.hosts[n].inventory()
+                if (one.of, one.step) == (n, cluster.step)
+            )
+        )
+
+
+def entries(cluster: MovingCluster, name: str) -> list[tuple[str, str, int]]:
+    with cluster.client(name) as client:
+        return [(one.kind, one.of, one.step) for one in client.inventory()]
+
+
+def test_a_run_goes_on_from_memory_when_a_host_is_gone(made: Any) -> None:
+    still, cluster = made(ONE), made(split("a", "b", "c"))
+    for one in (still, cluster):
+        one.advance(2)
+    snapshot(cluster)
+    at_two = cluster.state()
+    cluster.advance(2)
+    cluster.kill("b")
+    two = split("c", "a")
+    kept = {name: cluster.hosts[name].inventory() for name in cluster.hosts}
+    for name in cluster.hosts:
+        origins = tuple(
+            Origin(host=cluster.info(peer), experts=one.experts)
+            for peer, stored in kept.items()
+            for one in stored
+            if peer != name and one.step == 2
+        )
+        with cluster.client(name) as client:
+            client.assemble(Assembly(epoch=1, experts=two[name], step=2, origins=origins))
+    cluster.switch(1, two)
+    assert cluster.step == 2
+    assert same(cluster.state(), at_two), "the state of the snapshot, to the bit"
+    for one in (still, cluster):
+        one.advance(3)
+    assert same(still.state(), cluster.state(), atol=1e-12)
+
+
+def test_what_no_memory_has_comes_from_the_checkpoint(made: Any, tmp_path: Path) -> None:
+    cluster = made(
+        split("a", "b", "c"),
+        open_source=lambda directory: Weights(Path(directory)),
+        open_moments=lambda directory: SavedMoments(Path(directory)),
+    )
+    cluster.advance()
+    at_one = cluster.state()
+    for host in cluster.hosts.values():
+        host.save(str(tmp_path))
+    cluster.hosts["a"].snapshot(1, [])
+    cluster.hosts["c"].snapshot(1, [])
+    cluster.advance()
+    cluster.kill("b")
+    for name, experts in split("a", "c").items():
+        (peer,) = {"a", "c"} - {name}
+        origin = Origin(host=cluster.info(peer), experts=cluster.holding[peer])
+        order = Assembly(
+            epoch=1, experts=experts, step=1, origins=(origin,), directory=str(tmp_path), moments=True
+        )
+        cluster.hosts[name].assemble(order)
+    cluster.switch(1, split("a", "c"))
+    assert same(cluster.state(), at_one)
+
+
+def test_the_newest_two_steps_are_kept_and_memory_is_used_again(made: Any) -> None:
+    cluster = made(split("a", "b", "c"))
+    used, where, owed = [], [], 0
+    for _ in range(5):
+        snapshot(cluster)
+        memory = cluster.hosts["a"]._memory
+        used.append(memory.memory_bytes())
+        where.append({tensor.data_ptr() for copy in memory._copies for tensor in copy.memory()})
+        owed = 2 * sum(
+            sum(layer.optimizer.state_buffers()[0].nbytes for layer in host._versions.current.layers.values())
+            for host in (cluster.hosts["a"], cluster.hosts["c"])
+        )
+        cluster.advance()
+    assert entries(cluster, "a") == [("experts", host, step) for host in ("a", "c") for step in (3, 4)]
+    assert used[1:] == [owed] * 4, "two steps of its own and two of the host whose buddy it is"
+    assert where[1] == where[2] == where[3] == where[4]
+
+
+def test_a_snapshot_is_what_the_state_was(made: Any) -> None:
+    cluster = made(ONE)
+    host = cluster.hosts["a"]
+    cluster.advance()
+    host.snapshot(1, [])
+    before = cluster.state()
+    cluster.advance()
+    found = {}
+    for key in before:
+        parts, intact = host._memory.find(1, *key)
+        found[key] = list(parts)
+        intact()
+    assert same(before, found)
+    assert host._memory.find(2, *key) is None
+
+
+def test_a_repeat_does_nothing_and_another_epoch_takes_its_place(made: Any) -> None:
+    cluster = made(ONE)
+    host = cluster.hosts["a"]
+    host.snapshot(0, [])
+    (copy,) = host._memory._copies
+    host.snapshot(0, [])
+    assert host._memory._copies == [copy]
+    host.assemble(Assembly(epoch=1, experts={LAYERS[0]: (3,)}, base=0, step=0))
+    host.retain(1)
+    assert host._memory._copies == [copy]
+    host.snapshot(0, [])
+    (stored,) = host.inventory()
+    assert (stored.epoch, stored.experts) == (1, {LAYERS[0]: (3,)})
+
+
+def test_a_host_has_to_be_at_the_step_and_to_train(made: Any) -> None:
+    cluster = made(ONE)
+    with cluster.client("a") as client, pytest.raises(ProtocolError, match="is at step 0, not at step 1"):
+        client.snapshot(1, [])
+    with pytest.raises(ProtocolError, match="does not train"):
+        made(ONE, train=False).hosts["a"].snapshot(0, [])
+
+
+def test_a_snapshot_waits_for_the_commit_that_is_under_way(made: Any) -> None:
+    cluster = made(ONE)
+    host = cluster.hosts["a"]
+    host.prepare(0)
+    thread = threading.Thread(target=host.snapshot, args=(1, []))
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    host.commit(0, 1e-2, 1.0)
+    thread.join(20)
+    assert [one.step for one in host.inventory()] == [1]
+
+
+def test_requests_are_answered_while_memory_is_copied_and_a_commit_waits(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying, go_on = threading.Event(), threading.Event()
+    take = LayerCopy.take
+
+    def slow(self: LayerCopy, layer: Any) -> None:
+        copying.set()
+        assert go_on.wait(20)
+        take(self, layer)
+
+    monkeypatch.setattr(LayerCopy, "take", slow)
+    cluster = made(ONE)
+    host, before = cluster.hosts["a"], cluster.state()
+    thread = threading.Thread(target=host.snapshot, args=(0, []))
+    thread.start()
+    assert copying.wait(20)
+    host.handle(cluster.request("a", LAYERS[0], Phase.FORWARD, *tokens(5)))
+    stepping = threading.Thread(target=cluster.advance)
+    stepping.start()
+    stepping.join(0.1)
+    assert host.step == 0
+    assert stepping.is_alive()
+    go_on.set()
+    thread.join(20)
+    stepping.join(20)
+    assert host.step == 1
+    assert same(before, {key: list(host._memory.find(0, *key)[0]) for key in before})
+
+
+def test_a_push_that_fails_is_remembered_and_breaks_nothing(made: Any) -> None:
+    cluster = made(split("a", "b"))
+    nobody = HostInfo(id="nobody", addresses={"grpc": "grpc:127.0.0.1:1"})
+    with cluster.client("a") as client:
+        client.snapshot(0, [nobody, cluster.info("b")])
+        until(lambda: client.inventory()[0].pushed == ("b",))
+        (stored,) = client.inventory()
+        assert list(stored.failed) == ["nobody"]
+        assert "cannot be reached" in stored.failed["nobody"]
+        assert client.stats().failed_pushes == 1
+        cluster.advance()
+        client.snapshot(1, [])
+    assert cluster.hosts["b"].inventory()[0].of == "a"
+
+
+def test_a_peer_serves_what_it_keeps_for_others(made: Any) -> None:
+    cluster = made(split("a", "b", "c"))
+    snapshot(cluster)
+    experts = cluster.holding["a"]
+    for pull in (Pull(experts=experts, step=0, moments=True), Pull(experts=experts, step=0)):
+        with cluster.client("b") as client:
+            frames = b"".join(client.fetch(pull))
+        assert frames == b"".join(cluster.hosts["a"].fetch(pull))
+    with cluster.client("c") as client, pytest.raises(ProtocolError, match="in what it keeps of step 0"):
+        list(client.fetch(Pull(experts=experts, step=0)))
+    with pytest.raises(ProtocolError, match="no expert"):
+        next(cluster.hosts["a"].fetch(Pull(experts=experts)))
+
+
+def test_a_reader_of_memory_that_is_used_again_notices(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_stream, "FRAME_BYTES", 512)
+    cluster = made(ONE)
+    host = cluster.hosts["a"]
+    host.snapshot(0, [])
+    frames = host.fetch(Pull(experts=ONE["a"], step=0, moments=True))
+    next(frames)
+    for step in (1, 2):
+        cluster.advance()
+        host.snapshot(step, [])
+    with pytest.raises(ProtocolError, match="experts of a at step 0 are kept no more"):
+        next(frames)
+
+
+def test_what_is_newer_than_the_state_that_a_run_goes_back_to_is_dropped(made: Any) -> None:
+    cluster = made(split("a", "b", "c"))
+    cluster.advance()
+    snapshot(cluster)
+    cluster.advance()
+    snapshot(cluster)
+    blob = Blob(name="trunk", step=2, tensors={"x": torch.ones(1)})
+    cluster.hosts["a"].put(blob)
+    cluster.move(cluster.holding, base=None, step=1, origins=())
+    assert cluster.step == 1
+    assert entries(cluster, "a") == [("experts", "a", 1), ("experts", "c", 1)]
+
+
+def test_an_owner_that_is_gone_is_forgotten_when_it_can_be_of_no_use(made: Any) -> None:
+    cluster = made(split("a", "b", "c"))
+    snapshot(cluster)
+    cluster.hosts["a"].put(Blob(name="trunk", step=0, tensors={}))
+    for step in (1, 2, 3):
+        cluster.advance()
+        cluster.hosts["a"].snapshot(step, [])
+    assert entries(cluster, "a") == [("experts", "a", 2), ("experts", "a", 3)]
+
+
+def test_a_blob_over_grpc(made: Any) -> None:
+    cluster = made({"a": {}})
+    tensors = {
+        "wide": torch.randn(3, 5, dtype=torch.float64),
+        "large": torch.randn(3 << 20),
+        "half": torch.randn(7).bfloat16(),
+        "none": torch.empty(0, 4),
+        "count": torch.tensor(5),
+    }
+    note = json.dumps({"rows": [1, 2]})
+    with cluster.client("a") as client:
+        for step in (4, 5, 6):
+            client.put(
+                Blob(name="trunk", step=step, tensors={**tensors, "step": torch.tensor([step])}, note=note)
+            )
+        got = client.get("trunk", 5)
+        assert (got.name, got.step, got.note) == ("trunk", 5, note)
+        assert list(got.tensors) == [*tensors, "step"]
+        for name, tensor in tensors.items():
+            assert got.tensors[name].dtype == tensor.dtype
+            assert got.tensors[name].shape == tensor.shape
+            assert torch.equal(got.tensors[name], tensor)
+        assert torch.equal(cluster.hosts["a"].get("trunk", 6).tensors["step"], torch.tensor([6]))
+        with pytest.raises(ProtocolError, match="keeps no trunk of step 4"):
+            client.get("trunk", 4)
+        with pytest.raises(ProtocolError, match=r"x is torch\.bool, which does not travel"):
+            client.put(Blob(name="trunk", step=7, tensors={"x": torch.ones(1, dtype=torch.bool)}))
+        client.put(Blob(name="trunk", step=3, tensors={}))  # older than two others
+        client.put(Blob(name="trunk", step=6, tensors={"y": torch.ones(2)}))
+    assert entries(cluster, "a") == [("trunk", "trunk", 5), ("trunk", "trunk", 6)]
+    assert list(cluster.hosts["a"].get("trunk", 6).tensors) == ["y"]
+
+
+def test_a_sender_that_fails_in_the_middle_leaves_nothing(made: Any) -> None:
+    cluster = made({"a": {}})
+    sent = Blob(name="trunk", step=1, tensors={"x": torch.ones(4), "y": torch.ones(1 << 21)})
+
+    def failing() -> Iterator[bytes]:
+        from actors.messages.transfer_codec import blob_frames
+
+        frames = blob_frames(sent)
+        yield next(frames)
+        yield next(frames)
+        raise ProtocolError("changed its mind")
+
+    with cluster.client("a") as client:
+        with pytest.raises(ProtocolError, match="changed its mind"):
+            client.store(failing())
+        until(lambda: cluster.hosts["a"]._memory.memory_bytes() == 0)
+        assert client.inventory() == []
+        client.put(sent)
+        assert torch.equal(client.get("trunk", 1).tensors["x"], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"kind": "experts", "of": "a"}, "keeps its own experts itself"),
+        ({"kind": "trunk", "of": "b"}, "neither experts nor a blob"),
+        ({"kind": "experts", "of": "b", "experts": [{"layer": 0, "experts": [1]}]}, "has no experts"),
+        ({"kind": "experts", "of": "b", "experts": [{"layer": 1, "experts": [1]}]}, "ended within number 0"),
+        ({"kind": "t", "of": "t", "tensors": [{"name": "x", "dtype": 1, "shape": [-1]}]}, "cannot be"),
+        ({"kind": "t", "of": "t", "tensors": [{"name": "x", "dtype": 1, "shape": [1 << 50]}]}, "cannot be"),
+        ({"kind": "t", "of": "t", "tensors": [{"name": "x", "shape": [1]}]}, "cannot be"),
+    ],
+)
+def test_a_stream_of_what_cannot_be_is_refused(stored: Any, message: str) -> None:
+    memory = Memory("a", CONFIG, torch.float64)
+    with pytest.raises(ProtocolError, match=message):
+        memory.store(iter([state_stream.head(expert_pb2.StoredState(**stored))]))
+    assert memory.memory_bytes() == 0
+
+
+@pytest.mark.parametrize("frames", [[], [b""], [b"\xff\xff"], [expert_pb2.Frame().SerializeToString()]])
+def test_a_stream_without_a_head_is_refused(frames: list[bytes]) -> None:
+    with pytest.raises(ProtocolError, match="stream"):
+        Memory("a", CONFIG, torch.float64).store(iter(frames))
+
+
+def test_the_same_is_not_stored_twice_at_a_time() -> None:
+    memory = Memory("a", CONFIG, torch.float64)
+    head = state_stream.head(expert_pb2.StoredState(kind="t", of="t", step=1))
+
+    def twice() -> Iterator[bytes]:
+        yield head
+        with pytest.raises(ProtocolError, match="is storing t of t already"):
+            memory.store(iter([head]))
+
+    memory.store(twice())
+    assert [one.step for one in memory.inventory()] == [1]
+
+
+def test_a_snapshot_of_an_epoch_that_is_gone_is_refused(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = made(ONE)
+    host = cluster.hosts["a"]
+    host.assemble(Assembly(epoch=1, experts=ONE["a"], base=0, step=0))
+    settle = host._versions.settle
+
+    def late(*arguments: Any) -> None:
+        settle(*arguments)
+        host.retain(1)
+
+    monkeypatch.setattr(host._versions, "settle", late)
+    with pytest.raises(ProtocolError, match="has gone on to epoch 1"):
+        host.snapshot(0, [])
+    with pytest.raises(StaleEpoch):
+        cluster.infer()

@@ -1,0 +1,361 @@
+"""Training and evaluation losses: the paper's equations, packing, recompute, and additivity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import ConfigError
+from model.balance import auxiliary_loss, sequence_balance_loss
+from model.block import Pass
+from model.causal_lm import CausalLM
+from model.config import BalanceConfig, DeviceWeights, ModelConfig
+from model.experts import Pending
+from model.losses.balance_loss import BalanceWeights
+from model.losses.cross_entropy import IGNORE
+from model.losses.training_losses import (
+    Losses,
+    count_targets,
+    drafts,
+    evaluation_loss,
+    targets_of,
+    training_loss,
+)
+from model.mtp import MTPModule, draft_acceptance
+from model.routing import affinity
+from model.trace import Trace
+from support.small_config import SMALL
+
+NO_BALANCE = BalanceWeights()
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def model_of(**changes: Any) -> CausalLM:
+    """A small float64 model with large weights, so that outputs and routes vary."""
+    torch.manual_seed(0)
+    fields = {**SMALL, "initializer_range": 0.3, "num_nextn_predict_layers": 2, **changes}
+    return CausalLM(ModelConfig.model_validate(fields), dtype=torch.float64)
+
+
+def tokens_of(*shape: int) -> Tensor:
+    return torch.randint(40, shape, generator=torch.Generator().manual_seed(5))
+
+
+def loss_of(model: CausalLM, tokens: Tensor, segments: Tensor | None = None, **changes: Any) -> Losses:
+    given: dict[str, Any] = {
+        "trace": Trace(),
+        "n_targets": 1,
+        "n_rows": 1,
+        "balance": NO_BALANCE,
+        "mtp_weight": 0.3,
+        **changes,
+    }
+    return training_loss(model.trunk, tokens, segments, experts=model.experts, **given)
+
+
+def gradients(model: CausalLM, losses: Losses) -> dict[str, Tensor]:
+    model.zero_grad()
+    losses.total.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def naive_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def test_mtp_equations() -> None:
+    """Eq. 21-25 of arXiv 2412.19437 one row at a time, the released order of the projection's halves."""
+    model, depth, length = model_of(), 2, 7
+    trunk, config = model.trunk, model.config
+    tokens = tokens_of(2, length + 1 + depth)
+    total = torch.zeros((), dtype=torch.float64)
+    sums = [torch.zeros((), dtype=torch.float64) for _ in range(depth)]
+    for row in tokens:
+        start = trunk.start(row[None, :length], experts=model.experts)
+        h = trunk.run(row[None, :length], start).normed[0]
+        total = total + F.cross_entropy(h @ trunk.lm_head.weight.t(), row[1 : length + 1], reduction="sum")
+        for k in range(1, depth + 1):
+            module = trunk.model.layers[config.num_hidden_layers + k - 1]
+            assert isinstance(module, MTPModule)
+            inputs = []
+            for i in range(length):  # eq. 21: h'_i^k = M_k [RMSNorm(h_i^{k-1}); RMSNorm(Emb(t_{i+k}))]
+                embedded = naive_norm(trunk.model.embed_tokens.weight[row[i + k]], module.enorm.weight)
+                hidden = naive_norm(h[i], module.hnorm.weight)
+                inputs.append(module.eh_proj.weight @ torch.cat((embedded, hidden)))
+            # eq. 22: h^k = TRM_k(h'^k), and the norm that belongs to the head
+            out, _ = module(torch.stack(inputs)[None], start)
+            h = naive_norm(out[0], module.shared_head.norm.weight)
+            # eq. 23, 24: P_{i+k+1} = OutHead(h_i^k), L_k = CrossEntropy(P, t_{i+k+1})
+            for i in range(length):
+                sums[k - 1] = sums[k - 1] - F.log_softmax(trunk.lm_head.weight @ h[i], 0)[row[i + k + 1]]
+    expected = (total + 0.3 / depth * sum(sums)) / (2 * length)  # eq. 25
+    losses = loss_of(model, tokens, n_targets=2 * length)
+    torch.testing.assert_close(losses.main_sum, total.detach(), **CLOSE)
+    torch.testing.assert_close(torch.stack(losses.mtp_sums), torch.stack(sums).detach(), **CLOSE)
+    torch.testing.assert_close(losses.total, expected, **CLOSE)
+    names = [name for name, _ in model.named_parameters()]
+    plain = torch.autograd.grad(expected, list(model.parameters()))
+    ours = gradients(model, losses)
+    for name, gradient in zip(names, plain, strict=True):
+        torch.testing.assert_close(ours[name], gradient, **CLOSE, msg=name)
+
+
+def test_parallel_modules_are_independent() -> None:
+    """Gloeckle et al.: each is a block on the trunk's last hidden state, and reads no later token."""
+    model = model_of(mtp_mode="parallel")
+    tokens = tokens_of(2, 10)
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 40
+    through, outs = _run(model, tokens)
+    _, others = _run(model, changed)
+    for got, other in zip(outs, others, strict=True):
+        torch.testing.assert_close(got, other, rtol=0, atol=0)
+    last = model.trunk.run(tokens[:, :7], through).last
+    for k, layer in enumerate(model.config.mtp_layers):
+        module = model.trunk.model.layers[layer]
+        assert isinstance(module, MTPModule)
+        assert not hasattr(module, "eh_proj")
+        expected = naive_norm(module(last, through)[0], module.shared_head.norm.weight)
+        torch.testing.assert_close(outs[k], expected, **CLOSE)
+    losses = loss_of(model, tokens)
+    for k in range(2):
+        logits = outs[k] @ model.trunk.lm_head.weight.t()
+        nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, k + 2 : k + 9].flatten(), reduction="sum")
+        torch.testing.assert_close(losses.mtp_sums[k], nll.detach(), **CLOSE)
+
+
+def _run(model: CausalLM, tokens: Tensor) -> tuple[Pass, list[Tensor]]:
+    length = tokens.shape[1] - 3
+    through = model.trunk.start(tokens[:, :length], experts=model.experts)
+    hidden = model.trunk.run(tokens[:, :length], through)
+    return through, [out for out, _ in drafts(model.trunk, tokens, None, hidden, through)]
+
+
+@pytest.mark.parametrize("mode", ["chain", "parallel"])
+def test_packed_documents_lose_what_they_lose_alone(mode: str) -> None:
+    model = model_of(mtp_mode=mode)
+    documents = [tokens_of(n) for n in (6, 9, 4)]
+    row = torch.cat([*documents, torch.zeros(5, dtype=torch.int64)])[None]
+    segments = torch.tensor([[0] * 6 + [1] * 9 + [2] * 4 + [-1] * 5], dtype=torch.int32)
+    packed = loss_of(model, row, segments)
+    main, mtp = 0.0, [0.0, 0.0]
+    for document in documents:
+        # Two tokens of padding give every module its T positions without adding a target.
+        alone = torch.cat((document, torch.zeros(2, dtype=torch.int64)))[None]
+        padding = torch.tensor([[0] * len(document) + [-1] * 2], dtype=torch.int32)
+        losses = loss_of(model, alone, padding)
+        main += losses.main_sum.item()
+        mtp = [a + b.item() for a, b in zip(mtp, losses.mtp_sums, strict=True)]
+    assert packed.main_sum.item() == pytest.approx(main, rel=1e-9)
+    assert [s.item() for s in packed.mtp_sums] == pytest.approx(mtp, rel=1e-9)
+    assert count_targets(row, segments, depth=2) == 5 + 8 + 3
+
+
+def test_one_document_a_row_needs_no_segments() -> None:
+    model, tokens = model_of(), tokens_of(2, 11)
+    balance = BalanceWeights(sequence=0.5)
+    plain, trace = loss_of(model, tokens, balance=balance), Trace()
+    masked = loss_of(model, tokens, torch.zeros(2, 11, dtype=torch.int32), balance=balance, trace=trace)
+    torch.testing.assert_close(plain.total, masked.total, **CLOSE)
+    assert {int(load.sum()) for load in trace.loads.values()} == {2 * 8 * 2}
+
+
+def test_targets_stop_at_borders() -> None:
+    tokens = torch.arange(8)[None]
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1, -1]], dtype=torch.int32)
+    x = IGNORE
+    assert targets_of(tokens, segments, length=6, ahead=1).tolist() == [[1, 2, x, 4, x, x]]
+    assert targets_of(tokens, segments, length=6, ahead=2).tolist() == [[2, x, x, x, x, x]]
+    assert targets_of(tokens, None, length=6, ahead=2).tolist() == [[2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("strategy", ["bias", "auxiliary", "device"])
+def test_recompute_changes_nothing(strategy: Any) -> None:
+    """Losses, gradients, routes and loads; nothing is counted twice."""
+    model = model_of()
+    tokens = tokens_of(2, 12)
+    segments = torch.tensor([[0] * 7 + [1] * 5, [0] * 9 + [-1] * 3], dtype=torch.int32)
+    balance = BalanceWeights(strategy=strategy, sequence=0.2, auxiliary=0.3)
+    results = []
+    for recompute in (False, True):
+        trace = Trace()
+        losses = loss_of(model, tokens, segments, trace=trace, balance=balance, recompute=recompute)
+        results.append((losses, gradients(model, losses), trace))
+    (plain, plain_grads, plain_trace), (again, again_grads, again_trace) = results
+    torch.testing.assert_close(plain.total, again.total, rtol=0, atol=0)
+    assert plain.balance.item() == again.balance.item() > 0
+    assert plain_grads.keys() == again_grads.keys()
+    for name, gradient in plain_grads.items():
+        torch.testing.assert_close(again_grads[name], gradient, rtol=1e-12, atol=1e-14, msg=name)
+    assert list(again_trace.loads) == list(plain_trace.loads) == list(model.config.moe_layers)
+    for layer, load in plain_trace.loads.items():
+        assert torch.equal(again_trace.loads[layer], load)
+        assert torch.equal(again_trace.routes[layer], plain_trace.routes[layer])
+    counted = int((segments[:, :9] >= 0).sum())
+    assert int(again_trace.loads[1].sum()) == counted * model.config.num_experts_per_tok
+
+
+class Counting:
+    """Experts that note under which mode they are called."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.inner = model.experts
+        self.calls: list[tuple[int, bool]] = []
+
+    def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
+        self.calls.append((layer, torch.is_grad_enabled()))
+        return self.inner.dispatch(layer, rows, idx, gates)
+
+
+def test_recompute_calls_the_experts_once_without_and_once_with_gradients() -> None:
+    model = model_of()
+    experts = Counting(model)
+    losses = training_loss(
+        model.trunk,
+        tokens_of(1, 9),
+        None,
+        experts=experts,
+        trace=Trace(),
+        n_targets=6,
+        n_rows=1,
+        balance=NO_BALANCE,
+        mtp_weight=0.3,
+        recompute=True,
+    )
+    layers = model.config.moe_layers
+    assert experts.calls == [(layer, False) for layer in layers]
+    losses.total.backward()
+    assert experts.calls[len(layers) :] == [(layer, True) for layer in reversed(layers)]
+
+
+def test_a_given_route_is_taken_and_not_counted() -> None:
+    model, tokens = model_of(num_nextn_predict_layers=0), tokens_of(1, 6)
+    route = torch.tensor([[6, 7]]).expand(6, 2)
+    trace = Trace(routes={1: route})
+    with torch.no_grad():
+        model.trunk(tokens, experts=model.experts, trace=trace)
+    assert torch.equal(trace.routes[1], route)
+    assert list(trace.loads) == [2]
+
+
+def test_microbatches_and_workers_add_up() -> None:
+    """With the global batch's counts, losses and gradients of the parts are those of the whole."""
+    model, tokens = model_of(), tokens_of(4, 10)
+    segments = torch.zeros(4, 10, dtype=torch.int32)
+    segments[0, 4:] = 1
+    segments[3, 6:] = -1
+    counts: dict[str, Any] = {
+        "n_targets": count_targets(tokens, segments, depth=2),
+        "n_rows": 4,
+        "balance": BalanceWeights(sequence=0.4),
+    }
+    whole = loss_of(model, tokens, segments, **counts)
+    expected = gradients(model, whole)
+    model.zero_grad()
+    total = 0.0
+    for part in (slice(0, 1), slice(1, 4)):
+        losses = loss_of(model, tokens[part], segments[part], **counts)
+        losses.total.backward()
+        total += losses.total.item()
+    assert total == pytest.approx(whole.total.item(), rel=1e-12)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_balance_losses() -> None:
+    """Weighted, per row, summed over all MoE layers, MTP's included; `bias` adds none of its own."""
+    model, tokens = model_of(), tokens_of(3, 10)
+
+    def balance_of(**weights: Any) -> float:
+        return loss_of(model, tokens, balance=BalanceWeights(**weights)).balance.item()
+
+    assert balance_of(strategy="bias") == balance_of(strategy="none") == 0
+    assert balance_of(strategy="bias", sequence=0.5) == pytest.approx(0.5 * balance_of(sequence=1.0))
+    both = balance_of(strategy="auxiliary", auxiliary=0.1, sequence=0.5)
+    assert both == pytest.approx(
+        balance_of(strategy="auxiliary", auxiliary=0.1) + balance_of(strategy="none", sequence=0.5)
+    )
+    zero = DeviceWeights(expert=0, device=0, communication=0)
+    parts = [
+        balance_of(strategy="device", device=zero.model_copy(update={name: 1.0}))
+        for name in ("expert", "device", "communication")
+    ]
+    weights = DeviceWeights(expert=1.0, device=2.0, communication=3.0)
+    assert balance_of(strategy="device", device=weights) == pytest.approx(
+        parts[0] + 2 * parts[1] + 3 * parts[2]
+    )
+    # One layer of a model with one MoE layer, by hand.
+    single = model_of(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    block, trace = single.trunk.model.layers[0], Trace()
+    seen: list[Tensor] = []
+    handle = block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    weighted = BalanceWeights(strategy="auxiliary", auxiliary=0.3, sequence=0.7)
+    losses = loss_of(single, tokens, balance=weighted, trace=trace)
+    handle.remove()
+    scores = affinity(seen[0].flatten(0, 1), block.mlp.gate.weight)
+    expected = 0.3 * auxiliary_loss(scores, trace.routes[0]) + 0.7 * sequence_balance_loss(
+        scores.view(3, 9, -1), top_k=2
+    )
+    assert losses.balance.item() == pytest.approx(3 * expected.item(), rel=1e-12)
+
+
+def test_balance_weights_follow_their_schedules() -> None:
+    config = BalanceConfig.model_validate(
+        {"strategy": "auxiliary", "sequence_weight": [{"step": 0, "value": 1.0}, {"step": 5, "value": 0.0}]}
+    )
+    assert [BalanceWeights.at(config, step).sequence for step in (0, 4, 5)] == [1.0, 1.0, 0.0]
+    assert BalanceWeights.at(config, 0).auxiliary == 0.001
+
+
+def test_float64_is_float64_throughout() -> None:
+    model, tokens = model_of(), tokens_of(1, 9)
+    narrow = []
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16):
+                    narrow.append(str(func))
+            return out
+
+    with Watch():
+        loss_of(model, tokens, balance=BalanceWeights(sequence=1.0)).total.backward()
+    # The bias is float32; nothing is computed in it.
+    assert set(narrow) <= {"aten.detach.default", "aten.alias.default", "aten.view.default"}, set(narrow)
+
+
+def test_evaluation() -> None:
+    model, tokens = model_of(), tokens_of(3, 12)
+    segments = torch.tensor([[0] * 12, [0] * 7 + [1] * 5, [0] * 4 + [-1] * 8], dtype=torch.int32)
+    result = evaluation_loss(model.trunk, tokens, segments, experts=model.experts)
+    losses = loss_of(model, tokens, segments)
+    assert result.nll == pytest.approx(losses.main_sum.item())
+    assert result.n_targets == count_targets(tokens, segments, depth=2)
+    _, outs = _run(model, tokens[:1])
+    logits = [model.trunk.logits(out).argmax(-1) for out in outs]
+    main = model(tokens[:1, :9]).argmax(-1)
+    single = evaluation_loss(model.trunk, tokens[:1], None, experts=model.experts)
+    for k in (1, 2):
+        hits = sum(int(main[0, i + k] == logits[k - 1][0, i]) for i in range(9 - k))
+        assert (single.accepted[k - 1], single.drafted[k - 1]) == (hits, 9 - k)
+
+
+def test_draft_acceptance() -> None:
+    main = torch.tensor([[1, 2, 3, 4]])
+    draft = torch.tensor([[2, 9, 4, 7]])
+    assert draft_acceptance(main, draft, depth=1) == (2, 3)
+    assert draft_acceptance(main, draft, depth=2) == (0, 2)
+    assert draft_acceptance(main, draft, depth=4) == (0, 0)
+    valid = torch.tensor([[True, True, False, True]])
+    assert draft_acceptance(main, draft, depth=1, valid=valid) == (1, 2)
+
+
+def test_rows_too_short() -> None:
+    with pytest.raises(ConfigError, match="at least 4"):
+        loss_of(model_of(), tokens_of(1, 3))

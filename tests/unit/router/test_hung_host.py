@@ -1,0 +1,93 @@
+"""Hosts in processes of their own that are stopped: they keep every connection, and answer nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from actors.host.host_server import ExpertHostServer
+from actors.router.mailbox_calls import MailCall
+from actors.router.router import Router
+from benchmarks.contenders import host_process, until_closed
+from channels import choose
+from cluster import HostInfo, RoutingTable
+from support.coordinator_tables import Tables, check
+from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
+
+HOSTS = 3
+
+
+def serve(_: dict[str, Any], index: int, pipe: Connection) -> None:
+    until_closed(ExpertHostServer(TinyCluster(HOSTS, train=False, replicas=2).hosts[index]), pipe)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[HostInfo, ...]]:
+    with ExitStack() as stack:
+        yield tuple(stack.enter_context(host_process(serve, {}, index)) for index in range(HOSTS))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["shm", "collective", "grpc"])
+def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, ...], kind: str) -> None:
+    holders = TinyCluster(HOSTS, train=False, replicas=2).holders
+    table = RoutingTable(epoch=0, hosts=hosts, holders=holders)
+    tables = Tables(table)
+    left = tuple(tuple(tuple(at for at in row if at != 2) for row in layer) for layer in holders)
+    router = Router(
+        "replica",
+        "run",
+        CONFIG,
+        table,
+        lambda host: choose.connect(host.addresses[kind]),
+        tables=tables,
+        timeout=100.0,
+        watch=True,
+    )
+    lane = router.lane(0)
+    for experts in (local_experts(), lane):  # all is compiled before anything is timed
+        experts.dispatch(LAYERS[0], *tokens(40)).combine()
+    deadline = time.monotonic() + 60
+    while True:
+        pending = lane.dispatch(LAYERS[0], *tokens(12))
+        pending.combine()
+        if kind != "shm" or isinstance(pending, MailCall):
+            break
+        assert time.monotonic() < deadline
+    check(lane)
+    os.kill(hosts[2].pid, signal.SIGSTOP)
+    try:
+        took: list[float] = []
+        thread = threading.Thread(target=lambda: took.append(check(lane)))
+        thread.start()
+        time.sleep(0.5)
+        assert thread.is_alive()
+        published = time.monotonic()
+        tables.publish(RoutingTable(epoch=0, hosts=hosts[:2], holders=left, serial=1))
+        thread.join(50)
+        ended = time.monotonic() - published
+        assert took
+        assert ended < 5.0  # of some milliseconds, on a machine that others use too
+        print(f"{kind}: {1e3 * ended:.0f} ms")
+        check(lane)
+    finally:
+        os.kill(hosts[2].pid, signal.SIGCONT)
+    tables.publish(replace(table, serial=2))  # it is back
+    deadline = time.monotonic() + 20
+    while router.table.serial != 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for seed in range(4):
+        check(lane, seed)
+    assert lane.reaches(hosts[2])
+    assert tables.suspects == []
+    router.close()
