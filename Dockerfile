@@ -1,7 +1,7 @@
 # raymoe's image: for the head and the workers of a Ray cluster, for jobs, and for the command line.
 #
 #   make image                                   # CPUs; TORCH_INDEX=URL names an index of PyTorch's builds for CPUs
-#   make image VARIANT=cuda IMAGE=raymoe:0.1.0-cuda
+#   make image VARIANT=cuda IMAGE=raymoe:cuda
 #
 # BASE is any Debian or Ubuntu with bash; where it has no Python of its own, the distribution's is installed.
 ARG BASE=python:3.11-slim

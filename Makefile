@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 TOOLS := .tools
 CHECKS := $(TOOLS)/checks
 BUILDER ?= docker
-IMAGE ?= raymoe:0.1.0
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+IMAGE ?= raymoe:$(VERSION)
 VARIANT ?= cpu
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo lint format test soak chart chart-test image image-test bench protos clean
+.PHONY: setup demo lint format test soak docs chart chart-test image image-test bench protos clean
 
 setup: $(STAMP)
 
@@ -46,6 +47,10 @@ test: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout 3600 -rP
+
+# The list of modules in docs/modules.md.
+docs: setup
+	$(BIN)/python -m docs.modules
 
 # What the chart's values.yaml says, in its schema and in docs/kubernetes.md.
 chart: setup
