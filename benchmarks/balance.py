@@ -21,7 +21,7 @@ from jobs.config.run_config import RunConfig
 from jobs.console import Progress
 from jobs.data.documents import find_files
 from jobs.data.tokenizer import save_tokenizer, train_tokenizer
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.train import train
 from model.checkpoints.pretrained import RandomSource, write_index, write_model_config, write_shard
 

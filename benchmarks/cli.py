@@ -194,8 +194,8 @@ def bench_serve(
 ) -> None:
     """Offer a server requests that arrive at random, and show how fast it answers them."""
     from benchmarks.serving.load_test import Load
-    from benchmarks.serving.mix import mix_of, rate_of
     from benchmarks.serving.progress import ProgressLine
+    from benchmarks.serving.request_mix import mix_of, rate_of
 
     if url is not None and (checkpoint or config or overrides):
         raise ConfigError("--checkpoint, --config and --set are for a server of its own; leave out URL")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from errors import ConfigError, RaymoeError, ResourceError
-from jobs.config.precision import compute_device, resolve_dtype, worker_device
+from jobs.config.device_and_dtype import compute_device, resolve_dtype, worker_device
 from jobs.config.run_config import RunConfig
 
 Step = Callable[[], float]

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.contenders import Contender, Step, finished, has_transformers, machine, on_device
 from benchmarks.expert_lanes import expert_lanes
-from jobs.config.precision import resolve_dtype, worker_device
+from jobs.config.device_and_dtype import resolve_dtype, worker_device
 from jobs.config.run_config import RunConfig
 
 TOKENS: Final = 64

@@ -14,7 +14,7 @@ from benchmarks.expert_lanes import expert_lanes
 from cluster.config import ClusterConfig
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from errors import ConfigError, DataError
-from jobs.checkpoints.weights import LoadedModel, load_model
+from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.tools.evaluate import documents_of
 from model.experts import Experts
 

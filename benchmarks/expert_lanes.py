@@ -16,8 +16,8 @@ from actors.router.router import Router
 from benchmarks.contenders import host_process, until_closed
 from cluster.config import ClusterConfig
 from cluster.topology import RoutingTable
-from jobs.config.precision import compute_device
-from jobs.fleet.hosts import connector, experts_of, host_threads, placement
+from jobs.config.device_and_dtype import compute_device
+from jobs.fleet.expert_hosts import connector, experts_of, host_threads, placement
 from model.config import ModelConfig
 
 

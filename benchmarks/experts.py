@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.contenders import finished, machine
 from errors import ConfigError
-from jobs.config.precision import compute_device
+from jobs.config.device_and_dtype import compute_device
 from model.experts import ExpertShard, experts_backward, experts_forward
 
 _ROWS = {"cpu": 256, "cuda": 4096}

@@ -23,7 +23,7 @@ from benchmarks.contenders import Build, Contender, Step
 from errors import ConfigError, ResourceError
 from jobs.config.presets import bench_20m
 from jobs.config.run_config import RunConfig
-from jobs.fleet.hosts import check_transport
+from jobs.fleet.expert_hosts import check_transport
 
 CHANNELS: Final = ("auto", "shm", "collective", "grpc")
 _HOSTS: Final = 2

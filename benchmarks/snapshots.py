@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 
 INTERVAL = ClusterConfig().snapshot_interval
 _CORPUS_BYTES = 2_000_000

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.contenders import Contender, has_transformers, machine, matmul, on_device
 from benchmarks.training_steps import ours, transformers
-from jobs.config.precision import worker_device
+from jobs.config.device_and_dtype import worker_device
 from jobs.config.presets import summary
 from jobs.config.run_config import RunConfig
 from model.config import ModelConfig

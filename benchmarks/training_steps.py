@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.contenders import Step, finished, host_process, until_closed
-from jobs.config.precision import resolve_dtype, worker_device
+from jobs.config.device_and_dtype import resolve_dtype, worker_device
 from jobs.config.run_config import RunConfig
 
 
@@ -28,9 +28,9 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
     """
     from jobs.data.corpus import PreparedData
     from jobs.data.held_out import HeldOut
-    from jobs.fleet.hosts import connector
-    from jobs.training.run_assembly import build_coordinator
-    from jobs.training.run_start import Start, compute_threads
+    from jobs.fleet.expert_hosts import connector
+    from jobs.training.actor_builders import build_coordinator
+    from jobs.training.run_start import RunStart, compute_threads
     from jobs.training.worker_assembly import assemble_worker
 
     torch.set_num_threads(compute_threads(config))
@@ -39,7 +39,7 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
     data = PreparedData(
         tokenizer="", end_of_text=0, train=rows, train_tokens=1, train_documents=1, held_out=held_out
     )
-    begin = Start(run="bench")
+    begin = RunStart(run="bench")
     with ExitStack() as stack:
         output = stack.enter_context(tempfile.TemporaryDirectory(prefix="raymoe-bench-"))
         coordinator = build_coordinator(config, begin, Path(output))
@@ -74,12 +74,12 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
 
 def _serve_host(values: dict[str, Any], index: int, pipe: Connection) -> None:
     from actors.host.host_server import ExpertHostServer
-    from jobs.training.run_assembly import build_host
-    from jobs.training.run_start import Start
+    from jobs.training.actor_builders import build_host
+    from jobs.training.run_start import RunStart
 
     if values["cores"]:
         os.sched_setaffinity(0, values["cores"])
-    host = build_host(RunConfig.from_dict(values["config"]), Start(run="bench"), f"host-{index}")
+    host = build_host(RunConfig.from_dict(values["config"]), RunStart(run="bench"), f"host-{index}")
     until_closed(ExpertHostServer(host), pipe)
 
 
@@ -126,12 +126,12 @@ def transformers(config: RunConfig) -> Iterator[Step]:
 
 def _random_rows(config: RunConfig) -> Any:
     """Rows of random tokens, each one document."""
-    from jobs.data.packing import Block, InMemory, PackedCorpus
+    from jobs.data.packing import InMemory, PackedCorpus, TokenBlock
 
     training, n_rows = config.training, 16 * config.training.batch_size
     size = n_rows * training.sequence_length + 1
     random = np.random.default_rng(training.seed)
-    block = Block(
+    block = TokenBlock(
         tokens=random.integers(config.model.vocab_size, size=size, dtype=np.int32),
         documents=np.zeros(size, dtype=np.int32),
     )

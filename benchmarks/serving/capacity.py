@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.serving.client import Client
 from benchmarks.serving.figures import Outcome, tokens_between
-from benchmarks.serving.mix import Mix
+from benchmarks.serving.load_client import LoadClient
+from benchmarks.serving.request_mix import RequestMix
 from errors import ResourceError
 
 _GROWTH = 1.05  # less than this from one level to the next is none
@@ -83,7 +83,7 @@ def grows(levels: Sequence[Level]) -> bool:
 
 
 async def measure_capacity(
-    client: Client, mix: Mix, *, seconds: float, most: int, note: Callable[[str], None]
+    client: LoadClient, mix: RequestMix, *, seconds: float, most: int, note: Callable[[str], None]
 ) -> Capacity:
     """Levels of concurrency 1, 2, 4, … as far as throughput grows, the server refuses nothing, or `most`.
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.capacity import measure_capacity
-from benchmarks.serving.client import Client, connected
 from benchmarks.serving.figures import Outcome, figures
-from benchmarks.serving.mix import Mix, arrivals
-from benchmarks.serving.target import served
+from benchmarks.serving.load_client import LoadClient, connected
+from benchmarks.serving.measured_server import served
+from benchmarks.serving.request_mix import RequestMix, arrivals
 from errors import ResourceError
 
 Show = Callable[[str], None]
@@ -39,7 +39,7 @@ class Load:
         api_key: to send along.
     """
 
-    mix: Mix
+    mix: RequestMix
     rate: float | None = None
     share: float = 0.8
     requests: int | None = None
@@ -115,7 +115,9 @@ async def offer(url: str, load: Load, show: Show) -> dict[str, Any]:
     return {"url": url, "model": client.model, "seed": mix.seed, "request_rate": rate, **measured, **found}
 
 
-async def _open_loop(client: Client, load: Load, mix: Mix, rate: float, show: Show) -> dict[str, Any]:
+async def _open_loop(
+    client: LoadClient, load: Load, mix: RequestMix, rate: float, show: Show
+) -> dict[str, Any]:
     # Other requests than those that measured the capacity: their prompts are in the server's cache.
     asks = replace(mix, seed=mix.seed + 1).asks()
     due = arrivals(rate, seed=mix.seed, count=load.requests, duration=load.duration)

@@ -13,11 +13,7 @@ from starlette.exceptions import HTTPException
 
 from engine.service import Delta
 from errors import ConfigError, DataError
-from jobs.api.answers import Choice, Envelope, Usage, chat_logprobs, completion_logprobs
-from jobs.api.backend import Backend
-from jobs.api.body_limit import BodyLimit
-from jobs.api.completions import completion_work, shown
-from jobs.api.problems import (
+from jobs.api.api_errors import (
     ApiError,
     ErrorBody,
     answer_api_error,
@@ -26,7 +22,11 @@ from jobs.api.problems import (
     answer_validation_error,
     invalid,
 )
-from jobs.api.schemas import ChatRequest, CompletionRequest
+from jobs.api.backend import Backend
+from jobs.api.body_limit import BodyLimit
+from jobs.api.completion_jobs import completion_work, shown
+from jobs.api.request_bodies import ChatRequest, CompletionRequest
+from jobs.api.response_bodies import Choice, Envelope, Usage, chat_logprobs, completion_logprobs
 
 Deltas = list[tuple[int, Delta]]
 _DONE = "data: [DONE]\n\n"

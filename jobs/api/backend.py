@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from engine.params import SamplingParams
 from engine.service import Delta, Listener
 from errors import ConfigError, QueueFull
-from jobs.api.chat import ChatTemplate
-from jobs.api.metrics import EngineFigures, ExpertFigures, ServingMetrics
-from jobs.api.problems import ApiError, invalid
+from jobs.api.api_errors import ApiError, invalid
+from jobs.api.chat_template import ChatTemplate
+from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
 
 _RETRY_SECONDS = 1
 

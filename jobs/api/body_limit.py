@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.api.problems import ApiError
+from jobs.api.api_errors import ApiError
 
 MAX_BYTES = 16 << 20
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from errors import ConfigError, DataError
-from jobs.cli.operate import add_to
+from jobs.cli.job_commands import add_to
 from jobs.cli.options import (
     Address,
     Checkpoint,
@@ -133,14 +133,14 @@ def serve(
     from dataclasses import asdict
 
     from jobs.serving.config import ServeConfig
-    from jobs.serving.serve import Listening
+    from jobs.serving.serve import Endpoints
     from jobs.serving.serve import serve as run
 
     chosen = ServeConfig.load(config, overrides or [])
 
     with announcing() as announce:
 
-        def ready(at: Listening) -> None:
+        def ready(at: Endpoints) -> None:
             if as_json:
                 announce(asdict(at))
             else:

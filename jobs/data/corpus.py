@@ -26,7 +26,7 @@ from jobs.config.run_config import RunConfig
 from jobs.console import counted, own_error
 from jobs.data.documents import Document, SourceFile, find_files, held_out, name_hash, read_documents
 from jobs.data.held_out import HeldOut, zlib_bits_per_byte
-from jobs.data.packing import Block, PackedCorpus, Packer
+from jobs.data.packing import PackedCorpus, Packer, TokenBlock
 from jobs.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 _SAMPLE_BYTES = 16 << 20  # of training text that a tokenizer is trained on
@@ -203,10 +203,10 @@ def _pack(
     )
     encoded = documents.map_batches(encode, batch_format="pyarrow", batch_size=256, zero_copy_batch=True)
 
-    stored: list[InObjectStore[Block]] = []
+    stored: list[InObjectStore[TokenBlock]] = []
     counts = [np.zeros(0, dtype=np.int32)]
 
-    def keep(blocks: Iterator[Block]) -> None:
+    def keep(blocks: Iterator[TokenBlock]) -> None:
         for block in blocks:
             counts.append(block.targets_per_row(length, depth))
             stored.append(InObjectStore(ray.put(block)))

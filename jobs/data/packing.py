@@ -25,7 +25,7 @@ _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class TokenBlock:
     """Consecutive rows: `tokens` and `documents`, both int32 [rows·T + 1 + D]."""
 
     tokens: Int32s
@@ -40,7 +40,7 @@ class Block:
         return counts
 
 
-class Stored(Protocol[_Value]):
+class Fetchable(Protocol[_Value]):
     """A value that is here, or can be fetched; cheap to pickle in the second case."""
 
     def get(self) -> _Value:
@@ -73,7 +73,7 @@ class Packer:
         self.n_documents = 0
         self.n_tokens = 0
 
-    def add(self, tokens: npt.ArrayLike) -> Iterator[Block]:
+    def add(self, tokens: npt.ArrayLike) -> Iterator[TokenBlock]:
         """Append one document, without its end-of-text; yields the blocks that it fills."""
         document = np.append(np.asarray(tokens, dtype=np.int32), np.int32(self._end))
         self._append(document, np.full(len(document), self.n_documents, dtype=np.int32))
@@ -82,7 +82,7 @@ class Packer:
         while self._buffered >= self._full + 1 + self._depth:
             yield self._cut(self._full)
 
-    def finish(self, *, pad: bool) -> Iterator[Block]:
+    def finish(self, *, pad: bool) -> Iterator[TokenBlock]:
         """The last, shorter block.
 
         Args:
@@ -108,13 +108,13 @@ class Packer:
         self._documents.append(documents)
         self._buffered += len(tokens)
 
-    def _cut(self, size: int) -> Block:
+    def _cut(self, size: int) -> TokenBlock:
         """Take `size` tokens off the front, with the 1 + D tokens behind them that stay."""
         tokens, documents = np.concatenate(self._tokens), np.concatenate(self._documents)
         width = size + 1 + self._depth
         self._tokens, self._documents = [tokens[size:]], [documents[size:]]
         self._buffered -= size
-        return Block(tokens=tokens[:width].copy(), documents=documents[:width].copy())
+        return TokenBlock(tokens=tokens[:width].copy(), documents=documents[:width].copy())
 
 
 class PackedCorpus:
@@ -125,8 +125,8 @@ class PackedCorpus:
 
     def __init__(
         self,
-        blocks: Sequence[Stored[Block]],
-        targets: Stored[Int32s],
+        blocks: Sequence[Fetchable[TokenBlock]],
+        targets: Fetchable[Int32s],
         *,
         n_rows: int,
         rows_per_block: int,
@@ -138,7 +138,7 @@ class PackedCorpus:
         self.n_rows, self.sequence_length, self.depth = n_rows, sequence_length, depth
         self._stored, self._targets = tuple(blocks), targets
         self._rows_per_block, self._keep = rows_per_block, keep_blocks
-        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._blocks: OrderedDict[int, TokenBlock] = OrderedDict()
 
     @property
     def width(self) -> int:
@@ -167,7 +167,7 @@ class PackedCorpus:
         """Valid targets of the main model in some rows, as a global batch's `n_targets`."""
         return int(self._targets.get()[np.fromiter(indices, dtype=np.int64)].sum())
 
-    def _block(self, index: int) -> Block:
+    def _block(self, index: int) -> TokenBlock:
         if index in self._blocks:
             self._blocks.move_to_end(index)
         else:
@@ -207,4 +207,4 @@ def pack(
     )
 
 
-__all__ = ["PADDING", "Block", "InMemory", "PackedCorpus", "Packer", "Stored", "pack"]
+__all__ = ["PADDING", "Fetchable", "InMemory", "PackedCorpus", "Packer", "TokenBlock", "pack"]

@@ -43,7 +43,7 @@ _CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
 
 
 @dataclass(slots=True)
-class _Host:
+class _HostActor:
     """An expert host of this fleet.
 
     Attributes:
@@ -75,7 +75,7 @@ class Fleet:
     _coordinator: Any = None
     _client: CoordinatorClient | None = None
     _state: CoordinatorState | None = None
-    _hosts: dict[str, _Host] = field(default_factory=dict)
+    _hosts: dict[str, _HostActor] = field(default_factory=dict)
     _failed: dict[str, str] = field(default_factory=dict)
     _stopped: list[str] = field(default_factory=list)
     _next: int = 0
@@ -216,20 +216,20 @@ class Fleet:
         self._next += 1
         actor = start(
             ExpertHostActor,
-            _Named(self.host, id),
+            _HostBuilder(self.host, id),
             interface=self.cluster.interface,
             cpus=self.cluster.cpus_per_host,
             gpus=self.cluster.gpus_per_host,
             resources=dict(self.cluster.host_resources),
         )
-        self._hosts[id] = _Host(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
+        self._hosts[id] = _HostActor(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
 
     def _end(self, id: str) -> None:
         host = self._hosts.pop(id, None)
         if host is not None:
             _kill(host.actor)
 
-    def _why(self, host: _Host) -> str:
+    def _why(self, host: _HostActor) -> str:
         try:
             ray.get(host.lease)
         except RayActorError:
@@ -241,7 +241,7 @@ class Fleet:
     # --- the coordinator
 
     def _start_coordinator(self) -> None:
-        build = _Succeeding(self.coordinator, self._state)
+        build = _CoordinatorBuilder(self.coordinator, self._state)
         standby, self._standby = self._standby, None
         if standby is None:
             self._coordinator = self._coordinator_process(build)
@@ -310,7 +310,7 @@ def _kill(actor: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Named:
+class _HostBuilder:
     """Builds a host of a name."""
 
     build: Callable[[str], ExpertHost]
@@ -321,7 +321,7 @@ class _Named:
 
 
 @dataclass(frozen=True, slots=True)
-class _Succeeding:
+class _CoordinatorBuilder:
     """Builds a coordinator after another."""
 
     build: Callable[[CoordinatorState | None], Coordinator]

@@ -19,7 +19,7 @@ _ADDRESS = "RAY_ADDRESS"  # Ray's own convention, set inside `ray job submit`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class ResourceNeeds:
     """What the actors of a command reserve.
 
     Attributes:
@@ -38,7 +38,7 @@ def embeds(address: str | None) -> bool:
 
 
 @contextmanager
-def ray_session(needs: Needs, *, address: str | None, debug: bool = False) -> Iterator[bool]:
+def ray_session(needs: ResourceNeeds, *, address: str | None, debug: bool = False) -> Iterator[bool]:
     """Connect to a cluster, or start an embedded one with the CPUs that are needed; whether it is embedded.
 
     Args:
@@ -80,7 +80,7 @@ def ray_session(needs: Needs, *, address: str | None, debug: bool = False) -> It
         ray.shutdown()
 
 
-def check_resources(needs: Needs) -> None:
+def check_resources(needs: ResourceNeeds) -> None:
     """Refuse what would wait for ever for its actors to be placed.
 
     Raises:
@@ -111,4 +111,4 @@ def check_answers(address: str) -> None:
         raise ResourceError(f"no Ray cluster at {address} ({error}); check --address") from None
 
 
-__all__ = ["Needs", "check_answers", "check_resources", "embeds", "ray_session"]
+__all__ = ["ResourceNeeds", "check_answers", "check_resources", "embeds", "ray_session"]

@@ -22,15 +22,15 @@ from actors.process_heap import settle_heap
 from actors.remote import listening_address
 from actors.router.table_source import CoordinatorTables
 from errors import RaymoeError
-from jobs.checkpoints.weights import find_weights
+from jobs.checkpoints.loaded_model import find_weights
 from jobs.serving.config import ServeConfig
-from jobs.serving.follower import Follower
 from jobs.serving.interface.interface import Interface
-from jobs.serving.membership import PoolLink
 from jobs.serving.pool.pool import ExpertPool
+from jobs.serving.pool_link import PoolLink
 from jobs.serving.replica.replica import Replica
 from jobs.serving.replica.trunk_server import Leases, TrunkServer, TrunkService
-from jobs.serving.versions import Standing
+from jobs.serving.version_follower import Follower
+from jobs.serving.versions import ReplicaState
 
 POOL = "experts"
 """Name of the pool's deployment, which `raymoe reload` asks."""
@@ -78,7 +78,7 @@ class TrunkReplica:
         await self._server.start()
         self._closing.callback(service.close)
         link.address = self._server.address
-        await link.report(Standing(uses=member.version.epoch))
+        await link.report(ReplicaState(uses=member.version.epoch))
         loaded.set_result(self._replica)
         settle_heap()
 

@@ -13,8 +13,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from errors import RaymoeError, ResourceError
-from jobs.checkpoints.weights import find_weights
-from jobs.fleet.ray_session import Needs, check_answers, ray_session
+from jobs.checkpoints.loaded_model import find_weights
+from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
 from jobs.serving.deployment import POOL
 
 _ALIVE = (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY, ApplicationStatus.DEPLOYING)
@@ -38,7 +38,7 @@ def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = Fa
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     check_answers(address)
-    with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
+    with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
         found = serve.status().applications.get(name)
         if found is None or found.status not in _ALIVE:
             what = "is not there" if found is None else f"is {found.status.value}"

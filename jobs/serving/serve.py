@@ -19,15 +19,15 @@ from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from errors import ConfigError, ResourceError
-from jobs.checkpoints.weights import find_weights
+from jobs.checkpoints.loaded_model import find_weights
 from jobs.data.tokenizer import load_tokenizer
-from jobs.fleet.hosts import check_transport, on_loopback
-from jobs.fleet.ray_session import Needs, embeds, ray_session
-from jobs.serving.admission import check_serving
+from jobs.fleet.expert_hosts import check_transport, on_loopback
+from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
 from jobs.serving.config import ServeConfig
 from jobs.serving.deployment import POOL, app, build_application
 from jobs.serving.interface.grpc_methods import SERVICES
-from jobs.serving.weights import serving_dtype
+from jobs.serving.memory_check import check_serving
+from jobs.serving.served_model import serving_dtype
 from model.checkpoints.sources import PretrainedSource
 
 NAME = "raymoe"
@@ -39,7 +39,7 @@ _TRIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Listening:
+class Endpoints:
     """Where a served model is reached.
 
     Attributes:
@@ -63,7 +63,7 @@ def serve(
     port: int,
     grpc_port: int | None,
     address: str | None,
-    ready: Callable[[Listening], None],
+    ready: Callable[[Endpoints], None],
     debug: bool = False,
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM, which lets requests under way end.
@@ -116,7 +116,7 @@ def serve(
             if grpc_port is not None:
                 _check_answers(grpc_port)
             ready(
-                Listening(
+                Endpoints(
                     url=f"http://{shown}:{port}",
                     grpc=None if grpc_port is None else f"{shown}:{grpc_port}",
                     ray=ray.get_runtime_context().gcs_address,
@@ -195,11 +195,11 @@ def _cause(error: RuntimeError) -> str:
     return str(ours[-1] if ours else lines[-1])
 
 
-def _needs(config: ServeConfig) -> Needs:
+def _needs(config: ServeConfig) -> ResourceNeeds:
     serving, cluster = config.serving, config.cluster
     replicas = f"serving.replicas ({serving.replicas}) x serving."
     hosts = f"cluster.expert_hosts ({cluster.expert_hosts}) x cluster."
-    return Needs(
+    return ResourceNeeds(
         cpus=serving.replicas * serving.cpus_per_replica + cluster.expert_hosts * cluster.cpus_per_host,
         why=f"{replicas}cpus_per_replica ({serving.cpus_per_replica:g}) + {hosts}cpus_per_host"
         f" ({cluster.cpus_per_host:g})",
@@ -209,4 +209,4 @@ def _needs(config: ServeConfig) -> Needs:
     )
 
 
-__all__ = ["NAME", "Listening", "app", "serve"]
+__all__ = ["NAME", "Endpoints", "app", "serve"]

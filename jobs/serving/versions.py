@@ -21,7 +21,7 @@ class WeightsVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class WantedVersions:
     """What replicas are to do.
 
     Attributes:
@@ -38,7 +38,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class ReplicaState:
     """How a replica stands.
 
     Attributes:
@@ -73,4 +73,4 @@ class PoolMembership:
     version: WeightsVersion
 
 
-__all__ = ["PoolMembership", "Standing", "Wanted", "WeightsVersion"]
+__all__ = ["PoolMembership", "ReplicaState", "WantedVersions", "WeightsVersion"]

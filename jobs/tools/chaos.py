@@ -28,7 +28,7 @@ from cluster.topology import HostInfo
 from errors import RaymoeError
 
 
-class Kind(StrEnum):
+class FaultKind(StrEnum):
     """What is done to a process.
 
     Attributes:
@@ -50,7 +50,7 @@ TARGETS: Final = ("host", "coordinator", "trunk", "worker")
 _POOL: Final = re.compile("ServeReplica:(.*):experts")
 """Class of the actor that owns a served model's coordinator, with the application's name."""
 
-_SECONDS: Final = {Kind.STOP: 10.0, Kind.SLOW: 5.0}
+_SECONDS: Final = {FaultKind.STOP: 10.0, FaultKind.SLOW: 5.0}
 _LONGEST: Final = max(_SECONDS.values())
 _PULSE: Final = 0.1  # seconds of a pulse of SLOW, of which the process stands still for most
 _STILL: Final = 0.8
@@ -67,13 +67,13 @@ class Fault:
     """
 
     at: float
-    kind: Kind
+    kind: FaultKind
     target: str
     pick: float
 
 
 def schedule(
-    seed: int, *, duration: float, every: float, kinds: Sequence[Kind], targets: Sequence[str]
+    seed: int, *, duration: float, every: float, kinds: Sequence[FaultKind], targets: Sequence[str]
 ) -> list[Fault]:
     """Faults within `duration` seconds, `every` so many on average; the same for the same seed."""
     source = random.Random(seed)
@@ -81,7 +81,7 @@ def schedule(
     at = source.expovariate(1 / every)
     while at < duration:
         kind, target = source.choice(list(kinds)), source.choice(list(targets))
-        if kind is Kind.DROP:
+        if kind is FaultKind.DROP:
             target = "host"  # nothing else has such connections
         faults.append(Fault(at=round(at, 3), kind=kind, target=target, pick=source.random()))
         at += source.expovariate(1 / every)
@@ -102,7 +102,7 @@ def run_chaos(
     for fault in faults:
         time.sleep(max(0.0, began + fault.at - time.monotonic()))
         try:
-            how = _drop(job, fault) if fault.kind is Kind.DROP else _signal(job, fault, tasks)
+            how = _drop(job, fault) if fault.kind is FaultKind.DROP else _signal(job, fault, tasks)
         except (RaymoeError, RayError) as error:
             how = f"not done: {str(error).strip().splitlines()[0]}"
         tell(f"{time.monotonic() - began:7.2f} s  {fault.kind} {fault.target}: {how}")
@@ -183,9 +183,9 @@ def _do(pid: int, kind: str, seconds: float) -> None:
     try:
         if psutil.Process(pid).ppid() != os.getppid():
             return
-        if kind == Kind.KILL:
+        if kind == FaultKind.KILL:
             os.kill(pid, signal.SIGKILL)
-        elif kind == Kind.STOP:
+        elif kind == FaultKind.STOP:
             os.kill(pid, signal.SIGSTOP)
             time.sleep(seconds)
             os.kill(pid, signal.SIGCONT)
@@ -199,4 +199,4 @@ def _do(pid: int, kind: str, seconds: float) -> None:
         return
 
 
-__all__ = ["TARGETS", "Fault", "Kind", "processes", "run_chaos", "schedule"]
+__all__ = ["TARGETS", "Fault", "FaultKind", "processes", "run_chaos", "schedule"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from errors import CheckpointError, ConfigError
-from jobs.checkpoints.weights import find_weights
+from jobs.checkpoints.loaded_model import find_weights
 from jobs.data.tokenizer import load_tokenizer
 from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize
 from model.checkpoints.hf_names import HEAD, duplicate_names, expert_names
@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
 )
 _BIAS = "e_score_correction_bias"
 _THEIR_GROUP_SCORE = 2  # experts by which everybody else's code judges a group
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 def export_checkpoint(
@@ -59,7 +59,7 @@ def export_checkpoint(
         CheckpointError: missing, incomplete, or `target` is taken.
         ConfigError: `dtype` is unknown.
     """
-    source = _Source(find_weights(checkpoint), _dtype(dtype), mtp=mtp)
+    source = _CheckpointTensors(find_weights(checkpoint), _dtype(dtype), mtp=mtp)
     return {**_write(source, target), **_deviation(source.config)}
 
 
@@ -78,10 +78,10 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -
         CheckpointError: missing, incomplete, of another architecture, or `target` is taken.
         ConfigError: `dtype` is unknown.
     """
-    return _write(_Source(source, _dtype(dtype)), target)
+    return _write(_CheckpointTensors(source, _dtype(dtype)), target)
 
 
-class _Source:
+class _CheckpointTensors:
     """A directory's tensors one by one, as they are to be written."""
 
     def __init__(self, directory: Path, dtype: torch.dtype | None, *, mtp: bool = True) -> None:
@@ -126,7 +126,7 @@ class _Source:
         blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
         return dequantize(tensor, self._reader.tensor(name + SCALE_SUFFIX, shape=blocks), self._block)
 
-    def _shapes(self) -> dict[str, Shape]:
+    def _shapes(self) -> dict[str, TensorShape]:
         """Name and shape of every tensor that is to be written."""
         config = self.config
         shapes = trunk_shapes(config)
@@ -147,7 +147,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return _DTYPES[name] if name is not None else None
 
 
-def _write(source: _Source, target: Path) -> dict[str, Any]:
+def _write(source: _CheckpointTensors, target: Path) -> dict[str, Any]:
     target = target.expanduser()
     shards = list(_shards(source.shapes, source.dtype.itemsize))
     weight_map: dict[str, str] = {}
@@ -175,7 +175,7 @@ def _write(source: _Source, target: Path) -> dict[str, Any]:
     }
 
 
-def _shards(shapes: dict[str, Shape], itemsize: int) -> Iterator[list[str]]:
+def _shards(shapes: dict[str, TensorShape], itemsize: int) -> Iterator[list[str]]:
     held: list[str] = []
     size = 0
     for name, shape in shapes.items():

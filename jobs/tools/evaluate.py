@@ -12,7 +12,7 @@ import torch
 
 from errors import CheckpointError, ConfigError, DataError
 from jobs.checkpoints.checkpoint_store import read_state
-from jobs.checkpoints.weights import LoadedModel, find_weights, load_model
+from jobs.checkpoints.loaded_model import LoadedModel, find_weights, load_model
 from jobs.config.run_config import RunConfig
 from jobs.console import counted
 from jobs.data.documents import find_files, held_out, read_documents

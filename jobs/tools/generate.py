@@ -11,7 +11,7 @@ import torch
 
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from errors import DataError
-from jobs.checkpoints.weights import LoadedModel, load_model
+from jobs.checkpoints.loaded_model import LoadedModel, load_model
 
 _PAGE = 64
 

@@ -15,7 +15,7 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from actors.rpc.coordinator_client import AdminClient
 from errors import RaymoeError, ResourceError
-from jobs.tools.operate import on_cluster, seen_coordinators
+from jobs.tools.running_job import on_cluster, seen_coordinators
 
 _POLL_SECONDS = 0.5
 _REPLICA = "ServeReplica:"
@@ -65,7 +65,7 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
 
 
 @dataclass(frozen=True, slots=True)
-class Emptied:
+class DrainResult:
     """What became of a job's expert hosts on a node.
 
     Attributes:
@@ -77,7 +77,7 @@ class Emptied:
     failed: list[str]
 
 
-class Job(Protocol):
+class DrainableJob(Protocol):
     """What `drain_hosts` needs of an `AdminClient`."""
 
     def status(self) -> dict[str, Any]:
@@ -87,17 +87,17 @@ class Job(Protocol):
         """See `AdminClient.drain`."""
 
 
-def drain_hosts(job: Job, node: str, deadline: float) -> Emptied:
+def drain_hosts(job: DrainableJob, node: str, deadline: float) -> DrainResult:
     """Drain a job's hosts on a node one after the other, as far as it goes.
 
     Args:
         deadline: of `time.monotonic`; a host that comes after it is asked all the same, and not waited for.
     """
-    found = Emptied([], [])
+    found = DrainResult([], [])
     try:
         hosts = [host["id"] for host in job.status()["hosts"] if host["node"] == node]
     except RaymoeError as error:
-        return Emptied([], [str(error)])
+        return DrainResult([], [str(error)])
     for id in hosts:
         try:
             done = job.drain(id, replace=True, timeout=max(0.0, deadline - time.monotonic()))["done"]

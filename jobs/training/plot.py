@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from errors import DataError
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.worker import VALIDATION_FILE
 
 PLOT_FILE = "training.png"

@@ -20,11 +20,11 @@ from actors.rpc.coordinator_client import CoordinatorClient
 from actors.trunk.parameters import Reducer, SingleWorker
 from cluster.topology import RoutingTable
 from errors import RaymoeError, WorkersLost, gives_way
-from jobs.config.precision import worker_device
+from jobs.config.device_and_dtype import worker_device
 from jobs.config.run_config import RunConfig
 from jobs.data.corpus import PreparedData
-from jobs.fleet.hosts import connector
-from jobs.training.run_start import Start, compute_threads
+from jobs.fleet.expert_hosts import connector
+from jobs.training.run_start import RunStart, compute_threads
 from jobs.training.worker_assembly import assemble_worker
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class WorkerSettings:
 
     config: dict[str, Any]
     data: PreparedData
-    start: Start
+    start: RunStart
     output: str
     coordinator: str
 

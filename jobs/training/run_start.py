@@ -11,7 +11,7 @@ from actors.host.checkpoint_part import MomentSource, SavedMoments
 from actors.messages.steps import OptimizerSettings, TrainingPlan
 from actors.messages.timeline import FOLDER, Timeline, profiled
 from jobs.checkpoints.checkpoint_store import read_state
-from jobs.config.precision import resolve_dtype
+from jobs.config.device_and_dtype import resolve_dtype
 from jobs.config.run_config import RunConfig
 from model.checkpoints.pretrained import PretrainedSource, RandomSource, WeightSource
 from model.optimizers.adamw import value_dtype
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class RunStart:
     """Where a run begins.
 
     Attributes:
@@ -36,22 +36,22 @@ class Start:
     weights: Path | None = None
     moments: bool = False
 
-    def at(self, directory: str) -> Start:
+    def at(self, directory: str) -> RunStart:
         """The same run begun with another checkpoint of its own; this one for an empty name."""
         if not directory:
             return self
         path = Path(directory)
-        return Start(run=self.run, step=read_state(path).step, weights=path, moments=True)
+        return RunStart(run=self.run, step=read_state(path).step, weights=path, moments=True)
 
 
-def weight_source(config: RunConfig, start: Start) -> WeightSource:
+def weight_source(config: RunConfig, start: RunStart) -> WeightSource:
     """Where trunk and hosts read their weights."""
     if start.weights is not None:
         return PretrainedSource(start.weights, config.model)
     return RandomSource(config.model, config.training.seed, value_dtype(resolve_dtype(config)))
 
 
-def moment_source(start: Start) -> MomentSource | None:
+def moment_source(start: RunStart) -> MomentSource | None:
     """Where hosts read AdamW's moments; None where a run begins with none."""
     return SavedMoments(start.weights) if start.moments and start.weights is not None else None
 
@@ -106,7 +106,7 @@ def _cores(config: RunConfig) -> int:
     return config.training.threads or max(1, (os.cpu_count() or 1) // config.training.workers)
 
 
-def timeline(config: RunConfig, start: Start, process: str, output: Path) -> Timeline | None:
+def timeline(config: RunConfig, start: RunStart, process: str, output: Path) -> Timeline | None:
     """What records a process's part of the run's timeline; None where there is none."""
     training = config.training
     if not training.profile_steps:
@@ -115,7 +115,7 @@ def timeline(config: RunConfig, start: Start, process: str, output: Path) -> Tim
 
 
 __all__ = [
-    "Start",
+    "RunStart",
     "compute_threads",
     "lanes_at_once",
     "moment_source",

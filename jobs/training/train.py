@@ -25,18 +25,18 @@ from actors.rpc.coordinator_client import CoordinatorClient
 from errors import CheckpointError, ConfigError, RaymoeError
 from jobs.checkpoints.checkpoint_store import CheckpointStore, find_checkpoint, read_state
 from jobs.config.config_file import write_config
-from jobs.config.precision import check_dtype
+from jobs.config.device_and_dtype import check_dtype
 from jobs.config.run_config import RunConfig, TrainingConfig
 from jobs.console import Progress
 from jobs.data.corpus import PreparedData, prepare
+from jobs.fleet.expert_hosts import check_transport, on_loopback
 from jobs.fleet.fleet import Fleet
-from jobs.fleet.hosts import check_transport, on_loopback
-from jobs.fleet.ray_session import Needs, ray_session
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.fleet.ray_session import ResourceNeeds, ray_session
+from jobs.training.actor_builders import build_coordinator, build_host
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.ray_worker import WorkerSettings, train_worker
-from jobs.training.run_assembly import build_coordinator, build_host
 from jobs.training.run_directory import run_directory
-from jobs.training.run_start import Start
+from jobs.training.run_start import RunStart
 from jobs.training.worker import VALIDATION_FILE
 from model.checkpoints.sources import read_hf_config
 from model.config import ModelConfig
@@ -151,7 +151,9 @@ def summary(output: Path) -> dict[str, Any]:
     return values
 
 
-def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) -> tuple[Start, Path | None]:
+def _start(
+    config: RunConfig, output: Path, *, resume: bool, init: Path | None
+) -> tuple[RunStart, Path | None]:
     """Where the run begins, and the tokenizer that goes with its weights."""
     name = uuid.uuid4().hex[:12]
     store = CheckpointStore(output / "checkpoints")
@@ -163,14 +165,14 @@ def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) 
             run = output.parent.parent
             raise ConfigError(f"--resume {output} is one checkpoint; resume the run: --resume {run}")
         checkpoint = find_checkpoint(output)
-        begin = Start(run=name, step=read_state(checkpoint).step, weights=checkpoint, moments=True)
+        begin = RunStart(run=name, step=read_state(checkpoint).step, weights=checkpoint, moments=True)
     elif init is not None:
         init = init.expanduser().resolve()  # hosts and workers read it from directories of their own
         weights = init if (init / "config.json").is_file() else find_checkpoint(init)
         _check_shape(config, weights)
-        begin = Start(run=name, weights=weights)
+        begin = RunStart(run=name, weights=weights)
     else:
-        return Start(run=name), None
+        return RunStart(run=name), None
     assert begin.weights is not None
     tokenizer = begin.weights / "tokenizer.json"
     if tokenizer.is_file():
@@ -183,11 +185,11 @@ def _start(config: RunConfig, output: Path, *, resume: bool, init: Path | None) 
     return begin, None
 
 
-def _needs(config: RunConfig) -> Needs:
+def _needs(config: RunConfig) -> ResourceNeeds:
     training, cluster = config.training, config.cluster
     workers = f"training.workers ({training.workers}) x training."
     hosts = f"cluster.expert_hosts ({cluster.expert_hosts}) x cluster."
-    return Needs(
+    return ResourceNeeds(
         cpus=training.workers * training.cpus_per_worker + cluster.expert_hosts * cluster.cpus_per_host,
         why=f"{workers}cpus_per_worker ({training.cpus_per_worker:g}) + {hosts}cpus_per_host"
         f" ({cluster.cpus_per_host:g})",
@@ -212,7 +214,7 @@ def _check_shape(config: RunConfig, weights: Path) -> None:
 
 
 def _run(
-    config: RunConfig, data: PreparedData, begin: Start, output: Path, progress: Progress | None
+    config: RunConfig, data: PreparedData, begin: RunStart, output: Path, progress: Progress | None
 ) -> bool:
     """Bring everything up, train, and take everything down; whether Ctrl-C ended it."""
     with ExitStack() as stack:
@@ -252,10 +254,10 @@ def _run(
                 failure_config=FailureConfig(max_failures=training.max_failures),
             ),
         )
-        return _Watch(trainer, coordinator, begin.step, progress).until_done()
+        return RunWatch(trainer, coordinator, begin.step, progress).until_done()
 
 
-class _Watch:
+class RunWatch:
     """Waits for Ray Train in the main thread, shows progress, and turns Ctrl-C into a last checkpoint."""
 
     def __init__(

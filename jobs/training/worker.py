@@ -28,7 +28,7 @@ from jobs.config.run_config import RunConfig
 from jobs.data.batches import microbatch_rows, microbatches_of_worker, rows_of_step
 from jobs.data.corpus import PreparedData
 from jobs.data.packing import PackedCorpus
-from jobs.training.metrics import MetricsWriter
+from jobs.training.metrics_file import MetricsWriter
 from model.checkpoints.pretrained import require_experts, write_index, write_model_config
 from model.losses.balance_loss import BalanceWeights
 from model.optimizers.schedule import value_at
@@ -38,7 +38,7 @@ _EVALUATED_AT_ONCE = 2048  # tokens
 _AWAY_SECONDS = 0.05  # between two calls of a coordinator that does not answer
 
 
-class Steps(Protocol):
+class StepCoordinator(Protocol):
     """What a worker asks of the coordinator; `Coordinator` itself, or a client of one."""
 
     def join(self, rank: int, workers: int, attempt: int, why: str) -> Resume: ...
@@ -94,7 +94,7 @@ class TrainingWorker:
         first_step: int,
         output: Path,
         trunk: TrunkWorker,
-        coordinator: Steps,
+        coordinator: StepCoordinator,
         save_trunk: Callable[[Path | None], None],
         save_experts: Callable[[Path], object] | None = None,
         router: Router | None = None,
@@ -326,4 +326,4 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     making.rename(path)
 
 
-__all__ = ["VALIDATION_FILE", "Steps", "TrainingWorker", "Validation"]
+__all__ = ["VALIDATION_FILE", "StepCoordinator", "TrainingWorker", "Validation"]

@@ -20,12 +20,12 @@ from channels import local
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
 from jobs.checkpoints.trunk_checkpoint import load_trunk_moments, save_trunk
-from jobs.config.precision import resolve_dtype, worker_device
+from jobs.config.device_and_dtype import resolve_dtype, worker_device
 from jobs.config.run_config import RunConfig
 from jobs.data.corpus import PreparedData
-from jobs.fleet.hosts import placement
+from jobs.fleet.expert_hosts import placement
 from jobs.training.run_start import (
-    Start,
+    RunStart,
     lanes_at_once,
     moment_source,
     optimizer_settings,
@@ -33,7 +33,7 @@ from jobs.training.run_start import (
     weight_source,
 )
 from jobs.training.trunk_parameters import lane_kind, trunk_parameters
-from jobs.training.worker import Steps, TrainingWorker
+from jobs.training.worker import StepCoordinator, TrainingWorker
 from model.checkpoints.pretrained import WeightSource
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def assemble_worker(
     data: PreparedData,
     *,
     rank: int,
-    start: Start,
+    start: RunStart,
     output: Path,
-    coordinator: Steps,
+    coordinator: StepCoordinator,
     table: RoutingTable | None,
     connect: Callable[[HostInfo], Channel],
     reducer: Reducer | None = None,
@@ -99,7 +99,7 @@ def assemble_worker(
         config, rank=rank, dtype=dtype, device=device, settings=settings, reducer=reducer, mesh=mesh
     )
 
-    def begin_at(at: Start, source: WeightSource) -> None:
+    def begin_at(at: RunStart, source: WeightSource) -> None:
         parameters.begin(source, at.step)
         if at.moments and at.weights is not None:
             load_trunk_moments(at.weights, parameters, step=at.step)

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.tools.chaos import TARGETS, Kind, processes, schedule
+from jobs.tools.chaos import TARGETS, FaultKind, processes, schedule
 
 
 @given(
     seed=st.integers(0, 1000),
     duration=st.floats(0, 100),
-    kinds=st.lists(st.sampled_from(Kind), min_size=1, unique=True),
+    kinds=st.lists(st.sampled_from(FaultKind), min_size=1, unique=True),
     targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True),
 )
-def test_a_seed_is_a_schedule(seed: int, duration: float, kinds: list[Kind], targets: list[str]) -> None:
+def test_a_seed_is_a_schedule(seed: int, duration: float, kinds: list[FaultKind], targets: list[str]) -> None:
     def drawn() -> Any:
         return schedule(seed, duration=duration, every=5.0, kinds=kinds, targets=targets)
 
@@ -27,13 +27,13 @@ def test_a_seed_is_a_schedule(seed: int, duration: float, kinds: list[Kind], tar
     assert times == sorted(times) and all(0 <= at <= duration for at in times)
     for fault in faults:
         assert fault.kind in kinds and 0 <= fault.pick < 1
-        assert fault.target == "host" if fault.kind is Kind.DROP else fault.target in targets
+        assert fault.target == "host" if fault.kind is FaultKind.DROP else fault.target in targets
 
 
 def test_faults_come_as_often_as_asked_for() -> None:
-    faults = schedule(0, duration=10_000, every=5.0, kinds=list(Kind), targets=list(TARGETS))
+    faults = schedule(0, duration=10_000, every=5.0, kinds=list(FaultKind), targets=list(TARGETS))
     assert len(faults) == pytest.approx(2000, rel=0.1)
-    assert {fault.kind for fault in faults} == set(Kind)
+    assert {fault.kind for fault in faults} == set(FaultKind)
     assert {fault.target for fault in faults} == set(TARGETS)
 
 

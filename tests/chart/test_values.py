@@ -14,7 +14,7 @@ from jsonschema import Draft7Validator
 from helm.generate import generated
 from helm.schema import values_schema
 from helm.values import read_values
-from jobs.api.metrics import EngineFigures, ExpertFigures, ServingMetrics
+from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
 from support.chart import CHART, ROOT, SETS
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))

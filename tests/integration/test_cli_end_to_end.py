@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from jobs.checkpoints.checkpoint_store import find_checkpoint
 from jobs.cli.main import app
 from jobs.tools.demo import fresh_directory
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.plot import PLOT_FILE
 
 pytestmark = [

@@ -14,7 +14,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from model.config import ModelConfig
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]

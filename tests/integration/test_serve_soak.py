@@ -14,22 +14,22 @@ import psutil
 import pytest
 
 from benchmarks.serving.capacity import measure_capacity
-from benchmarks.serving.client import connected
 from benchmarks.serving.figures import Outcome, figures
-from benchmarks.serving.mix import Mix, arrivals
-from benchmarks.serving.target import Target, served
+from benchmarks.serving.load_client import connected
+from benchmarks.serving.measured_server import MeasuredServer, served
+from benchmarks.serving.request_mix import RequestMix, arrivals
 
 SECONDS = float(os.environ.get("RAYMOE_SOAK_SECONDS", "600"))
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(SECONDS + 900)]
 LOAD = 0.8
 MIB = 1 << 20
 # Half of the requests are sampled, and one in ten clients hangs up in the middle.
-MIX = Mix(temperatures=(0.0, 0.9), drops=0.1, seed=1)
+MIX = RequestMix(temperatures=(0.0, 0.9), drops=0.1, seed=1)
 # Small enough for the load to fill it many times over: pages go round, and prefixes are given up.
 OPTIONS = ("--set=cluster.expert_hosts=2", "--set=serving.cache_tokens=8192")
 
 
-def members(target: Target) -> dict[str, psutil.Process]:
+def members(target: MeasuredServer) -> dict[str, psutil.Process]:
     """Hosts, replicas and interface, by their titles."""
     assert target.process is not None
     found = {}
@@ -48,7 +48,7 @@ def members(target: Target) -> dict[str, psutil.Process]:
     return found
 
 
-def gauges(target: Target) -> dict[str, float]:
+def gauges(target: MeasuredServer) -> dict[str, float]:
     """Requests and pages in use."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     with urllib.request.urlopen(f"{target.url}/metrics") as answer:
@@ -83,7 +83,7 @@ async def sampled(
         task.cancel()
 
 
-async def run(target: Target) -> tuple[float, float, list[Outcome], list[dict[str, int]]]:
+async def run(target: MeasuredServer) -> tuple[float, float, list[Outcome], list[dict[str, int]]]:
     """The offered rate, when it began, what came of the requests, and memory after a tenth and at the end."""
     async with connected(target.url) as client:
         assert client.longest is not None

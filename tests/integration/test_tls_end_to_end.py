@@ -11,7 +11,7 @@ import pytest
 
 from channels.grpc import tls
 from jobs.tools.certs import make_certificates
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.serve import PROMPT, running, save_model, tiny_model, tiny_tokenizer
 from support.commands.train import finish, start
 

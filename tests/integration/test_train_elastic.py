@@ -12,7 +12,7 @@ from statistics import median
 
 import pytest
 
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from model.checkpoints.shards import ShardReader
 from support.commands.disturbed_run import COORDINATOR, HOST, SETTINGS, WORKER, DisturbedRun, differ, title_of
 from support.commands.train import family, finish, losses, start

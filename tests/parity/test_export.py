@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.checkpoints.weights import load_model
+from jobs.checkpoints.loaded_model import load_model
 from jobs.config.config_file import load_config
 from jobs.data.tokenizer import save_tokenizer, train_tokenizer
 from jobs.tools.convert import export_checkpoint, import_checkpoint

@@ -12,8 +12,8 @@ from engine import Engine, EngineSettings, TrunkWeights
 from engine.service import EngineService
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
-from jobs.api.chat import ChatTemplate
-from jobs.api.metrics import ExpertFigures, ServingMetrics
+from jobs.api.chat_template import ChatTemplate
+from jobs.api.serving_metrics import ExpertFigures, ServingMetrics
 from jobs.data.tokenizer import train_tokenizer
 from model.causal_lm import CausalLM
 from model.config import ModelConfig

@@ -18,7 +18,7 @@ from channels.choose import connect
 from cluster import RoutingTable, experts_held
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from engine import Sequence as Request
-from jobs.fleet.hosts import placement
+from jobs.fleet.expert_hosts import placement
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
 from support.reference_models import ours, theirs

@@ -31,10 +31,10 @@ from channels.base import Channel, Phase, Request
 from cluster.topology import HostInfo
 from errors import ChannelError, WorkersLost
 from jobs.config.run_config import RunConfig
-from jobs.fleet.hosts import connector
-from jobs.training.metrics import METRICS_FILE, read_metrics
-from jobs.training.run_assembly import build_coordinator, build_host
-from jobs.training.run_start import Start
+from jobs.fleet.expert_hosts import connector
+from jobs.training.actor_builders import build_coordinator, build_host
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
+from jobs.training.run_start import RunStart
 from jobs.training.worker_assembly import assemble_worker
 from protos import coordinator_pb2_grpc
 from support.training_job import Corpus, Outcome, weights_of
@@ -104,7 +104,7 @@ class _Job:
     workers: int
     config: dict[str, Any]
     corpus: Corpus
-    start: Start
+    start: RunStart
     output: Path
     coordinator: str
     meeting: Path
@@ -194,7 +194,7 @@ def _serve(pipe: Connection) -> None:
             pipe.send(error)
 
 
-def _doomed_host(pipe: Connection, config: dict[str, Any], start: Start, id: str, end: Moment) -> None:
+def _doomed_host(pipe: Connection, config: dict[str, Any], start: RunStart, id: str, end: Moment) -> None:
     torch.set_num_threads(1)
     host = build_host(RunConfig.from_dict(config), start, id, connect=HostClient)
     doom, handle = _Doom(end), host.handle
@@ -235,7 +235,7 @@ class Workers:
 
     @contextmanager
     def doomed_host(
-        self, config: RunConfig, start: Start, id: str, end: Moment, lost: Callable[[], None]
+        self, config: RunConfig, start: RunStart, id: str, end: Moment, lost: Callable[[], None]
     ) -> Iterator[HostInfo]:
         """A host in a process of its own, until its moment; `lost` is called after it."""
         process, pipe = self._begin(_doomed_host, config.to_dict(), start, id, end)
@@ -275,7 +275,7 @@ def train_sharded(
     corpus: Corpus,
     output: Path,
     *,
-    start: Start | None = None,
+    start: RunStart | None = None,
     stop_after: int | None = None,
     lose_host: Moment | None = None,
     lose_worker: Moment | None = None,
@@ -292,7 +292,7 @@ def train_sharded(
     Returns:
         The outcome, what every worker had, and the run's interruptions.
     """
-    start = start or Start(run="test")
+    start = start or RunStart(run="test")
     n_hosts, n_workers = config.cluster.expert_hosts, config.training.workers
     with ExitStack() as stack:
         coordinator = build_coordinator(config, start, output)

@@ -25,9 +25,9 @@ from jobs.config.presets import preset
 from jobs.config.run_config import RunConfig
 from jobs.data.held_out import HeldOut
 from jobs.data.packing import PackedCorpus, pack
-from jobs.training.metrics import METRICS_FILE, read_metrics
-from jobs.training.run_assembly import build_coordinator, build_host
-from jobs.training.run_start import Start
+from jobs.training.actor_builders import build_coordinator, build_host
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
+from jobs.training.run_start import RunStart
 from jobs.training.worker_assembly import assemble_worker
 
 
@@ -142,14 +142,14 @@ def train(
     corpus: Corpus,
     output: Path,
     *,
-    start: Start | None = None,
+    start: RunStart | None = None,
     channel: str = "local",
     stop_after: int | None = None,
     on_step: Callable[[int, Sequence[ExpertHost]], None] | None = None,
     wrap: Callable[[Channel], Channel] = lambda channel: channel,
 ) -> Outcome:
     """Run a training job to its end; raises what a worker raised. `wrap` comes between lanes and channels."""
-    start = start or Start(run="test")
+    start = start or RunStart(run="test")
     workers, n_hosts = config.training.workers, config.cluster.expert_hosts
     by_id: dict[str, ExpertHost] = {}
 

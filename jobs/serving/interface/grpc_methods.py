@@ -23,9 +23,9 @@ from grpc_health.v1.health_pb2 import (
 )
 
 from errors import RaymoeError
+from jobs.api.api_errors import ApiError
 from jobs.api.backend import Backend
-from jobs.api.generation import generate
-from jobs.api.problems import ApiError
+from jobs.api.grpc_generation import generate
 from protos.generation_pb2 import DESCRIPTOR, GenerateReply, GenerateRequest
 
 if TYPE_CHECKING:

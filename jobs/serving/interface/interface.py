@@ -13,18 +13,18 @@ from ray.serve.handle import DeploymentHandle
 from actors.process_heap import settle_heap
 from jobs.api import build_api
 from jobs.api.backend import Backend
-from jobs.api.chat import ChatTemplate
-from jobs.api.metrics import ServingMetrics
+from jobs.api.chat_template import ChatTemplate
+from jobs.api.serving_metrics import ServingMetrics
 from jobs.data.tokenizer import load_tokenizer
 from jobs.serving.config import ServeConfig
-from jobs.serving.follower import Exchanger, Follower
+from jobs.serving.interface.chat_template_exchange import ChatTemplateExchange
+from jobs.serving.interface.deployment_status import DeploymentStatus
 from jobs.serving.interface.grpc_methods import GrpcMethods
-from jobs.serving.interface.overview import Overview
 from jobs.serving.interface.routes import ServeRoutes
-from jobs.serving.interface.templates import Templates
 from jobs.serving.interface.trunks import Trunks
-from jobs.serving.membership import PoolLink
-from jobs.serving.versions import Standing, WeightsVersion
+from jobs.serving.pool_link import PoolLink
+from jobs.serving.version_follower import Exchanger, Follower
+from jobs.serving.versions import ReplicaState, WeightsVersion
 from model.checkpoints.sources import PretrainedSource
 
 _RETRY_SECONDS = 1.0
@@ -67,7 +67,7 @@ class Interface(GrpcMethods):
         self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
         self._closing.callback(self._link.close)
         member = await self._link.enter()
-        await self._link.report(Standing(uses=member.version.epoch))
+        await self._link.report(ReplicaState(uses=member.version.epoch))
         trunks = Trunks(
             ServeRoutes(trunk),
             self._link.trunks,
@@ -75,7 +75,7 @@ class Interface(GrpcMethods):
             patience=config.serving.resume_timeout,
             dead_after=config.cluster.dead_after,
         )
-        overview = Overview(trunks, self._link.trunks, self._link.experts)
+        overview = DeploymentStatus(trunks, self._link.trunks, self._link.experts)
         self._backend = Backend(
             model=title,
             version=lambda: self._templates.version,
@@ -90,7 +90,7 @@ class Interface(GrpcMethods):
             experts=overview.experts,
             metrics=ServingMetrics(title),
         )
-        self._templates = Templates(self._backend, member.version.name)
+        self._templates = ChatTemplateExchange(self._backend, member.version.name)
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
         settle_heap()

@@ -16,14 +16,14 @@ from actors.messages.coordinator_state import CoordinatorState
 from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
 from actors.rpc.host_client import HostClient
 from errors import HostsChanged, RaymoeError, is_loss
-from jobs.api.metrics import ExpertFigures
-from jobs.config.precision import compute_device
+from jobs.api.serving_metrics import ExpertFigures
+from jobs.config.device_and_dtype import compute_device
+from jobs.fleet.expert_hosts import host_threads, shape_of
 from jobs.fleet.fleet import Fleet
-from jobs.fleet.hosts import host_threads, shape_of
 from jobs.serving.config import ServeConfig
 from jobs.serving.pool.rollout import Rollout
-from jobs.serving.versions import PoolMembership, Standing, Wanted, WeightsVersion
-from jobs.serving.weights import ModelShape, require_room, serving_dtype, weights_version
+from jobs.serving.served_model import ModelShape, require_room, serving_dtype, weights_version
+from jobs.serving.versions import PoolMembership, ReplicaState, WantedVersions, WeightsVersion
 from model.checkpoints.pretrained import PretrainedSource
 
 _CONTROL_SECONDS = 30.0
@@ -86,11 +86,11 @@ class ExpertPool:
         outlives the trunk replicas, each of which is a member until its last request has ended."""
         await self._rollout.attend(name)
 
-    async def ask(self, name: str, known: int) -> Wanted:
+    async def ask(self, name: str, known: int) -> WantedVersions:
         """See `Rollout.ask`."""
         return await self._rollout.ask(name, known)
 
-    async def report(self, name: str, standing: Standing) -> None:
+    async def report(self, name: str, standing: ReplicaState) -> None:
         """See `Rollout.report`."""
         self._rollout.report(name, standing)
 

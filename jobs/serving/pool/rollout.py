@@ -14,14 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from errors import ProtocolError, ResourceError
-from jobs.serving.versions import Standing, Wanted, WeightsVersion
+from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
 
 _ASK_SECONDS = 5.0  # a question is answered after this time at the latest, and asked again
 
 
 @dataclass(slots=True)
-class _Member:
-    standing: Standing
+class _PoolMember:
+    standing: ReplicaState
     seen: float
 
 
@@ -40,12 +40,12 @@ class Rollout:
     version: WeightsVersion
     patience: float = 30.0
     clock: Callable[[], float] = time.monotonic
-    _wanted: Wanted = field(init=False)
-    _members: dict[str, _Member] = field(default_factory=dict)
+    _wanted: WantedVersions = field(init=False)
+    _members: dict[str, _PoolMember] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._wanted = Wanted(run=self.run, serial=0, use=self.version)
+        self._wanted = WantedVersions(run=self.run, serial=0, use=self.version)
 
     @property
     def uses(self) -> WeightsVersion:
@@ -66,7 +66,7 @@ class Rollout:
     def join(self, name: str) -> WeightsVersion:
         """A replica begins; the version to begin with."""
         use = self._wanted.use
-        self._members[name] = _Member(Standing(uses=use.epoch), self.clock())
+        self._members[name] = _PoolMember(ReplicaState(uses=use.epoch), self.clock())
         return use
 
     def leave(self, name: str) -> None:
@@ -81,7 +81,7 @@ class Rollout:
             await self._news(_ASK_SECONDS, lambda: name not in self._members)
             self._bury()
 
-    async def ask(self, name: str, known: int) -> Wanted:
+    async def ask(self, name: str, known: int) -> WantedVersions:
         """What is wanted, as soon as its serial is not the one that the replica knows, or after some time."""
         self._see(name)
         if self._wanted.serial == known:
@@ -89,9 +89,9 @@ class Rollout:
             self._see(name)
         return self._wanted
 
-    def report(self, name: str, standing: Standing) -> None:
+    def report(self, name: str, standing: ReplicaState) -> None:
         """Take note of a replica's standing."""
-        self._members[name] = _Member(standing, self.clock())
+        self._members[name] = _PoolMember(standing, self.clock())
         self._notify()
 
     async def prepare(self, version: WeightsVersion) -> None:
@@ -122,7 +122,7 @@ class Rollout:
             await self._news(1.0)
 
     def _want(self, use: WeightsVersion, prepare: WeightsVersion | None) -> None:
-        self._wanted = Wanted(run=self.run, serial=self._wanted.serial + 1, use=use, prepare=prepare)
+        self._wanted = WantedVersions(run=self.run, serial=self._wanted.serial + 1, use=use, prepare=prepare)
         self._notify()
 
     def _see(self, name: str) -> None:
@@ -134,7 +134,7 @@ class Rollout:
             if self.clock() - member.seen > self.patience:
                 del self._members[name]
 
-    def _alive(self) -> list[_Member]:
+    def _alive(self) -> list[_PoolMember]:
         self._bury()
         return list(self._members.values())
 

@@ -18,9 +18,9 @@ from engine.engine import Engine
 from engine.service import EngineService
 from errors import ProtocolError, RaymoeError
 from jobs.data.tokenizer import load_tokenizer
-from jobs.fleet.hosts import connector
+from jobs.fleet.expert_hosts import connector
 from jobs.serving.config import ServeConfig
-from jobs.serving.replica.weights import ReplicaWeights, load_beside, load_weights
+from jobs.serving.replica.replica_weights import ReplicaWeights, load_beside, load_weights
 from jobs.serving.versions import WeightsVersion
 from model.experts import Experts
 from protos.trunk_pb2 import TrunkStatus

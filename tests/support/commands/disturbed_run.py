@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from actors.rpc.coordinator_client import AdminClient
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.train import STEPS, assert_gone, family, losses, start
 
 HOST, WORKER, COORDINATOR = "_ExpertHostProcess", "RayTrainWorker", "_CoordinatorProcess"

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from jobs.training.metrics import METRICS_FILE, read_metrics
+from jobs.training.metrics_file import METRICS_FILE, read_metrics
 
 STEPS = 60
 SETTINGS = {

@@ -13,10 +13,10 @@ import torch
 from engine import TrunkWeights
 from errors import ResourceError
 from jobs.data.tokenizer import save_tokenizer, train_tokenizer
-from jobs.serving import weights as serving_weights
+from jobs.serving import served_model
 from jobs.serving.config import ServeConfig
-from jobs.serving.replica.weights import load_beside
-from jobs.serving.weights import ModelShape
+from jobs.serving.replica.replica_weights import load_beside
+from jobs.serving.served_model import ModelShape
 from model.causal_lm import CausalLM
 from model.checkpoints.pretrained import save_pretrained
 from support.api_server import PROMPT, Served, events
@@ -141,6 +141,6 @@ def test_weights_that_there_is_no_memory_for_are_not_loaded(
 ) -> None:
     loaded = load_beside(LOCAL, directory, experts=True)
     assert loaded.experts is not None
-    monkeypatch.setattr(serving_weights, "free_memory", lambda: 1000)
+    monkeypatch.setattr(served_model, "free_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="beside those in use"):
         load_beside(LOCAL, directory, experts=True)

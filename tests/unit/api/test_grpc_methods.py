@@ -12,8 +12,8 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, H
 
 from errors import RaymoeError
 from jobs.api.backend import Limits
-from jobs.api.generation import completion_request
-from jobs.api.schemas import CompletionRequest
+from jobs.api.grpc_generation import completion_request
+from jobs.api.request_bodies import CompletionRequest
 from jobs.serving.interface.grpc_methods import GrpcMethods, on_this_machine
 from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 from support.api_server import PROMPT, Served

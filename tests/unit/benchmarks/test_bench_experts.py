@@ -9,7 +9,7 @@ from benchmarks.decode import bench_decode
 from benchmarks.experts import bench_experts
 from benchmarks.train import bench_train
 from errors import ConfigError, ResourceError
-from jobs.config.precision import compute_device
+from jobs.config.device_and_dtype import compute_device
 from jobs.config.presets import preset
 
 

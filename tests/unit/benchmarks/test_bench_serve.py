@@ -18,11 +18,19 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from benchmarks.serving.capacity import Capacity, Level, grows, level_of
-from benchmarks.serving.client import connected
 from benchmarks.serving.figures import Outcome, concurrency, figures, percentile, tokens_between
+from benchmarks.serving.load_client import connected
 from benchmarks.serving.load_test import Load, offer
-from benchmarks.serving.mix import CONVERSATION, Ask, Mix, arrivals, mix_of, rate_of, read_span
 from benchmarks.serving.progress import ProgressLine
+from benchmarks.serving.request_mix import (
+    CONVERSATION,
+    PlannedRequest,
+    RequestMix,
+    arrivals,
+    mix_of,
+    rate_of,
+    read_span,
+)
 from errors import ChannelError, ConfigError, DataError, ResourceError
 from jobs.cli.main import app
 
@@ -56,7 +64,7 @@ def test_arrivals_end_with_their_count_or_their_time() -> None:
 
 
 def test_the_default_mix_is_what_it_says() -> None:
-    asks = list(itertools.islice(Mix(drops=0.25, temperatures=(0.0, 0.8)).asks(), 8000))
+    asks = list(itertools.islice(RequestMix(drops=0.25, temperatures=(0.0, 0.8)).asks(), 8000))
     long_prompts = [ask for ask in asks if len(ask.prompt) >= 256]
     assert len(long_prompts) / len(asks) == pytest.approx(CONVERSATION[2].share, abs=0.02)
     assert {ask.max_tokens for ask in long_prompts} == set(range(8, 33))
@@ -67,10 +75,10 @@ def test_the_default_mix_is_what_it_says() -> None:
 
 
 def test_a_mix_is_the_same_each_time_and_fits_the_server() -> None:
-    mix = Mix(longest=100, seed=3)
+    mix = RequestMix(longest=100, seed=3)
     asks = list(itertools.islice(mix.asks(), 500))
     assert asks == list(itertools.islice(mix.asks(), 500))
-    assert asks != list(itertools.islice(Mix(longest=100, seed=4).asks(), 500))
+    assert asks != list(itertools.islice(RequestMix(longest=100, seed=4).asks(), 500))
     assert max(len(ask.prompt) + ask.max_tokens for ask in asks) == 100
 
 
@@ -228,11 +236,11 @@ async def whole(_: web.Request, body: dict[str, Any], response: web.StreamRespon
     await event(response, "[DONE]")
 
 
-def ask(**fields: Any) -> Ask:
-    return Ask(**{"prompt": (5, 6, 7), "max_tokens": 8, "temperature": 0.0, "seed": 1, **fields})
+def ask(**fields: Any) -> PlannedRequest:
+    return PlannedRequest(**{"prompt": (5, 6, 7), "max_tokens": 8, "temperature": 0.0, "seed": 1, **fields})
 
 
-def asked(answer: Answer, request: Ask, **options: Any) -> Outcome:
+def asked(answer: Answer, request: PlannedRequest, **options: Any) -> Outcome:
     async def run() -> Outcome:
         async with fake_server(answer) as url, connected(f"{url}/v1/", **options) as client:
             return await client.ask(request, due=client.clock() - 1.0)
@@ -324,7 +332,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
                 await everybody.wait()
             await whole(request, body, response)
 
-        load = Load(mix=Mix(), rate=200.0, requests=total, duration=None)
+        load = Load(mix=RequestMix(), rate=200.0, requests=total, duration=None)
         async with fake_server(held) as url:
             return await offer(url, load, lambda _: None)
 
@@ -342,7 +350,9 @@ def test_auto_offers_a_share_of_what_was_measured() -> None:
         await whole(request, body, response)
 
     async def run() -> dict[str, Any]:
-        load = Load(mix=Mix(), share=0.5, requests=10, duration=None, probe_seconds=0.3, most_concurrency=2)
+        load = Load(
+            mix=RequestMix(), share=0.5, requests=10, duration=None, probe_seconds=0.3, most_concurrency=2
+        )
         async with fake_server(slow) as url:
             return await offer(url, load, lambda _: None)
 
@@ -355,7 +365,7 @@ def test_auto_offers_a_share_of_what_was_measured() -> None:
 def test_a_server_that_answers_nothing_ends_it_with_its_words() -> None:
     async def run() -> None:
         async with fake_server(_error) as url:
-            await offer(url, Load(mix=Mix(), rate=1.0, requests=1), lambda _: None)
+            await offer(url, Load(mix=RequestMix(), rate=1.0, requests=1), lambda _: None)
 
     with pytest.raises(ResourceError, match="stream error: a host is gone"):
         asyncio.run(run())

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from engine import Engine
 from errors import CheckpointError, ConfigError, DataError
 from jobs.checkpoints.checkpoint_store import TrainingState
-from jobs.checkpoints.weights import LoadedModel, load_model
+from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.cli.main import app
 from jobs.config.config_file import load_config
 from jobs.config.presets import preset

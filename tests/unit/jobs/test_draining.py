@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from errors import ChannelError, ResourceError
-from jobs.tools.node_drain import Emptied, drain_hosts
+from jobs.tools.node_drain import DrainResult, drain_hosts
 
 
 class Job:
@@ -36,7 +36,7 @@ class Dead(Job):
 
 def test_hosts_of_the_node_are_drained() -> None:
     job = Job(a=True, b=True)
-    assert drain_hosts(job, "here", time.monotonic() + 60) == Emptied(["a", "b"], [])
+    assert drain_hosts(job, "here", time.monotonic() + 60) == DrainResult(["a", "b"], [])
     assert all(0 < limit <= 60 for limit in job.limits)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from errors import ResourceError
-from jobs.fleet.ray_session import Needs, ray_session
+from jobs.fleet.ray_session import ResourceNeeds, ray_session
 
-NEEDS = Needs(cpus=1, why="training.workers (1)")
+NEEDS = ResourceNeeds(cpus=1, why="training.workers (1)")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import typer
 from pydantic import BaseModel
 
 from docs import modules
-from jobs.api.schemas import ChatRequest, CompletionRequest
+from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.cli.main import app
 from jobs.config.run_config import RunConfig
 from jobs.serving.config import ServeConfig

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from errors import CheckpointError, ProtocolError, ResourceError
-from jobs.api.chat import ChatTemplate
-from jobs.serving.follower import Follower
-from jobs.serving.interface.templates import Templates
+from jobs.api.chat_template import ChatTemplate
+from jobs.serving.interface.chat_template_exchange import ChatTemplateExchange
 from jobs.serving.pool.rollout import Rollout
-from jobs.serving.versions import Standing, WeightsVersion
+from jobs.serving.version_follower import Follower
+from jobs.serving.versions import ReplicaState, WeightsVersion
 
 pytestmark = pytest.mark.timeout(60)
 OLD = WeightsVersion(epoch=0, directory="/old", name="old")
@@ -61,7 +61,7 @@ async def replica(rollout: Rollout, name: str, loaded: asyncio.Event | None = No
     weights = Weights(rollout)
     weights.used = rollout.join(name)
 
-    async def report(standing: Standing) -> None:
+    async def report(standing: ReplicaState) -> None:
         rollout.report(name, standing)
 
     async def load() -> Weights:
@@ -183,16 +183,16 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         rollout = Rollout("run", first)
         # As much of a backend as a template is exchanged in.
         backend: Any = SimpleNamespace(chat=ChatTemplate.beside(old))
-        exchanger = Templates(backend, "old")
+        exchanger = ChatTemplateExchange(backend, "old")
         templates: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         templates.set_result(exchanger)
 
-        async def report(standing: Standing) -> None:
+        async def report(standing: ReplicaState) -> None:
             rollout.report("api", replace(standing, interface=True))
 
         rollout.join("api")
         rollout.join("trunk")
-        rollout.report("trunk", Standing(uses=0, address="127.0.0.1:1"))
+        rollout.report("trunk", ReplicaState(uses=0, address="127.0.0.1:1"))
         follower = Follower("run", first, ask=lambda known: rollout.ask("api", known), report=report)
         following = asyncio.create_task(follower.follow(templates))
         await until(lambda: rollout.replicas == 1)
@@ -221,7 +221,7 @@ def test_a_replica_that_is_silent_for_too_long_holds_nobody_up() -> None:
             await until(lambda: alive.held == NEW)
             assert not prepare.done()
             now = 11.0
-            rollout.report("alive", Standing(uses=0, ready=1))
+            rollout.report("alive", ReplicaState(uses=0, ready=1))
             attend = asyncio.create_task(rollout.attend("alive"))
             await rollout.attend("dead")
             await prepare
@@ -240,7 +240,7 @@ def test_what_a_replica_missed_it_does_later() -> None:
         follower_of_old = Weights(rollout)
         rollout.join("b")
 
-        async def report(standing: Standing) -> None:
+        async def report(standing: ReplicaState) -> None:
             rollout.report("b", standing)
 
         async def there() -> Weights:
@@ -260,7 +260,7 @@ def test_a_replica_whose_pool_is_another_says_so_and_keeps_its_weights() -> None
         rollout = Rollout("another run", NEW)
         weights = Weights(rollout)
 
-        async def report(standing: Standing) -> None:
+        async def report(standing: ReplicaState) -> None:
             raise AssertionError("an orphan reports nothing")
 
         async def there() -> Weights:

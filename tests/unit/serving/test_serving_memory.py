@@ -10,12 +10,12 @@ import torch
 
 from engine.weights import TrunkWeights
 from errors import ConfigError, ResourceError
-from jobs.checkpoints import memory
-from jobs.checkpoints import weights as loading
-from jobs.checkpoints.memory import Need, check_memory, free_memory, loading_need, serving_need
+from jobs.checkpoints import loaded_model as loading
+from jobs.checkpoints import memory_need
+from jobs.checkpoints.memory_need import MemoryNeed, check_memory, free_memory, loading_need, serving_need
 from jobs.config.presets import preset
-from jobs.serving.admission import check_serving
 from jobs.serving.config import ServeConfig
+from jobs.serving.memory_check import check_serving
 from model.causal_lm import CausalLM
 from model.checkpoints.pretrained import save_pretrained
 from model.transformer import Transformer
@@ -36,7 +36,7 @@ def test_the_parts_are_those_that_a_loaded_model_has() -> None:
     assert need.cache == 64 * (TINY.kv_lora_rank + TINY.qk_rope_head_dim) * layers * 4
     kept = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in memory._tensors(trunk)
+        for t in memory_need._tensors(trunk)
         if t.numel()
     }
     assert need.trunk == sum(kept.values())
@@ -66,9 +66,9 @@ def test_loading_takes_all_parameters_and_no_less_than_a_model_has() -> None:
 
 def test_hosts_share_the_experts_and_replicas_do_not() -> None:
     parts: dict[str, Any] = {"trunk": 10, "cache": 5, "experts": 100}
-    assert Need(**parts).total == 115
-    assert Need(**parts, replicas=3).total == 345
-    assert Need(**parts, replicas=3, hosts=2).total == 145
+    assert MemoryNeed(**parts).total == 115
+    assert MemoryNeed(**parts, replicas=3).total == 345
+    assert MemoryNeed(**parts, replicas=3, hosts=2).total == 145
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_autoscaling_needs_room_for_the_fewest_replicas() -> None:
 
 
 def test_what_just_fits_is_not_refused() -> None:
-    need = Need(trunk=3, cache=2, experts=5)
+    need = MemoryNeed(trunk=3, cache=2, experts=5)
     check_memory(need, advice="-", free=10)
     with pytest.raises(ResourceError, match="raise it"):
         check_memory(need, advice="raise it", free=9)
@@ -124,7 +124,7 @@ def test_a_model_for_one_process_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_pretrained(CausalLM(TINY), tmp_path)
-    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    monkeypatch.setattr(memory_need, "free_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="use a machine with more"):
         loading.load_model(tmp_path)
 

@@ -16,8 +16,8 @@ from engine.params import SamplingParams
 from engine.sequence import TokenLogprobs
 from engine.service import Delta
 from errors import ConfigError, QueueFull
-from jobs.api.metrics import ExpertFigures
-from jobs.serving.interface.overview import Overview
+from jobs.api.serving_metrics import ExpertFigures
+from jobs.serving.interface.deployment_status import DeploymentStatus
 from jobs.serving.interface.routes import ServeRoutes
 from jobs.serving.interface.trunks import Lease, Trunks
 from jobs.serving.replica.trunk_server import Leases
@@ -529,7 +529,7 @@ def test_health_and_figures_are_those_of_all_replicas_that_answer() -> None:
             async def hosts() -> ExpertFigures | None:
                 raise RuntimeError("the pool is away")
 
-            overview = Overview(trunks, where, hosts)
+            overview = DeploymentStatus(trunks, where, hosts)
             assert await overview.experts() is None
             assert await overview.health() is None
             engines = await overview.engines()

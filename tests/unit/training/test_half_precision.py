@@ -12,7 +12,7 @@ from torch import nn
 from errors import CheckpointError
 from jobs.checkpoints.checkpoint_store import find_checkpoint
 from jobs.config.run_config import RunConfig
-from jobs.training.run_start import Start
+from jobs.training.run_start import RunStart
 from model.causal_lm import CausalLM
 from model.checkpoints.shards import ShardReader
 from model.experts import ExpertShard, experts_backward, experts_forward
@@ -136,6 +136,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole: Outcome, tmp_path: Path) -> No
     checkpoint = find_checkpoint(tmp_path)
     reader = ShardReader(checkpoint / "model-trunk.safetensors")
     assert reader.tensor("lm_head.weight").dtype == torch.float32
-    start = Start(run="resumed", step=STOP, weights=checkpoint, moments=True)
+    start = RunStart(run="resumed", step=STOP, weights=checkpoint, moments=True)
     outcome = train(run, corpus, tmp_path, start=start, channel="shm")
     assert difference(outcome, whole) == (0.0, 0.0, 0.0)

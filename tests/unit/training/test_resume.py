@@ -13,9 +13,9 @@ import torch
 from errors import ConfigError
 from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
 from jobs.config.run_config import RunConfig
-from jobs.training.metrics import METRICS_FILE
+from jobs.training.metrics_file import METRICS_FILE
 from jobs.training.resumed_config import resumed_config
-from jobs.training.run_start import Start
+from jobs.training.run_start import RunStart
 from jobs.training.train import _start
 from support.training_job import Outcome, difference, text_corpus, tiny, train
 
@@ -85,7 +85,7 @@ def test_goes_on_with_the_same_trajectory(
     checkpoint = find_checkpoint(output)
     assert read_state(checkpoint).step == STOP
     run = config(hosts, workers)
-    start = Start(run="resumed", step=STOP, weights=checkpoint, moments=True)
+    start = RunStart(run="resumed", step=STOP, weights=checkpoint, moments=True)
     outcome = train(run, text_corpus(run, TEXT), output, start=start, channel="shm")
     assert [line["step"] for line in outcome.metrics] == list(range(1, STEPS + 1))
     losses, weights, bias = difference(outcome, whole)

@@ -14,7 +14,7 @@ from channels.base import Phase
 from errors import ConfigError
 from jobs.checkpoints.checkpoint_store import find_checkpoint
 from jobs.config.run_config import RunConfig
-from jobs.training.run_start import Start
+from jobs.training.run_start import RunStart
 from model.checkpoints.shards import ShardReader
 from support.sharded_workers import Moment, Workers, train_sharded
 from support.training_job import Outcome, difference, text_corpus, tiny, train
@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on_either_way(
             workers, run, text_corpus(run, TEXT), tmp_path, start=start, stop_after=stop_after
         )
         checkpoint = find_checkpoint(tmp_path)
-        start, stop_after = Start(run="resumed", step=STOP, weights=checkpoint, moments=True), None
+        start, stop_after = RunStart(run="resumed", step=STOP, weights=checkpoint, moments=True), None
     agrees(outcome, whole)
 
 

@@ -18,11 +18,11 @@ from actors.messages.transfer_orders import Peer
 from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo
 from jobs.checkpoints.checkpoint_store import CheckpointStore, read_state
-from jobs.config.precision import compute_device, resolve_dtype
+from jobs.config.device_and_dtype import compute_device, resolve_dtype
 from jobs.config.run_config import RunConfig
-from jobs.fleet.hosts import host_threads, shape_of
+from jobs.fleet.expert_hosts import host_threads, shape_of
 from jobs.training.run_start import (
-    Start,
+    RunStart,
     moment_source,
     optimizer_settings,
     timeline,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def build_host(
     config: RunConfig,
-    start: Start,
+    start: RunStart,
     id: str,
     *,
     connect: Callable[[HostInfo], Peer] = HostClient,
@@ -78,7 +78,7 @@ def build_host(
 
 def build_coordinator(
     config: RunConfig,
-    start: Start,
+    start: RunStart,
     output: Path,
     state: CoordinatorState | None = None,
     *,
@@ -99,7 +99,7 @@ def build_coordinator(
         for checkpoint in reversed(CheckpointStore(output / "checkpoints").complete()):
             step = read_state(checkpoint).step
             if step >= start.step:
-                latest = Start(run=start.run, step=step, weights=checkpoint, moments=True)
+                latest = RunStart(run=start.run, step=step, weights=checkpoint, moments=True)
             break
         return Beginning(
             directory="" if latest is start else str(latest.weights),

@@ -9,16 +9,16 @@ from typing import Any
 from engine.params import SamplingParams
 from engine.sequence import TokenLogprobs
 from errors import ConfigError
-from jobs.api.answers import Choice
+from jobs.api.api_errors import invalid
 from jobs.api.backend import Backend
-from jobs.api.problems import invalid
-from jobs.api.schemas import CompletionRequest
+from jobs.api.request_bodies import CompletionRequest
+from jobs.api.response_bodies import Choice
 
 MAX_CHOICES = 1024  # of one request: the queue counts requests that wait, before it takes one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class CompletionJob:
     """What the engine is to do.
 
     Attributes:
@@ -33,7 +33,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class VisibleChoice:
     """What a client sees of a choice, or of what is new about it."""
 
     text: str
@@ -42,7 +42,7 @@ class Shown:
     finish_reason: str | None
 
 
-def completion_work(backend: Backend, request: CompletionRequest) -> Work:
+def completion_work(backend: Backend, request: CompletionRequest) -> CompletionJob:
     """What a request asks for.
 
     Raises:
@@ -66,14 +66,14 @@ def completion_work(backend: Backend, request: CompletionRequest) -> Work:
                 )
             except ConfigError as error:
                 raise invalid(str(error), str(error).split()[0]) from error
-    return Work(
+    return CompletionJob(
         prompts=[prompt for prompt in prompts for _ in range(request.n)],
         params=params,
         prompt_tokens=sum(map(len, prompts)),
     )
 
 
-def shown(backend: Backend, request: CompletionRequest, choice: Choice, *, first: bool) -> Shown:
+def shown(backend: Backend, request: CompletionRequest, choice: Choice, *, first: bool) -> VisibleChoice:
     """A choice, or what is new about it, with its prompt in front if that is asked for.
 
     Args:
@@ -88,7 +88,7 @@ def shown(backend: Backend, request: CompletionRequest, choice: Choice, *, first
         text = backend.tokenizer.decode(list(choice.prompt), skip_special_tokens=False) + text
         tokens = [*choice.prompt, *tokens]
         logprobs = [None, *choice.prompt_logprobs, *logprobs]
-    return Shown(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason)
+    return VisibleChoice(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason)
 
 
 def _several(given: str | Sequence[Any]) -> bool:
@@ -103,4 +103,4 @@ def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
     return [tokens or [backend.end_of_text] for tokens in encoded]
 
 
-__all__ = ["MAX_CHOICES", "Shown", "Work", "completion_work", "shown"]
+__all__ = ["MAX_CHOICES", "CompletionJob", "VisibleChoice", "completion_work", "shown"]

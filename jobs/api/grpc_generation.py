@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from engine.sequence import TokenLogprobs
 from engine.service import Delta
-from jobs.api.answers import Choice, Usage
+from jobs.api.api_errors import ApiError, of_validation
 from jobs.api.backend import Backend
-from jobs.api.completions import completion_work, shown
-from jobs.api.problems import ApiError, of_validation
-from jobs.api.schemas import CompletionRequest
+from jobs.api.completion_jobs import completion_work, shown
+from jobs.api.request_bodies import CompletionRequest
+from jobs.api.response_bodies import Choice, Usage
 from protos import generation_pb2
 from protos.generation_pb2 import GenerateReply, GenerateRequest
 

@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 from errors import ChannelError
-from jobs.api.metrics import EngineFigures, ExpertFigures
+from jobs.api.serving_metrics import EngineFigures, ExpertFigures
 from jobs.serving.interface.trunks import Trunks
 from protos.trunk_pb2 import TrunkStatus
 
 _POOL_SECONDS = 2.0
 
 
-class Overview:
+class DeploymentStatus:
     """Asks every replica.
 
     Args:
@@ -77,4 +77,4 @@ class Overview:
         return {name: answer for name, answer in zip(self._known, answers, strict=True) if answer is not None}
 
 
-__all__ = ["Overview"]
+__all__ = ["DeploymentStatus"]

@@ -28,7 +28,7 @@ _UNLIMITED = 1 << 60  # what cgroups of version 1 say when there is no limit is 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
+class MemoryNeed:
     """Bytes that serving takes on one machine.
 
     Attributes:
@@ -58,7 +58,7 @@ def serving_need(
     replicas: int = 1,
     hosts: int = 0,
     modules: bool = True,
-) -> Need:
+) -> MemoryNeed:
     """What a model takes once it is loaded.
 
     Args:
@@ -74,7 +74,7 @@ def serving_need(
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(weights)}
     row = config.kv_lora_rank + config.qk_rope_head_dim
     n_layers = len(weights.layers) + len(weights.modules)
-    return Need(
+    return MemoryNeed(
         trunk=sum(storage.nbytes() for storage in storages.values()),
         cache=cache_tokens * row * n_layers * dtype.itemsize,
         experts=_experts(config, dtype),
@@ -83,13 +83,13 @@ def serving_need(
     )
 
 
-def loading_need(config: ModelConfig, dtype: torch.dtype) -> Need:
+def loading_need(config: ModelConfig, dtype: torch.dtype) -> MemoryNeed:
     """What a model takes in one process, trunk and experts, without a cache."""
     experts = _experts(config, dtype)
-    return Need(trunk=config.total_parameters() * dtype.itemsize - experts, cache=0, experts=experts)
+    return MemoryNeed(trunk=config.total_parameters() * dtype.itemsize - experts, cache=0, experts=experts)
 
 
-def check_memory(need: Need, *, advice: str, free: int | None = None) -> None:
+def check_memory(need: MemoryNeed, *, advice: str, free: int | None = None) -> None:
     """Refuse what cannot be held.
 
     Args:
@@ -196,4 +196,4 @@ def _gib(amount: int) -> str:
     return f"{amount / _GIB:,.1f} GiB" if amount >= _GIB / 10 else f"{amount / (1 << 20):,.1f} MiB"
 
 
-__all__ = ["Need", "check_memory", "free_memory", "loading_need", "serving_need"]
+__all__ = ["MemoryNeed", "check_memory", "free_memory", "loading_need", "serving_need"]

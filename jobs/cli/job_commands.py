@@ -39,8 +39,8 @@ def status(
     from rich.console import Console
 
     with _operated(coordinator, address, debug) as job:
-        from jobs.tools.operate import shown
-        from jobs.tools.operate import watch as show_on
+        from jobs.tools.running_job import shown
+        from jobs.tools.running_job import watch as show_on
 
         if as_json:
             finish(job.status, as_json=True)
@@ -112,20 +112,20 @@ def chaos(
     from jobs.fleet.ray_token import use_own_token
 
     use_own_token()
-    from jobs.tools.chaos import TARGETS, Kind, schedule
+    from jobs.tools.chaos import TARGETS, FaultKind, schedule
 
     faults = schedule(
         seed,
         duration=duration,
         every=every,
-        kinds=[Kind(one) for one in _choices(kinds, [str(kind) for kind in Kind], "--kinds")],
+        kinds=[FaultKind(one) for one in _choices(kinds, [str(kind) for kind in FaultKind], "--kinds")],
         targets=_choices(targets, list(TARGETS), "--targets"),
     )
 
     def compute() -> Result:
         from dataclasses import asdict
 
-        from jobs.tools.operate import rehearse
+        from jobs.tools.running_job import rehearse
 
         if dry_run:
             done = [asdict(fault) for fault in faults]
@@ -203,7 +203,7 @@ def _operated(coordinator: str | None, address: str | None, debug: bool) -> Any:
     from jobs.fleet.ray_token import use_own_token
 
     use_own_token()
-    from jobs.tools.operate import operated
+    from jobs.tools.running_job import operated
 
     return operated(coordinator=coordinator, address=address, debug=debug)
 

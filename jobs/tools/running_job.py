@@ -18,7 +18,7 @@ from actors.remote import ask
 from actors.rpc.coordinator_client import AdminClient
 from errors import RaymoeError, ResourceError
 from jobs.fleet.fleet import COORDINATOR, NAMESPACE
-from jobs.fleet.ray_session import Needs, check_answers, ray_session
+from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
 from jobs.tools.chaos import Fault, run_chaos
 
 _ASK_SECONDS = 10.0
@@ -59,7 +59,7 @@ def rehearse(
     """
     with operated(coordinator=coordinator, address=address, debug=debug) as job:
         at = address or os.environ.get("RAY_ADDRESS") or "auto"
-        with ray_session(Needs(cpus=0, why=""), address=at, debug=debug):
+        with ray_session(ResourceNeeds(cpus=0, why=""), address=at, debug=debug):
             return run_chaos(job, faults, tell=tell)
 
 
@@ -90,7 +90,7 @@ def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
     """
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     check_answers(address)
-    with ray_session(Needs(cpus=0, why=""), address=address, debug=debug):
+    with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
         yield address
 
 

@@ -23,7 +23,7 @@ _STOP_SECONDS = 90.0  # for requests under way to end, and for Ray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class MeasuredServer:
     """A server.
 
     Attributes:
@@ -54,7 +54,7 @@ def write_random_model(directory: Path) -> None:
 
 
 @contextmanager
-def served(checkpoint: Path | None, options: Sequence[str] = ()) -> Iterator[Target]:
+def served(checkpoint: Path | None, options: Sequence[str] = ()) -> Iterator[MeasuredServer]:
     """A server for as long as the block lasts; it leaves no process behind.
 
     Args:
@@ -71,7 +71,7 @@ def served(checkpoint: Path | None, options: Sequence[str] = ()) -> Iterator[Tar
         with (Path(scratch) / "serve.log").open("w+", encoding="utf-8") as log:
             process = _start(checkpoint, options, log)
             try:
-                yield Target(url=_url(process, log), process=psutil.Process(process.pid))
+                yield MeasuredServer(url=_url(process, log), process=psutil.Process(process.pid))
             finally:
                 _stop(process)
 
@@ -125,4 +125,4 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-__all__ = ["Target", "served", "write_random_model"]
+__all__ = ["MeasuredServer", "served", "write_random_model"]

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from benchmarks.serving.figures import Outcome
-from benchmarks.serving.mix import Ask
+from benchmarks.serving.request_mix import PlannedRequest
 from errors import ChannelError, ConfigError
 
 Note = Callable[[Outcome], None]
@@ -22,7 +22,7 @@ Note = Callable[[Outcome], None]
 _CONNECT_SECONDS = 30.0
 
 
-class Client:
+class LoadClient:
     """Sends requests to one server.
 
     Args:
@@ -46,7 +46,7 @@ class Client:
         self._ignore_eos = ignore_eos
         self.model, self.longest, self.clock = model, longest, clock
 
-    async def ask(self, ask: Ask, *, due: float) -> Outcome:
+    async def ask(self, ask: PlannedRequest, *, due: float) -> Outcome:
         """Send a request now and read its answer; whatever goes wrong is in the outcome."""
         outcome = Outcome(due=due, sent=self.clock())
         try:
@@ -60,7 +60,9 @@ class Client:
         outcome.ended = self.clock()
         return outcome
 
-    async def open_loop(self, asks: Iterable[Ask], arrivals: Iterable[float], note: Note) -> list[Outcome]:
+    async def open_loop(
+        self, asks: Iterable[PlannedRequest], arrivals: Iterable[float], note: Note
+    ) -> list[Outcome]:
         """Send every request at its moment, however many are still under way.
 
         Args:
@@ -69,7 +71,7 @@ class Client:
         began = self.clock()
         outcomes: list[Outcome] = []
 
-        async def one(ask: Ask, due: float) -> None:
+        async def one(ask: PlannedRequest, due: float) -> None:
             outcome = await self.ask(ask, due=due)
             outcomes.append(outcome)
             note(outcome)
@@ -81,7 +83,7 @@ class Client:
         return outcomes
 
     async def closed_loop(
-        self, asks: Iterator[Ask], *, concurrency: int, seconds: float, note: Note
+        self, asks: Iterator[PlannedRequest], *, concurrency: int, seconds: float, note: Note
     ) -> list[Outcome]:
         """Keep so many requests under way, each followed by the next, none being begun after `seconds`."""
         end = self.clock() + seconds
@@ -100,7 +102,7 @@ class Client:
                 tasks.create_task(one_after_another())
         return outcomes
 
-    async def _stream(self, ask: Ask, outcome: Outcome) -> None:
+    async def _stream(self, ask: PlannedRequest, outcome: Outcome) -> None:
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": ask.prompt if isinstance(ask.prompt, str) else list(ask.prompt),
@@ -140,7 +142,7 @@ class Client:
 @asynccontextmanager
 async def connected(
     url: str, *, api_key: str | None = None, ignore_eos: bool = True, timeout: float = 600.0
-) -> AsyncIterator[Client]:
+) -> AsyncIterator[LoadClient]:
     """A client for the first model of a server.
 
     Args:
@@ -161,7 +163,7 @@ async def connected(
         timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=_CONNECT_SECONDS),
     ) as session:
         card = await _model_card(session, base)
-        yield Client(session, str(card["id"]), longest=card.get("max_model_len"), ignore_eos=ignore_eos)
+        yield LoadClient(session, str(card["id"]), longest=card.get("max_model_len"), ignore_eos=ignore_eos)
 
 
 def _check_url(url: str) -> None:
@@ -198,4 +200,4 @@ def _said(text: str) -> str:
         return (text.strip().splitlines() or ["no text"])[0][:200]
 
 
-__all__ = ["Client", "Note", "connected"]
+__all__ = ["LoadClient", "Note", "connected"]

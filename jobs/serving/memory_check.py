@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jobs.checkpoints.memory import Need, check_memory, free_memory, serving_need
+from jobs.checkpoints.memory_need import MemoryNeed, check_memory, free_memory, serving_need
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def check_serving(
     check_memory(need, advice=_advice(need, free, dtype), free=free)
 
 
-def _advice(need: Need, free: int, dtype: torch.dtype) -> str:
+def _advice(need: MemoryNeed, free: int, dtype: torch.dtype) -> str:
     """The fields that would help."""
     ways = []
     if need.replicas > 1:

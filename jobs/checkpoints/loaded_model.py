@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from errors import CheckpointError
 from jobs.checkpoints.checkpoint_store import find_checkpoint
-from jobs.checkpoints.memory import check_memory, loading_need
-from jobs.config.precision import computes_bfloat16
+from jobs.checkpoints.memory_need import check_memory, loading_need
+from jobs.config.device_and_dtype import computes_bfloat16
 from jobs.data.tokenizer import load_tokenizer
 from model.checkpoints.pretrained import PretrainedSource, ShardReader, load_pretrained
 from model.experts import LocalExperts

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from engine.weights import TrunkWeights
-from jobs.checkpoints.memory import serving_need
-from jobs.config.precision import compute_device
+from jobs.checkpoints.memory_need import serving_need
+from jobs.config.device_and_dtype import compute_device
 from jobs.serving.config import ServeConfig
-from jobs.serving.weights import require_room, serving_dtype
+from jobs.serving.served_model import require_room, serving_dtype
 from model.checkpoints.pretrained import PretrainedSource, load_pretrained
 from model.experts import LocalExperts
 from model.transformer import Transformer

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from errors import RaymoeError
-from jobs.serving.versions import Standing, Wanted, WeightsVersion
+from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
 
 _RETRY_SECONDS = 1.0
 
@@ -43,14 +43,14 @@ class Follower:
         run: str,
         version: WeightsVersion,
         *,
-        ask: Callable[[int], Awaitable[Wanted]],
-        report: Callable[[Standing], Awaitable[None]],
+        ask: Callable[[int], Awaitable[WantedVersions]],
+        report: Callable[[ReplicaState], Awaitable[None]],
     ) -> None:
         self._run = run
         self._uses = version
         self._ready: WeightsVersion | None = None
         self._ask, self._report = ask, report
-        self._wanted: Wanted | None = None
+        self._wanted: WantedVersions | None = None
         self._news = asyncio.Event()
         self.orphaned = False
 
@@ -93,7 +93,7 @@ class Follower:
             except Exception:  # said again with the next answer
                 continue
 
-    async def _obey(self, exchanger: Exchanger, wanted: Wanted) -> Standing:
+    async def _obey(self, exchanger: Exchanger, wanted: WantedVersions) -> ReplicaState:
         """Do what is wanted, as far as it is not done; every answer of the pool tries again."""
         goal = wanted.prepare
         try:
@@ -109,8 +109,8 @@ class Follower:
         except Exception as error:
             text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
             failed = None if goal is None else goal.epoch
-            return Standing(uses=self._uses.epoch, failed=failed, failure=text)
-        return Standing(uses=self._uses.epoch, ready=None if self._ready is None else self._ready.epoch)
+            return ReplicaState(uses=self._uses.epoch, failed=failed, failure=text)
+        return ReplicaState(uses=self._uses.epoch, ready=None if self._ready is None else self._ready.epoch)
 
     async def _prepare(self, exchanger: Exchanger, version: WeightsVersion) -> None:
         if self._ready != version:

@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 from jobs.api.backend import Backend
-from jobs.api.chat import ChatTemplate
+from jobs.api.chat_template import ChatTemplate
 from jobs.serving.versions import WeightsVersion
 
 
-class Templates:
+class ChatTemplateExchange:
     """What of a checkpoint the interface uses, and the exchange of it.
 
     Args:
@@ -45,4 +45,4 @@ class Templates:
         self._prepared = None
 
 
-__all__ = ["Templates"]
+__all__ = ["ChatTemplateExchange"]

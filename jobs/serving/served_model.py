@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer
 
 from errors import CheckpointError, ResourceError
-from jobs.checkpoints.memory import free_memory
-from jobs.checkpoints.weights import compute_dtype
+from jobs.checkpoints.loaded_model import compute_dtype
+from jobs.checkpoints.memory_need import free_memory
 from jobs.data.tokenizer import load_tokenizer
 from jobs.serving.config import ServeConfig
 from model.checkpoints.pretrained import PretrainedSource

@@ -11,8 +11,8 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.rpc.coordinator_client import CoordinatorClient
 from cluster.topology import RoutingTable
-from jobs.api.metrics import ExpertFigures
-from jobs.serving.versions import PoolMembership, Standing, Wanted
+from jobs.api.serving_metrics import ExpertFigures
+from jobs.serving.versions import PoolMembership, ReplicaState, WantedVersions
 
 _RETRY_SECONDS = 0.2
 
@@ -62,13 +62,13 @@ class PoolLink:
             client.close()
             await asyncio.sleep(_RETRY_SECONDS)  # the weights are changing right now
 
-    async def ask(self, known: int) -> Wanted:
+    async def ask(self, known: int) -> WantedVersions:
         """See `Rollout.ask`."""
         question = self._calls["question"] = self._pool.ask.remote(self.name, known)
-        wanted: Wanted = await question
+        wanted: WantedVersions = await question
         return wanted
 
-    async def report(self, standing: Standing) -> None:
+    async def report(self, standing: ReplicaState) -> None:
         """See `Rollout.report`."""
         standing = replace(standing, address=self.address, interface=self._interface)
         await self._pool.report.remote(self.name, standing)

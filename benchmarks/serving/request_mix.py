@@ -20,7 +20,7 @@ _FIRST_TOKEN, _LAST_TOKEN = 3, 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class RequestKind:
     """Requests of one kind.
 
     Attributes:
@@ -33,16 +33,16 @@ class Kind:
     output: tuple[int, int]
 
 
-CONVERSATION: tuple[Kind, ...] = (
-    Kind(share=0.6, prompt=(16, 128), output=(16, 64)),
-    Kind(share=0.3, prompt=(16, 64), output=(64, 256)),
-    Kind(share=0.1, prompt=(256, 768), output=(8, 32)),
+CONVERSATION: tuple[RequestKind, ...] = (
+    RequestKind(share=0.6, prompt=(16, 128), output=(16, 64)),
+    RequestKind(share=0.3, prompt=(16, 64), output=(64, 256)),
+    RequestKind(share=0.1, prompt=(256, 768), output=(8, 32)),
 )
 """The default mix: short questions, long answers, and long texts with a short answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class PlannedRequest:
     """One request.
 
     Attributes:
@@ -59,7 +59,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mix:
+class RequestMix:
     """An endless supply of requests.
 
     Attributes:
@@ -71,14 +71,14 @@ class Mix:
         seed: of all draws.
     """
 
-    kinds: Sequence[Kind] = CONVERSATION
+    kinds: Sequence[RequestKind] = CONVERSATION
     texts: Sequence[str] = ()
     longest: int = 1 << 31
     temperatures: Sequence[float] = (0.0,)
     drops: float = 0.0
     seed: int = 0
 
-    def asks(self) -> Iterator[Ask]:
+    def asks(self) -> Iterator[PlannedRequest]:
         """The requests, the same ones at every call."""
         source = random.Random(f"asks {self.seed}")
         texts = itertools.cycle(self.texts)
@@ -89,7 +89,7 @@ class Mix:
             n_prompt = min(source.randint(*kind.prompt), max(1, self.longest - n_output))
             tokens = tuple(source.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(n_prompt))
             dropped = source.random() < self.drops
-            yield Ask(
+            yield PlannedRequest(
                 prompt=next(texts) if self.texts else tokens,
                 max_tokens=n_output,
                 temperature=source.choice(self.temperatures),
@@ -168,7 +168,7 @@ def mix_of(
     temperature: float,
     drops: float,
     seed: int,
-) -> Mix:
+) -> RequestMix:
     """The mix that a user asks for: the default one, with what is given in place of its own.
 
     Raises:
@@ -184,7 +184,7 @@ def mix_of(
     if output_tokens is not None:
         span = read_span(output_tokens, "--output-tokens")
         kinds = tuple(replace(kind, output=span) for kind in kinds)
-    return Mix(
+    return RequestMix(
         kinds=kinds,
         texts=() if prompts is None else _texts(prompts),
         temperatures=(temperature,),
@@ -203,4 +203,13 @@ def _texts(file: Path) -> tuple[str, ...]:
     return texts
 
 
-__all__ = ["CONVERSATION", "Ask", "Kind", "Mix", "arrivals", "mix_of", "rate_of", "read_span"]
+__all__ = [
+    "CONVERSATION",
+    "PlannedRequest",
+    "RequestKind",
+    "RequestMix",
+    "arrivals",
+    "mix_of",
+    "rate_of",
+    "read_span",
+]
