@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from actors.router import Router, RouterSettings
 from actors.router.engine_lanes import EngineLanes
-from actors.router.router import Router
 from benchmarks.contenders import host_process, until_closed
 from cluster.config import ClusterConfig
 from cluster.topology import RoutingTable
@@ -58,8 +58,7 @@ def expert_lanes(
             model,
             table,
             connector(cluster, compute_device(cluster.gpus_per_host, "cluster.gpus_per_host")),
-            lanes=2,
-            timeout=cluster.call_timeout,
+            RouterSettings(lanes=2, timeout=cluster.call_timeout),
         )
         stack.callback(router.close)
         yield EngineLanes(router)

@@ -19,9 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Array = npt.NDArray[Any]
+
+MAX_MAILBOX_ROWS: Final = 16
+"""Rows of a request that a mailbox has room for."""
 
 
 class Phase(IntEnum):
@@ -88,6 +95,51 @@ class Ticket(Protocol):
         ...
 
 
+class Mailbox(Protocol):
+    """Room for one small request of inference and its reply, in memory that the host reads."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the host reads this mailbox."""
+        ...
+
+    def post(
+        self,
+        x: Array,
+        idx: Array,
+        gates: Array,
+        host_of: Array,
+        host: int,
+        call: tuple[int, int, int],
+        shift: int = 0,
+    ) -> int:
+        """Send the rows of x [N, D] that have experts on a host; the last reply must have been collected.
+
+        Args:
+            idx, gates: [N, K].
+            host_of: [R, E], and which of its values is this host; token n uses row (n + shift) % R.
+            call: Epoch, step and layer.
+
+        Returns:
+            Rows sent; with none there is nothing to collect.
+
+        Raises:
+            ChannelError: The host cannot be woken.
+        """
+        ...
+
+    def collect(self, out: Array, timeout: float | None) -> bool:
+        """Wait for the reply and add its rows to `out` [N, D]; whether the host has answered.
+
+        A refusal adds nothing; the same request over the channel raises the host's error.
+
+        Raises:
+            ChannelTimeout: There was no reply within `timeout` seconds (None waits without a limit).
+            ChannelError: The host has closed the connection.
+        """
+        ...
+
+
 class Channel(Protocol):
     """How a router reaches one expert host."""
 
@@ -97,6 +149,20 @@ class Channel(Protocol):
 
     def takes(self, device: torch.device) -> bool:
         """Whether requests may hold tensors of a device, and the replies to these do; others are copied."""
+        ...
+
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox | None:
+        """Open a mailbox beside the channel; None if this kind of channel has none.
+
+        Args:
+            width: Numbers of a row.
+            pairs: Room for (row, expert) pairs.
+            dtype: float32 or float64.
+
+        Raises:
+            ResourceError: The system gives no memory or descriptor.
+            ChannelError: The host has closed the connection.
+        """
         ...
 
     def cut(self, why: str) -> None:
@@ -124,4 +190,15 @@ class Server(Protocol):
         ...
 
 
-__all__ = ["Channel", "Handler", "Phase", "Request", "RequestId", "Server", "Ticket"]
+__all__ = [
+    "MAX_MAILBOX_ROWS",
+    "Array",
+    "Channel",
+    "Handler",
+    "Mailbox",
+    "Phase",
+    "Request",
+    "RequestId",
+    "Server",
+    "Ticket",
+]

@@ -7,11 +7,12 @@ would from afar, and what the caller gets is its own.
 from __future__ import annotations
 
 import itertools
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 
-from channels.base import Channel, Handler, Request
+from channels.base import Channel, Handler, Mailbox, Request
 from channels.framing import header as headers
 from channels.locality import process_id
 from errors import ChannelError, RemoteError
@@ -76,6 +77,9 @@ class LocalChannel:
     def takes(self, device: torch.device) -> bool:
         """Of any: nothing is copied on the way."""
         return True
+
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox | None:
+        return None
 
     def cut(self, why: str) -> None:
         """Refuse what comes from now on; a call of the handler cannot be woken from."""

@@ -1,17 +1,24 @@
-"""Splits routed tokens by host: what leaves for which expert host, and where it came from.
+"""Dispatch and combine of routed tokens by host: which rows leave for which expert host, and their sums.
 
-Shapes: N tokens, K experts per token, E experts, H hosts; per host n rows and nnz (row, expert) pairs; R ways
-to choose one replica of every expert. A token costs one row per host that it touches, not one per expert.
+Shapes: N tokens, D hidden, K experts per token, E experts, H hosts; per host n rows and nnz (row, expert)
+pairs; R ways to choose one replica of every expert. A token costs one row per host that it touches, not one
+per expert.
+
+A row of a GPU crosses to the CPU's memory once, however many hosts it goes to, and the sum over the hosts
+comes back as one. Copies go through pinned memory, so that the CPU waits once for each call, and the GPU
+meanwhile continues with the work in its queue: the shared expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import split_by_host
+from model.transfer import to_cpu, to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,4 +131,72 @@ def _row_ptr(counts: Tensor) -> Tensor:
     return out
 
 
-__all__ = ["HostSlice", "plan_dispatch"]
+class OutgoingRows:
+    """Rows [N, D] of any device, some of which go to each host.
+
+    Args:
+        rows: Not changed.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._here: Tensor | None = None
+
+    def part(self, part: HostSlice, *, there: bool) -> Tensor:
+        """The rows of one host, [n, D].
+
+        Args:
+            there: On the rows' own device; else in the CPU's memory.
+        """
+        if there or self._rows.device.type == "cpu":
+            return _gather(self._rows, part)
+        if self._here is None:
+            (self._here,) = to_cpu(self._rows)
+        return _gather(self._here, part)
+
+
+def combine_rows(
+    slices: Sequence[HostSlice | None], parts: Sequence[Tensor | None], n: int, like: Tensor
+) -> Tensor:
+    """[N, D]: the hosts' rows added up in the order of the hosts, first those in the CPU's memory.
+
+    Args:
+        slices: The rows that each host had.
+        parts: [n, D] of each host; None where there are none.
+        n: N.
+        like: [0, D], of the type and device of the result.
+    """
+    here = [None if part is None or part.device.type != "cpu" else part for part in parts]
+    total = _add_up(slices, here, n, None)
+    if like.device.type != "cpu":
+        there = [None if part is None or part.device.type == "cpu" else part for part in parts]
+        total = _add_up(slices, there, n, None if total is None else to_device(total, like.device))
+    return like.new_zeros(n, like.shape[-1]) if total is None else total
+
+
+def _add_up(
+    slices: Sequence[HostSlice | None], parts: Sequence[Tensor | None], n: int, total: Tensor | None
+) -> Tensor | None:
+    for part, rows in zip(slices, parts, strict=True):
+        if part is None or rows is None:
+            continue
+        whole = rows.shape[0] == n
+        if total is None:
+            total = rows if whole else rows.new_zeros(n, rows.shape[1])
+            if whole:
+                continue
+        if whole:
+            total += rows
+        else:
+            total.index_add_(0, to_device(part.row, rows.device), rows)
+    return total
+
+
+def _gather(rows: Tensor, part: HostSlice) -> Tensor:
+    """The rows of a part; without a copy if it has all of them."""
+    if part.row.numel() == rows.shape[0]:
+        return rows
+    return torch.index_select(rows, 0, to_device(part.row, rows.device))
+
+
+__all__ = ["HostSlice", "OutgoingRows", "combine_rows", "plan_dispatch"]

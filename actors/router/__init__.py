@@ -1,3 +1,8 @@
-"""The router: routing tables, and the calls to expert hosts of one MoE layer."""
+"""The router: routing tables, and the calls of one MoE layer to the expert hosts."""
 
 from __future__ import annotations
+
+from actors.router.router import Router
+from actors.router.routing import RouterSettings
+
+__all__ = ["Router", "RouterSettings"]

@@ -1,8 +1,8 @@
-"""Lanes of a sharded trunk: a pass that loses a host runs to its end, and says so afterwards.
+"""Lanes of a sharded trunk: a pass that loses a host runs to its end, and raises the error afterwards.
 
-All workers gather each block's parameters and sum its gradients together. A worker that gave up in the
-middle of a pass would leave the others waiting for it; so after a loss its calls answer zeros, nobody uses
-what comes of them, and the error waits for `settle`.
+All workers gather each block's parameters and sum its gradients together. A worker that stopped in the middle
+of a pass would block the others; so after a loss its calls return zeros, whose results are discarded, and the
+error is deferred to `DeferringLane.raise_deferred`.
 
 Shapes: N tokens, D hidden, K experts per token.
 """
@@ -16,26 +16,27 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from actors.router.lane import Lane
-from actors.router.router import Router
-from actors.router.training_call import TrainingCall, TwoWay, dispatched
+from actors.router.connections import LaneCounters
+from actors.router.lane import Lane, needs_gradient
+from actors.router.training_call import TwoWay, dispatched
 from errors import RaymoeError, gives_way
 from model.experts import Pending
+from model.transfer import to_cpu
 
 T = TypeVar("T")
 
 
-class Endurance:
-    """The first loss of a lane since it was settled."""
+class DeferredLoss:
+    """The first loss of a lane since it was last raised."""
 
     def __init__(self) -> None:
         self._loss: RaymoeError | None = None
 
     def attempt(self, act: Callable[[], T], instead: Callable[[], T]) -> T:
-        """Do something, unless something is lost: then, and when it is lost now, do something else instead.
+        """Call `act`; or, if a loss is deferred, or `act` raises one, call `instead`.
 
         Raises:
-            RaymoeError: one that a step is not done again for.
+            RaymoeError: An error for which a step is not repeated.
         """
         if self._loss is None:
             try:
@@ -46,19 +47,19 @@ class Endurance:
                 self._loss = error
         return instead()
 
-    def settle(self) -> None:
-        """Begin anew.
+    def raise_deferred(self) -> None:
+        """Forget the loss.
 
         Raises:
-            RaymoeError: what was lost.
+            RaymoeError: The loss, if there was one.
         """
         loss, self._loss = self._loss, None
         if loss is not None:
             raise loss
 
 
-class SilentCall:
-    """A call of training that goes nowhere, and whose sums and gradients are zeros."""
+class ZeroCall:
+    """A training call that sends nothing; its sums and gradients are zeros."""
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
         """Remember the shapes."""
@@ -71,7 +72,7 @@ class SilentCall:
         return self._zeros[0].new_zeros(self._shapes[0])
 
     def send_gradients(self, d_out: Tensor) -> None:
-        """Nobody wants them."""
+        """Discard them."""
 
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
         """Zeros [N, D] and [N, K]."""
@@ -79,80 +80,87 @@ class SilentCall:
         return rows.new_zeros(self._shapes[0]), gates.new_zeros(self._shapes[1])
 
 
-class SilentExperts:
-    """Experts that add nothing: for a pass that a worker makes only because the others do."""
+class ZeroExperts:
+    """Experts that add zeros: for a pass that a worker makes only because the others make one."""
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
-        """See `model.experts.Experts.dispatch`. Gates still get gradients, as in any other pass: zeros."""
-        return dispatched(SilentCall(), rows, gates, gates.detach())
+        """A `Pending` of zeros; gates get gradients as in any other pass: zeros."""
+        return dispatched(ZeroCall(), rows, gates, gates.detach())
 
 
-class EnduringCall:
-    """A call of training that turns silent when it, or another of its lane, is lost."""
+class DeferringCall:
+    """A training call that goes on with zeros after a loss of it, or of another call of its lane."""
 
-    def __init__(self, call: TwoWay, endurance: Endurance) -> None:
-        self._call, self._endurance = call, endurance
-        self._silent = SilentCall()
+    def __init__(self, call: TwoWay, deferred: DeferredLoss) -> None:
+        self._call, self._deferred = call, deferred
+        self._zeros = ZeroCall()
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
-        """See `TwoWay.send`."""
-        self._silent.send(rows, gates)
-        self._endurance.attempt(lambda: self._call.send(rows, gates), lambda: None)
+        self._zeros.send(rows, gates)
+        self._deferred.attempt(lambda: self._call.send(rows, gates), lambda: None)
 
     def combine(self) -> Tensor:
-        """See `TwoWay.combine`."""
-        return self._endurance.attempt(self._call.combine, self._silent.combine)
+        return self._deferred.attempt(self._call.combine, self._zeros.combine)
 
     def send_gradients(self, d_out: Tensor) -> None:
-        """See `TwoWay.send_gradients`."""
-        self._endurance.attempt(lambda: self._call.send_gradients(d_out), lambda: None)
+        self._deferred.attempt(lambda: self._call.send_gradients(d_out), lambda: None)
 
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
-        """See `TwoWay.receive_gradients`."""
-        return self._endurance.attempt(self._call.receive_gradients, self._silent.receive_gradients)
+        return self._deferred.attempt(self._call.receive_gradients, self._zeros.receive_gradients)
 
 
 @dataclass(frozen=True, slots=True)
-class _EnduringPending:
+class _DeferringPending:
+    """A `Pending` of inference whose sums are zeros after a loss."""
+
     pending: Pending
     rows: Tensor
-    endurance: Endurance
+    deferred: DeferredLoss
 
     def combine(self) -> Tensor:
-        return self.endurance.attempt(self.pending.combine, lambda: torch.zeros_like(self.rows))
+        return self.deferred.attempt(self.pending.combine, lambda: torch.zeros_like(self.rows))
 
 
-class EnduringLane(Lane):
-    """A lane whose passes go on after a loss, to no purpose but their end."""
+class DeferringLane:
+    """A lane whose passes run to their end after a loss."""
 
-    def __init__(self, router: Router) -> None:
-        super().__init__(router)
-        self._endurance = Endurance()
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._deferred = DeferredLoss()
+
+    @property
+    def counters(self) -> LaneCounters:
+        """Traffic of this lane."""
+        return self._lane.counters
+
+    def begin(self, step: int, microbatch: int) -> None:
+        """Start a microbatch: calls from here on carry its number, unique within the step and router."""
+        self._lane.begin(step, microbatch)
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
-        """See `Lane.dispatch`; raises nothing that a step is done again for."""
+        """`Lane.dispatch`, but an error for which a step is repeated is deferred."""
+        if needs_gradient(rows, gates):
+            here_idx, here_gates = to_cpu(idx, gates.detach())
+            call = DeferringCall(self._lane.training_call(layer, here_idx), self._deferred)
+            return dispatched(call, rows, gates, here_gates)
 
-        def send() -> Pending:
-            return super(EnduringLane, self).dispatch(layer, rows, idx, gates)
+        pending = self._deferred.attempt(
+            lambda: self._lane.dispatch(layer, rows, idx, gates),
+            lambda: ZeroExperts().dispatch(layer, rows, idx, gates),
+        )
+        return _DeferringPending(pending, rows, self._deferred)
 
-        def silent() -> Pending:
-            return SilentExperts().dispatch(layer, rows, idx, gates)
+    def abandon(self) -> None:
+        """Abandon the open calls after an error."""
+        self._lane.abandon()
 
-        pending = self._endurance.attempt(send, silent)
-        if torch.is_grad_enabled() and (rows.requires_grad or gates.requires_grad):
-            return pending  # which endures of itself, and has to be part of the graph: see `SilentExperts`
-        return _EnduringPending(pending, rows, self._endurance)
-
-    def settle(self) -> None:
-        """See `Lane.settle`."""
+    def raise_deferred(self) -> None:
+        """Raise the error that passes have deferred, if there is one, and abandon the open calls."""
         try:
-            self._endurance.settle()
+            self._deferred.raise_deferred()
         except RaymoeError:
             self.abandon()
             raise
 
-    def _train(self, call: TrainingCall, rows: Tensor, gates: Tensor, here_gates: Tensor) -> Pending:
-        return dispatched(EnduringCall(call, self._endurance), rows, gates, here_gates)
 
-
-__all__ = ["Endurance", "EnduringLane", "SilentExperts"]
+__all__ = ["DeferredLoss", "DeferringCall", "DeferringLane", "ZeroExperts"]

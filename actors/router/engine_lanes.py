@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from actors.router.lane import Lane
-from actors.router.mailbox_calls import Array, MailCall
+from actors.router.lane import Array, Lane
+from actors.router.mailbox_call import MailboxCall
 from actors.router.router import Router
 from model.experts import Experts, Pending
 
@@ -39,7 +39,7 @@ class EngineLanes:
         """See `Lane.dispatch`."""
         return self._lanes[0].dispatch(layer, rows, idx, gates)
 
-    def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailCall | None:
+    def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailboxCall | None:
         """See `Lane.dispatch_arrays`."""
         return self._lanes[0].dispatch_arrays(layer, rows, idx, gates)
 

@@ -1,4 +1,4 @@
-"""Turns of a worker's lanes: while the tokens of one are away, another computes, and not both at once.
+"""Turns of a worker's lanes: while the tokens of one lane are away, another one computes.
 
 Threads that merely share the cores fall into step: all of them compute at the same time, and then all wait
 for the hosts at the same time. A lane that computes alone, with all cores, is away while the next one
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from actors.messages.timeline import Timeline
 
 
 class Turns:
-    """So many lanes compute at a time.
+    """Limits the number of lanes that compute at a time.
 
     Args:
-        at_once: how many.
+        at_once: The number.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -24,13 +26,13 @@ class Turns:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """A lane's work: begins when it is its turn."""
+        """Surrounds a lane's work, which begins when it is its turn."""
         with self._free:
             yield
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Within a lane's work: it waits, and lets another compute."""
+        """Surrounds a wait within a lane's work, in which another lane computes."""
         self._free.release()
         try:
             yield
@@ -38,4 +40,26 @@ class Turns:
             self._free.acquire()
 
 
-__all__ = ["Turns"]
+class LaneWaits:
+    """Surrounds the waits of lanes for hosts: other lanes compute meanwhile, and a timeline records the wait.
+
+    Args:
+        turns: Of the lanes, whose threads work within `Turns.taken`; None if they share the cores.
+        timeline: None records nothing.
+    """
+
+    def __init__(self, turns: Turns | None, timeline: Timeline | None) -> None:
+        self._turns, self._timeline = turns, timeline
+
+    @contextmanager
+    def away(self, step: int, host_id: str) -> Iterator[None]:
+        """Surrounds one wait."""
+        turns, timeline = self._turns, self._timeline
+        with (
+            nullcontext() if turns is None else turns.away(),
+            nullcontext() if timeline is None else timeline.span(step, f"wait for {host_id}"),
+        ):
+            yield
+
+
+__all__ = ["LaneWaits", "Turns"]

@@ -1,31 +1,29 @@
-"""Where a call of inference goes on when a host is lost to it."""
+"""Rerouting: the search of an inference call for other hosts when it has lost some."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 from torch import Tensor
 
-from actors.router.routes import Placement
+from actors.router.host_map import HostMap
+from actors.router.routing import Routing
 from cluster.topology import HostInfo
-from errors import ChannelError, RaymoeError
+from errors import ChannelError, ChannelTimeout, RaymoeError
 
-if TYPE_CHECKING:
-    from actors.router.router import Router
-
-_SHORTEST, _LONGEST = 0.05, 1.0
+_SHORTEST: Final = 0.05
+_LONGEST: Final = 1.0
 """Seconds of the first wait for a newer table and of the longest; each is twice the one before."""
-MOST_HEDGED: Final = 1  # a call that has turned from a slow host waits for the next one: all may be busy
 
 
 class Lost(NamedTuple):
-    """A host that a call has had no reply from.
+    """A host from which a call has had no reply.
 
     Attributes:
-        slow: it may answer yet, but others are asked in its place.
+        slow: Whether it was left for a replica (hedging) and may answer yet.
     """
 
     host: HostInfo
@@ -33,66 +31,97 @@ class Lost(NamedTuple):
     slow: bool = False
 
 
-class Detour:
-    """One call's search for a placement.
+class Reroute:
+    """The loss policy of one inference call: the whole call is sent again, to other hosts.
 
-    First, replicas of the table that there is; then, within the router's patience, a newer table, or the
-    hosts that were lost once more as long as the coordinator counts on them: only a connection may be.
+    Replicas of the table in use come first. Then, for `Routing.patience` seconds, the search waits for a
+    newer table, or tries the lost hosts again while the table has them: only a connection may be broken.
 
     Args:
         idx: [N, K], the experts that the call needs.
+
+    Attributes:
+        hedged: How often the call has left a slow host.
     """
 
-    def __init__(self, router: Router, layer: int, idx: Tensor | npt.NDArray[Any]) -> None:
-        self._router, self._layer, self._idx = router, layer, idx
-        self._lost: set[str] = set()
+    def __init__(self, routing: Routing, layer: int, idx: Tensor | npt.NDArray[Any]) -> None:
+        self._routing, self._layer, self._idx = routing, layer, idx
+        self.hedged = 0
+        self._avoided: set[str] = set()
         self._deadline: float | None = None
         self._wait = _SHORTEST
-        self.hedged = 0
+        self._host_map: HostMap | None = None
+        self._hedging = False
+        self._lost: list[Lost] = []
 
-    def begin(self) -> Placement:
-        """A placement with hosts for all that the call needs.
+    def sending(self, host_map: HostMap) -> None:
+        """Begin an attempt with this map; losses of the one before are forgotten."""
+        self._host_map, self._hedging = host_map, False
+        self._lost.clear()
+
+    def limit(self) -> float | None:
+        assert self._host_map is not None
+        limit, self._hedging = self._routing.reply_limit(self._host_map, self._layer, self.hedged)
+        return limit
+
+    def lost(self, host: HostInfo, error: ChannelError) -> bool:
+        """Remember the loss: the call is rerouted when all other replies have been read."""
+        self._lost.append(Lost(host, error, self._hedging and isinstance(error, ChannelTimeout)))
+        return False
+
+    def next_map(self) -> HostMap | None:
+        """The map to send the call again with; None if the attempt has lost no host.
 
         Raises:
-            ChannelError: there is none within the router's patience.
+            RaymoeError: See `around`.
         """
-        held = self._router.route()
+        if not self._lost:
+            return None
+        assert self._host_map is not None
+        return self.around(self._lost, self._host_map)
+
+    def begin(self) -> HostMap:
+        """A map with hosts for all experts that the call needs.
+
+        Raises:
+            ChannelError: None was found in time.
+        """
         return self._find(
-            held,
+            self._routing.route(),
             ChannelError(f"no live expert host holds some experts that layer {self._layer} wants"),
         )
 
-    def around(self, lost: Sequence[Lost], held: Placement) -> Placement:
-        """Another placement than `held`, to send the whole call again with.
+    def around(self, lost: Sequence[Lost], held: HostMap) -> HostMap:
+        """Another map than `held`, without the lost hosts.
 
         Raises:
-            RaymoeError: the first host's error, when there is none within the router's patience.
+            RaymoeError: The first host's error; no map was found in time.
         """
         for host, error, slow in lost:
-            self._lost.add(host.id)
+            self._avoided.add(host.id)
             self.hedged += slow
             if not slow:
-                self._router.suspect(host, str(error))
-            self._router.shun(host)
+                self._routing.suspect(host, str(error))
+            self._routing.shun(host)
         return self._find(held, lost[0].error)
 
-    def _find(self, held: Placement, error: RaymoeError) -> Placement:
+    def _find(self, held: HostMap, error: RaymoeError) -> HostMap:
         now = time.monotonic()
         if self._deadline is None:
-            self._deadline = now + self._router.patience
+            self._deadline = now + self._routing.patience
         while True:
-            placement = self._router.placement
-            if placement.weights != held.weights:  # the trunk has to change with them
+            host_map = self._routing.host_map
+            if host_map.weights != held.weights:  # the trunk has to change with them
                 raise error
-            placement = placement.without(self._lost)
-            if placement.covers(self._layer, self._idx):
-                return placement
+            host_map = host_map.without(self._avoided)
+            if host_map.covers(self._layer, self._idx):
+                return host_map
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise error
-            self._router.look_for_newer(min(self._wait, left))
+            self._routing.look_for_newer(min(self._wait, left))
             self._wait = min(2 * self._wait, _LONGEST)
-            self._lost.clear()
+            self._avoided.clear()
 
 
-__all__ = ["MOST_HEDGED", "Detour", "Lost"]
+__all__ = ["Lost", "Reroute"]

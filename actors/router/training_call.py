@@ -1,41 +1,42 @@
-"""One MoE layer's call of training to the expert hosts, with its way back for the gradients.
+"""One MoE layer's call of training to the expert hosts, with the way back of its gradients.
 
 Dispatch and combine are two autograd functions joined by an empty tensor, so that whatever the caller
 computes between the two (the shared expert) overlaps with the tokens' way, forward and backward.
 
-A step is one version: a call stays with its hosts. Where a channel is dropped, the request goes again to the
-same host, which tells by its id what it has done already (`actors.host.request_ledger`).
+A step is one version: a call stays with its hosts. Where a connection is dropped, the request is repeated to
+the same host, which knows by its id what it has done already (`actors.host.request_ledger`).
+
+Shapes: N tokens, D hidden, K experts per token.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
-from actors.router.device_rows import Outgoing
-from actors.router.inference_call import Call, Reply
-from channels.base import Phase, Request, Ticket
+from actors.router.call_context import CallContext, CallKey
+from actors.router.exchange import Exchange
+from actors.router.routing import Routing
+from channels.base import Phase
 from cluster.topology import HostInfo
-from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, StaleEpoch
-from model.dispatch import HostSlice, plan_dispatch
+from errors import ChannelError, ChannelTimeout, StaleEpoch
 from model.transfer import to_cpu, to_device
 
-_REPEATS: Final = 3
-"""Times that a request is sent again, each over a new channel."""
-_PAUSE: Final = 0.05  # seconds before the second time; twice as long before the third
+_MAX_REPEATS: Final = 3
+"""Times that a request is repeated, each over a new channel."""
+_PAUSE: Final = 0.05  # seconds before the second repeat; twice as long before the third
 
 
 class TwoWay(Protocol):
-    """What autograd takes a layer's rows and gradients by."""
+    """A layer's call with its way back, as autograd uses it."""
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
-        """Rows [N, D] with gates [N, K] leave."""
+        """Send rows [N, D] with gates [N, K]."""
         ...
 
     def combine(self) -> Tensor:
@@ -43,7 +44,7 @@ class TwoWay(Protocol):
         ...
 
     def send_gradients(self, d_out: Tensor) -> None:
-        """The gradient [N, D] of the sums leaves."""
+        """Send the gradient [N, D] of the sums."""
         ...
 
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
@@ -51,118 +52,100 @@ class TwoWay(Protocol):
         ...
 
 
-class TrainingCall(Call):
-    """A call whose activations hosts keep until its gradients come, or it is released."""
+class Repeat:
+    """The loss policy of training: a lost request is repeated to the same host."""
 
-    phase = Phase.FORWARD
-    _sends_gradients = False
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        self._repeats: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        """Begin a direction of the call, with the full number of repeats for every host."""
+        self._repeats.clear()
+
+    def limit(self) -> float | None:
+        return self._routing.timeout
+
+    def lost(self, host: HostInfo, error: ChannelError) -> bool:
+        """Repeat, unless the host has had its time or its repeats, or has left the routing table."""
+        repeats = self._repeats[host.id]
+        if isinstance(error, ChannelTimeout) or repeats >= _MAX_REPEATS or not self._routing.counts_on(host):
+            raise error
+        if repeats:
+            time.sleep(_PAUSE * 2 ** (repeats - 1))
+        self._repeats[host.id] += 1
+        return True
+
+
+class TrainingCall:
+    """A call whose activations hosts keep until its gradients come, or it is released; a `TwoWay`.
+
+    Args:
+        idx: [N, K], in the CPU's memory.
+    """
+
+    _no_gates: Tensor  # [0], of the gates' type
+
+    def __init__(self, context: CallContext, layer: int, idx: Tensor) -> None:
+        self._context, self._layer, self._idx = context, layer, idx
+        self._host_map = context.routing.pin(context.step)
+        self._repeat = Repeat(context.routing)
+        self._exchange = Exchange(context, layer, idx, self._repeat)
+        self._sent: tuple[Tensor, Tensor] | None = None  # rows and gates, until the reply is there
+        self.key: CallKey = (context.step, context.microbatch, layer)
+        context.open_calls.add(self)
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
-        """Submit the rows to holders of their experts, each to one."""
-        self._repeats: Counter[int] = Counter()
-        super().send(rows, gates)
+        """Send rows [N, D] with gates [N, K], which lie in the CPU's memory.
+
+        Raises:
+            ChannelError: A host cannot be reached, or no host holds an expert of the call.
+        """
+        self._repeat.begin()
+        if not self._host_map.covers(self._layer, self._idx):
+            raise ChannelError(
+                f"step {self._context.step} has no live expert host for some experts of layer {self._layer}"
+                f" (epoch {self._host_map.epoch})"
+            )
+        self._sent, self._no_gates = (rows, gates), gates.new_empty(0)
+        # The replicas follow from the microbatch: a step that is repeated is the same step.
+        self._exchange.send(self._host_map, Phase.FORWARD, rows, gates, self._context.microbatch)
 
     def combine(self) -> Tensor:
-        """Wait for the hosts' partial sums and add them up: [N, D]."""
         while True:
             try:
-                parts = self._collect()
+                replies = self._exchange.collect()
                 break
             except StaleEpoch as error:
                 self._send_again(error)
-        self._sent = self._out = None
-        self.placement.trained(self.step)
-        return self._sum([part[0] if part else None for part in parts])
+        self._sent = None
+        self._host_map.trained(self._context.step)
+        return self._exchange.combine(replies)
 
     def send_gradients(self, d_out: Tensor) -> None:
-        """Submit the gradient of the sum to every host that had rows."""
-        self._out, self._sends_gradients = Outgoing(d_out.contiguous()), True
-        self._repeats.clear()
-        for host, part in enumerate(self._slices):
-            if part is not None:
-                self._submit(host, part)
+        self._repeat.begin()
+        self._exchange.send_gradients(d_out)
 
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
-        """Wait for the gradients of the rows [N, D] and of the gates [N, K]."""
-        parts = self._collect()
-        self._out, self._sends_gradients = None, False
-        self._lane.done(self)
-        d_rows = self._sum([part[0] if part else None for part in parts])
-        d_gates = self._like[1].new_zeros(self._idx.numel())
-        some = [(part, reply) for part, reply in zip(self._slices, parts, strict=True) if part and reply]
+        replies = self._exchange.collect()
+        self._context.open_calls.over(self)
+        d_rows = self._exchange.combine(replies)
+        d_gates = self._no_gates.new_zeros(self._idx.numel())
+        parts = zip(self._exchange.slices, replies, strict=True)
+        some = [(part, reply) for part, reply in parts if part and reply]
         for (part, _), of_pairs in zip(some, to_cpu(*(reply[1] for _, reply in some)), strict=True):
             d_gates[part.pair] = of_pairs.to(d_gates.dtype)
         return d_rows, d_gates.view(self._idx.shape)
 
     def abandon(self) -> None:
-        """Read the replies that are out, and let the hosts drop what they keep for this call."""
-        super().abandon()
-        self.release()
-
-    def release(self) -> None:
-        """Let the hosts drop what they keep for this call; a host that is gone has dropped it."""
-        request = Request(id=self._lane.request_id(self, Phase.RELEASE, self.placement.epoch))
-        for host, part in enumerate(self._slices):
-            # Not over a new channel: reaching for a host that is gone would take its time, and one that
-            # is there drops everything at the end of the step.
-            if part is not None and self._lane.reaches(self.placement.hosts[host]):
-                with suppress(RaymoeError):
-                    self._tickets[host] = self._lane.submit(self.placement.hosts[host], request)
-        super().abandon()
-
-    def _plan(self, gates: Tensor) -> tuple[HostSlice | None, ...]:
-        held = self.placement
-        if not held.covers(self.layer, self._idx):
-            raise ChannelError(
-                f"step {self.step} has no live expert host for some experts of layer {self.layer}"
-                f" (epoch {held.epoch})"
-            )
-        # Whose turn it is among replicas follows from the microbatch: a step done again is the same step.
-        return plan_dispatch(
-            self._idx, gates, held.host_of(self.layer), len(held.hosts), shift=self.microbatch
-        )
-
-    def _request(self, host: HostInfo, part: HostSlice) -> Request:
-        if not self._sends_gradients:
-            return super()._request(host, part)
-        id = self._lane.request_id(self, Phase.BACKWARD, self.placement.epoch)
-        return Request(id=id, tensors=(self._rows(host, part),))
-
-    def _submit(self, host: int, part: HostSlice) -> None:
-        while True:
-            try:
-                at = self.placement.hosts[host]
-                self._tickets[host] = self._lane.submit(at, self._request(at, part))
-                return
-            except ChannelError as error:
-                self._refuse_to_repeat(host, error)
-
-    def _wait(self, host: int, ticket: Ticket) -> Reply | None:
-        while True:
-            try:
-                return self._lane.wait(self.placement.hosts[host], ticket, self._lane.router.timeout)
-            except ChannelError as error:
-                self._refuse_to_repeat(host, error)
-            part = self._slices[host]
-            assert part is not None
-            self._submit(host, part)
-            ticket = self._tickets.pop(host)
-
-    def _refuse_to_repeat(self, host: int, error: ChannelError) -> None:
-        """Raise an error that is an answer, or of a host that has had its time or its share of repeats."""
-        repeats = self._repeats[host]
-        answered = isinstance(error, (RemoteError, ChannelTimeout))
-        if answered or repeats >= _REPEATS or not self._lane.router.counts_on(self.placement.hosts[host]):
-            raise error
-        if repeats:
-            time.sleep(_PAUSE * 2 ** (repeats - 1))
-        self._repeats[host] += 1
+        self._exchange.drain()
+        self._exchange.release()
 
     def _send_again(self, error: StaleEpoch) -> None:
-        """Route again with the new placement; hosts that took the old request drop it."""
+        """Send with a newer placement; hosts that took the old request drop it."""
         assert self._sent is not None
-        self.release()
-        self.placement = self._lane.router.replan(error, self.placement, step=self.step)
+        self._exchange.release()
+        self._host_map = self._context.routing.replan(error, self._host_map, step=self._context.step)
         self.send(*self._sent)
 
 
@@ -198,7 +181,7 @@ class _Combine(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
+class _Dispatched:
     """A `Pending` with a gradient: joins `_Dispatch` to `_Combine`."""
 
     call: TwoWay
@@ -209,13 +192,13 @@ class _Sent:
         return out
 
 
-def dispatched(call: TwoWay, rows: Tensor, gates: Tensor, here: Tensor) -> _Sent:
-    """A call with its rows on their way, as a `Pending` that gradients come back through.
+def dispatched(call: TwoWay, rows: Tensor, gates: Tensor, here: Tensor) -> _Dispatched:
+    """A `Pending` for rows that the call has sent, through which gradients come back.
 
     Args:
-        here: the gates in the CPU's memory, without a gradient.
+        here: The gates in the CPU's memory, without a gradient.
     """
-    return _Sent(call, _Dispatch.apply(rows, gates, here, call))  # type: ignore[no-untyped-call]
+    return _Dispatched(call, _Dispatch.apply(rows, gates, here, call))  # type: ignore[no-untyped-call]
 
 
-__all__ = ["TrainingCall", "TwoWay", "dispatched"]
+__all__ = ["Repeat", "TrainingCall", "TwoWay", "dispatched"]

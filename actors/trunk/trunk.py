@@ -21,8 +21,8 @@ from torch import Tensor
 
 from actors.messages.steps import StepDecision, StepReport
 from actors.messages.timeline import Timeline
-from actors.router.deferred_loss import SilentExperts
-from actors.router.lane import LaneCounters
+from actors.router.connections import LaneCounters
+from actors.router.deferred_loss import ZeroExperts
 from actors.router.lane_turns import Turns
 from actors.trunk.parameters import Reducer, SingleWorker, TrunkParameters
 from actors.trunk.step_inputs import Microbatch, StepInputs
@@ -48,7 +48,7 @@ class ExpertsInProcess(Protocol):
 
 
 class StepLane(Experts, Protocol):
-    """The routed experts as one lane reaches them; see `actors.router.router.Lane`."""
+    """The routed experts as one lane reaches them; see `actors.router.lane.Lane`."""
 
     @property
     def counters(self) -> LaneCounters: ...
@@ -57,7 +57,7 @@ class StepLane(Experts, Protocol):
 
     def abandon(self) -> None: ...
 
-    def settle(self) -> None: ...
+    def raise_deferred(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -359,16 +359,16 @@ class TrunkWorker:
             for _ in range(missing):
                 self._threads[0].submit(work).result()
         for lane in self._lanes:
-            lane.settle()
+            lane.raise_deferred()
 
     def _train_nothing(self, inputs: StepInputs) -> None:
         """A pass whose gradients are zeros."""
         with self._parameters.passing():
-            losses = self._loss(inputs, self._nothing, None, SilentExperts(), Trace())
+            losses = self._loss(inputs, self._nothing, None, ZeroExperts(), Trace())
             _backward(losses.total * 0.0)
 
     def _judge_nothing(self) -> None:
-        self._evaluation(self._nothing, None, SilentExperts(), Trace())
+        self._evaluation(self._nothing, None, ZeroExperts(), Trace())
 
     @property
     def _nothing(self) -> Tensor:

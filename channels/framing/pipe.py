@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 
-from channels.base import Handler, Request
+from channels.base import Handler, Mailbox, Request
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, RemoteError, ResourceError
 
 Reply = tuple[torch.Tensor, ...]
@@ -113,8 +114,10 @@ class Pipe:
         """See `channels.base.Channel`."""
         return device.type == "cpu"
 
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox | None:
+        return None
+
     def cut(self, why: str) -> None:
-        """See `channels.base.Channel`."""
         self._why = why
         self._wake()
 

@@ -14,12 +14,11 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from channels.base import MAX_MAILBOX_ROWS, Array
 from errors import ChannelTimeout, ProtocolError
 from kernels import mailbox as words_of
 
-MAX_ROWS: Final = 16
 _ALIGNMENT: Final = 64
 _WIDTH, _PAIRS, _SIZE = 48, 49, 50  # words that say what a box is, written once
 _READY = 51  # the host's word that it looks into the box
@@ -27,8 +26,6 @@ _LOOKS: Final = 1000
 """Looks between which a waiting client makes sure that the host lives: about half a millisecond."""
 _RESTLESS: Final = 20e-3  # seconds after which a client that waits sleeps between looks
 _DTYPES: Final[dict[int, np.dtype[Any]]] = {4: np.dtype(np.float32), 8: np.dtype(np.float64)}
-
-Array = npt.NDArray[Any]
 
 
 class Box(NamedTuple):
@@ -62,11 +59,11 @@ def _places(
     """Start, end, dtype and shape of each part."""
     parts: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...] = (
         (np.dtype(np.int64), (words_of.WORDS,)),
-        (np.dtype(np.int32), (MAX_ROWS + 1,)),
+        (np.dtype(np.int32), (MAX_MAILBOX_ROWS + 1,)),
         (np.dtype(np.int32), (pairs,)),
         (dtype, (pairs,)),
-        (dtype, (MAX_ROWS, width)),
-        (dtype, (MAX_ROWS, width)),
+        (dtype, (MAX_MAILBOX_ROWS, width)),
+        (dtype, (MAX_MAILBOX_ROWS, width)),
     )
     found = []
     end = 0
@@ -101,7 +98,7 @@ class Mailbox:
     ) -> None:
         self._box = box_at(memory, width, pairs, dtype)
         self._box.words[[_WIDTH, _PAIRS, _SIZE]] = width, pairs, dtype.itemsize
-        self._token = np.zeros(MAX_ROWS, np.int64)
+        self._token = np.zeros(MAX_MAILBOX_ROWS, np.int64)
         self._knock, self._alive = knock, alive
         self._number = self._rows = 0
 
@@ -197,7 +194,7 @@ class HostBox:
             raise ProtocolError(f"a mailbox of {most} bytes is shorter than its {pairs} pairs of {width}")
         self.width, self.dtype = width, dtype
         self.box = box_at(memory, width, pairs, dtype)
-        self.row_ptr = np.zeros(MAX_ROWS + 1, np.int64)
+        self.row_ptr = np.zeros(MAX_MAILBOX_ROWS + 1, np.int64)
         self.expert = np.zeros(pairs, np.int64)
         self._asked = self._answered = self._packets = 0
 
@@ -251,4 +248,4 @@ class Postman(Protocol):
     def __call__(self, box: HostBox, /) -> None: ...
 
 
-__all__ = ["MAX_ROWS", "HostBox", "Mailbox", "Postman", "box_at", "size_of"]
+__all__ = ["HostBox", "Mailbox", "Postman", "box_at", "size_of"]

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.process_heap import settle_heap
 from actors.remote import listening_address
-from actors.router.table_source import CoordinatorTables
+from actors.router.table_updates import CoordinatorTables
 from errors import RaymoeError
 from jobs.checkpoints.loaded_model import find_weights
 from jobs.serving.config import ServeConfig

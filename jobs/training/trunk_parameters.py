@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from actors.messages.steps import OptimizerSettings
-from actors.router.deferred_loss import EnduringLane
-from actors.router.lane import Lane
-from actors.router.router import Router
+from actors.router import Router
+from actors.router.deferred_loss import DeferringLane
 from actors.trunk.parameters import Reducer, ReplicatedTrunk, TrunkParameters
+from actors.trunk.trunk import StepLane
 from errors import ResourceError
 from jobs.config.run_config import RunConfig
 from model.optimizers.adamw import AdamW
@@ -69,9 +68,12 @@ def trunk_parameters(
     return ShardedTrunk(model, root, optimizer, reducer)
 
 
-def lane_kind(config: RunConfig) -> Callable[[Router], Lane]:
-    """The lanes that go with it."""
-    return Lane if config.training.trunk_sharding == "ddp" else EnduringLane
+def step_lanes(config: RunConfig, router: Router) -> list[StepLane]:
+    """A router's lanes, one for each microbatch in flight; passes of a sharded trunk run to their end."""
+    lanes = [router.lane(index) for index in range(config.training.microbatches_in_flight)]
+    if config.training.trunk_sharding == "ddp":
+        return list(lanes)
+    return [DeferringLane(lane) for lane in lanes]
 
 
-__all__ = ["lane_kind", "trunk_parameters"]
+__all__ = ["step_lanes", "trunk_parameters"]

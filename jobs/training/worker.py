@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from actors.messages.steps import Resume, StepDecision, StepMetrics, StepReport
-from actors.router.router import Router
+from actors.router import Router
 from actors.trunk.parameters import Reducer, SingleWorker
 from actors.trunk.snapshots import TrunkSnapshots
 from actors.trunk.step_inputs import Microbatch, StepInputs

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from actors.host.expert_host import ExpertHost
-from actors.router.lane_turns import Turns
-from actors.router.router import Router
+from actors.router import Router, RouterSettings
+from actors.router.lane_turns import LaneWaits, Turns
 from actors.rpc.host_client import HostClient
 from actors.trunk.parameters import Reducer, SingleWorker
 from actors.trunk.snapshots import Keeper, TrunkSnapshots
@@ -32,7 +32,7 @@ from jobs.training.run_start import (
     timeline,
     weight_source,
 )
-from jobs.training.trunk_parameters import lane_kind, trunk_parameters
+from jobs.training.trunk_parameters import step_lanes, trunk_parameters
 from jobs.training.worker import StepCoordinator, TrainingWorker
 from model.checkpoints.pretrained import WeightSource
 
@@ -138,18 +138,18 @@ def assemble_worker(
         config=model_config,
         table=table,
         connect=connect,
-        lanes=training.microbatches_in_flight,
-        timeout=config.cluster.call_timeout,
-        patience=min(_PATIENCE, config.cluster.call_timeout),
-        turns=turns,
-        timeline=record,
-        lane=lane_kind(config),
+        settings=RouterSettings(
+            lanes=training.microbatches_in_flight,
+            timeout=config.cluster.call_timeout,
+            patience=min(_PATIENCE, config.cluster.call_timeout),
+        ),
+        waits=None if turns is None and record is None else LaneWaits(turns, record),
     )
     trunk = TrunkWorker(
         rank=rank,
         workers=workers or training.workers,
         parameters=parameters,
-        lanes=[router.lane(i) for i in range(training.microbatches_in_flight)],
+        lanes=step_lanes(config, router),
         reducer=reducer,
         experts=host,
         turns=turns,

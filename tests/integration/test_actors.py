@@ -24,8 +24,8 @@ from actors.host.expert_host import ExpertHost
 from actors.messages import control_codec as wire
 from actors.messages.steps import OptimizerSettings, StepReport, TrainingPlan
 from actors.remote import CoordinatorActor, ExpertHostActor, RouterActor, ask, start
+from actors.router import Router, RouterSettings
 from actors.router.gate_router import GateRouter, gates_of
-from actors.router.router import Router
 from actors.rpc.coordinator_client import CoordinatorClient
 from actors.rpc.host_client import HostClient
 from channels.base import Channel
@@ -96,7 +96,9 @@ def build_coordinator() -> Coordinator:
 
 
 def build_router(table: RoutingTable) -> GateRouter:
-    router = Router("router-0", "run", CONFIG, table, lambda host: open_channel(host, "auto"), lanes=2)
+    router = Router(
+        "router-0", "run", CONFIG, table, lambda host: open_channel(host, "auto"), RouterSettings(lanes=2)
+    )
     return GateRouter(CONFIG, gates_of(CONFIG, source().trunk()), router, lanes=2)
 
 
@@ -246,7 +248,14 @@ def test_a_killed_host_is_an_error_at_once(hosts: Hosts) -> None:
     rows, idx, gates = tokens(50)
     waiting = []
     for kind in ("shm", "grpc"):
-        router = Router(kind, "run", CONFIG, hosts.table, lambda h, k=kind: open_channel(h, k), timeout=60.0)
+        router = Router(
+            kind,
+            "run",
+            CONFIG,
+            hosts.table,
+            lambda h, k=kind: open_channel(h, k),
+            RouterSettings(timeout=60.0),
+        )
         router.lane(0).begin(0, 0)
         waiting.append((router, router.lane(0).dispatch(LAYERS[0], rows, idx, gates).combine()))
     coordinator = hosts.coordinator

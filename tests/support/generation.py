@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from actors.host.expert_host import ExpertHost
+from actors.router import Router, RouterSettings
 from actors.router.engine_lanes import EngineLanes
-from actors.router.router import Router
 from channels.choose import connect
 from cluster import RoutingTable, experts_held
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
@@ -148,8 +148,7 @@ def engine_over(
             config,
             table,
             lambda info: connect(info.addresses[channel]),
-            lanes=2,
-            timeout=60,
+            RouterSettings(lanes=2, timeout=60),
         )
         stack.callback(router.close)
         lanes = EngineLanes(router)

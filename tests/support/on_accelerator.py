@@ -20,12 +20,11 @@ from torch.utils import backend_registration
 
 import engine.batch
 import engine.runner
-from actors.router.device_rows import Outgoing, add_up
 from engine.batch import Stretch
 from engine.runner import Runner
 from engine.weights import TrunkWeights
 from jobs.config.presets import preset
-from model.dispatch import HostSlice
+from model.dispatch import HostSlice, OutgoingRows, combine_rows
 from model.experts import (
     Done,
     Experts,
@@ -124,15 +123,17 @@ def slice_of(*rows: int) -> HostSlice:
 def rows_out_and_sums_back(device: torch.device) -> None:
     """Of two hosts, one of which is reached on the GPU; the other's rows go by the CPU's memory."""
     rows, slices = torch.empty(5, WIDE, device=device), (slice_of(0, 1, 2), slice_of(1), None)
-    out = Outgoing(rows)
+    out = OutgoingRows(rows)
     parts = []
     for at, part in enumerate(slices):
         if part is not None:
             parts.append(out.part(part, there=at == 0))
             assert parts[at].device.type == (DEVICE if at == 0 else "cpu")
     like = rows.new_empty(0, WIDE)
-    there(add_up(slices, [*parts, None], 5, like), add_up(slices, [None, parts[1], None], 5, like))
-    there(add_up(slices, [None, None, None], 5, like), to_device(parts[1], device))
+    there(
+        combine_rows(slices, [*parts, None], 5, like), combine_rows(slices, [None, parts[1], None], 5, like)
+    )
+    there(combine_rows(slices, [None, None, None], 5, like), to_device(parts[1], device))
     assert {one.device.type for one in to_cpu(rows, parts[1])} == {"cpu"}
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from actors.host.expert_host import ExpertHost
 from actors.messages.steps import OptimizerSettings
+from actors.router import Router, RouterSettings
 from actors.router.lane import Lane
-from actors.router.router import Router
 from channels import local
 from channels.base import Channel
 from cluster import HostInfo, RoutingTable, experts_held, plan_placement
@@ -119,7 +119,15 @@ class TinyCluster:
             HostInfo(id=host.id, addresses={"local": server.address})
             for host, server in zip(self.hosts, self.servers, strict=True)
         )
-        self.router = Router("worker-0", "run", CONFIG, self.table(epoch), self.connect, lanes, tables=self)
+        self.router = Router(
+            "worker-0",
+            "run",
+            CONFIG,
+            self.table(epoch),
+            lambda host: self.connect(host),  # which a test may replace
+            RouterSettings(lanes=lanes),
+            tables=self,
+        )
 
     def table(self, epoch: int) -> RoutingTable:
         return RoutingTable(epoch=epoch, hosts=self.infos, holders=self.holders)

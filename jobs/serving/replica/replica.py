@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from actors.router import Router, RouterSettings
 from actors.router.engine_lanes import EngineLanes
-from actors.router.router import Router
-from actors.router.table_source import Tables
+from actors.router.routing import Tables
 from actors.rpc.host_client import HostClient
 from cluster.topology import RoutingTable
 from engine.engine import Engine
@@ -68,12 +68,14 @@ class Replica:
                 config=weights.trunk.config,
                 table=table,
                 connect=connector(config.cluster, weights.trunk.embedding.device),
-                lanes=2,
+                settings=RouterSettings(
+                    lanes=2,
+                    timeout=config.cluster.call_timeout,
+                    patience=config.cluster.call_timeout,
+                    hedge_after=config.cluster.hedge_after,
+                    watch=True,
+                ),
                 tables=tables,
-                timeout=config.cluster.call_timeout,
-                patience=config.cluster.call_timeout,
-                hedge_after=config.cluster.hedge_after,
-                watch=True,
             )
         self._lanes = None if self._router is None else EngineLanes(self._router)
         lanes = self._lanes

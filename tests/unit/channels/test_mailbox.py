@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from actors.router.lane import Lane
-from actors.router.mailbox_calls import MailCall
+from actors.router.mailbox_call import MailboxCall
 from channels.base import Channel
 from channels.shm import channel as shm
 from channels.shm.channel import ShmServer
@@ -55,13 +55,13 @@ class Mailed(TinyCluster):
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Mailed]:
     cluster = Mailed(getattr(request, "param", 2))
-    add = MailCall.add_to
+    add = MailboxCall.add_to
 
-    def counted(call: MailCall, out: Any) -> None:
+    def counted(call: MailboxCall, out: Any) -> None:
         cluster.mailed += 1
         add(call, out)
 
-    monkeypatch.setattr(MailCall, "add_to", counted)
+    monkeypatch.setattr(MailboxCall, "add_to", counted)
     yield cluster
     cluster.router.close()
     for door in cluster.doors:
@@ -96,7 +96,7 @@ def test_a_host_that_sleeps_is_woken(cluster: Mailed) -> None:
     lane = cluster.ready_lane()
     rows, idx, gates = tokens(2)
     expected = lane.dispatch(LAYERS[0], rows, idx, gates).combine()
-    boxes = lane._boxes.for_call(cluster.router.placement, rows.numpy(), idx.numpy())
+    boxes = lane._mailboxes.for_call(cluster.router.routing.host_map, rows.numpy(), idx.numpy())
     assert boxes is not None
     for _ in range(20):
         deadline = time.monotonic() + 30
@@ -113,7 +113,7 @@ def test_a_stale_epoch_goes_again_with_the_new_table(cluster: Mailed) -> None:
         host.epoch = 5
     mailed = cluster.mailed
     assert torch.equal(lane.dispatch(LAYERS[0], rows, idx, gates).combine(), expected)
-    assert cluster.router.placement.epoch == 5
+    assert cluster.router.routing.host_map.epoch == 5
     assert torch.equal(lane.dispatch(LAYERS[0], rows, idx, gates).combine(), expected)
     assert cluster.mailed == mailed + 2
 
@@ -121,7 +121,7 @@ def test_a_stale_epoch_goes_again_with_the_new_table(cluster: Mailed) -> None:
 def test_a_refusal_tells_why(cluster: Mailed) -> None:
     lane = cluster.ready_lane()
     rows, idx, gates = tokens(1)
-    lane.placement()._host_of[LAYERS[0]].fill_(0)
+    cluster.router.routing.host_map._host_of[LAYERS[0]].fill_(0)
     idx[:] = torch.tensor([0, 1, CONFIG.n_routed_experts - 1])
     with pytest.raises(RaymoeError, match=r"host-0.*does not hold experts \[7\]"):
         lane.dispatch(LAYERS[0], rows, idx, gates).combine()
@@ -230,7 +230,7 @@ def test_a_call_that_cannot_be_sent_to_all_leaves_no_box_pending(
     lane = cluster.ready_lane()
     rows, idx, gates = tokens(8)
     expected = lane.dispatch(LAYERS[0], rows, idx, gates).combine()
-    boxes = lane._boxes._ready
+    boxes = lane._mailboxes._ready
     assert boxes is not None
     first, second = boxes[1]
 

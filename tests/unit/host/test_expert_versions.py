@@ -14,8 +14,8 @@ from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.transfer_plan import Shape
 from actors.host.expert_host import ExpertHost
 from actors.messages.transfer_orders import Assembly
-from actors.router.router import Router
-from actors.router.table_source import CoordinatorTables
+from actors.router import Router
+from actors.router.table_updates import CoordinatorTables
 from channels.base import Phase, Request, RequestId
 from cluster import RoutingTable, experts_held
 from errors import CheckpointError, ProtocolError, RaymoeError, ResourceError, StaleEpoch

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from channels.shm.mailbox import MAX_ROWS, Mailbox, size_of
+from channels.base import MAX_MAILBOX_ROWS
+from channels.shm.mailbox import Mailbox, size_of
 from model.dispatch import _sorted, plan_dispatch
 from model.experts import ExpertShard, experts_forward
 
@@ -135,9 +136,9 @@ def test_every_pair_goes_once_to_the_holder_whose_turn_it_is(case: Replicated) -
             for name in ("row", "row_ptr", "expert", "pair", "gate"):
                 assert torch.equal(getattr(one, name), getattr(other, name)), name
     for host, part in enumerate(slices):
-        memory = np.zeros(size_of(2, MAX_ROWS * top_k, np.dtype(np.float64)), np.uint8)
+        memory = np.zeros(size_of(2, MAX_MAILBOX_ROWS * top_k, np.dtype(np.float64)), np.uint8)
         box = Mailbox(
-            memory, 2, MAX_ROWS * top_k, np.dtype(np.float64), knock=lambda: None, alive=lambda: None
+            memory, 2, MAX_MAILBOX_ROWS * top_k, np.dtype(np.float64), knock=lambda: None, alive=lambda: None
         )
         rows = torch.arange(2.0 * len(idx), dtype=torch.float64).view(-1, 2)
         arrays = (rows.numpy(), idx.numpy(), gates.numpy())

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from actors.host.expert_host import ExpertHost
 from actors.messages.transfer_orders import Assembly
+from actors.router import Router, RouterSettings
+from actors.router.call_context import ReplicaShifts
 from actors.router.lane import Lane
-from actors.router.mailbox_calls import MailCall
-from actors.router.router import Router
+from actors.router.mailbox_call import MailboxCall
 from channels import choose, local
 from channels.base import Channel, Request
 from channels.collective import channel as collective
@@ -97,8 +98,15 @@ class Cluster(TinyCluster):
 
     def ready(self, **settings: Any) -> Lane:
         """A lane that has been used, by mail if that is the kind."""
-        settings = {"tables": self.tables, "timeout": LONG, **settings}
-        router = Router("replica", "run", CONFIG, self.tables.table, self.connect, **settings)
+        router = Router(
+            "replica",
+            "run",
+            CONFIG,
+            self.tables.table,
+            lambda host: self.connect(host),  # which a test may replace
+            RouterSettings(**{"timeout": LONG, **settings}),
+            tables=self.tables,
+        )
         self.routers.append(router)
         lane = router.lane(0)
         local_experts().dispatch(LAYERS[0], *tokens(12)).combine()  # compiled before anything is timed
@@ -106,7 +114,7 @@ class Cluster(TinyCluster):
         while True:
             pending = lane.dispatch(LAYERS[0], *tokens(12))
             pending.combine()
-            if self.kind != "mail" or isinstance(pending, MailCall):
+            if self.kind != "mail" or isinstance(pending, MailboxCall):
                 return lane
             assert time.monotonic() < deadline
 
@@ -135,7 +143,7 @@ class Cluster(TinyCluster):
 @pytest.fixture(autouse=True)
 def _a_busy_machine_lets_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost host is gone around for as long as a test takes."""
-    monkeypatch.setattr("actors.router.router._SHUNNED", 600.0)
+    monkeypatch.setattr("actors.router.routing._SHUNNED", 600.0)
 
 
 @pytest.fixture
@@ -158,7 +166,7 @@ def test_a_host_that_is_gone_is_gone_around(made: Callable[..., Cluster], kind: 
     cluster.sites[1].server.close()
     check(lane)
     assert cluster.tables.suspects == ["host-1"]
-    assert [host.id for host in lane.placement().hosts] == ["host-0", "host-2"]
+    assert [host.id for host in cluster.routers[0].routing.host_map.hosts] == ["host-0", "host-2"]
     check(lane)
     assert cluster.tables.suspects == ["host-1"]
 
@@ -199,7 +207,7 @@ def test_the_watch_ends_the_wait_for_a_hung_host(made: Callable[..., Cluster], k
     thread.join(LONG / 2)
     assert waits
     assert time.monotonic() - published < 2.0
-    assert lane.router.table.serial == 1
+    assert cluster.routers[0].table.serial == 1
     assert cluster.tables.suspects == []  # the coordinator knows
     check(lane)
 
@@ -265,7 +273,7 @@ def test_a_newer_table_heals(made: Callable[..., Cluster], kind: str) -> None:
     healing.start()
     assert 0.2 < check(lane) < LONG / 4
     healing.join()
-    assert lane.placement().epoch == 1
+    assert cluster.routers[0].routing.host_map.epoch == 1
     check(lane)
 
 
@@ -274,7 +282,7 @@ def test_a_connection_that_drops_is_made_anew(made: Callable[..., Cluster], kind
     cluster = made(kind, 2, 1)
     lane = cluster.ready(patience=LONG)
     for seed in range(3):
-        lane._channels["host-1"].close()
+        lane.connections._channels["host-1"].close()
         assert check(lane, seed) < LONG / 4
     # A mailbox needs no connection, until the host sees that there is none.
     assert cluster.tables.suspects == ["host-1"] * 3 or kind == "mail"
@@ -313,7 +321,7 @@ def test_only_calls_that_want_an_expert_wait_for_its_host(made: Callable[..., Cl
     idx[0, 0] = next(e for e, hosts in enumerate(cluster.holders[0]) if hosts == (1,))
     with pytest.raises(ChannelError, match="no live expert host holds"):
         lane.dispatch(LAYERS[0], rows, idx, gates)
-    router.patience = LONG
+    router.routing.patience = LONG
     threading.Timer(0.3, lambda: cluster.tables.publish(cluster.without(serial=2))).start()
     with torch.no_grad():
         expected = oracle.dispatch(LAYERS[0], rows, idx, gates).combine()
@@ -350,9 +358,9 @@ def test_one_token_at_a_time_splits_evenly(made: Callable[..., Cluster], kind: s
     assert abs(split[0] - split[1]) < 30
 
 
-def test_every_layer_takes_turns_whatever_their_number(made: Callable[..., Cluster]) -> None:
-    lane = made("local", 2, 2).ready()
-    shifts = [lane.next_shift() for _ in range(12 * 2000)]
+def test_every_layer_takes_turns_whatever_their_number() -> None:
+    chosen = ReplicaShifts()
+    shifts = [chosen.next() for _ in range(12 * 2000)]
     for layers in range(1, 13):
         for ways in (1, 2, 3, 4, 6, 12):
             taken = Counter(shift % ways for shift in shifts[::layers])
@@ -372,16 +380,16 @@ def test_the_watch_neither_spins_nor_outlives_its_router(made: Callable[..., Clu
         tables.after = lambda *_: tables.table  # type: ignore[method-assign]
     time.sleep(1.0)
     assert tables.asked <= 8
-    thread = lane.router._watch._thread  # type: ignore[union-attr]
+    thread = cluster.routers[0]._watch._thread  # type: ignore[union-attr]
     if silence == "away":  # it goes on when the coordinator is back
         tables.away = False
         tables.publish(cluster.without(1))
         deadline = time.monotonic() + 20
-        while lane.router.table.serial != 1:
+        while cluster.routers[0].table.serial != 1:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         check(lane)
-    lane.router.close()
+    cluster.routers[0].close()
     thread.join(10)
     assert not thread.is_alive()
 
@@ -390,14 +398,14 @@ def test_connecting_to_a_host_that_goes_is_given_up(made: Callable[..., Cluster]
     cluster = made("local", 3, 2)
     lane = cluster.ready(watch=True)
     lane.close()
-    hung, connect = threading.Event(), lane.router.connect
+    hung, connect = threading.Event(), cluster.connect
 
     def connecting(host: HostInfo) -> Channel:
         if host.id == "host-1":
             hung.wait(LONG)
         return connect(host)
 
-    lane.router.connect = connecting
+    cluster.connect = connecting  # type: ignore[method-assign]
     threading.Timer(0.3, lambda: cluster.tables.publish(cluster.without(1))).start()
     assert check(lane) < LONG / 4
     hung.set()
@@ -425,7 +433,7 @@ def test_a_wait_ends_when_another_thread_ends_the_channel(
     thread.start()
     time.sleep(0.3)
     assert not ended
-    channel, began = lane._channels["host-0"], time.monotonic()
+    channel, began = lane.connections._channels["host-0"], time.monotonic()
     channel.cut("enough") if end == "cut" else channel.close()
     thread.join(10)
     assert ended[0] - began < 0.5  # of 50 ms, on a machine that others use too

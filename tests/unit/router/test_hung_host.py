@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from actors.host.host_server import ExpertHostServer
-from actors.router.mailbox_calls import MailCall
-from actors.router.router import Router
+from actors.router import Router, RouterSettings
+from actors.router.mailbox_call import MailboxCall
 from benchmarks.contenders import host_process, until_closed
 from channels import choose
 from cluster import HostInfo, RoutingTable
@@ -49,9 +49,8 @@ def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, .
         CONFIG,
         table,
         lambda host: choose.connect(host.addresses[kind]),
+        RouterSettings(timeout=100.0, watch=True),
         tables=tables,
-        timeout=100.0,
-        watch=True,
     )
     lane = router.lane(0)
     for experts in (local_experts(), lane):  # all is compiled before anything is timed
@@ -60,7 +59,7 @@ def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, .
     while True:
         pending = lane.dispatch(LAYERS[0], *tokens(12))
         pending.combine()
-        if kind != "shm" or isinstance(pending, MailCall):
+        if kind != "shm" or isinstance(pending, MailboxCall):
             break
         assert time.monotonic() < deadline
     check(lane)
@@ -88,6 +87,6 @@ def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, .
         time.sleep(0.01)
     for seed in range(4):
         check(lane, seed)
-    assert lane.reaches(hosts[2])
+    assert lane.connections.reaches(hosts[2])
     assert tables.suspects == []
     router.close()

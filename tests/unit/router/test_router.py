@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.router.router import Router
+from actors.router import Router
 from channels.base import Phase, Request
 from errors import ChannelError, ProtocolError, RemoteError, StaleEpoch
 from model.experts import Experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from actors.router.table_source import CoordinatorTables
+from actors.router.table_updates import CoordinatorTables
 from cluster import RoutingTable
 from errors import ChannelError
 

@@ -18,7 +18,7 @@ from actors.host.expert_host import ExpertHost
 from actors.host.host_server import ExpertHostServer
 from actors.messages.steps import StepDecision, StepReport, TrainingPlan
 from actors.messages.transfer_orders import Blob, Pull
-from actors.router.router import Router
+from actors.router import Router
 from actors.rpc.host_client import HostClient
 from channels import choose
 from cluster.topology import HostInfo

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from actors.coordinator.common_snapshot import DECISIONS, newest_common
 from actors.messages.transfer_orders import EXPERTS, Stored
 from actors.messages.trunk_parts import TRUNK, complete, part_name, part_of
-from actors.router.deferred_loss import Endurance, EnduringCall, SilentExperts
+from actors.router.deferred_loss import DeferredLoss, DeferringCall, ZeroExperts
 from actors.router.training_call import dispatched
 from errors import ChannelError, RemoteError
 from model.optimizers.sharded_adamw import rows_of
@@ -78,35 +78,35 @@ class Failing:
 
 
 def test_a_lost_pass_comes_to_its_end_and_says_so_once() -> None:
-    endurance = Endurance()
+    deferred = DeferredLoss()
     rows = torch.randn(3, 4, requires_grad=True)
     gates = torch.randn(3, 2, requires_grad=True)
-    call = EnduringCall(Failing(ChannelError("gone")), endurance)
+    call = DeferringCall(Failing(ChannelError("gone")), deferred)
     out = dispatched(call, rows, gates, gates.detach()).combine()
     assert torch.equal(out, rows * 2)
     (out.sum() + rows.sum()).backward()  # type: ignore[no-untyped-call]
     assert rows.grad is not None and gates.grad is not None
     assert torch.equal(rows.grad, torch.ones(3, 4))
     assert torch.equal(gates.grad, torch.zeros(3, 2))
-    later = EnduringCall(Failing(ChannelError("again")), endurance)
+    later = DeferringCall(Failing(ChannelError("again")), deferred)
     assert torch.equal(dispatched(later, rows, gates, gates.detach()).combine(), torch.zeros(3, 4))
     with pytest.raises(ChannelError, match="gone"):
-        endurance.settle()
-    endurance.settle()
+        deferred.raise_deferred()
+    deferred.raise_deferred()
 
 
 def test_an_error_that_ends_the_run_is_raised_at_once() -> None:
     rows, gates = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2)
-    call = EnduringCall(Failing(RemoteError("a bug")), Endurance())
+    call = DeferringCall(Failing(RemoteError("a bug")), DeferredLoss())
     out = dispatched(call, rows, gates, gates).combine()
     with pytest.raises(RemoteError, match="a bug"):
         out.sum().backward()  # type: ignore[no-untyped-call]
 
 
-def test_silent_experts_leave_gates_a_gradient() -> None:
+def test_zero_experts_leave_gates_a_gradient() -> None:
     rows = torch.randn(3, 4, requires_grad=True)
     gates = torch.randn(3, 2, requires_grad=True)
-    out = SilentExperts().dispatch(1, rows, torch.zeros(3, 2, dtype=torch.int64), gates).combine()
+    out = ZeroExperts().dispatch(1, rows, torch.zeros(3, 2, dtype=torch.int64), gates).combine()
     assert torch.equal(out, torch.zeros(3, 4))
     out.sum().backward()  # type: ignore[no-untyped-call]
     assert gates.grad is not None and torch.equal(gates.grad, torch.zeros(3, 2))

@@ -1,4 +1,4 @@
-"""A routing table as lanes use it: tensors, and what is left of it without some of its hosts.
+"""A routing table as lanes use it: tensors of the hosts that hold each expert.
 
 Shapes: N tokens, K experts per token, E experts; R ways to choose one replica of every expert.
 """
@@ -21,12 +21,13 @@ from model.config import ModelConfig
 Array = npt.NDArray[Any]
 
 
-class Placement:
-    """Per layer the hosts of every expert.
+class HostMap:
+    """The hosts of every expert, by layer.
 
     Attributes:
-        hosts: what indices of hosts point into.
-        lacking: (layer, expert) pairs that no host holds.
+        epoch, weights: Placement epoch and name of the weights of the routing table.
+        hosts: The hosts that indices of hosts refer to.
+        lacking: Number of (layer, expert) pairs that no host holds.
     """
 
     def __init__(self, table: RoutingTable, config: ModelConfig) -> None:
@@ -40,21 +41,21 @@ class Placement:
         self.hosts = table.hosts
         self.lacking = sum(not hosts for row in table.holders for hosts in row)
         self._table, self._config = table, config
-        # Out of one array, so that a layer's is a view: [L, R, E].
+        # One array [L, R, E] for all layers, so that each layer's is a view.
         ways = np.array(spread(table.holders, len(table.hosts)), np.int64).swapaxes(0, 1).copy()
         self._arrays: dict[int, Array] = dict(zip(config.moe_layers, ways, strict=True))
         self._host_of = {layer: torch.from_numpy(array) for layer, array in self._arrays.items()}
-        self._spare = {
+        self._replicated = {
             layer: all(len(hosts) > 1 for hosts in row)
             for layer, row in zip(config.moe_layers, table.holders, strict=True)
         }
         self._trained = -1
 
     def host_of(self, layer: int) -> Tensor:
-        """[R, E] int64, index into `hosts` of each expert of a layer; -1 where no host holds it.
+        """[R, E] int64: index into `hosts` for each expert of a layer; -1 where no host holds it.
 
         Raises:
-            ProtocolError: the layer has no routed experts.
+            ProtocolError: The layer has no routed experts.
         """
         try:
             return self._host_of[layer]
@@ -64,7 +65,7 @@ class Placement:
             ) from None
 
     def array(self, layer: int) -> Array:
-        """`host_of` as an array."""
+        """`host_of` as an array that shares its memory."""
         self.host_of(layer)
         return self._arrays[layer]
 
@@ -75,16 +76,16 @@ class Placement:
         chosen = idx.cpu().numpy() if isinstance(idx, Tensor) else idx
         return bool((self.array(layer)[0, chosen] >= 0).all())
 
-    def spare(self, layer: int) -> bool:
-        """Whether every expert of a layer has a second holder."""
-        return self._spare[layer]
+    def replicated(self, layer: int) -> bool:
+        """Whether every expert of a layer has a second replica."""
+        return self._replicated[layer]
 
     def has(self, host_id: str) -> bool:
-        """Whether a host is among these."""
+        """Whether a host is in the table."""
         return any(host.id == host_id for host in self.hosts)
 
-    def without(self, lost: Collection[str]) -> Placement:
-        """What is left when hosts of these ids are left out; itself, where none of them is here."""
+    def without(self, lost: Collection[str]) -> HostMap:
+        """The map without the hosts of these ids; the same object if none of them is in the table."""
         left = [at for at, host in enumerate(self.hosts) if host.id not in lost]
         if len(left) == len(self.hosts):
             return self
@@ -99,15 +100,15 @@ class Placement:
             weights=self._table.weights,
             serial=self._table.serial,
         )
-        return Placement(table, self._config)
+        return HostMap(table, self._config)
 
     def trained(self, step: int) -> None:
-        """Hosts have taken a FORWARD of this step under this placement."""
+        """Record that hosts have taken a FORWARD of this step under this map."""
         self._trained = max(self._trained, step)
 
     def has_trained(self, step: int) -> bool:
-        """Whether a step has begun under this placement: then it has to end under it."""
+        """Whether a step has begun under this map: then it has to end under it."""
         return self._trained == step
 
 
-__all__ = ["Placement"]
+__all__ = ["HostMap"]
