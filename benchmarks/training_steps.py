@@ -49,7 +49,7 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
             coordinator.register_host(stack.enter_context(host_process(_serve_host, values, index)))
         steps, device = coordinator.steps, worker_device(config)
         if config.cluster.expert_hosts:
-            coordinator.found()
+            coordinator.place_experts()
         made = assemble_worker(
             config,
             data,

@@ -47,6 +47,20 @@ class Placement:
         index = {site: at for at, site in enumerate(self.sites)}
         return tuple(tuple(tuple(index[host] for host in hosts) for hosts in row) for row in self.holders)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every expert has a holder."""
+        return all(hosts for row in self.holders for hosts in row)
+
+    def without(self, host: str) -> Placement:
+        """The same placement without a host; experts that only this host held have no holder."""
+        return Placement(
+            sites=tuple(site for site in self.sites if site != host),
+            holders=tuple(
+                tuple(tuple(id for id in ids if id != host) for ids in row) for row in self.holders
+            ),
+        )
+
     def holding(self) -> Holding:
         """The same, host by host."""
         held: dict[str, list[list[int]]] = {site: [[] for _ in self.holders] for site in self.sites}

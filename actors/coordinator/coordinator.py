@@ -1,25 +1,26 @@
-"""The coordinator: control plane of a job. No rows, weights or gradients pass through it.
+"""The coordinator: the control plane of a job. No rows, weights or gradients pass through it.
 
-It knows the hosts and what they hold (`actors.coordinator.placement_changes`), in training it decides the
-steps (`actors.coordinator.training_steps`), it looks after the hosts' health, in serving after their number
-and balance, and it answers those who operate the job. It can be lost: hosts and routers go on without it, and
-the next one begins with `state()` and with what hosts tell.
+It knows the hosts (`actors.coordinator.host_roster`) and places experts on them
+(`actors.coordinator.placement_controller`). In training it decides the steps
+(`actors.coordinator.training_steps`); in serving it scales and rebalances the hosts. It may be lost: hosts
+and routers continue without it, and the next coordinator begins with `state()` and what the hosts report.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from actors.coordinator.host_health import Health
+from actors.coordinator.failure_detector import FailureDetector
+from actors.coordinator.host_roster import HostRoster
 from actors.coordinator.job_status import describe
-from actors.coordinator.placement_changes import Elastic, Shape
-from actors.coordinator.routing_tables import Published
+from actors.coordinator.placement_controller import PlacementController
+from actors.coordinator.routing_tables import PublishedWeights
 from actors.coordinator.scaling import Autoscaler, Rebalancer
-from actors.coordinator.succession import epochs_held, still_held
 from actors.coordinator.training_steps import TrainingSteps
+from actors.coordinator.transfer_plan import PlacementSpec
 from actors.messages.coordinator_state import CoordinatorState
 from actors.messages.steps import HostControl
 from cluster.config import AutoscalingSettings
@@ -27,86 +28,112 @@ from cluster.membership import Event, Membership, Orders, Scaling
 from cluster.topology import HostInfo, RoutingTable
 from errors import ProtocolError, RaymoeError, ResourceError
 
-_LONGEST_WAIT = 60.0  # of a call that waits for news; whoever waits longer asks again
-_LONGEST_REST = 5.0  # seconds after moves that failed
-_MEASURED_EVERY = 1.0
+_LONGEST_WAIT = 60.0  # seconds that a call waits for a table; the caller repeats it
+_LONGEST_PAUSE = 5.0  # seconds after moves that failed
+_MEASURED_EVERY = 1.0  # seconds
+_SERIALS_SKIPPED = 1000
+"""A new coordinator's tables have serials above all that the one before it can have published since its state
+was saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitialWeights:
+    """The weights that a job begins with.
+
+    Attributes:
+        name: Name of the weights; empty in training.
+        directory: Where hosts read them; empty for what a training run begins with.
+        moments: Whether the directory has the optimizer's moments too.
+        step: In training, the optimizer step of the weights.
+    """
+
+    name: str = ""
+    directory: str = ""
+    moments: bool = False
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPolicy:
+    """How many expert hosts a job has, and when the coordinator acts on them by itself.
+
+    Attributes:
+        hosts: Number of hosts that the job begins with.
+        dead_after: Seconds of silence after which a host is declared dead.
+        autoscaling: When the number of hosts changes by load, in serving; None leaves it alone.
+        rebalance_below: Balancedness below which experts are placed again by load; None never does.
+        channel: How routers reach hosts, as in `cluster.channel`; only reported by the status.
+    """
+
+    hosts: int
+    dead_after: float = 5.0
+    autoscaling: AutoscalingSettings | None = None
+    rebalance_below: float | None = None
+    channel: str = "auto"
 
 
 class Coordinator:
-    """One of a job. All methods may be called from several threads at once.
+    """The coordinator of a job. All methods may be called from several threads at the same time.
 
     Args:
-        shape: what is placed.
-        hosts: expert hosts that there should be.
-        control: how to command a host.
-        weights: name of the weights to begin with.
-        directory: where hosts read them; empty for what a run begins with.
-        moments: whether the directory has the optimizer's state too.
-        step: that the weights are of, in training.
-        steps: makes the steps of a training run, given the hosts; None in serving.
-        dead_after: seconds of silence after which a host is taken for dead.
-        autoscaling: changes the number of hosts by load, in serving; None leaves it alone.
-        rebalance_below: balancedness below which experts are placed anew; None never does.
-        channel: that routers reach hosts by, as `cluster.channel`; told by the status.
-        state: of the coordinator before; None for a job that begins.
+        spec: What is placed on the hosts.
+        policy: How many hosts there are, and how they are looked after.
+        control: Opens a client of a host.
+        initial: The weights that the job begins with.
+        steps: Makes the steps of a training run, given the placements; None in serving.
+        state: State of the coordinator before this one; None for a job that begins.
 
     Attributes:
-        actor: id of the Ray actor that it runs in; empty elsewhere.
+        actor: Id of the Ray actor that the coordinator runs in; empty elsewhere.
+        roster: The expert hosts.
+        placements: Changes which hosts hold which experts.
+        training: The steps of a training run; None in serving.
     """
 
     def __init__(
         self,
-        shape: Shape,
+        spec: PlacementSpec,
+        policy: HostPolicy,
         *,
-        hosts: int,
         control: Callable[[HostInfo], HostControl],
-        weights: str = "",
-        directory: str = "",
-        moments: bool = False,
-        step: int | None = None,
-        steps: Callable[[Elastic], TrainingSteps] | None = None,
-        dead_after: float = 5.0,
-        autoscaling: AutoscalingSettings | None = None,
-        rebalance_below: float | None = None,
-        channel: str = "auto",
+        initial: InitialWeights | None = None,
+        steps: Callable[[PlacementController], TrainingSteps] | None = None,
         state: CoordinatorState | None = None,
     ) -> None:
-        self.actor, self._channel = "", channel
-        self._weights, self._directory, self._moments, self._step = weights, directory, moments, step
-        self._dead_after, self._state = dead_after, state
-        self._membership = Membership(wanted=hosts, most=shape.n_experts)
+        self.actor = ""
+        self._policy, self._initial, self._state = policy, initial or InitialWeights(), state
+        membership = Membership(wanted=policy.hosts, most=spec.n_experts)
+        published = PublishedWeights()
         if state is not None:
-            self._membership.wanted, self._membership.retiring = state.wanted, frozenset(state.leaving)
-        self.elastic = Elastic(
-            shape,
-            self._membership,
-            Published(serial=0 if state is None else state.serial + 1000),
-            control,
-            reloadable=steps is None,
-            on_lost=self._lost,
-            patience=dead_after,
+            membership.wanted, membership.retiring = state.wanted, frozenset(state.leaving)
+            published = PublishedWeights(serial=state.serial + _SERIALS_SKIPPED)
+        self.roster = HostRoster(
+            membership, published, control, on_lost=self._on_lost, patience=policy.dead_after
         )
-        self.training = None if steps is None else steps(self.elastic)
+        self.placements = PlacementController(self.roster, spec, reloadable=steps is None)
+        self.training = None if steps is None else steps(self.placements)
         if self.training is not None and state is not None:
             self.training.hold("the coordinator was started anew")
-        self._autoscaler = None if autoscaling is None else Autoscaler(self.elastic, autoscaling)
-        self._rebalancer = Rebalancer(self.elastic, rebalance_below)
-        self._founding = threading.Event()  # there are weights to be placed as soon as there is a host
+        self._autoscaler = (
+            None if policy.autoscaling is None else Autoscaler(self.placements, policy.autoscaling)
+        )
+        self._rebalancer = Rebalancer(self.placements, policy.rebalance_below)
+        self._placing = threading.Event()  # weights are to be placed as soon as there is a host
         self._closing = threading.Event()
-        self._threads = [threading.Thread(target=self._watch, name="health", daemon=True)]
-        if self.training is None:  # else experts move between two steps
-            self._threads.append(threading.Thread(target=self._keep_in_place, name="placement", daemon=True))
-        if self.training is None or shape.redundant or rebalance_below is not None:
+        self._threads = [threading.Thread(target=self._detect_failures, name="health", daemon=True)]
+        if self.training is None:  # in training experts move between two steps
+            self._threads.append(threading.Thread(target=self._move_when_due, name="placement", daemon=True))
+        if self.training is None or spec.redundant or policy.rebalance_below is not None:
             self._threads.append(threading.Thread(target=self._measure, name="scaling", daemon=True))
         for thread in self._threads:
             thread.start()
 
     @property
     def steps(self) -> TrainingSteps:
-        """Of a training run.
+        """The steps of a training run.
 
         Raises:
-            ProtocolError: nothing is trained here.
+            ProtocolError: The job serves a model.
         """
         if self.training is None:
             raise ProtocolError("this job serves a model; it has no training steps")
@@ -114,44 +141,47 @@ class Coordinator:
 
     @property
     def workers(self) -> int:
-        """Workers that may wait here at a time."""
+        """Workers whose calls may wait here at the same time."""
         return 1 if self.training is None else self.training.workers
 
     def register_host(self, info: HostInfo) -> None:
-        """Take in a host; a repeat is fine.
+        """Add a host; a repeat does nothing.
 
         Raises:
-            ProtocolError: a host of this name has been there and is gone.
+            ProtocolError: A host of this name was here before and is gone.
         """
-        self.elastic.register(info)
+        self.roster.register(info)
 
-    def found(self, timeout: float = 0.0) -> None:
-        """Place all experts on the hosts that have registered; again, nothing.
+    def place_experts(self, timeout: float = 0.0) -> None:
+        """Place all experts on the hosts that have registered; a repeat does nothing.
 
-        After another coordinator it goes on with what hosts hold. That may take longer than this call.
+        After another coordinator it continues with what hosts hold, which may take longer than this call.
+
+        Args:
+            timeout: Seconds to wait for a host.
 
         Raises:
-            RaymoeError: what a host failed with, or there is none.
+            RaymoeError: A host failed, or there is none.
         """
-        if self.elastic.versions.current is not None or self._founding.is_set():
+        if self.placements.published.current is not None or self._placing.is_set():
             return
-        held = epochs_held(self.elastic)
+        held = self.placements.epochs_held()
         if self._state is not None or any(held.values()):
             self._take_over(held)
             return
-        self._begin(timeout)
+        self._place_initial_weights(timeout)
 
     def table(self, weights: str | None = None, timeout: float = 0.0) -> RoutingTable:
-        """The routing table of these weights (None: in use), once there is one and every expert has a host.
+        """The routing table of these weights (None: those in use), once every expert has a host.
 
         Raises:
-            ResourceError: that takes longer than so many seconds.
-            Interrupted: experts of a training run are without a host; its workers have to join again.
+            ResourceError: There is none within `timeout` seconds.
+            Interrupted: Experts of a training run are without a host; its workers have to join again.
         """
         if self.training is not None:
             return self.training.table()
-        versions = self.elastic.versions
-        found = versions.table(weights) if weights else versions.complete(min(timeout, _LONGEST_WAIT))
+        published = self.placements.published
+        found = published.table(weights) if weights else published.complete(min(timeout, _LONGEST_WAIT))
         if found is None:
             raise ResourceError(
                 "experts are without a host"
@@ -161,113 +191,109 @@ class Coordinator:
         return found
 
     def table_after(self, serial: int, weights: str | None, timeout: float) -> RoutingTable | None:
-        """The newest table once its serial is another one; None when that takes longer."""
-        return self.elastic.versions.after(serial, weights or None, min(timeout, _LONGEST_WAIT))
+        """The newest routing table once its serial differs from `serial`; None after `timeout` seconds."""
+        return self.placements.published.after(serial, weights or None, min(timeout, _LONGEST_WAIT))
 
     def suspect(self, host: str, why: str) -> None:
-        """A router cannot reach a host."""
-        self.elastic.suspect(host, why)
+        """Check a host that a router cannot reach."""
+        self.roster.suspect(host, why)
 
     def orders(
         self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str]
     ) -> tuple[Orders, int]:
-        """What whoever runs the hosts has to do, and how many hosts are wanted."""
-        return self.elastic.orders(starting=starting, failed=failed, stopped=stopped)
+        """Hosts to start and to stop, and the number of hosts wanted; see `HostRoster.orders`."""
+        return self.roster.orders(starting=starting, failed=failed, stopped=stopped)
 
     def state(self) -> CoordinatorState:
-        """What the next coordinator begins with."""
-        versions = self.elastic.versions
-        if versions.current is None and self._state is not None:
-            return self._state  # nothing has been taken over yet
+        """State that the next coordinator continues from."""
+        published = self.placements.published
+        if published.current is None and self._state is not None:
+            return self._state  # this coordinator has not taken over yet
         return CoordinatorState(
-            wanted=self._membership.wanted,
-            versions=versions.live,
-            serial=versions.serial,
-            leaving=self.elastic.leaving(),
+            wanted=self.roster.wanted,
+            versions=published.live,
+            serial=published.serial,
+            leaving=self.roster.leaving(),
         )
 
     def scale(self, hosts: int, timeout: float) -> Scaling:
-        """Want another number of expert hosts, and wait until they are there, so many seconds at most.
+        """Change the number of expert hosts, and wait at most `timeout` seconds until the change is done.
 
         Raises:
-            ConfigError: so many cannot be.
-            ResourceError: it had to be given up, or another change is under way.
+            ConfigError: Fewer than one host, or more hosts than experts of a layer.
+            ResourceError: The change failed, or another one is under way.
         """
-        return self._ended(self.elastic.scale(hosts), timeout)
+        return self._await_end(self.roster.scale(hosts), timeout)
 
     def drain(self, host: str, timeout: float, *, replace: bool = False) -> Scaling:
-        """Let a host give its experts away and go; see `scale`."""
-        return self._ended(self.elastic.drain(host, replace=replace), timeout)
+        """Retire one host once its experts are elsewhere, and wait as `scale` does.
 
-    def load(self, directory: str, name: str) -> int:
-        """See `Elastic.load`."""
-        return self.elastic.load(directory, name)
-
-    def publish(self, epoch: int) -> None:
-        """See `Elastic.use`."""
-        self.elastic.use(epoch)
-
-    def retire(self, keep: str = "") -> None:
-        """See `Elastic.retire`."""
-        self.elastic.retire(keep)
+        Args:
+            replace: Start another host in its place; otherwise the job has one host less.
+        """
+        return self._await_end(self.roster.drain(host, replace=replace), timeout)
 
     def status(self) -> dict[str, Any]:
-        """How the job stands, for people and programs that operate it."""
+        """State of the job, for people and programs that operate it."""
         return {
-            **describe(self.elastic, self.training, self._channel),
+            **describe(self.placements, self.training, self._policy.channel),
             "actor": self.actor,
-            "wanted": self._membership.wanted,
+            "wanted": self.roster.wanted,
             "balancedness": self._rebalancer.balancedness,
             "autoscaling": None if self._autoscaler is None else self._autoscaler.last.why,
             "events": [asdict(event) for event in self.events()],
         }
 
     def events(self) -> Sequence[Event]:
-        """What happened, oldest first, as far back as it is kept."""
-        return self.elastic.events()
+        """The recorded events, oldest first; only the latest are kept."""
+        return self.roster.events()
 
     def close(self) -> None:
-        """Wake every waiter with an error and end the threads."""
+        """Raise an error in every waiting call, and end the threads."""
         self._closing.set()
         if self.training is not None:
             self.training.fail("the coordinator has been closed")
-        self.elastic.close()
+        self.roster.close()
         if self.training is not None:
             self.training.close()
         for thread in self._threads:
             thread.join()
 
-    def _begin(self, timeout: float = 0.0) -> None:
-        """Place what this job begins with."""
-        self.elastic.begin(
-            self._weights, self._directory, step=self._step, moments=self._moments, timeout=timeout
+    def _place_initial_weights(self, timeout: float = 0.0) -> None:
+        initial = self._initial
+        self.placements.begin(
+            initial.name, initial.directory, step=initial.step, moments=initial.moments, timeout=timeout
         )
         if self.training is not None:
-            self.training.founded()
+            self.training.placed()
 
-    def _take_over(self, held: dict[str, set[int]]) -> None:
-        """Go on with what hosts hold; what is not whole is healed as after a loss."""
-        elastic, versions = self.elastic, () if self._state is None else self._state.versions
-        elastic.versions.next_epoch(above=max((e for epochs in held.values() for e in epochs), default=-1))
+    def _take_over(self, held: Mapping[str, set[int]]) -> None:
+        """Continue with what hosts hold; experts that are missing are replaced as after a loss.
+
+        Args:
+            held: Host id -> epochs that it holds.
+        """
+        versions = () if self._state is None else self._state.versions
+        newest = max((epoch for epochs in held.values() for epoch in epochs), default=-1)
+        self.placements.published.next_epoch(above=newest)
         if versions:
-            elastic.remember(versions[-1].placement)
-        self._founding.set()
-        if self.training is not None:  # it brings the hosts to a common step by itself
+            self.placements.remember(versions[-1].placement)
+        self._placing.set()
+        if self.training is not None:  # recovery brings the hosts to a common step
             if self._state is None:
                 self.training.interrupt("the coordinator was started anew")
             else:
                 self.training.recover()
             return
-        left = still_held(versions, held)
-        if left:
-            elastic.adopt(left)
+        self.placements.adopt(versions, held)
         if versions:
-            self._weights = versions[-1].name
-            self._directory = versions[-1].directory or self._directory
+            last = versions[-1]
+            directory = last.directory or self._initial.directory
+            self._initial = replace(self._initial, name=last.name, directory=directory)
 
-    def _ended(self, scaling: Scaling, timeout: float) -> Scaling:
-        with self.elastic.changed:
-            self.elastic.changed.wait_for(
+    def _await_end(self, scaling: Scaling, timeout: float) -> Scaling:
+        with self.roster.changed:
+            self.roster.changed.wait_for(
                 lambda: scaling.ended is not None or scaling.failure is not None or self._closing.is_set(),
                 timeout,
             )
@@ -278,41 +304,42 @@ class Coordinator:
             )
         return scaling
 
-    def _lost(self, host: str, why: str) -> None:
+    def _on_lost(self, host: str, why: str) -> None:
         if self.training is not None:
             self.training.lost(host, why)
 
-    def _watch(self) -> None:
-        health = Health(self.elastic, self._dead_after)
-        while not self._closing.wait(health.pause):
-            health.look()
+    def _detect_failures(self) -> None:
+        """Thread: ping the hosts."""
+        detector = FailureDetector(self.roster, self._policy.dead_after)
+        while not self._closing.wait(detector.pause):
+            detector.look()
 
     def _measure(self) -> None:
-        """Look at the hosts' load."""
+        """Thread: measure the hosts' load, and scale or rebalance by it."""
         while not self._closing.wait(_MEASURED_EVERY):
             if self._autoscaler is not None:
                 self._autoscaler.look()
             self._rebalancer.look()
 
-    def _keep_in_place(self) -> None:
-        """In serving: move experts whenever they are to, without a pause."""
-        elastic, failures = self.elastic, 0
+    def _move_when_due(self) -> None:
+        """Thread, in serving: move experts whenever a move is due; requests go on meanwhile."""
+        placements, failures = self.placements, 0
         while not self._closing.is_set():
-            why = elastic.due()
-            begins = elastic.versions.current is None and self._founding.is_set()
+            why = placements.due()
+            begins = placements.published.current is None and self._placing.is_set()
             if why is None and not begins:
-                with elastic.changed:
-                    elastic.changed.wait(0.1)
+                with self.roster.changed:
+                    self.roster.changed.wait(0.1)
                 continue
             try:
                 if why is None:
-                    self._begin(_LONGEST_REST)
+                    self._place_initial_weights(_LONGEST_PAUSE)
                 else:
-                    elastic.reshape(why)
+                    placements.reshape(why)
                 failures = 0
-            except RaymoeError:  # noted; tried again, less and less often
-                self._closing.wait(min(0.1 * 2**failures, _LONGEST_REST))
+            except RaymoeError:  # recorded as an event; the pauses between attempts grow
+                self._closing.wait(min(0.1 * 2**failures, _LONGEST_PAUSE))
                 failures += 1
 
 
-__all__ = ["Coordinator"]
+__all__ = ["Coordinator", "HostPolicy", "InitialWeights"]

@@ -1,7 +1,7 @@
-"""The expert hosts of a job as the coordinator reaches them: who is there, who answers, who is dead.
+"""The expert hosts of a job as the coordinator reaches them: which are there, which answer, which are dead.
 
-No call to a host is made, and nobody is told of a loss, with a lock held: a host that hangs holds up only
-those who asked it, until it is taken for dead; then its client is closed, which ends their calls.
+No host is called, and no listener is told of a loss, while a lock is held: a host that hangs blocks only the
+calls to it, until it is declared dead; then its client is closed, which ends these calls.
 """
 
 from __future__ import annotations
@@ -9,43 +9,49 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Executor
 
-from actors.coordinator.routing_tables import Published
+from actors.coordinator.host_calls import HostCalls
+from actors.coordinator.routing_tables import PublishedWeights
 from actors.messages.steps import HostControl
 from cluster.membership import Event, Membership, Orders, Scaling, Stage
 from cluster.placement import Site
 from cluster.topology import HostInfo
-from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, is_loss
+from errors import ChannelTimeout, RaymoeError, ResourceError, is_loss
 
-_T = TypeVar("_T")
-_AT_ONCE = 32  # hosts that are asked, and hosts that obey
+_AT_ONCE = 32  # hosts that are called at the same time
 _BEGAN = time.time() - time.monotonic()
+
+HostClients = dict[str, tuple[HostInfo, HostControl]]
+"""Host id -> the host's description and its client."""
 
 
 def steady() -> float:
-    """Seconds since the epoch by a clock that is never set: else all hosts would seem silent at once."""
+    """Seconds since the epoch by a clock that is never set: no clock change makes hosts look silent."""
     return _BEGAN + time.monotonic()
 
 
-class Roster:
-    """Who is there. Any thread may call.
+class HostRoster:
+    """The expert hosts of a job and their clients. Any thread may call.
 
     Args:
-        membership: the hosts.
-        versions: what they hold.
-        control: how to command a host.
-        on_lost: is told of a host that is dead, and why.
-        patience: seconds that a host has to answer after something went wrong with it.
-        clock: seconds since the epoch.
-        pool: carries out calls to hosts; None makes threads.
+        membership: State of the hosts.
+        published: Versions of the weights that the hosts hold.
+        control: Opens a client of a host.
+        on_lost: Called with a dead host's id and the reason.
+        patience: Seconds that a host has to answer after a call to it failed.
+        clock: Seconds since the epoch.
+        pool: Carries out calls to hosts; None starts threads.
+
+    Attributes:
+        changed: Guards the membership; notified after every change of it.
+        commands: Carries out commands to hosts.
     """
 
     def __init__(
         self,
         membership: Membership,
-        versions: Published,
+        published: PublishedWeights,
         control: Callable[[HostInfo], HostControl],
         *,
         on_lost: Callable[[str, str], None] | None = None,
@@ -53,67 +59,71 @@ class Roster:
         clock: Callable[[], float] = steady,
         pool: Executor | None = None,
     ) -> None:
-        self.versions = versions
-        self.changed = threading.Condition()  # guards the membership
+        self.published = published
+        self.changed = threading.Condition()
+        self.commands = HostCalls("hosts", _AT_ONCE, pool)
+        # Pings have threads of their own, so that moves that take long do not delay them.
+        self._pings = HostCalls("pings", _AT_ONCE, pool)
         self._membership = membership
         self._control = control
         self._on_lost = on_lost
         self._patience = patience
         self._clock = clock
-        self._controls: dict[str, HostControl] = {}
-        self._asked: set[str] = set()
+        self._clients: dict[str, HostControl] = {}
+        self._pinged: set[str] = set()
         self._closed = False
-        # Two, so that moves which take long keep nobody from asking whether a host lives.
-        self._obeying = pool or ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="hosts")
-        self._asking = pool or ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pings")
 
     def register(self, info: HostInfo) -> None:
-        """Take in a host; a repeat is fine.
+        """Add a host; a repeat does nothing.
 
         Raises:
-            ProtocolError: a host of this name has been there and is gone.
+            ProtocolError: A host of this name was here before and is gone.
         """
         with self.changed:
             self._membership.register(info, self._clock())
-            if info.id not in self._controls:
-                self._controls[info.id] = self._control(info)
+            if info.id not in self._clients:
+                self._clients[info.id] = self._control(info)
             self.changed.notify_all()
 
     def lose(self, id: str, why: str) -> bool:
-        """Take a host for dead, at once: tables come without it. Whether it was there."""
+        """Declare a host dead: routing tables omit it from now on. Returns whether it was a member."""
         with self.changed:
             was = self._membership.lose(id, why, self._clock())
         if was:
-            self._gone(id, why)
+            self._remove(id, why)
         return was
 
     def suspect(self, id: str, why: str) -> None:
-        """Somebody cannot reach a host: ask it, and bury it if it does not answer."""
-        control = self._controls.get(id)
-        if control is not None:
-            self._ask_later(self._probe, id, control, why)
+        """Ping a host that could not be reached by others, and declare it dead if it does not answer."""
+        client = self._clients.get(id)
+        if client is not None:
+            self._ping_later(self._probe, id, client, why)
 
-    def saw(self, id: str) -> None:
-        """A host has answered."""
+    def record_answer(self, id: str) -> None:
+        """Note that a host has answered."""
         with self.changed:
             self._membership.saw(id, self._clock())
 
-    def saw_all(self) -> None:
-        """Nobody has listened for a while: whose silence began meanwhile cannot be told."""
+    def forgive_silence(self) -> None:
+        """Count every host's silence from now on, since the coordinator itself did not listen for a while."""
         with self.changed:
             for id in self._membership.members:
                 self._membership.saw(id, self._clock())
 
     def silent(self, patience: float) -> list[str]:
-        """Hosts that have not answered for so many seconds."""
+        """Hosts that have not answered for `patience` seconds."""
         with self.changed:
             return self._membership.silent(self._clock(), patience)
 
     def scale(self, target: int, *, why: str = "") -> Scaling:
-        """See `Membership.scale`.
+        """Change the number of hosts that the job should have.
 
         Args:
-            why: noted, if it is not a person who wants it.
+            why: Reason that is noted when the change is automatic; empty when an operator asks for it.
+
+        Raises:
+            ConfigError: Fewer than one host, or more hosts than experts of a layer.
+            ResourceError: Another change is under way.
         """
         with self.changed:
             scaling = self._membership.scale(target, self._clock())
@@ -123,7 +133,15 @@ class Roster:
             return scaling
 
     def drain(self, id: str, *, replace: bool = False) -> Scaling:
-        """See `Membership.drain`."""
+        """Retire one host once its experts are elsewhere.
+
+        Args:
+            replace: Start another host in its place; otherwise the job has one host less.
+
+        Raises:
+            ConfigError: The host does not exist, or is the only one and is not replaced.
+            ResourceError: Another change is under way.
+        """
         with self.changed:
             scaling = self._membership.drain(id, self._clock(), replace=replace)
             self.changed.notify_all()
@@ -131,11 +149,16 @@ class Roster:
 
     @property
     def scaling(self) -> Scaling | None:
-        """The last change of the number of hosts that was asked for."""
+        """The latest requested change of the number of hosts."""
         return self._membership.scaling
 
+    @property
+    def wanted(self) -> int:
+        """Number of hosts that the job should have."""
+        return self._membership.wanted
+
     def note(self, kind: str, text: str) -> None:
-        """Remember an event."""
+        """Record an event."""
         with self.changed:
             self._membership.note(self._clock(), kind, text)
             self.changed.notify_all()
@@ -143,7 +166,13 @@ class Roster:
     def orders(
         self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str]
     ) -> tuple[Orders, int]:
-        """What whoever runs the hosts has to do, told how they stand, and how many hosts are wanted."""
+        """Hosts to start and to stop, and the number of hosts that the job should have.
+
+        Args:
+            starting: Hosts that were started and have not registered yet.
+            failed: Host id -> why it did not start, or how it ended.
+            stopped: Hosts that were ended as ordered.
+        """
         with self.changed:
             there = [id for id in failed if id in self._membership.members]
             for id, why in failed.items():
@@ -154,44 +183,41 @@ class Roster:
             if failed:
                 self.changed.notify_all()
         for id in there:
-            self._gone(id, failed[id])
+            self._remove(id, failed[id])
         return orders, wanted
 
-    def hosts(self) -> dict[str, tuple[HostInfo, HostControl]]:
-        """Hosts that are there, in the order in which they came."""
+    def hosts(self) -> HostClients:
+        """All live hosts, in the order of their registration."""
         with self.changed:
             return {
-                id: (member.info, self._controls[id])
+                id: (member.info, self._clients[id])
                 for id, member in self._membership.members.items()
-                if id in self._controls
+                if id in self._clients
             }
 
+    def infos(self) -> dict[str, HostInfo]:
+        """Host id -> description, of all live hosts."""
+        return {id: info for id, (info, _) in self.hosts().items()}
+
     def stages(self) -> dict[str, Stage]:
-        """Where every host is in its life."""
+        """Host id -> stage of its life."""
         with self.changed:
             return {id: member.stage for id, member in self._membership.members.items()}
 
     def leaving(self) -> tuple[str, ...]:
-        """Hosts that are to go."""
+        """Hosts that are being retired."""
         return tuple(id for id, stage in self.stages().items() if stage is Stage.LEAVING)
 
-    def events(self) -> tuple[Event, ...]:
-        """What happened, oldest first, as far back as it is kept."""
+    def sites(self) -> tuple[Site, ...]:
+        """The hosts that should hold experts."""
         with self.changed:
-            return tuple(self._membership.events)
-
-    def ping_all(self, timeout: float) -> None:
-        """Ask all hosts for a sign of life, without waiting for it: those that hang up are buried."""
-        for id, (_, control) in self.hosts().items():
-            if id not in self._asked:
-                self._asked.add(id)
-                self._ask_later(self._ask, id, control, timeout)
+            return self._membership.sites()
 
     def await_sites(self, timeout: float) -> tuple[Site, ...]:
-        """The hosts that should hold experts, once there is one.
+        """The hosts that should hold experts, once there is at least one.
 
         Raises:
-            ResourceError: there is none within so many seconds.
+            ResourceError: There is none within `timeout` seconds, or the coordinator has been closed.
         """
         with self.changed:
             self.changed.wait_for(lambda: self._closed or self._membership.sites(), timeout)
@@ -202,108 +228,93 @@ class Roster:
                 raise ResourceError(f"no expert host has come up within {timeout:g} s")
             return sites
 
-    def bury_the_dead(self, why: str) -> bool:
-        """Ask all hosts; whether one of them did not answer, and is taken for dead."""
+    def events(self) -> tuple[Event, ...]:
+        """The recorded events, oldest first; only the latest are kept."""
+        with self.changed:
+            return tuple(self._membership.events)
+
+    def record_holders(self, holding: set[str]) -> None:
+        """Note which hosts hold experts now, and close the clients of hosts that were retired thereby."""
+        with self.changed:
+            self._membership.placed(holding, self._clock())
+            left = [id for id in self._clients if id not in self._membership.members]
+            clients = [self._clients.pop(id) for id in left]
+            self.changed.notify_all()
+        for client in clients:
+            client.close()
+
+    def ping_all(self, timeout: float) -> None:
+        """Ping all hosts in the background; one whose process is gone is declared dead."""
+        for id, (_, client) in self.hosts().items():
+            if id not in self._pinged:
+                self._pinged.add(id)
+                self._ping_later(self._ping, id, client, timeout)
+
+    def probe_all(self, why: str) -> bool:
+        """Ping all hosts and wait; declare those dead that do not answer, and return whether there was one.
+
+        Args:
+            why: Beginning of the reason that is recorded for a dead host.
+        """
         probes = [
-            self._submit(self._asking, self._probe, id, control, why)
-            for id, (_, control) in self.hosts().items()
+            self._pings.submit(self._probe, id, client, why) for id, (_, client) in self.hosts().items()
         ]
         return not all([probe.result() for probe in probes])
 
     def close(self) -> None:
-        """Hang up on all hosts, which ends calls to them, and end the threads."""
+        """Close all clients, which ends the calls under way, and end the threads."""
         with self.changed:
             self._closed = True
-            controls = list(self._controls.values())
+            clients = list(self._clients.values())
             self.changed.notify_all()
-        self.versions.close("the coordinator has been closed")
-        for control in controls:
-            control.close()
-        for pool in (self._obeying, self._asking):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self.published.close("the coordinator has been closed")
+        for client in clients:
+            client.close()
+        self.commands.close()
+        self._pings.close()
 
-    # --- how
-
-    def _on(self, ids: Iterable[str], what: str, call: Callable[[str], None]) -> None:
-        """Call for every host at once; all are waited for, then the first error raised."""
-        pending = {id: self._submit(self._obeying, call, id) for id in ids}
-        errors: list[tuple[str, BaseException]] = []
-        for id, future in pending.items():
-            try:
-                future.result()
-            except (Exception, CancelledError) as error:
-                errors.append((id, error))
-        if errors:
-            raise failed_on(what, errors) from errors[0][1]
-
-    def _submit(self, pool: Executor, call: Callable[..., _T], *arguments: object) -> Future[_T]:
-        try:
-            return pool.submit(call, *arguments)
-        except RuntimeError as error:  # it takes no more work
-            raise ResourceError("the coordinator is being closed") from error
-
-    def _ask_later(self, call: Callable[..., object], *arguments: object) -> None:
+    def _ping_later(self, call: Callable[..., object], *arguments: object) -> None:
         if not self._closed:
             try:
-                self._submit(self._asking, call, *arguments)
+                self._pings.submit(call, *arguments)
             except ResourceError:
-                return  # it closes, and needs to know no more
+                return  # being closed: nothing needs the answer
 
-    def _probe(self, id: str, control: HostControl, why: str) -> bool:
+    def _probe(self, id: str, client: HostControl, why: str) -> bool:
+        """Ping a host, and declare it dead if it does not answer. Returns whether it lives."""
         try:
-            control.ping(self._patience)
+            client.ping(self._patience)
         except RaymoeError as error:
             if is_loss(error) and not self._closed:
                 self.lose(id, f"{why} ({error})")
                 return False
-        self.saw(id)
+        self.record_answer(id)
         return True
 
-    def _ask(self, id: str, control: HostControl, timeout: float) -> None:
-        """A sign of life; a host that is slow to give it has until its silence counts."""
+    def _ping(self, id: str, client: HostControl, timeout: float) -> None:
+        """Ping a host; one that is slow is not dead until its silence has lasted long enough."""
         try:
-            control.ping(timeout)
+            client.ping(timeout)
         except ChannelTimeout:
             return
         except RaymoeError as error:
             if is_loss(error):
-                self._probe(id, control, str(error))
+                self._probe(id, client, str(error))
                 return
         finally:
-            self._asked.discard(id)
-        self.saw(id)
+            self._pinged.discard(id)
+        self.record_answer(id)
 
-    def _gone(self, id: str, why: str) -> None:
-        """A host is out of the membership: tables come without it, and whoever waits for it hears so."""
-        self.versions.without(id)
+    def _remove(self, id: str, why: str) -> None:
+        """Publish tables without a former member, close its client, and tell the listener."""
+        self.published.without(id)
         with self.changed:
-            control = self._controls.pop(id, None)
+            client = self._clients.pop(id, None)
             self.changed.notify_all()
-        if control is not None:
-            control.close()
+        if client is not None:
+            client.close()
         if self._on_lost is not None:
             self._on_lost(id, why)
 
-    def _settled(self, holding: set[str]) -> None:
-        """These hosts hold experts now; on those that are let go nobody calls any more."""
-        with self.changed:
-            self._membership.placed(holding, self._clock())
-            left = [id for id in self._controls if id not in self._membership.members]
-            controls = [self._controls.pop(id) for id in left]
-            self.changed.notify_all()
-        for control in controls:
-            control.close()
 
-
-def failed_on(what: str, errors: list[tuple[str, BaseException]]) -> RaymoeError:
-    """One error for what several hosts failed with: a loss if one is lost, else of the first one's class."""
-    text = "; ".join(f"expert host {id} failed to {what}: {error}" for id, error in errors)
-    if any(is_loss(error) for _, error in errors):
-        return ChannelError(text)
-    first = errors[0][1]
-    if isinstance(first, RaymoeError) and not isinstance(first, RemoteError):
-        return type(first)(text)
-    return RaymoeError(text)
-
-
-__all__ = ["Roster", "failed_on", "steady"]
+__all__ = ["HostClients", "HostRoster", "steady"]

@@ -1,36 +1,45 @@
-"""Brings the experts of a training run back to one step that everything is known of."""
+"""Recovery of a training run: brings all experts back to one step after a loss, and lets the workers go on.
+
+The step is the newest one that is kept in the hosts' memory, or else that of a checkpoint. The experts are
+installed under a new epoch, which no late request of an earlier attempt can reach.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from actors.coordinator.common_snapshot import DECISIONS, CommonSnapshot, newest_common
-from actors.coordinator.placement_changes import Elastic
-from actors.coordinator.transfer_plan import Work, nothing
+from actors.coordinator.host_roster import HostClients
+from actors.coordinator.placement_controller import PlacementController
+from actors.coordinator.run_state import RestartPoint, RunState
+from actors.coordinator.step_commit import StepCommit
+from actors.coordinator.transfer_plan import TransferPlan, no_sources
 from actors.messages.coordinator_state import PlacedWeights
-from actors.messages.steps import HostControl
-from cluster.topology import HostInfo
 from errors import ChannelError, RaymoeError, ResourceError, is_loss
 
 _LOST_IN_MEMORY, _LOST = 8, 16
-"""Attempts that ended since a host was out of reach, before memory is given up, and before all is."""
+"""Attempts that may end because a host was lost: before snapshots in memory are ignored, and before the
+recovery fails."""
 _REFUSED_BY_MEMORY = 2
-"""Attempts that hosts refused before memory is given up; one from a checkpoint follows."""
+"""Attempts that hosts may refuse before snapshots in memory are ignored; one from a checkpoint follows."""
 _HOST_SECONDS = 600.0  # to wait for a host when there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beginning:
-    """Where a run can be begun again when memory is lost.
+    """A checkpoint that a run can restart from when no snapshot in memory is complete.
 
     Attributes:
-        directory: of a checkpoint; empty for what the run itself began with.
-        step: optimizer steps behind it.
-        moments: whether the optimizer's state is there too.
-        bias: [L, E] float32.
+        directory: The checkpoint; empty for what the run itself began with.
+        step: Optimizer steps behind it.
+        moments: Whether the optimizer's moments are there too.
+        bias: `[L, E]` float32, the gates' bias at this step.
     """
 
     directory: str
@@ -39,100 +48,129 @@ class Beginning:
     bias: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restored:
-    """What a run goes on from.
-
-    Attributes:
-        bias: [L, E] float32, the gates' bias at this step.
-        trunk: hosts that have the trunk's state of it.
-        directory: a checkpoint that has it, where no host does.
-    """
-
-    step: int
-    bias: Tensor
-    trunk: tuple[HostInfo, ...] = ()
-    directory: str | None = None
-
-
-Members = dict[str, tuple[HostInfo, HostControl]]
-
-
 class Recovery:
-    """Of one run.
+    """Brings a run back to a common step after an interruption.
 
     Args:
-        elastic: the hosts; None with experts in the workers' processes.
-        beginning: says where the run can be begun again.
+        state: State of the run.
+        commits: Commands the hosts.
+        placements: The hosts and what they hold; None with experts in the workers' processes.
+        beginning: Finds the checkpoint to restart from; None if there is none.
     """
 
-    def __init__(self, elastic: Elastic | None, beginning: Callable[[], Beginning] | None) -> None:
-        self._elastic, self._beginning = elastic, beginning
+    def __init__(
+        self,
+        state: RunState,
+        commits: StepCommit,
+        placements: PlacementController | None,
+        beginning: Callable[[], Beginning] | None,
+    ) -> None:
+        self._state, self._commits, self._placements = state, commits, placements
+        self._beginning = beginning
 
-    def run(self) -> Restored:
+    def start(self, why: str) -> None:
+        """Recover in a thread of its own; the run is interrupted until that is done.
+
+        Args:
+            why: Reason of the interruption.
+        """
+        threading.Thread(target=self._run, args=(why,), name="recovery", daemon=True).start()
+
+    def _run(self, why: str) -> None:
+        began = time.monotonic()
+        try:
+            with self._commits.lock:  # a commit under way ends soon, with an error or with its step
+                self._commits.drain()
+                if self._state.begin_recovery():
+                    while not self._go_on_from(self._restore(), why, began):
+                        continue
+        except Exception as error:
+            self._state.end(f"{why}; and the run cannot go on from memory or a checkpoint: {error}")
+
+    def _go_on_from(self, point: RestartPoint, why: str, began: float) -> bool:
+        """Let the workers begin again at this step; False if a host has been lost again meanwhile."""
+        with self._state.changed:
+            if self._state.failure is not None:
+                return True
+            if not self._commits.intact:
+                return False
+            self._state.resume(point, f"back, since {why}, at step {point.step}", time.monotonic() - began)
+        with suppress(RaymoeError):
+            self._commits.take_snapshot(point.step, point.bias)
+        return True
+
+    def _restore(self) -> RestartPoint:
         """Bring the hosts to the newest step that is kept in memory, or to a checkpoint.
 
-        Hosts may die meanwhile: then it goes on with the others, or waits for the first new one.
+        When hosts die meanwhile, it goes on with the others, or waits for the first new one.
 
         Raises:
-            RaymoeError: neither memory nor a checkpoint can be read.
+            RaymoeError: Neither memory nor a checkpoint can be read.
         """
-        if self._elastic is None:
-            return self._from_checkpoint(self._begin())
+        if self._placements is None:
+            return _from_checkpoint(self._find_beginning())
         lost = refused = 0
         while True:
             memory = lost < _LOST_IN_MEMORY and refused < _REFUSED_BY_MEMORY
             try:
-                return self._attempt(self._elastic, memory=memory)
+                return self._attempt(self._placements, memory=memory)
             except ResourceError:
                 raise
             except RaymoeError as error:
-                # A host has died, or memory is not what it was a moment ago.
+                # A host has died, or its memory has changed since its inventory.
                 lost, refused = lost + is_loss(error), refused + (not is_loss(error))
                 if lost > _LOST or refused > _REFUSED_BY_MEMORY:
                     raise
 
-    def _attempt(self, elastic: Elastic, *, memory: bool) -> Restored:
-        elastic.bury_the_dead("the run was interrupted")
-        elastic.await_sites(_HOST_SECONDS)
-        members = elastic.hosts()
+    def _attempt(self, placements: PlacementController, *, memory: bool) -> RestartPoint:
+        """One attempt to install all experts at a common step.
+
+        Args:
+            placements: The hosts and what they hold.
+            memory: Whether snapshots in memory may be used.
+        """
+        roster = placements.roster
+        roster.probe_all("the run was interrupted")
+        roster.await_sites(_HOST_SECONDS)
+        members = roster.hosts()
         inventories = {id: host.inventory() for id, (_, host) in members.items()}
         epochs = [epoch for _, host in members.values() for epoch in host.stats().epochs]
-        placement = elastic.planned(elastic.await_sites(_HOST_SECONDS), elastic.held())
+        placement = placements.plan(roster.await_sites(_HOST_SECONDS), placements.held())
         found = None
         if memory:
-            shape = elastic.shape
-            found = newest_common(inventories, layers=shape.layers, n_experts=shape.n_experts)
-        beginning = self._begin() if found is None or self._beginning is not None else None
+            spec = placements.spec
+            found = newest_common(inventories, layers=spec.layers, n_experts=spec.n_experts)
+        beginning = self._find_beginning() if found is None or self._beginning is not None else None
         if found is not None and beginning is not None and found.step < beginning.step:
             found = None
-        directory = beginning.directory if found is None and beginning is not None else None
         version = PlacedWeights(
             name="",
-            epoch=elastic.versions.next_epoch(above=max(epochs, default=-1)),
-            directory=directory,
+            epoch=placements.published.next_epoch(above=max(epochs, default=-1)),
+            directory=beginning.directory if found is None and beginning is not None else None,
             placement=placement,
         )
         if found is None:
             assert beginning is not None
-            work = Work(version=version, sources=nothing(placement), moments=beginning.moments)
-            elastic.install(work, step=beginning.step)
-            return self._from_checkpoint(beginning)
+            sources = no_sources(placement)
+            plan = TransferPlan(version=version, sources=sources, moments=beginning.moments)
+            placements.install(plan, step=beginning.step)
+            return _from_checkpoint(beginning)
         bias = _bias_of(found, members)
-        elastic.install(Work(version=version, sources=found.sources), step=found.step)
-        return Restored(step=found.step, bias=bias, trunk=tuple(members[id][0] for id in found.trunk))
+        placements.install(TransferPlan(version=version, sources=found.sources), step=found.step)
+        return RestartPoint(step=found.step, bias=bias, trunk=tuple(members[id][0] for id in found.trunk))
 
-    def _from_checkpoint(self, beginning: Beginning) -> Restored:
-        return Restored(step=beginning.step, bias=beginning.bias, directory=beginning.directory)
-
-    def _begin(self) -> Beginning:
+    def _find_beginning(self) -> Beginning:
         if self._beginning is None:
             raise RaymoeError("no checkpoint to begin again from")
         return self._beginning()
 
 
-def _bias_of(found: CommonSnapshot, members: Members) -> Tensor:
-    """The gates' bias at a common step."""
+def _from_checkpoint(beginning: Beginning) -> RestartPoint:
+    return RestartPoint(step=beginning.step, bias=beginning.bias, directory=beginning.directory)
+
+
+def _bias_of(found: CommonSnapshot, members: HostClients) -> Tensor:
+    """The gates' bias at a common step, from the first host that returns it."""
     error: RaymoeError | None = None
     for id in found.decisions:
         try:
@@ -142,4 +180,4 @@ def _bias_of(found: CommonSnapshot, members: Members) -> Tensor:
     raise ChannelError(f"no host gives the decisions of step {found.step} back: {error}")
 
 
-__all__ = ["Beginning", "Recovery", "Restored"]
+__all__ = ["Beginning", "Recovery"]

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from actors.messages.coordinator_state import PlacedWeights
-from cluster.placement import Placement
 from cluster.topology import HostInfo, RoutingTable
 from errors import ProtocolError, ResourceError
 
 
-class Published:
+class PublishedWeights:
     """What hosts hold; any thread may call.
 
     Args:
@@ -53,7 +52,7 @@ class Published:
     def whole(self) -> bool:
         """Whether every expert of the version in use has a holder; not before there is one."""
         current = self.current
-        return current is not None and all(ids for row in current.placement.holders for ids in row)
+        return current is not None and current.placement.complete
 
     @property
     def intact(self) -> bool:
@@ -89,7 +88,7 @@ class Published:
             self._hosts = {id: info for id, info in self._hosts.items() if id != host}
             self._intact &= all(host not in version.placement.sites for version in self._live.values())
             for name, version in self._live.items():
-                self._live[name] = replace(version, placement=without(version.placement, host))
+                self._live[name] = replace(version, placement=version.placement.without(host))
             self._bump()
 
     def table(self, weights: str | None = None) -> RoutingTable | None:
@@ -130,7 +129,7 @@ class Published:
     def _without_the_gone(self, version: PlacedWeights) -> PlacedWeights:
         placement = version.placement
         for site in placement.sites:
-            placement = placement if site in self._hosts else without(placement, site)
+            placement = placement if site in self._hosts else placement.without(site)
         return replace(version, placement=placement)
 
     def _bump(self) -> None:
@@ -157,24 +156,4 @@ class Published:
         )
 
 
-def without(placement: Placement, host: str) -> Placement:
-    """The same without a host."""
-    return Placement(
-        sites=tuple(site for site in placement.sites if site != host),
-        holders=tuple(
-            tuple(tuple(id for id in ids if id != host) for ids in row) for row in placement.holders
-        ),
-    )
-
-
-def holding(placement: Placement) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Host id -> per layer row the experts that it holds."""
-    rows: dict[str, list[list[int]]] = {site: [[] for _ in placement.holders] for site in placement.sites}
-    for at, row in enumerate(placement.holders):
-        for expert, ids in enumerate(row):
-            for id in ids:
-                rows[id][at].append(expert)
-    return {id: tuple(map(tuple, parts)) for id, parts in rows.items()}
-
-
-__all__ = ["Published", "holding", "without"]
+__all__ = ["PublishedWeights"]

@@ -1,6 +1,6 @@
-"""Measures the expert hosts, and acts on it: more or fewer of them, experts elsewhere.
+"""Measures the expert hosts' load, and scales the hosts or rebalances the experts by it.
 
-What follows from the measurements is decided by `cluster.policy`; here they are taken, and carried out.
+`cluster.policy` decides what follows from the measurements.
 """
 
 from __future__ import annotations
@@ -8,17 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from actors.coordinator.routing_tables import Published
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator.placement_controller import PlacementController
 from actors.messages.coordinator_state import PlacedWeights
-from actors.messages.steps import HostControl, HostStats
+from actors.messages.steps import HostStats
 from cluster.config import AutoscalingSettings
-from cluster.membership import Scaling
 from cluster.placement import Placement
 from cluster.policy import (
     History,
@@ -30,54 +27,39 @@ from cluster.policy import (
     needs_rebalance,
     total_balancedness,
 )
-from cluster.topology import HostInfo
 from errors import RaymoeError
 
-_LEAST_PER_EXPERT = 64  # rows of every expert, on average, before their loads say anything
-
-
-class Scalable(Protocol):
-    """What the measuring needs of `actors.coordinator.placement_changes.Elastic`."""
-
-    versions: Published
-    shape: Shape
-
-    def hosts(self) -> dict[str, tuple[HostInfo, HostControl]]: ...
-
-    @property
-    def scaling(self) -> Scaling | None: ...
-
-    def scale(self, target: int, *, why: str = "") -> Scaling: ...
-
-    def note(self, kind: str, text: str) -> None: ...
-
-    def rebalance(self, why: str, loads: ArrayLike) -> None: ...
-
-    def replanned(self, loads: ArrayLike) -> Placement: ...
+_LEAST_PER_EXPERT = 64  # rows that an expert computes on average before loads are compared
 
 
 class Autoscaler:
-    """Changes the number of hosts by load; to be told to `look` every second or so.
+    """Changes the number of hosts by their load. `look` is called about every second.
 
     Args:
-        clock: seconds; never set back.
+        placements: The hosts and what they hold.
+        settings: When the number of hosts changes.
+        clock: Seconds; never set back.
+
+    Attributes:
+        last: The latest decision.
     """
 
     def __init__(
         self,
-        hosts: Scalable,
+        placements: PlacementController,
         settings: AutoscalingSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._hosts, self._settings, self._clock = hosts, settings, clock
+        self._placements, self._settings, self._clock = placements, settings, clock
+        self._roster = placements.roster
         self._before: tuple[float, Mapping[str, float]] = (clock(), {})
         self._changed_at: float | None = None
         self._history = History()
         self.last: NoDecision | ScaleDecision = NoDecision("the hosts have not been measured yet")
 
     def look(self) -> NoDecision | ScaleDecision:
-        """Measure, decide, and scale; what was decided."""
+        """Measure the hosts, decide, and scale them by the decision, which is returned."""
         now, stats = self._clock(), self._stats()
         then, busy = self._before
         self._before = (now, {id: one.busy_seconds for id, one in stats.items()})
@@ -85,15 +67,15 @@ class Autoscaler:
         if isinstance(self.last, ScaleDecision):
             self._changed_at = now
             try:
-                self._hosts.scale(self.last.target, why=self.last.why)
+                self._roster.scale(self.last.target, why=self.last.why)
             except RaymoeError as error:
-                self._hosts.note("failed", f"autoscaling to {self.last.target} expert hosts: {error}")
+                self._roster.note("failed", f"autoscaling to {self.last.target} expert hosts: {error}")
         return self.last
 
     def _decide(
         self, now: float, seconds: float, stats: Mapping[str, HostStats], busy: Mapping[str, float]
     ) -> NoDecision | ScaleDecision:
-        scaling = self._hosts.scaling
+        scaling = self._roster.scaling
         if scaling is not None and scaling.ended is None and scaling.failure is None:
             self._changed_at, self._history = now, History()
             return NoDecision(f"the change to {scaling.target} expert hosts is under way")
@@ -117,11 +99,11 @@ class Autoscaler:
         return decision
 
     def _stats(self) -> dict[str, HostStats]:
-        """Of the hosts that hold experts, and answer."""
-        current = self._hosts.versions.current
+        """Statistics of the hosts that hold experts and answer."""
+        current = self._placements.published.current
         placed = set() if current is None else set(current.placement.sites)
         found = {}
-        for id, (_, control) in self._hosts.hosts().items():
+        for id, (_, control) in self._roster.hosts().items():
             if id in placed:
                 with suppress(RaymoeError):
                     found[id] = control.stats()
@@ -129,23 +111,29 @@ class Autoscaler:
 
 
 class Rebalancer:
-    """Wants experts placed anew when hosts are out of balance; to be told to `look` now and then.
+    """Requests a new placement when the hosts' loads are out of balance. `look` is called about every second.
 
     Args:
-        threshold: balancedness below which they are; None looks after redundant experts alone, which
-            can only be placed once loads have been measured.
-        least: rows of every expert, on average, before anything is decided.
+        placements: The hosts and what they hold.
+        threshold: Balancedness below which experts are placed again; None places only redundant replicas,
+            which needs measured loads.
+        least: Rows that an expert computes on average before anything is decided.
+
+    Attributes:
+        balancedness: The latest measurement; None before the first one.
     """
 
-    def __init__(self, hosts: Scalable, threshold: float | None, *, least: int = _LEAST_PER_EXPERT) -> None:
-        self._hosts, self._threshold, self._least = hosts, threshold, least
+    def __init__(
+        self, placements: PlacementController, threshold: float | None, *, least: int = _LEAST_PER_EXPERT
+    ) -> None:
+        self._placements, self._threshold, self._least = placements, threshold, least
         self._epoch: int | None = None
         self._before: dict[str, NDArray[np.int64]] = {}
         self.balancedness: float | None = None
 
     def look(self) -> NoDecision | RebalanceDecision:
-        """Measure, decide, and say so to the hosts; what was decided."""
-        current = self._hosts.versions.current
+        """Measure the hosts, decide, and request a rebalance by the decision, which is returned."""
+        current = self._placements.published.current
         if current is None:
             return NoDecision("no experts are placed yet")
         loads = self._since(current)
@@ -159,16 +147,16 @@ class Rebalancer:
             threshold = 1.0
         measured = loads
         decision = needs_rebalance(
-            loads, current.placement, threshold, lambda: self._hosts.replanned(measured)
+            loads, current.placement, threshold, lambda: self._placements.plan_by_loads(measured)
         )
         if isinstance(decision, RebalanceDecision):
-            self._hosts.rebalance(decision.why, loads)
+            self._placements.rebalance(decision.why, loads)
         return decision
 
     def _since(self, current: PlacedWeights) -> NDArray[np.int64] | None:
-        """`[L, E]` rows computed since the current placement was first seen."""
+        """`[L, E]` rows computed since the first look at the current placement; None at that look."""
         now: dict[str, NDArray[np.int64]] = {}
-        for id, (_, control) in self._hosts.hosts().items():
+        for id, (_, control) in self._placements.roster.hosts().items():
             with suppress(RaymoeError):
                 now[id] = np.array(control.loads().numpy(), dtype=np.int64)  # a copy
         if self._epoch != current.epoch:
@@ -178,9 +166,10 @@ class Rebalancer:
         return np.sum(deltas, axis=0, dtype=np.int64) if deltas else None
 
     def _lacks_redundant(self, placement: Placement) -> bool:
-        shape, sites = self._hosts.shape, len(placement.sites)
+        """Whether redundant replicas are wanted and none is placed."""
+        spec, sites = self._placements.spec, len(placement.sites)
         most = max((len(ids) for row in placement.holders for ids in row), default=0)
-        return shape.redundant > 0 and most <= min(shape.replicas, sites) < sites
+        return spec.redundant > 0 and most <= min(spec.replicas, sites) < sites
 
 
-__all__ = ["Autoscaler", "Rebalancer", "Scalable"]
+__all__ = ["Autoscaler", "Rebalancer"]

@@ -39,7 +39,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: coordinator_pb2.FoundRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.FoundReply:
         with refusing(context):
-            self._coordinator.found()
+            self._coordinator.place_experts()
             return coordinator_pb2.FoundReply()
 
     def GetRoutingTable(
@@ -126,21 +126,21 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: coordinator_pb2.LoadWeightsRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.LoadWeightsReply:
         with refusing(context):
-            epoch = self._coordinator.load(request.directory, request.version)
+            epoch = self._coordinator.placements.load(request.directory, request.version)
             return coordinator_pb2.LoadWeightsReply(epoch=epoch)
 
     def PublishWeights(
         self, request: coordinator_pb2.PublishWeightsRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.PublishWeightsReply:
         with refusing(context):
-            self._coordinator.publish(request.epoch)
+            self._coordinator.placements.publish(request.epoch)
             return coordinator_pb2.PublishWeightsReply()
 
     def RetireWeights(
         self, request: coordinator_pb2.RetireWeightsRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.RetireWeightsReply:
         with refusing(context):
-            self._coordinator.retire(request.keep)
+            self._coordinator.placements.retire(request.keep)
             return coordinator_pb2.RetireWeightsReply()
 
     def GetState(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.coordinator.routing_tables import holding
 from actors.messages.coordinator_state import PlacedWeights
 from actors.messages.transfer_orders import Assembly, Origin
 from cluster.placement import Holding, Placement
@@ -16,7 +15,7 @@ Sources = Sequence[Sequence[Sequence[str]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class PlacementSpec:
     """What is placed, and how often.
 
     Attributes:
@@ -31,9 +30,14 @@ class Shape:
     replicas: int = 1
     redundant: int = 0
 
+    @property
+    def replicated(self) -> bool:
+        """Whether an expert may have several holders."""
+        return self.replicas > 1 or self.redundant > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class TransferPlan:
     """A version that hosts are to put together.
 
     Attributes:
@@ -50,7 +54,7 @@ class Work:
 
 
 def assemblies(
-    work: Work, infos: Mapping[str, HostInfo], layers: Sequence[int], step: int | None
+    plan: TransferPlan, infos: Mapping[str, HostInfo], layers: Sequence[int], step: int | None
 ) -> dict[str, Assembly]:
     """An order for every host, those that are to hold nothing among them.
 
@@ -59,15 +63,15 @@ def assemblies(
         layers: model layer index of each row.
         step: in training, the step that the state is for.
     """
-    held = holding(work.version.placement)
+    held = plan.version.placement.holding()
     nothing_held: tuple[tuple[int, ...], ...] = ((),) * len(layers)
-    return {id: assembly(id, held.get(id, nothing_held), work, infos, layers, step) for id in infos}
+    return {id: assembly(id, held.get(id, nothing_held), plan, infos, layers, step) for id in infos}
 
 
 def assembly(
     id: str,
     rows: Sequence[Sequence[int]],
-    work: Work,
+    plan: TransferPlan,
     infos: Mapping[str, HostInfo],
     layers: Sequence[int],
     step: int | None,
@@ -81,21 +85,21 @@ def assembly(
     shared: dict[str, dict[int, list[int]]] = {}
     for at, experts in enumerate(rows):
         for expert in experts:
-            for other in work.version.placement.holders[at][expert] if step is not None else ():
+            for other in plan.version.placement.holders[at][expert] if step is not None else ():
                 if other != id:
                     shared.setdefault(other, {}).setdefault(layers[at], []).append(expert)
-            there = [other for other in work.sources[at][expert] if other in infos]
+            there = [other for other in plan.sources[at][expert] if other in infos]
             if id not in there and there:
                 peer = there[(at + expert) % len(there)]  # spread over those that have it
                 pulls.setdefault(peer, {}).setdefault(layers[at], []).append(expert)
     return Assembly(
-        epoch=work.version.epoch,
+        epoch=plan.version.epoch,
         experts={layer: tuple(experts) for layer, experts in zip(layers, rows, strict=True) if experts},
-        base=work.base,
+        base=plan.base,
         step=step,
         origins=_origins(pulls, infos),
-        directory=work.version.directory,
-        moments=work.moments,
+        directory=plan.version.directory,
+        moments=plan.moments,
         shared=_origins(shared, infos),
     )
 
@@ -110,7 +114,7 @@ def _origins(
     )
 
 
-def nothing(placement: Placement) -> Sources:
+def no_sources(placement: Placement) -> Sources:
     """Sources where there are none."""
     return [[()] * len(row) for row in placement.holders]
 
@@ -118,10 +122,10 @@ def nothing(placement: Placement) -> Sources:
 def arrivals(placement: Placement, held: Holding) -> int:
     """How many experts hosts have to get that they do not hold."""
     found = 0
-    for id, rows in holding(placement).items():
+    for id, rows in placement.holding().items():
         before = held.get(id, ((),) * len(rows))
         found += sum(len(set(row) - set(old)) for row, old in zip(rows, before, strict=True))
     return found
 
 
-__all__ = ["Shape", "Sources", "Work", "arrivals", "assemblies", "assembly", "nothing"]
+__all__ = ["PlacementSpec", "Sources", "TransferPlan", "arrivals", "assemblies", "assembly", "no_sources"]

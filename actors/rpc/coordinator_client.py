@@ -50,7 +50,7 @@ class CoordinatorClient:
         with raising(self._peer):
             self._stub.RegisterHost(request, timeout=self._timeout)
 
-    def found(self) -> None:
+    def place_experts(self) -> None:
         """See `Coordinator.found`."""
         with raising(self._peer):
             self._stub.Found(coordinator_pb2.FoundRequest())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator.transfer_plan import PlacementSpec
 from channels.base import Channel
 from channels.choose import reach
 from channels.grpc import tls
@@ -28,9 +28,9 @@ def experts_of(model: ModelConfig, cluster: ClusterConfig, index: int) -> dict[i
     return experts_held(placement(model, cluster.expert_hosts), model.moe_layers, index)
 
 
-def shape_of(model: ModelConfig, cluster: ClusterConfig) -> Shape:
+def placement_spec(model: ModelConfig, cluster: ClusterConfig) -> PlacementSpec:
     """What is placed on the hosts, and how often."""
-    return Shape(
+    return PlacementSpec(
         layers=model.moe_layers,
         n_experts=model.n_routed_experts,
         n_group=model.n_group,
@@ -90,5 +90,5 @@ __all__ = [
     "host_threads",
     "on_loopback",
     "placement",
-    "shape_of",
+    "placement_spec",
 ]

@@ -103,7 +103,7 @@ class Fleet:
                 host.info = ask(host.asked, what=f"expert host {id}", timeout=patience)
                 self._client.register_host(host.info)
             if self._hosts:
-                self._client.found()
+                self._client.place_experts()
         except BaseException:
             self.close()
             raise
@@ -290,7 +290,7 @@ class Fleet:
                 for host in self._hosts.values():
                     if host.info is not None:
                         self._client.register_host(host.info)
-                self._client.found()
+                self._client.place_experts()
                 return
             except (RaymoeError, RayError) as error:  # hosts serve on without one; training workers wait
                 _log.warning("no coordinator has come up at %s yet: %s", self.address, error)

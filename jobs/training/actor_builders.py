@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.coordinator import Coordinator, HostPolicy, InitialWeights
+from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import Beginning, TrainingSteps
 from actors.host.checkpoint_part import MomentSource
 from actors.host.expert_host import ExpertHost
@@ -20,7 +20,7 @@ from cluster.topology import HostInfo
 from jobs.checkpoints.checkpoint_store import CheckpointStore, read_state
 from jobs.config.device_and_dtype import compute_device, resolve_dtype
 from jobs.config.run_config import RunConfig
-from jobs.fleet.expert_hosts import host_threads, shape_of
+from jobs.fleet.expert_hosts import host_threads, placement_spec
 from jobs.training.run_start import (
     RunStart,
     moment_source,
@@ -108,26 +108,27 @@ def build_coordinator(
             bias=gate_biases(weight_source(config, latest), model),
         )
 
-    def steps(hosts: Elastic) -> TrainingSteps:
+    def steps(placements: PlacementController) -> TrainingSteps:
         return TrainingSteps(
             training_plan(config),
             (len(model.moe_layers), model.n_routed_experts),
-            hosts if cluster.expert_hosts else None,
+            placements if cluster.expert_hosts else None,
             beginning=beginning,
             step=start.step,
             bias=gate_biases(weight_source(config, start), model),
         )
 
     return Coordinator(
-        shape_of(model, cluster),
-        hosts=cluster.expert_hosts,
+        placement_spec(model, cluster),
+        HostPolicy(
+            hosts=cluster.expert_hosts,
+            dead_after=cluster.dead_after,
+            rebalance_below=cluster.rebalance_below,
+            channel=cluster.channel,
+        ),
         control=control or partial(HostClient, timeout=cluster.call_timeout),
-        moments=start.moments,
-        step=start.step,
+        initial=InitialWeights(moments=start.moments, step=start.step),
         steps=steps,
-        dead_after=cluster.dead_after,
-        rebalance_below=cluster.rebalance_below,
-        channel=cluster.channel,
         state=state,
     )
 

@@ -16,10 +16,10 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.placement_changes import Elastic
+from actors.coordinator import Coordinator, HostPolicy, InitialWeights
+from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import Beginning, TrainingSteps
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator.transfer_plan import PlacementSpec
 from actors.host.expert_host import ExpertHost
 from actors.messages import control_codec as wire
 from actors.messages.steps import OptimizerSettings, StepReport, TrainingPlan
@@ -82,15 +82,15 @@ def build_host(index: int) -> ExpertHost:
 def build_coordinator() -> Coordinator:
     bias = torch.zeros(len(LAYERS), CONFIG.n_routed_experts)
 
-    def steps(elastic: Elastic) -> TrainingSteps:
+    def steps(placements: PlacementController) -> TrainingSteps:
         beginning = Beginning(directory="", step=0, moments=False, bias=bias)
-        return TrainingSteps(PLAN, tuple(bias.shape), elastic, beginning=lambda: beginning)  # type: ignore[arg-type]
+        return TrainingSteps(PLAN, tuple(bias.shape), placements, beginning=lambda: beginning)  # type: ignore[arg-type]
 
     return Coordinator(
-        Shape(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
-        hosts=2,
+        PlacementSpec(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
+        HostPolicy(hosts=2),
         control=partial(HostClient, timeout=60.0),
-        step=0,
+        initial=InitialWeights(step=0),
         steps=steps,
     )
 
@@ -144,7 +144,7 @@ class Hosts:
         self.coordinator = CoordinatorClient(address)
         for info in self.infos:
             self.coordinator.register_host(info)
-        self.coordinator.found()
+        self.coordinator.place_experts()
         self.table = self.coordinator.table()
 
     def close(self) -> None:

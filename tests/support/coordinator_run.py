@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.coordinator.common_snapshot import TRUNK
-from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import Beginning, TrainingSteps
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator.transfer_plan import PlacementSpec
 from actors.messages.steps import Resume, StepReport, TrainingPlan
 from actors.messages.transfer_orders import Blob
 from cluster import HostInfo
@@ -42,17 +42,16 @@ class Run:
         self.plan = plan
         self.world: dict[str, FakeHost] = {} if world is None else world
 
-        def steps(elastic: Elastic) -> TrainingSteps:
-            hosts = elastic if n_hosts else None
+        def steps(placements: PlacementController) -> TrainingSteps:
+            hosts = placements if n_hosts else None
             return TrainingSteps(plan, (L, E), hosts, beginning=beginning or self.begin, step=step, bias=bias)
 
         self.coordinator = Coordinator(
-            Shape(layers=tuple(range(L)), n_experts=E, n_group=1),
-            hosts=n_hosts,
+            PlacementSpec(layers=tuple(range(L)), n_experts=E, n_group=1),
+            HostPolicy(hosts=n_hosts, dead_after=dead_after),
             control=lambda info: self.world[info.id],
-            step=step,
+            initial=InitialWeights(step=step),
             steps=steps,
-            dead_after=dead_after,
             state=state,
         )
         self.steps = self.coordinator.steps
@@ -62,7 +61,7 @@ class Run:
         for id in self.world:
             self.coordinator.register_host(HostInfo(id=id))
         if n_hosts and found:
-            self.coordinator.found()
+            self.coordinator.place_experts()
         self.pool = ThreadPoolExecutor(8)
         if found:
             for rank in range(plan.workers):
@@ -110,7 +109,7 @@ class Run:
     def lose(self, id: str) -> None:
         """A process is gone, and the coordinator finds out."""
         self.world[id].dead = True
-        self.coordinator.elastic.lose(id, "its process ended")
+        self.coordinator.roster.lose(id, "its process ended")
 
     def close(self) -> None:
         for host in self.hosts:

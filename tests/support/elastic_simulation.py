@@ -7,9 +7,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from actors.coordinator.placement_changes import Elastic
-from actors.coordinator.routing_tables import Published, holding
-from actors.coordinator.transfer_plan import Shape, arrivals
+from actors.coordinator.host_roster import HostRoster
+from actors.coordinator.placement_controller import PlacementController
+from actors.coordinator.routing_tables import PublishedWeights
+from actors.coordinator.transfer_plan import PlacementSpec, arrivals
 from actors.messages.transfer_orders import Assembly
 from cluster.membership import Membership, Stage
 from cluster.placement import Placement
@@ -74,22 +75,23 @@ class Simulation:
         self.lost: list[str] = []
         self.serial, self.epoch = -1, -1
         self.membership = Membership(wanted=hosts, most=EXPERTS)
-        self.elastic = Elastic(
-            Shape(layers=LAYERS, n_experts=EXPERTS, n_group=GROUPS, replicas=replicas),
+        self.roster = HostRoster(
             self.membership,
-            Published(),
+            PublishedWeights(),
             lambda info: self.world[info.id],
             on_lost=lambda id, why: self.lost.append(id),
             patience=1.0,
             clock=lambda: self.now,
             pool=Inline(),
         )
+        spec = PlacementSpec(layers=LAYERS, n_experts=EXPERTS, n_group=GROUPS, replicas=replicas)
+        self.placements = PlacementController(self.roster, spec)
         for _ in range(hosts):
             self._start()
         while len(self.membership.members) < hosts:
             self._fleet()
             self.now += 0.5
-        self.elastic.begin("weights", "directory")
+        self.placements.begin("weights", "directory")
 
     # --- what happens
 
@@ -99,20 +101,20 @@ class Simulation:
     def tick(self) -> None:
         """Half a second."""
         self.now += 0.5
-        self.elastic.ping_all(DEAD_AFTER)
-        for id in self.elastic.silent(DEAD_AFTER):
-            self.elastic.lose(id, "silent")
+        self.roster.ping_all(DEAD_AFTER)
+        for id in self.roster.silent(DEAD_AFTER):
+            self.roster.lose(id, "silent")
         self._fleet()
-        why = self.elastic.due()
+        why = self.placements.due()
         if why is not None:
-            before, deaths = self.elastic.versions.current, len(self.lost)
+            before, deaths = self.placements.published.current, len(self.lost)
             assert before is not None
             try:
-                self.elastic.reshape(why)
+                self.placements.reshape(why)
             except RaymoeError:
-                assert self.elastic.versions.current is not None
+                assert self.placements.published.current is not None
             else:
-                after = self.elastic.versions.current
+                after = self.placements.published.current
                 if len(self.lost) == deaths and after is not None:
                     self._count(before.placement, after.placement)
         self.check()
@@ -133,7 +135,7 @@ class Simulation:
             and set(self.alive()) == set(members)
             and not self.starting
             and all(member.stage is Stage.SERVING for member in members.values())
-            and self.elastic.due() is None
+            and self.placements.due() is None
             and (scaling is None or scaling.ended is not None)
         )
 
@@ -151,9 +153,9 @@ class Simulation:
                 self.die_next -= 1
                 host.on_assemble = lambda host=host: setattr(host, "dead", True)
             node = f"node-{self.random.randrange(self.nodes)}"
-            self.elastic.register(HostInfo(id=id, node=node))
+            self.roster.register(HostInfo(id=id, node=node))
         failed, stopped = dict(self.failed), list(self.stopped)
-        orders, _ = self.elastic.orders(starting=len(self.starting), failed=failed, stopped=stopped)
+        orders, _ = self.roster.orders(starting=len(self.starting), failed=failed, stopped=stopped)
         self.failed, self.stopped = {}, []
         for id in orders.stop:
             self.world[id].dead = True
@@ -166,7 +168,7 @@ class Simulation:
         self.started += 1
 
     def _count(self, before: Placement, after: Placement) -> None:
-        old, new = holding(before), holding(after)
+        old, new = before.holding(), after.holding()
         self.moved += arrivals(after, old)
         empty = ((),) * len(LAYERS)
         for id, rows in new.items():
@@ -177,7 +179,7 @@ class Simulation:
 
     def check(self) -> None:
         """At any moment."""
-        table = self.elastic.versions.table()
+        table = self.placements.published.table()
         assert table is not None
         assert table.serial >= self.serial
         assert table.epoch >= self.epoch
@@ -191,20 +193,20 @@ class Simulation:
 
     def check_settled(self) -> None:
         """When nothing is left to be done."""
-        current, table = self.elastic.versions.current, self.elastic.versions.table()
+        current, table = self.placements.published.current, self.placements.published.table()
         assert current is not None
         assert table is not None
         members = self.membership.members
         assert set(current.placement.sites) == set(members)
         node = {id: member.info.node for id, member in members.items()}
-        copies = min(self.elastic.shape.replicas, len(members))
+        copies = min(self.placements.spec.replicas, len(members))
         for row in current.placement.holders:
             for ids in row:
                 assert len(ids) >= copies
                 apart = len({node[id] for id in ids})
                 assert copies < 2 or apart > 1 or len(set(node.values())) == 1, f"{ids} are on one node"
         if copies < 2 or len(set(node.values())) == 1:  # else few hosts on a node have to take more
-            counts = [len(row) for rows in holding(current.placement).values() for row in rows]
+            counts = [len(row) for rows in current.placement.holding().values() for row in rows]
             assert max(counts) - min(counts) <= EXPERTS // GROUPS
         for id in members:
             assert set(self.world[id].held) == {current.epoch}, "a host holds what is of no use"

@@ -316,11 +316,11 @@ def train_sharded(
             coordinator.register_host(server.info)
         if lose_host is not None:
             doomed = f"host-{n_hosts - 1}"
-            lost = partial(coordinator.elastic.lose, doomed, "its process ended")
+            lost = partial(coordinator.roster.lose, doomed, "its process ended")
             info = stack.enter_context(workers.doomed_host(config, start, doomed, lose_host, lost))
             coordinator.register_host(info)
         if n_hosts:
-            coordinator.found()
+            coordinator.place_experts()
         servicer = CoordinatorServicer(coordinator)
         control = ControlServer(
             lambda server: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)

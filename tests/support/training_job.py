@@ -165,7 +165,7 @@ def train(
         for info in infos:
             coordinator.register_host(info)
         if n_hosts:
-            coordinator.found()
+            coordinator.place_experts()
         reducer = ThreadReducer(workers)
         outcome = Outcome()
         errors: list[BaseException] = []

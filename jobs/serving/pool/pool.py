@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.coordinator.coordinator import Coordinator
+from actors.coordinator.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.host.expert_host import ExpertHost
 from actors.messages.coordinator_state import CoordinatorState
 from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
@@ -18,7 +18,7 @@ from actors.rpc.host_client import HostClient
 from errors import HostsChanged, RaymoeError, is_loss
 from jobs.api.serving_metrics import ExpertFigures
 from jobs.config.device_and_dtype import compute_device
-from jobs.fleet.expert_hosts import host_threads, shape_of
+from jobs.fleet.expert_hosts import host_threads, placement_spec
 from jobs.fleet.fleet import Fleet
 from jobs.serving.config import ServeConfig
 from jobs.serving.pool.rollout import Rollout
@@ -216,15 +216,16 @@ def build_serving_coordinator(
     """
     cluster = config.cluster
     return Coordinator(
-        shape_of(PretrainedSource(version.directory).config, cluster),
-        hosts=cluster.expert_hosts,
+        placement_spec(PretrainedSource(version.directory).config, cluster),
+        HostPolicy(
+            hosts=cluster.expert_hosts,
+            dead_after=cluster.dead_after,
+            autoscaling=cluster.autoscaling,
+            rebalance_below=cluster.rebalance_below,
+            channel=cluster.channel,
+        ),
         control=partial(HostClient, timeout=_CONTROL_SECONDS),
-        weights=version.name,
-        directory=version.directory,
-        dead_after=cluster.dead_after,
-        autoscaling=cluster.autoscaling,
-        rebalance_below=cluster.rebalance_below,
-        channel=cluster.channel,
+        initial=InitialWeights(name=version.name, directory=version.directory),
         state=state,
     )
 

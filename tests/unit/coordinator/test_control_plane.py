@@ -11,11 +11,11 @@ import grpc
 import pytest
 import torch
 
-from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.placement_changes import Elastic
+from actors.coordinator import Coordinator, HostPolicy, InitialWeights
+from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.servicer import AdminServicer, CoordinatorServicer
 from actors.coordinator.training_steps import TrainingSteps
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator.transfer_plan import PlacementSpec
 from actors.host.host_server import ExpertHostServer
 from actors.messages import control_codec as wire
 from actors.messages.steps import StepReport, TrainingPlan
@@ -51,14 +51,14 @@ def stack() -> Iterator[ExitStack]:
 
 
 def serve_coordinator(stack: ExitStack, *, train: bool = True) -> CoordinatorClient:
-    def steps(elastic: Elastic) -> TrainingSteps:
-        return TrainingSteps(PLAN, (len(LAYERS), CONFIG.n_routed_experts), elastic)
+    def steps(placements: PlacementController) -> TrainingSteps:
+        return TrainingSteps(PLAN, (len(LAYERS), CONFIG.n_routed_experts), placements)
 
     coordinator = Coordinator(
-        Shape(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
-        hosts=2,
+        PlacementSpec(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
+        HostPolicy(hosts=2),
         control=lambda info: HostClient(info, timeout=20),
-        step=0 if train else None,
+        initial=InitialWeights(step=0 if train else None),
         steps=steps if train else None,
     )
     stack.callback(coordinator.close)
@@ -97,8 +97,8 @@ def test_a_step_over_grpc(stack: ExitStack) -> None:
     servers = serve_hosts(stack, cluster)
     for server in servers:
         client.register_host(server.info)
-    client.found()
-    client.found()
+    client.place_experts()
+    client.place_experts()
     assert [client.join(rank, 2, -1, "").step for rank in range(2)] == [0, 0]
     table = client.table()
     assert table.epoch == 0
@@ -235,7 +235,7 @@ def test_a_job_is_operated_over_grpc(stack: ExitStack) -> None:
     servers = serve_hosts(stack, cluster)
     for server in servers[:2]:
         client.register_host(server.info)
-    client.found()
+    client.place_experts()
     admin = AdminClient(client._peer.partition("(")[2].rstrip(")"))
     stack.callback(admin.close)
     status = admin.status()

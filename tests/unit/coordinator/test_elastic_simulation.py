@@ -20,14 +20,14 @@ def operate(cluster: Simulation) -> str:
     if kind in ("scale", "drain", "replace"):
         cluster.fail_next = random.choice([0, 0, 0, 1, 2])
         cluster.die_next = random.choice([0, 0, 0, 1])
-    elastic, wanted = cluster.elastic, cluster.membership.wanted
+    roster, wanted = cluster.roster, cluster.membership.wanted
     try:
         if kind == "scale":
-            elastic.scale(random.randint(1, 7))
+            roster.scale(random.randint(1, 7))
         elif kind in ("drain", "replace") and alive:
-            elastic.drain(random.choice(alive), replace=kind == "replace")
+            roster.drain(random.choice(alive), replace=kind == "replace")
         elif kind == "refused":
-            elastic.scale(random.choice([0, EXPERTS + 1]))
+            roster.scale(random.choice([0, EXPERTS + 1]))
             raise AssertionError("so many cannot be")
         elif kind == "kill" and alive:
             cluster.world[random.choice(alive)].dead = True

@@ -184,7 +184,7 @@ def test_a_host_that_hangs_in_prepare_ends_with_its_life() -> None:
         waiting = [run.report(rank) for rank in range(2)]
         until(lambda: run.world["host-0"].calls)
         assert not any(one.done() for one in waiting)
-        run.coordinator.elastic.lose("host-1", "silent for 1 s")
+        run.coordinator.roster.lose("host-1", "silent for 1 s")
         for one in waiting:
             with pytest.raises(Interrupted):
                 one.result(20)
@@ -275,7 +275,7 @@ def test_a_coordinator_that_takes_over_lets_nobody_begin_before_hosts_are_at_one
         with pytest.raises(Interrupted):
             run.steps.report(report(0, 2))
         assert not any(one.done() for one in joining)
-        run.coordinator.found()
+        run.coordinator.place_experts()
         resume = joining[0].result(20)
         joining[1].result(20)
         assert resume.step == 2

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.coordinator.host_health import Health
-from actors.coordinator.placement_changes import Elastic
-from actors.coordinator.routing_tables import Published, holding
+from actors.coordinator.failure_detector import FailureDetector
+from actors.coordinator.host_roster import HostRoster
+from actors.coordinator.placement_controller import PlacementController
+from actors.coordinator.routing_tables import PublishedWeights
 from actors.coordinator.scaling import Autoscaler, Rebalancer
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator.transfer_plan import PlacementSpec
 from cluster.config import AutoscalingSettings
 from cluster.membership import Membership
 from cluster.policy import NoDecision, RebalanceDecision, ScaleDecision, total_balancedness
@@ -31,30 +32,31 @@ class Cluster:
         self.now = 100.0
         self.world: dict[str, FakeHost] = {}
         self.membership = Membership(wanted=hosts, most=EXPERTS)
-        self.elastic = Elastic(
-            Shape(layers=LAYERS, n_experts=EXPERTS, n_group=4, redundant=redundant),
+        self.roster = HostRoster(
             self.membership,
-            Published(),
+            PublishedWeights(),
             lambda info: self.world[info.id],
             clock=lambda: self.now,
             pool=Inline(),
         )
+        spec = PlacementSpec(layers=LAYERS, n_experts=EXPERTS, n_group=4, redundant=redundant)
+        self.placements = PlacementController(self.roster, spec)
         for at in range(hosts):
             self.add(at)
-        self.elastic.begin("weights", "directory")
-        self.autoscaler = Autoscaler(self.elastic, SETTINGS, clock=lambda: self.now)
-        self.rebalancer = Rebalancer(self.elastic, threshold, least=10)
+        self.placements.begin("weights", "directory")
+        self.autoscaler = Autoscaler(self.placements, SETTINGS, clock=lambda: self.now)
+        self.rebalancer = Rebalancer(self.placements, threshold, least=10)
 
     def add(self, at: int) -> None:
         host = FakeHost(f"host-{at}", self.world)
         host.counted = zeros(len(LAYERS), EXPERTS)
-        self.elastic.register(HostInfo(id=host.id, node=f"node-{at}"))
+        self.roster.register(HostInfo(id=host.id, node=f"node-{at}"))
 
     def settle(self) -> None:
-        why = self.elastic.due()
+        why = self.placements.due()
         if why is not None:
-            self.elastic.reshape(why)
-        self.elastic.due()
+            self.placements.reshape(why)
+        self.placements.due()
 
     def second(self, share: float, in_flight: int = 0) -> NoDecision | ScaleDecision:
         """A second in which every host was busy for this share of it."""
@@ -66,7 +68,7 @@ class Cluster:
 
     def rows(self, loads: torch.Tensor) -> None:
         """Each expert's rows are computed by those that hold it, evenly."""
-        current = self.elastic.versions.current
+        current = self.placements.published.current
         assert current is not None
         for layer, row in enumerate(current.placement.holders):
             for expert, ids in enumerate(row):
@@ -114,7 +116,7 @@ def test_a_scale_that_fails_is_noted_and_left_for_the_cooldown() -> None:
     cluster = Cluster(2)
     for _ in range(4):
         cluster.second(0.9)
-    cluster.elastic.orders(starting=0, failed={"host-2": "no CPUs"}, stopped=[])
+    cluster.roster.orders(starting=0, failed={"host-2": "no CPUs"}, stopped=[])
     assert cluster.membership.wanted == 2
     looks = [cluster.second(0.9) for _ in range(2)]
     assert all(isinstance(one, NoDecision) for one in looks), "at once again"
@@ -134,15 +136,15 @@ def test_experts_are_placed_by_load_when_hosts_are_out_of_balance() -> None:
     cluster = Cluster(2)
     cluster.rebalancer.look()
     assert isinstance(cluster.rebalancer.look(), NoDecision)
-    before = cluster.elastic.versions.current
+    before = cluster.placements.published.current
     assert before is not None
     cluster.rows(skewed())
     decision = cluster.rebalancer.look()
     assert isinstance(decision, RebalanceDecision)
     assert cluster.rebalancer.balancedness == pytest.approx(0.525)
-    assert cluster.elastic.due() == decision.why
+    assert cluster.placements.due() == decision.why
     cluster.settle()
-    after = cluster.elastic.versions.current
+    after = cluster.placements.published.current
     assert after is not None
     assert after.epoch > before.epoch
     assert total_balancedness(after.placement, skewed()) > 0.99
@@ -152,7 +154,7 @@ def test_experts_are_placed_by_load_when_hosts_are_out_of_balance() -> None:
     assert isinstance(cluster.rebalancer.look(), NoDecision)
     assert cluster.rebalancer.balancedness is not None
     assert cluster.rebalancer.balancedness > 0.99
-    assert cluster.elastic.due() is None
+    assert cluster.placements.due() is None
 
 
 def test_hosts_that_join_later_are_filled_by_load_too() -> None:
@@ -161,10 +163,10 @@ def test_hosts_that_join_later_are_filled_by_load_too() -> None:
     cluster.rows(skewed())
     cluster.rebalancer.look()
     cluster.settle()
-    cluster.elastic.scale(3)
+    cluster.roster.scale(3)
     cluster.add(2)
     cluster.settle()
-    current = cluster.elastic.versions.current
+    current = cluster.placements.published.current
     assert current is not None
     assert total_balancedness(current.placement, skewed()) > 0.9
 
@@ -177,13 +179,13 @@ def test_redundant_experts_go_to_the_hot_ones_once_loads_are_known() -> None:
     cluster.rows(loads)
     assert isinstance(cluster.rebalancer.look(), RebalanceDecision)
     cluster.settle()
-    current = cluster.elastic.versions.current
+    current = cluster.placements.published.current
     assert current is not None
     assert all(len(row[5]) > 1 for row in current.placement.holders)
     cluster.rebalancer.look()
     cluster.rows(loads)
     assert isinstance(cluster.rebalancer.look(), NoDecision)
-    for id, rows in holding(current.placement).items():
+    for id, rows in current.placement.holding().items():
         assert [cluster.world[id].held[current.epoch][layer] for layer in LAYERS] == list(rows)
 
 
@@ -199,7 +201,7 @@ def test_few_rows_say_nothing() -> None:
 
 def test_a_host_that_hangs_is_dead_after_its_patience_and_one_that_hangs_up_at_once() -> None:
     cluster = Cluster(3)
-    health = Health(cluster.elastic, 4.0, clock=lambda: cluster.now)
+    health = FailureDetector(cluster.roster, 4.0, clock=lambda: cluster.now)
     health.look()
     cluster.world["host-1"].hung = True
     cluster.world["host-2"].dead = True
@@ -219,7 +221,7 @@ def test_a_host_that_hangs_is_dead_after_its_patience_and_one_that_hangs_up_at_o
 
 def test_who_was_away_itself_takes_nobody_for_dead() -> None:
     cluster = Cluster(2)
-    health = Health(cluster.elastic, 4.0, clock=lambda: cluster.now)
+    health = FailureDetector(cluster.roster, 4.0, clock=lambda: cluster.now)
     health.look()
     slow = cluster.world["host-1"]
     slow.hung = True  # as all hosts of a machine that was stopped

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator import Coordinator, HostPolicy, InitialWeights
+from actors.coordinator.transfer_plan import PlacementSpec
 from actors.host.expert_host import ExpertHost
 from actors.messages.transfer_orders import Assembly
 from actors.router import Router
@@ -150,15 +150,14 @@ class Weighted(TinyCluster):
             server.handler = self.hosts[index].handle
         by_id = {host.id: host for host in self.hosts}
         self.coordinator = Coordinator(
-            Shape(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
-            hosts=n_hosts,
+            PlacementSpec(layers=LAYERS, n_experts=CONFIG.n_routed_experts, n_group=CONFIG.n_group),
+            HostPolicy(hosts=n_hosts),
             control=lambda info: by_id[info.id],
-            weights="old",
-            directory="1",
+            initial=InitialWeights(name="old", directory="1"),
         )
         for info in self.infos:
             self.coordinator.register_host(info)
-        self.coordinator.found()
+        self.coordinator.place_experts()
 
     def __enter__(self) -> Weighted:
         return self
@@ -180,16 +179,16 @@ def test_replicas_change_one_after_the_other_each_with_one_version() -> None:
     with Weighted(2) as cluster:
         first, second = cluster.replica("a"), cluster.replica("b")
         before = computed(first)
-        epoch = cluster.coordinator.load("3", "new")
+        epoch = cluster.coordinator.placements.load("3", "new")
         assert cluster.coordinator.table().weights == "old"
-        cluster.coordinator.publish(epoch)
+        cluster.coordinator.placements.publish(epoch)
         table = cluster.coordinator.table()
         assert (table.epoch, table.weights) == (epoch, "new")
         first.set_table(table)
         torch.testing.assert_close(computed(first), 3 * before, **EXACT)
         assert torch.equal(computed(second), before)
         second.set_table(table)
-        cluster.coordinator.retire()
+        cluster.coordinator.placements.retire()
         assert [host.epochs for host in cluster.hosts] == [(epoch,)] * 2
         torch.testing.assert_close(computed(second), 3 * before, **EXACT)
         torch.testing.assert_close(computed(cluster.replica("c")), 3 * before, **EXACT)
@@ -202,24 +201,24 @@ def test_one_host_that_cannot_load_makes_all_of_them_drop_it() -> None:
         with pytest.raises(
             RaymoeError, match=r"host-1 failed to load the weights: .* takes no other weights"
         ):
-            cluster.coordinator.load("3", "new")
+            cluster.coordinator.placements.load("3", "new")
         assert [host.epochs for host in cluster.hosts] == [(0,)] * 2
         assert torch.equal(computed(cluster.replica("b")), before)
         cluster.hosts[1]._open_source = Scaled
-        assert cluster.coordinator.load("3", "new") == 2  # no epoch stands for two attempts
+        assert cluster.coordinator.placements.load("3", "new") == 2  # no epoch stands for two attempts
 
 
 def test_only_what_was_loaded_last_can_be_published() -> None:
     with Weighted(1) as cluster:
         with pytest.raises(ResourceError, match="load them again"):
-            cluster.coordinator.publish(1)
-        epoch = cluster.coordinator.load("3", "new")
-        cluster.coordinator.retire()
+            cluster.coordinator.placements.publish(1)
+        epoch = cluster.coordinator.placements.load("3", "new")
+        cluster.coordinator.placements.retire()
         with pytest.raises(ResourceError, match="load them again"):
-            cluster.coordinator.publish(epoch)
-        epoch = cluster.coordinator.load("3", "new")
-        cluster.coordinator.publish(epoch)
-        cluster.coordinator.publish(epoch)
+            cluster.coordinator.placements.publish(epoch)
+        epoch = cluster.coordinator.placements.load("3", "new")
+        cluster.coordinator.placements.publish(epoch)
+        cluster.coordinator.placements.publish(epoch)
         assert RoutingTable.from_json(cluster.coordinator.table().to_json()).weights == "new"
 
 
@@ -227,8 +226,8 @@ def test_a_step_that_began_with_weights_that_are_gone_fails_and_is_not_mixed() -
     with Weighted(2) as cluster:
         late = cluster.replica("late")
         before = computed(late)
-        cluster.coordinator.publish(cluster.coordinator.load("3", "new"))
-        cluster.coordinator.retire()
+        cluster.coordinator.placements.publish(cluster.coordinator.placements.load("3", "new"))
+        cluster.coordinator.placements.retire()
         with pytest.raises(ResourceError, match="hold no weights 'old' any more"):
             computed(late, LAYERS[1])
         late.set_table(cluster.coordinator.table())
@@ -246,7 +245,7 @@ def test_a_reload_for_which_there_is_no_room_is_refused_in_one_line() -> None:
         before = computed(cluster.replica("a"))
         cluster.hosts[0]._require_room = require_room
         with pytest.raises(ResourceError, match=r"host-0 failed to load .* needs more than") as caught:
-            cluster.coordinator.load("3", "new")
+            cluster.coordinator.placements.load("3", "new")
         assert "\n" not in str(caught.value)
         experts = sum(len(ids) for ids in experts_held(cluster.holders, LAYERS, 0).values())
         assert asked == [experts * 3 * CONFIG.hidden_size * CONFIG.moe_intermediate_size * 8]

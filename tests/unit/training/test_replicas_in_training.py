@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.coordinator.common_snapshot import TRUNK
-from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.placement_changes import Elastic
+from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import Beginning, TrainingSteps
-from actors.coordinator.transfer_plan import Shape
+from actors.coordinator.transfer_plan import PlacementSpec
 from actors.host.expert_host import ExpertHost
 from actors.host.host_server import ExpertHostServer
 from actors.messages.steps import StepDecision, StepReport, TrainingPlan
@@ -35,17 +35,21 @@ class Cluster:
     """A coordinator and hosts behind gRPC; one worker, whose trunk is nothing but tokens."""
 
     def __init__(self, n_hosts: int, *, replicas: int = 1, redundant: int = 0) -> None:
-        shape = Shape(
+        spec = PlacementSpec(
             layers=LAYERS, n_experts=E, n_group=CONFIG.n_group, replicas=replicas, redundant=redundant
         )
         self.coordinator = Coordinator(
-            shape, hosts=n_hosts, control=self.control, step=0, steps=self.steps, dead_after=60.0
+            spec,
+            HostPolicy(hosts=n_hosts, dead_after=60.0),
+            control=self.control,
+            initial=InitialWeights(step=0),
+            steps=self.steps,
         )
         self.hosts: dict[str, ExpertHost] = {}
         self.servers: dict[str, ExpertHostServer] = {}
         for at in range(n_hosts):
             self.add(f"host-{at}")
-        self.coordinator.found()
+        self.coordinator.place_experts()
         self.router = Router("worker-0", "run", CONFIG, self.coordinator.table(), self.connect)
         self.training = self.coordinator.steps
         self.training.join(0, 1, -1, "")
@@ -56,10 +60,10 @@ class Cluster:
     def connect(self, info: HostInfo) -> choose.Channel:
         return choose.connect(info.addresses["grpc"])
 
-    def steps(self, elastic: Elastic) -> TrainingSteps:
+    def steps(self, placements: PlacementController) -> TrainingSteps:
         bias = torch.zeros(len(LAYERS), E)
         begin = Beginning(directory="", step=0, moments=False, bias=bias)
-        return TrainingSteps(PLAN, (len(LAYERS), E), elastic, beginning=lambda: begin)
+        return TrainingSteps(PLAN, (len(LAYERS), E), placements, beginning=lambda: begin)
 
     def add(self, id: str) -> None:
         self.hosts[id] = ExpertHost(
@@ -90,7 +94,7 @@ class Cluster:
         decision = self.training.report(report)
         if decision.epoch != self.router.table.epoch:
             self.router.set_table(self.coordinator.table())
-        self.training._hosts.finish()
+        self.training._commits.finish()
         if decision.snapshot:
             for host in self.hosts.values():
                 host.put(Blob(name=TRUNK, step=step + 1, tensors={}))
@@ -154,7 +158,7 @@ def test_hot_experts_get_replicas_between_two_steps(plain) -> None:  # type: ign
         decisions = [cluster.run(step) for step in range(2)]
         loads = torch.ones(len(LAYERS), E)
         loads[:, 3] = 50.0
-        cluster.coordinator.elastic.rebalance("expert 3 is hot", loads)
+        cluster.coordinator.placements.rebalance("expert 3 is hot", loads)
         decisions += [cluster.run(step) for step in range(2, 5)]
         assert Counter(cluster.holders())[1] < E * len(LAYERS)
         agrees(cluster, decisions, plain)
@@ -176,7 +180,7 @@ def test_a_lost_holder_interrupts_though_others_hold_its_experts(plain) -> None:
         decisions = [cluster.run(step) for step in range(3)]
         cluster.servers.pop("host-1").close()
         del cluster.hosts["host-1"]
-        cluster.coordinator.elastic.lose("host-1", "its process ended")
+        cluster.coordinator.roster.lose("host-1", "its process ended")
         with pytest.raises((ChannelError, Interrupted)):
             cluster.run(3)
         resume = cluster.training.join(0, 1, 0, "host-1 was lost", timeout=20)
@@ -195,7 +199,7 @@ def test_a_host_that_was_not_told_of_its_epoch_is_told_again(plain) -> None:  # 
         host.retain = lambda *epochs: None  # type: ignore[method-assign]
         loads = torch.ones(len(LAYERS), E)
         loads[:, 3] = 50.0
-        cluster.coordinator.elastic.rebalance("expert 3 is hot", loads)
+        cluster.coordinator.placements.rebalance("expert 3 is hot", loads)
         decisions.append(cluster.run(1))
         assert host.epoch < cluster.router.table.epoch
         host.retain = retain  # type: ignore[method-assign]
@@ -209,16 +213,17 @@ def test_a_host_that_dies_while_experts_move_to_it_is_missed(tmp_path: Path) -> 
         cluster.run(0)
         cluster.coordinator.scale(3, 0.0)
         cluster.add("host-2")
-        elastic, publish = cluster.coordinator.elastic, cluster.coordinator.elastic.versions.publish
+        roster = cluster.coordinator.roster
+        publish = roster.published.publish
 
         def lose_and_publish(*arguments: object) -> None:
-            elastic.versions.publish = publish  # type: ignore[method-assign]
+            roster.published.publish = publish  # type: ignore[method-assign]
             cluster.servers.pop("host-2").close()
             del cluster.hosts["host-2"]
-            elastic.lose("host-2", "its process ended")
+            roster.lose("host-2", "its process ended")
             publish(*arguments)  # type: ignore[arg-type]
 
-        elastic.versions.publish = lose_and_publish  # type: ignore[method-assign]
+        roster.published.publish = lose_and_publish  # type: ignore[method-assign]
         with pytest.raises(Interrupted):
             cluster.run(1)
         resume = cluster.training.join(0, 1, 0, "host-2 was lost", timeout=20)
