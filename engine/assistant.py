@@ -9,8 +9,7 @@ import threading
 import time
 import weakref
 
-from kernels.decode import assist
-from kernels.team import Array, Desk
+from kernels.team import Array, Desk, assist
 
 _LOOKS = 4000  # for work, between two looks at the clock: for those it needs the interpreter's lock
 _RESTLESS = 2e-3  # seconds without work after which it sleeps

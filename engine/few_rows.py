@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,16 @@ from torch import Tensor
 
 from engine.assistant import Assistant
 from engine.batch import Stretch
-from engine.weights import LatentProjections, Layer, Mixed, TrunkWeights
-from kernels import decode
+from engine.weights import Layer, Mixed, Routed, TrunkWeights
+from kernels.attention import AttentionWeights, LatentCache, Matrix, RowPlaces, attend, remember
+from kernels.drafting import join, likeliest
+from kernels.experts import mix_experts, swiglu
+from kernels.linear import project
+from kernels.norm import rms_norm
 from kernels.rounded import Rounded
+from kernels.routing import GateWeights, route
 from kernels.team import Desk
+from model.config import ModelConfig
 from model.experts import ArrayExperts, Experts, LocalExperts
 
 MOST_ROWS = 16
@@ -31,7 +37,8 @@ MOST_ROWS = 16
 _LONG = 384  # positions that all rows see together
 
 Array = npt.NDArray[Any]
-Matrix = npt.NDArray[Any] | Rounded
+Fields = tuple[Any, ...]
+"""A NamedTuple of `kernels` as a plain tuple, whose type Numba finds faster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,31 +47,23 @@ class FewBatch:
 
     Attributes:
         tokens: that are there.
-        position: [N] int64, which each sees its sequence up to.
-        slot: [N] int64 of the cache, where its entry goes.
-        sequence: [N] int64, row of the table.
-        table: [S, P] int64, pages of each sequence; those that none of its positions sees are 0.
+        places: a `RowPlaces` of the positions; pages of the table that none of them sees are 0.
         ends: row after the last one of each stretch, in the order of the stretches.
         long: whether so much of the cache is looked at that it pays to share the work.
     """
 
     tokens: list[int]
-    position: Array
-    slot: Array
-    sequence: Array
-    table: Array
+    places: Fields
     ends: tuple[int, ...]
     long: bool
 
     def of(self, rows: Sequence[int]) -> FewBatch:
         """Some positions alone; where stretches end is not told."""
         at = list(rows)
+        position, slot, sequence, table = self.places
         return FewBatch(
             tokens=[self.tokens[row] for row in at],
-            position=self.position[at],
-            slot=self.slot[at],
-            sequence=self.sequence[at],
-            table=self.table,
+            places=tuple(RowPlaces(position[at], slot[at], sequence[at], table)),
             ends=(),
             long=self.long,
         )
@@ -88,10 +87,7 @@ def collect_few(stretches: Sequence[Stretch], *, page_size: int) -> FewBatch:
     position, slot, sequence = np.ascontiguousarray(np.array(rows, np.int64).T)
     return FewBatch(
         tokens=tokens,
-        position=position,
-        slot=slot,
-        sequence=sequence,
-        table=table,
+        places=tuple(RowPlaces(position, slot, sequence, table)),
         ends=tuple(ends),
         long=sum(row[0] for row in rows) >= _LONG,
     )
@@ -116,15 +112,13 @@ class FewRows:
         self._arrays = experts if isinstance(experts, ArrayExperts) else None
         self._page_size = page_size
         self._eps = config.rms_norm_eps
-        self._heads = config.num_attention_heads
-        self._cos, self._sin = cos.contiguous().numpy(), sin.contiguous().numpy()
         self._embedding, self._head = _array(weights.embedding), _array(weights.head)
         self._norm_weight = _array(weights.norm)
         self._draft_head = _rounded(weights.head) if weights.modules else None
-        self._layers = [_Layer.of(layer) for layer in weights.layers]
+        self._layers = [_Layer.of(layer, config) for layer in weights.layers]
         self._modules = [
             _Module(
-                layer=_Layer.rounded(module.layer, experts),
+                layer=_Layer.rounded(module.layer, config, experts),
                 norm=_array(module.norm),
                 embedding_norm=None if module.embedding_norm is None else _array(module.embedding_norm),
                 hidden_norm=None if module.hidden_norm is None else _array(module.hidden_norm),
@@ -132,26 +126,21 @@ class FewRows:
             )
             for module in weights.modules
         ]
-        self._caches = cache.numpy()
-        self._desk = Desk.of(
+        caches = cache.numpy()
+        self._cache: Fields = tuple(
+            LatentCache(caches, cos.contiguous().numpy(), sin.contiguous().numpy(), page_size)
+        )
+        desk = Desk.of(
             rows=MOST_ROWS,
-            heads=self._heads,
+            heads=config.num_attention_heads,
             width=cache.shape[2],
             latent=config.kv_lora_rank,
             pages=-(-config.max_position_embeddings // page_size),
-            dtype=self._caches.dtype,
+            dtype=caches.dtype,
         )
-        self._assistant = (
-            Assistant(self._desk, self._caches, page_size) if torch.get_num_threads() > 1 else None
-        )
-        self._routing = (
-            config.num_experts_per_tok,
-            config.n_group,
-            config.topk_group,
-            config.group_score == "biased",
-            config.norm_topk_prob,
-            config.routed_scaling_factor,
-        )
+        self._desk: Fields = tuple(desk)
+        self._assistant = Assistant(desk, caches, page_size) if torch.get_num_threads() > 1 else None
+        self._top_k = config.num_experts_per_tok
 
     @staticmethod
     def takes(weights: TrunkWeights, page_size: int) -> bool:
@@ -181,7 +170,7 @@ class FewRows:
             x[:] = states
         else:
             tokens = np.array(batch.tokens)
-            decode.join(
+            join(
                 tokens,
                 self._embedding,
                 module.embedding_norm,
@@ -192,7 +181,7 @@ class FewRows:
                 x,
             )
         if len(rows) < len(x) or len(x) > MOST_ROWS:
-            self._remember(x, module.layer.attention, at, batch)
+            remember(x, module.layer.attention, at, self._cache, batch.places)
             x = x[rows]
         for start in range(0, len(rows), MOST_ROWS):
             part = rows[start : start + MOST_ROWS]
@@ -204,7 +193,7 @@ class FewRows:
         """See `engine.runner.Runner.draft_tokens`."""
         assert self._draft_head is not None
         out = np.empty(normed.shape[0], np.int64)
-        decode.likeliest(normed.numpy(), self._draft_head, out)
+        likeliest(normed.numpy(), self._draft_head, out)
         tokens: list[int] = out.tolist()
         return tokens
 
@@ -215,59 +204,27 @@ class FewRows:
     def logits(self, normed: Tensor) -> Tensor:
         """[N, D] to [N, V]."""
         out = np.empty((normed.shape[0], self._head.shape[0]), self._head.dtype)
-        decode.project(normed.contiguous().numpy(), self._head, out)
+        project(normed.contiguous().numpy(), self._head, out)
         return torch.from_numpy(out)
 
     def _norm(self, x: Array, weight: Array) -> Array:
         out = np.empty_like(x)
-        decode.rms_norm(x, weight, self._eps, out)
+        rms_norm(x, weight, self._eps, out)
         return out
-
-    def _remember(self, x: Array, weights: _Attention, at: int, batch: FewBatch) -> None:
-        decode.remember(
-            x,
-            weights.norm,
-            weights.down,
-            len(weights.query_norm),
-            weights.latent_norm,
-            self._eps,
-            self._caches[at],
-            self._cos,
-            self._sin,
-            batch.position,
-            batch.slot,
-        )
 
     def _block(self, x: Array, layer: _Layer, at: int, batch: FewBatch) -> None:
         shared = batch.long and self._assistant is not None and self._assistant.ready()
-        decode.attend(
-            x,
-            *layer.attention,
-            self._eps,
-            self._heads,
-            at,
-            self._caches,
-            self._page_size,
-            self._cos,
-            self._sin,
-            batch.position,
-            batch.slot,
-            batch.sequence,
-            batch.table,
-            self._desk,
-            shared,
-            x,
-        )
+        attend(x, layer.attention, at, self._cache, batch.places, self._desk, shared, x)
         normed = self._norm(x, layer.mlp_norm)
         if layer.gate is None:
-            decode.swiglu(normed, layer.gate_up, layer.down, x)
+            swiglu(normed, layer.gate_up, layer.down, x)
             return
-        idx = np.empty((x.shape[0], self._routing[0]), np.int64)
+        idx = np.empty((x.shape[0], self._top_k), np.int64)
         gates = np.empty(idx.shape, x.dtype)
-        decode.route(normed, layer.gate, layer.bias, *self._routing, idx, gates)
+        route(normed, layer.gate, idx, gates)
         arrays = None
         if layer.experts is not None:
-            decode.mix_experts(
+            mix_experts(
                 normed,
                 np.arange(0, idx.size + 1, idx.shape[1]),
                 idx.ravel(),
@@ -275,91 +232,68 @@ class FewRows:
                 *layer.experts,
                 x,
             )
-            decode.swiglu(normed, layer.gate_up, layer.down, x)
+            swiglu(normed, layer.gate_up, layer.down, x)
             return
         if self._arrays is not None:
             arrays = self._arrays.dispatch_arrays(layer.index, normed, idx, gates)
         if arrays is None:
             tensors = torch.from_numpy(normed), torch.from_numpy(idx), torch.from_numpy(gates)
             pending = self._experts.dispatch(layer.index, *tensors)
-        decode.swiglu(normed, layer.gate_up, layer.down, x)
+        swiglu(normed, layer.gate_up, layer.down, x)
         if arrays is None:
             x += pending.combine().numpy()
         else:
             arrays.add_to(x)
 
 
-class _Attention(NamedTuple):
-    """In the order in which `kernels.decode.attend` takes them."""
-
-    norm: Array
-    down: Matrix
-    query_norm: Array
-    query: Matrix
-    up_key: Array
-    latent_norm: Array
-    up_value: Array
-    back: Matrix
-
-    @classmethod
-    def of(cls, norm: Tensor, weights: LatentProjections, matrix: Callable[[Tensor], Matrix]) -> _Attention:
-        none = weights.down.new_empty(0, 0, 0)
-        return cls(
-            norm=_array(norm),
-            down=matrix(weights.down),
-            query_norm=_array(none.flatten() if weights.query_norm is None else weights.query_norm),
-            query=matrix(weights.query),
-            up_key=_array(none if weights.w_uk is None else weights.w_uk),
-            latent_norm=_array(weights.latent_norm),
-            up_value=_array(none if weights.w_uv is None else weights.w_uv),
-            back=matrix(weights.out),
-        )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """A block; `gate` and `bias` are None in a dense one, whose network is where the shared expert's is.
+    """A block; in a dense one `gate` is None, and its network lies where the shared expert's does.
 
     Attributes:
-        experts: w13 and w2 of the routed ones, where these are not to be asked.
+        attention: an `AttentionWeights`.
+        gate: a `GateWeights`.
+        experts: w13 and w2 of the routed experts, where these are not to be asked.
     """
 
     index: int
-    attention: _Attention
+    attention: Fields
     mlp_norm: Array
-    gate: Array | None
-    bias: Array | None
+    gate: Fields | None
     gate_up: Matrix
     down: Matrix
     experts: tuple[Rounded, Rounded] | None
 
     @classmethod
-    def of(cls, layer: Layer) -> _Layer:
-        """As it is."""
-        return cls._of(layer, _array, None)
+    def of(cls, layer: Layer, config: ModelConfig) -> _Layer:
+        """The block with its weights as they are."""
+        return cls._of(layer, config, _array, None)
 
     @classmethod
-    def rounded(cls, layer: Layer, experts: Experts) -> _Layer:
-        """In 8 bits, its routed experts too if they are in this process."""
+    def rounded(cls, layer: Layer, config: ModelConfig, experts: Experts) -> _Layer:
+        """The block in 8 bits, its routed experts too if they are in this process."""
         routed = None
         if layer.routed is not None and isinstance(experts, LocalExperts):
             w13, w2 = experts.weights(layer.index)
             routed = _rounded(w13), _rounded(w2)
-        return cls._of(layer, _rounded, routed)
+        return cls._of(layer, config, _rounded, routed)
 
     @classmethod
     def _of(
-        cls, layer: Layer, matrix: Callable[[Tensor], Matrix], experts: tuple[Rounded, Rounded] | None
+        cls,
+        layer: Layer,
+        config: ModelConfig,
+        matrix: Callable[[Tensor], Matrix],
+        experts: tuple[Rounded, Rounded] | None,
     ) -> _Layer:
         routed = layer.routed
         mixed: Mixed | None = layer.mlp if routed is None else routed.shared
         assert mixed is not None
         return cls(
             index=layer.index,
-            attention=_Attention.of(layer.attention_norm, layer.attention, matrix),
+            attention=_attention(layer, config, matrix),
             mlp_norm=_array(layer.mlp_norm),
-            gate=None if routed is None else _array(routed.weight),
-            bias=None if routed is None else _array(routed.bias),
+            gate=None if routed is None else _gate(routed, config),
             gate_up=matrix(mixed.gate_up),
             down=matrix(mixed.down),
             experts=experts,
@@ -375,6 +309,38 @@ class _Module:
     embedding_norm: Array | None
     hidden_norm: Array | None
     join: Rounded | None
+
+
+def _attention(layer: Layer, config: ModelConfig, matrix: Callable[[Tensor], Matrix]) -> Fields:
+    weights = layer.attention
+    none = weights.down.new_empty(0, 0, 0)
+    fields = AttentionWeights(
+        norm=_array(layer.attention_norm),
+        down=matrix(weights.down),
+        query_norm=_array(none.flatten() if weights.query_norm is None else weights.query_norm),
+        query=matrix(weights.query),
+        up_key=_array(none if weights.w_uk is None else weights.w_uk),
+        latent_norm=_array(weights.latent_norm),
+        up_value=_array(none if weights.w_uv is None else weights.w_uv),
+        output=matrix(weights.out),
+        eps=config.rms_norm_eps,
+        heads=config.num_attention_heads,
+    )
+    return tuple(fields)
+
+
+def _gate(routed: Routed, config: ModelConfig) -> Fields:
+    fields = GateWeights(
+        centroids=_array(routed.weight),
+        bias=_array(routed.bias),
+        top_k=config.num_experts_per_tok,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        by_bias=config.group_score == "biased",
+        normalize=config.norm_topk_prob,
+        factor=config.routed_scaling_factor,
+    )
+    return tuple(fields)
 
 
 def _array(tensor: Tensor) -> Array:

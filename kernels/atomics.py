@@ -1,8 +1,6 @@
-"""Words of memory that several threads or processes read and write, for compiled functions.
+"""Atomic loads, stores and additions on int64 words that threads or processes share, for compiled functions.
 
-All are sequentially consistent: what was written before a word is seen by whoever sees the word.
-
-Whoever changes this file removes `kernels/__pycache__`: Numba's caches of what uses it do not notice.
+All are sequentially consistent: a thread that sees a word also sees what was written before that word.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
 let_others_run = types.ExternalFunction("sched_yield", types.int32())
-"""Gives up the rest of the thread's turn, if another one waits for the core."""
+"""Yield the core to another thread that waits for it."""
 
 
 def _at(context, builder, signature, arguments):
@@ -22,7 +20,7 @@ def _at(context, builder, signature, arguments):
 
 @intrinsic
 def load(context, words, index):
-    """A word of an int64 array."""
+    """Read words[index] of an int64 array."""
 
     def generate(context, builder, signature, arguments):
         return builder.load_atomic(_at(context, builder, signature, arguments), "seq_cst", 8)
@@ -32,7 +30,7 @@ def load(context, words, index):
 
 @intrinsic
 def store(context, words, index, value):
-    """Write a word of an int64 array."""
+    """Write words[index] of an int64 array."""
 
     def generate(context, builder, signature, arguments):
         builder.store_atomic(arguments[2], _at(context, builder, signature, arguments), "seq_cst", 8)
@@ -43,7 +41,7 @@ def store(context, words, index, value):
 
 @intrinsic
 def add(context, words, index, value):
-    """Add to a word of an int64 array; what it was before."""
+    """Add to words[index] of an int64 array, and return its value before."""
 
     def generate(context, builder, signature, arguments):
         place = _at(context, builder, signature, arguments)

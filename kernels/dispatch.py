@@ -7,14 +7,13 @@ to choose one replica of every expert.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+from kernels.compiled import compiled
 
 FINE, MALFORMED, FOREIGN = 0, 1, 2
 
 
-@_compiled
+@compiled
 def split_by_host(idx, gates, host_of, n_hosts, shift):
     """Group (token, expert) pairs by the host that computes them, each host's by token.
 
@@ -74,7 +73,7 @@ def split_by_host(idx, gates, host_of, n_hosts, shift):
     return row, row_ptr, expert, pair, gate, rows, pairs
 
 
-@_compiled
+@compiled
 def localize(row_ptr, expert, local_of, local):
     """Global expert ids as indices into a host's shard, and whether a request's shape can be.
 
@@ -100,7 +99,7 @@ def localize(row_ptr, expert, local_of, local):
     return FINE
 
 
-@_compiled
+@compiled
 def count_pairs(local, ids, loads):
     """Add the pairs of a request to `loads`.
 

@@ -10,13 +10,14 @@ choose one replica of every expert.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, NamedTuple
 
-from numba import njit
+import numpy.typing as npt
 
-from kernels.atomics import let_others_run as _let_others_run
-from kernels.atomics import load as _load
-from kernels.atomics import store as _store
+from kernels import atomics
+from kernels.compiled import compiled
+
+Array = npt.NDArray[Any]
 
 # Words of a box's head, each in a cache line of its own where both ends write.
 REQUEST: Final = 0
@@ -31,76 +32,132 @@ WORDS: Final = 64
 NOTHING, MAIL, PACKET = (0, 1, 2)
 PENDING, ANSWERED, REFUSED = (0, 1, 2)
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+class Box(NamedTuple):
+    """The parts of a mailbox: views of memory that client and host share.
+
+    Attributes:
+        words: [64] int64, the head.
+        row_ptr: [B + 1] int32, the pairs of row i are row_ptr[i] … row_ptr[i + 1].
+        expert: [P] int32, of each pair.
+        gate: [P], of each pair.
+        rows: [B, D], of the request.
+        partial: [B, D], of the reply.
+    """
+
+    words: Array
+    row_ptr: Array
+    expert: Array
+    gate: Array
+    rows: Array
+    partial: Array
 
 
-@_compiled
+class RoutedRows(NamedTuple):
+    """Rows of N tokens, and the experts that they go to.
+
+    Attributes:
+        x: [N, D].
+        idx: [N, K], experts.
+        gates: [N, K].
+    """
+
+    x: Array
+    idx: Array
+    gates: Array
+
+
+class Recipient(NamedTuple):
+    """The host that a request goes to.
+
+    Attributes:
+        host_of: [R, E] int64, a host of each expert; token n goes by row (n + shift) % R.
+        host: the value of this host in `host_of`.
+        shift: 0 or more.
+    """
+
+    host_of: Array
+    host: int
+    shift: int
+
+
+class CallNumbers(NamedTuple):
+    """Epoch, step and layer of a request, and its number in the box."""
+
+    epoch: int
+    step: int
+    layer: int
+    number: int
+
+
+@compiled
 def load(words, index):
     """A word that the other end may write."""
-    return _load(words, index)
+    return atomics.load(words, index)
 
 
-@_compiled
+@compiled
 def store(words, index, value):
     """Write a word that the other end may read; all that was written before is there when it sees it."""
-    _store(words, index, value)
+    atomics.store(words, index, value)
 
 
-@_compiled
-def post(
-    words, row_ptr, expert, gate, rows, token, x, idx, gates, host_of, host, shift, epoch, step, layer, number
-):  # fmt: skip
-    """Fill a box with what tokens want of one host, and send it.
+@compiled
+def post(box, token, routed, recipient, call):
+    """Fill a box with the pairs of one host, and send it.
 
     Args:
-        words, row_ptr [B + 1], expert [P], gate [P], rows [B, D]: the box.
-        token: [B] int64, the sender's note of which token each row is.
-        x, idx, gates: [N, D], [N, K] and [N, K]; N fits the box.
-        host_of: [R, E] int64; token n goes by row (n + shift) % R.
-        number: of the request.
+        box: a `Box` as a plain tuple; it has room for N rows and their pairs.
+        token: [B] int64, written: the token of each row.
+        routed: a `RoutedRows` as a plain tuple.
+        recipient: a `Recipient` as a plain tuple.
+        call: a `CallNumbers` as a plain tuple.
 
     Returns:
-        Rows sent, none if no token wants the host, and whether it sleeps.
+        Number of rows sent (0 if no token goes to the host: nothing is sent), and whether the host sleeps.
     """
+    b, tokens, to, numbers = Box(*box), RoutedRows(*routed), Recipient(*recipient), CallNumbers(*call)
     n = pairs = 0
-    row_ptr[0] = 0
-    ways = host_of.shape[0]
-    way = shift % ways
-    here = host_of[way]
-    for i in range(x.shape[0]):
+    b.row_ptr[0] = 0
+    ways = to.host_of.shape[0]
+    way = to.shift % ways
+    here = to.host_of[way]
+    for i in range(tokens.x.shape[0]):
         before = pairs
-        for k in range(idx.shape[1]):
-            if here[idx[i, k]] == host:
-                expert[pairs], gate[pairs] = idx[i, k], gates[i, k]
+        for k in range(tokens.idx.shape[1]):
+            if here[tokens.idx[i, k]] == to.host:
+                b.expert[pairs], b.gate[pairs] = tokens.idx[i, k], tokens.gates[i, k]
                 pairs += 1
         if pairs > before:
-            for d in range(x.shape[1]):
-                rows[n, d] = x[i, d]
+            for d in range(tokens.x.shape[1]):
+                b.rows[n, d] = tokens.x[i, d]
             token[n] = i
             n += 1
-            row_ptr[n] = pairs
+            b.row_ptr[n] = pairs
         if ways > 1:
             way = way + 1 if way + 1 < ways else 0
-            here = host_of[way]
+            here = to.host_of[way]
     if n == 0:
         return 0, False
-    words[EPOCH], words[STEP], words[LAYER], words[ROWS], words[PAIRS] = epoch, step, layer, n, pairs
-    _store(words, REQUEST, number)
-    return n, _load(words, ASLEEP) != 0
+    words = b.words
+    words[EPOCH], words[STEP], words[LAYER] = numbers.epoch, numbers.step, numbers.layer
+    words[ROWS], words[PAIRS] = n, pairs
+    atomics.store(words, REQUEST, numbers.number)
+    return n, atomics.load(words, ASLEEP) != 0
 
 
-@_compiled
+@compiled
 def collect(words, partial, token, n, number, looks, out):
     """Wait for the reply to a request and add its rows to `out` [N, D].
 
     Returns:
         PENDING after so many looks or when the wait was ended, ANSWERED, or REFUSED (nothing is added).
     """
-    while _load(words, REPLY) != number:
-        if looks == 0 or _load(words, ENDED) != 0:
+    while atomics.load(words, REPLY) != number:
+        if looks == 0 or atomics.load(words, ENDED) != 0:
             return PENDING
         looks -= 1
-        _let_others_run()
+        atomics.let_others_run()
     if words[STATUS] != ANSWERED:
         return REFUSED
     for i in range(n):
@@ -109,7 +166,7 @@ def collect(words, partial, token, n, number, looks, out):
     return ANSWERED
 
 
-@_compiled
+@compiled
 def watch(words, answered, packets, looks):
     """Wait as a host for a request beyond the last one answered, or for word of a packet on the socket.
 
@@ -117,18 +174,18 @@ def watch(words, answered, packets, looks):
         NOTHING after so many looks, MAIL or PACKET, and the number of the newest request.
     """
     while True:
-        asked = _load(words, REQUEST)
+        asked = atomics.load(words, REQUEST)
         if asked != answered:
             return MAIL, asked
-        if _load(words, RING) != packets:
+        if atomics.load(words, RING) != packets:
             return PACKET, asked
         if looks == 0:
             return NOTHING, asked
         looks -= 1
-        _let_others_run()
+        atomics.let_others_run()
 
 
-@_compiled
+@compiled
 def accept(words, row_ptr, expert, local_of, own_ptr, own_expert):
     """Take a request's pairs out of a box, checked, with experts as indices into the host's shard.
 
@@ -175,6 +232,10 @@ __all__ = [
     "STATUS",
     "STEP",
     "WORDS",
+    "Box",
+    "CallNumbers",
+    "Recipient",
+    "RoutedRows",
     "accept",
     "collect",
     "load",

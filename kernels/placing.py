@@ -7,14 +7,13 @@ Shapes: L layers, E experts, H hosts, N nodes, K slots of the largest host; see 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+from kernels.compiled import compiled
 
 _NODE = 1e-6  # of a node's load: decides between equal hosts, so that its others stay open
 
 
-@_compiled
+@compiled
 def fill_layer(first, steps, at, hold, near, load, count, room, weight, copies, node_of, home, domain):
     """Put the experts `steps[first:]` on the hosts with the least load, one replica each, as the rules allow.
 
@@ -59,7 +58,7 @@ def fill_layer(first, steps, at, hold, near, load, count, room, weight, copies, 
     return len(steps)
 
 
-@_compiled
+@compiled
 def _spans(near, copies, node_of, expert, source, to):
     """Whether an expert's replicas still lie on two nodes when one of them goes from a host to another."""
     if near.shape[1] == 1 or copies[expert] == 1:
@@ -68,7 +67,7 @@ def _spans(near, copies, node_of, expert, source, to):
     return near[expert, there] - (1 if node_of[source] == there else 0) < copies[expert] - 1
 
 
-@_compiled
+@compiled
 def _best_exchange(at, hold, near, load, weight, copies, node_of, busy, idle, gain):
     """The exchange of two hosts by which the higher load of both falls most, by more than `gain`.
 
@@ -91,7 +90,7 @@ def _best_exchange(at, hold, near, load, weight, copies, node_of, busy, idle, ga
     return gain, give, take
 
 
-@_compiled
+@compiled
 def _swap(at, hold, near, load, weight, node_of, busy, give, idle, take):
     one, other = at[busy, give], at[idle, take]
     at[busy, give], at[idle, take] = other, one
@@ -106,7 +105,7 @@ def _swap(at, hold, near, load, weight, node_of, busy, give, idle, take):
     load[idle] += weight[one] - weight[other]
 
 
-@_compiled
+@compiled
 def exchange(at, hold, near, load, weight, copies, node_of, target, small):
     """Exchange replicas of each layer's busiest host until the highest load falls no more.
 
@@ -145,7 +144,7 @@ def exchange(at, hold, near, load, weight, copies, node_of, target, small):
             )  # fmt: skip
 
 
-@_compiled
+@compiled
 def level(at, hold, near, load, weight, copies, node_of, rounds, small):
     """Exchange between all hosts, the busiest with the idlest, and so on; each time in other pairs."""
     n_layers, n_hosts = load.shape

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.decode import mix_experts
+from kernels.experts import mix_experts
 from model.grouped import Groups, group
 from model.transfer import to_device
 

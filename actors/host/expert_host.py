@@ -20,7 +20,7 @@ from actors.messages.steps import HostStats
 from channels.base import Phase, Request, RequestId
 from channels.shm.mailbox import HostBox
 from errors import ProtocolError, RaymoeError, StaleEpoch
-from kernels.decode import mix_experts
+from kernels.experts import mix_experts
 from model.experts import experts_backward, experts_forward
 from model.transfer import to_cpu
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from channels.base import MAX_MAILBOX_ROWS, Array
 from errors import ChannelTimeout, ProtocolError
 from kernels import mailbox as words_of
+from kernels.mailbox import Box
 
 _ALIGNMENT: Final = 64
 _WIDTH, _PAIRS, _SIZE = 48, 49, 50  # words that say what a box is, written once
@@ -26,17 +27,6 @@ _LOOKS: Final = 1000
 """Looks between which a waiting client makes sure that the host lives: about half a millisecond."""
 _RESTLESS: Final = 20e-3  # seconds after which a client that waits sleeps between looks
 _DTYPES: Final[dict[int, np.dtype[Any]]] = {4: np.dtype(np.float32), 8: np.dtype(np.float64)}
-
-
-class Box(NamedTuple):
-    """A box's parts: views of the shared memory."""
-
-    words: Array
-    row_ptr: Array
-    expert: Array
-    gate: Array
-    rows: Array
-    partial: Array
 
 
 def size_of(width: int, pairs: int, dtype: np.dtype[Any]) -> int:
@@ -129,7 +119,7 @@ class Mailbox:
         """
         box = self._box
         sent, asleep = words_of.post(
-            *box[:5], self._token, x, idx, gates, host_of, host, shift, *call, self._number + 1
+            tuple(box), self._token, (x, idx, gates), (host_of, host, shift), (*call, self._number + 1)
         )
         if sent:
             self._number += 1

@@ -10,9 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import decode
+from kernels.attention import AttentionWeights, LatentCache, RowPlaces, attend, remember
+from kernels.drafting import join, likeliest
+from kernels.experts import mix_experts, swiglu
+from kernels.linear import project
+from kernels.norm import rms_norm
 from kernels.rounded import Rounded
-from kernels.team import DONE, NEXT, PIECES, Desk
+from kernels.routing import GateWeights, route
+from kernels.team import DONE, NEXT, PIECES, Desk, attend_together, is_piece
 from model.experts import ExpertShard, experts_forward
 from model.routing import affinity, gate_values, select_experts
 
@@ -29,10 +34,10 @@ def rand(*shape: int, seed: int = 0, dtype: type = np.float64) -> np.ndarray:
 def test_products_and_norm(rows: int, dtype: type, bound: float) -> None:
     x, weight, norm = rand(rows, 24, dtype=dtype), rand(10, 24, dtype=dtype), rand(24, dtype=dtype)
     out = np.empty((rows, 10), dtype)
-    decode.project(x, weight, out)
+    project(x, weight, out)
     np.testing.assert_allclose(out, x @ weight.T, rtol=bound, atol=bound)
     normed = np.empty_like(x)
-    decode.rms_norm(x, norm, 1e-6, normed)
+    rms_norm(x, norm, 1e-6, normed)
     reference = torch.nn.functional.rms_norm(torch.from_numpy(x), (24,), torch.from_numpy(norm), 1e-6)
     np.testing.assert_allclose(normed, reference.numpy(), rtol=bound, atol=bound)
 
@@ -40,7 +45,7 @@ def test_products_and_norm(rows: int, dtype: type, bound: float) -> None:
 def test_state_and_embedding_are_joined() -> None:
     embedding, hidden, weight = rand(9, 8), rand(3, 8), rand(8, 16)
     norms, tokens, out = rand(2, 8), np.array([7, 0, 7]), np.empty((3, 8))
-    decode.join(tokens, embedding, norms[0], hidden, norms[1], weight, 1e-6, out)
+    join(tokens, embedding, norms[0], hidden, norms[1], weight, 1e-6, out)
     halves = [
         values / np.sqrt((values**2).mean(-1, keepdims=True) + 1e-6) * norm
         for values, norm in zip((embedding[tokens], hidden), norms, strict=True)
@@ -59,14 +64,14 @@ def test_the_likeliest_of_rows_in_8_bits(size: int, dtype: type) -> None:
     scale[17] = scale[3] = 2
     x = np.concatenate((np.ones((1, size)), -np.ones((1, size)), source.standard_normal((7, size))))
     out = np.empty(9, np.int64)
-    decode.likeliest(x.astype(dtype), Rounded(weight, scale), out)
+    likeliest(x.astype(dtype), Rounded(weight, scale), out)
     assert out.tolist() == (scale * (x @ weight.T)).argmax(1).tolist()
     assert out[:2].tolist() == [17, 3]
 
 
 def test_the_likeliest_of_equals_is_the_first() -> None:
     weight, out = np.array([[1, 1], [2, 2], [2, 2]], np.int8), np.empty(3, np.int64)
-    decode.likeliest(np.array([[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]), Rounded(weight, np.ones(3)), out)
+    likeliest(np.array([[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]), Rounded(weight, np.ones(3)), out)
     assert out.tolist() == [1, 0, 0]
 
 
@@ -77,7 +82,17 @@ def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shi
     """Biases so low that a dropped group would win if it were masked with zeros are among them."""
     x, weight, bias = rand(40, 16), rand(32, 16), 0.3 * rand(32) + shift
     idx, gates = np.empty((40, 4), np.int64), np.empty((40, 4))
-    decode.route(x, weight, bias, 4, n_group, topk_group, by_bias, True, 2.5, idx, gates)
+    gate = GateWeights(
+        centroids=weight,
+        bias=bias,
+        top_k=4,
+        n_group=n_group,
+        topk_group=topk_group,
+        by_bias=by_bias,
+        normalize=True,
+        factor=2.5,
+    )
+    route(x, tuple(gate), idx, gates)
     scores = affinity(torch.from_numpy(x), torch.from_numpy(weight))
     chosen = select_experts(
         scores,
@@ -94,7 +109,7 @@ def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shi
 
 def test_of_equal_experts_the_first_is_chosen() -> None:
     idx, gates = np.empty((1, 3), np.int64), np.empty((1, 3))
-    decode.route(np.ones((1, 4)), np.ones((8, 4)), np.zeros(8), 3, 4, 2, True, False, 1.0, idx, gates)
+    route(np.ones((1, 4)), (np.ones((8, 4)), np.zeros(8), 3, 4, 2, True, False, 1.0), idx, gates)
     assert idx.tolist() == [[0, 1, 2]]
 
 
@@ -111,7 +126,7 @@ def test_experts_of_any_routing(rows: int, seed: int) -> None:
     w13 = source.standard_normal((n_experts, 2 * width, size))
     w2 = source.standard_normal((n_experts, size, width))
     out = np.zeros_like(x)
-    decode.mix_experts(x, row_ptr, expert, gate, w13, w2, out)
+    mix_experts(x, row_ptr, expert, gate, w13, w2, out)
     expected = np.zeros_like(x)
     for n in range(rows):
         for p in range(row_ptr[n], row_ptr[n + 1]):
@@ -135,38 +150,44 @@ def test_rounded_weights_compute_with_what_they_are_rounded_to() -> None:
 
     x, norm, row_ptr = rand(3, 16), 1 + 0.1 * rand(16), np.array([0, 2, 4, 6])
     expert, gate = np.array([0, 3, 1, 2, 3, 1]), rand(6)
-    compare(lambda a, b, out: decode.swiglu(x, a, b, out), x, pair(12, 16), pair(16, 6))
+    compare(lambda a, b, out: swiglu(x, a, b, out), x, pair(12, 16), pair(16, 6))
     compare(
-        lambda a, b, out: decode.mix_experts(x, row_ptr, expert, gate, a, b, out),
+        lambda a, b, out: mix_experts(x, row_ptr, expert, gate, a, b, out),
         x,
         pair(4, 12, 16),
         pair(4, 16, 6),
     )
     tokens, embedding = np.array([2, 0, 2]), rand(5, 16)
     compare(
-        lambda a, out: decode.join(tokens, embedding, norm, x, norm, a, 1e-6, out),
+        lambda a, out: join(tokens, embedding, norm, x, norm, a, 1e-6, out),
         np.empty((3, 16)),
         pair(16, 32),
     )
     cos, sin, at = rand(8, ROPE // 2), rand(8, ROPE // 2, seed=1), np.arange(3)
     latent_norm, none = 1 + 0.1 * rand(LATENT), np.empty((0, 0, 0))
+    desk = Desk.of(rows=3, heads=2, width=HEAD_IN, latent=LATENT, pages=1, dtype=np.float64)
+    caches, table = np.zeros((1, PAGE, HEAD_IN)), np.zeros((1, 1), np.int64)
+    places = tuple(RowPlaces(at, at, np.zeros(3, np.int64), table))
+
+    def weights(down: object, query: object, output: object) -> tuple[object, ...]:
+        query_norm = 1 + 0.1 * rand(4)
+        fields = AttentionWeights(norm, down, query_norm, query, none, latent_norm, none, output, 1e-6, 2)
+        return tuple(fields)
+
     compare(
-        lambda a, out: decode.remember(x, norm, a, 4, latent_norm, 1e-6, out, cos, sin, at, at),
+        lambda a, out: remember(x, weights(a, none, none), 0, (out[None], cos, sin, PAGE), places),
         np.zeros((PAGE, HEAD_IN)),
         pair(4 + HEAD_IN, 16),
     )
-    desk = Desk.of(rows=3, heads=2, width=HEAD_IN, latent=LATENT, pages=1, dtype=np.float64)
-    zeros, table, caches = np.zeros(3, np.int64), np.zeros((1, 1), np.int64), np.zeros((1, PAGE, HEAD_IN))
     compare(
-        lambda a, b, c, out: decode.attend(
-            x, norm, a, 1 + 0.1 * rand(4), b, none, latent_norm, none, c, 1e-6, 2, 0, caches, PAGE,
-            cos, sin, at, at, zeros, table, desk, False, out,
+        lambda a, b, c, out: attend(
+            x, weights(a, b, c), 0, (caches, cos, sin, PAGE), places, tuple(desk), False, out
         ),
         x,
         pair(4 + HEAD_IN, 16),
         pair(2 * HEAD_IN, 4),
         pair(16, 2 * LATENT),
-    )  # fmt: skip
+    )
 
 
 def test_weights_are_rounded_by_less_than_half_a_step() -> None:
@@ -251,13 +272,15 @@ def test_attention(
             said.append(value if merged else value @ up_value[h])
         expected[n] += back @ np.concatenate(said)
     remembered = cache.copy()
-    decode.remember(x, norm, down, rank, latent_norm, 1e-6, remembered, cos, sin, position, slot)
+    fields = AttentionWeights(
+        norm, down, query_norm, query, up_key, latent_norm, up_value, back, eps=1e-6, heads=heads
+    )
+    weights, places = tuple(fields), tuple(RowPlaces(position, slot, sequence, table))
+    remember(x, weights, 0, tuple(LatentCache(remembered[None], cos, sin, PAGE)), places)
     np.testing.assert_allclose(remembered, entries, rtol=bound, atol=bound)
     desk = Desk.of(rows=4, heads=heads, width=HEAD_IN, latent=LATENT, pages=5, dtype=dtype)
-    decode.attend(
-        x, norm, down, query_norm, query, up_key, latent_norm, up_value, back, 1e-6, heads, 0,
-        cache[None], PAGE, cos, sin, position, slot, sequence, table, desk, shared, x,
-    )  # fmt: skip
+    caches = tuple(LatentCache(cache[None], cos, sin, PAGE))
+    attend(x, weights, 0, caches, places, tuple(desk), shared, x)
     np.testing.assert_allclose(x, expected, rtol=bound, atol=bound)
     np.testing.assert_allclose(cache, entries, rtol=bound, atol=bound)
 
@@ -267,10 +290,10 @@ def test_a_number_of_an_earlier_round_is_no_piece_of_a_later_one() -> None:
     desk = Desk.of(rows=3, heads=2, width=HEAD_IN, latent=LATENT, pages=1, dtype=np.float64)
     desk.length[:] = 1
     caches = rand(1, PAGE, HEAD_IN)
-    decode._look_together(desk, caches, 0, 1, PAGE, True)
+    attend_together(desk, caches, 0, 1, PAGE, True)
     stale = int(desk.words[NEXT]) - 1
-    assert not decode._is_piece(stale, desk.words[PIECES])
-    decode._look_together(desk, caches, 0, 3, PAGE, True)
+    assert not is_piece(stale, desk.words[PIECES])
+    attend_together(desk, caches, 0, 3, PAGE, True)
     assert desk.words[DONE] == 3
-    assert not decode._is_piece(stale, desk.words[PIECES])
-    assert decode._is_piece(desk.words[PIECES] - 1, desk.words[PIECES])
+    assert not is_piece(stale, desk.words[PIECES])
+    assert is_piece(desk.words[PIECES] - 1, desk.words[PIECES])
