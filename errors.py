@@ -1,20 +1,20 @@
 """Every error that raymoe raises on purpose.
 
     RaymoeError
-    ├── UsageError            what the user gave is wrong: exit code 2
+    ├── UsageError            the user's input is wrong: exit code 2
     │   ├── ConfigError       a field of the configuration
     │   ├── DataError         a corpus, a file or a tokenizer
     │   └── CheckpointError   a checkpoint that is missing, damaged or of another shape
-    ├── ResourceError         the cluster cannot give what the configuration asks for
-    │   ├── HostsChanged      expert hosts came or went in the middle of a change of weights
-    │   └── QueueFull         as many requests wait as may; one comes back later
-    ├── Interrupted           a training step is given up, to begin again at a common one
-    ├── WorkersLost           another worker's process is gone, and all are started anew
-    ├── ChannelError          a peer could not be reached, or hung up
-    │   ├── ChannelTimeout    no answer before the deadline
-    │   └── RemoteError       the peer answered with an error of its own
-    │       └── StaleEpoch    the peer holds another placement epoch
-    └── ProtocolError         a malformed frame, or a call out of its order
+    ├── ResourceError         the cluster lacks what the configuration asks for
+    │   ├── HostsChanged      expert hosts joined or left during a change of weights
+    │   └── QueueFull         the queue of waiting requests is full
+    ├── Interrupted           a training step is given up; the worker has to join the run again
+    ├── WorkersLost           another worker's process has ended
+    ├── ChannelError          a peer is unreachable, or closed the connection
+    │   ├── ChannelTimeout    no reply before the deadline
+    │   └── RemoteError       the peer replied with an error
+    │       └── StaleEpoch    the peer holds another placement epoch than the request names
+    └── ProtocolError         a malformed frame, or a call out of order
 
 Each message names what was wrong, where, and what to do about it.
 """
@@ -29,13 +29,13 @@ class RaymoeError(Exception):
 
 
 class UsageError(RaymoeError):
-    """What the user gave is wrong; ends a command with exit code 2."""
+    """The user's input is wrong; ends a command with exit code 2."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A field of the configuration is unknown, of a wrong type, or conflicts with another."""
+    """A field of the configuration is unknown, has a wrong type, or conflicts with another field."""
 
 
 class DataError(UsageError):
@@ -43,46 +43,46 @@ class DataError(UsageError):
 
 
 class CheckpointError(UsageError):
-    """A checkpoint is missing, damaged, or of another shape than the configuration."""
+    """A checkpoint is missing or damaged, or its shape differs from the configuration's."""
 
 
 class ResourceError(RaymoeError):
-    """The cluster cannot give what the configuration asks for."""
+    """The cluster lacks what the configuration asks for."""
 
 
 class HostsChanged(ResourceError):
-    """Expert hosts came or went in the middle of a change of weights; do it again."""
+    """Expert hosts joined or left during a change of weights; the change can be tried again."""
 
 
 class Interrupted(RaymoeError):
-    """A training step is given up since something that it needs is lost; join the run again."""
+    """A training step is given up because something that it needs is lost; the worker joins the run again."""
 
 
 class QueueFull(ResourceError):
-    """As many requests wait as may: come back later."""
+    """The queue of waiting requests is full; the request can be sent again later."""
 
 
 class WorkersLost(RaymoeError):
-    """Another worker's process is gone, and with it the group that sums gradients."""
+    """Another worker's process has ended, and with it the process group that sums gradients."""
 
 
 class ChannelError(RaymoeError):
-    """A peer could not be reached, or hung up in the middle of a call."""
+    """A peer could not be reached, or closed the connection during a call."""
 
 
 class ChannelTimeout(ChannelError):
-    """No answer came before the deadline."""
+    """No reply came before the deadline."""
 
 
 class RemoteError(ChannelError):
-    """The peer answered with an error of its own; the message carries its text."""
+    """The peer replied with an error, whose text the message carries."""
 
 
 class StaleEpoch(RemoteError):
-    """The peer holds another placement epoch than the request.
+    """The peer holds another placement epoch than the request names.
 
     Attributes:
-        epoch: the peer's placement epoch; fetch its routing table and send again.
+        epoch: The peer's placement epoch; fetch its routing table and send the request again.
     """
 
     def __init__(self, message: str, *, epoch: int) -> None:
@@ -91,16 +91,16 @@ class StaleEpoch(RemoteError):
 
 
 class ProtocolError(RaymoeError):
-    """A malformed frame, or a call that is out of its order."""
+    """A malformed frame, or a call that is out of order."""
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error says that a peer is gone or out of reach, and not that it has refused."""
+    """Whether an error means that a peer is unreachable; an error that the peer replied with is none."""
     return isinstance(error, ChannelError) and not isinstance(error, RemoteError)
 
 
 def gives_way(error: BaseException) -> bool:
-    """Whether a training step is given up for an error, to join the run again, and not the run."""
+    """Whether an error ends the training step, after which the worker joins again, and not the whole run."""
     return is_loss(error) or isinstance(error, Interrupted | StaleEpoch)
 
 
