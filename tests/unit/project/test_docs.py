@@ -18,7 +18,6 @@ from jobs.config.run_config import RunConfig
 from jobs.serving.config import ServeConfig
 
 ROOT = modules.ROOT
-GLOSSARY = ROOT / "docs" / "glossary.md"
 # Pages that speak of the project as it is; the changelog speaks of the past as well.
 PAGES = sorted(
     file.relative_to(ROOT).as_posix()
@@ -132,6 +131,28 @@ def _sections() -> dict[str, set[str]]:
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 sections.setdefault(section, set()).update(field.annotation.model_fields)
     return sections
+
+
+def test_the_glossary_gives_every_word_once_with_what_carries_it() -> None:
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+?) \| (.*?) ?\|$", _text("docs/glossary.md"), re.MULTILINE)
+    words = [word for word, _, _ in rows]
+    assert len(words) > 50 and len(set(words)) == len(words)
+    carriers = [name for _, _, carrier in rows for name in re.findall(r"`([^`]+)`", carrier)]
+    split = [name.rpartition(".") for name in carriers]
+    assert not [f"{module}.{name}" for module, _, name in split if not _defines(module, name)]
+
+
+def test_the_page_on_locks_has_every_lock_and_no_other() -> None:
+    kinds = r"(?:threading|asyncio)\.(?:R?Lock|Condition|Semaphore)\b"
+    made = re.compile(rf"(\w+)(?:: [\w.]+)? = (?:field\(default_factory=)?{kinds}")
+    there = {
+        (file.relative_to(ROOT).as_posix(), name)
+        for package in modules.PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        for name in made.findall(file.read_text(encoding="utf-8"))
+    }
+    listed = re.findall(r"^\| `([\w/]+\.py)` `(\w+)` \|", _text("docs/locks.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(there)
 
 
 def test_the_parameters_are_those_that_the_server_takes() -> None:
