@@ -120,7 +120,7 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
     from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
     from model.causal_lm import CausalLM
     from model.checkpoints.sources import RandomSource
-    from model.experts import Experts
+    from model.experts.protocols import Experts
 
     model = config.model
     torch.set_num_threads(config.training.threads or os.cpu_count() or 1)

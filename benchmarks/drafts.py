@@ -16,7 +16,7 @@ from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from errors import ConfigError, DataError
 from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.tools.evaluate import documents_of
-from model.experts import Experts
+from model.experts.protocols import Experts
 
 _PROMPT: Final = 64
 _TOKENS: Final = 128

@@ -12,7 +12,7 @@ import torch
 from benchmarks.contenders import finished, machine
 from errors import ConfigError
 from jobs.config.device_and_dtype import compute_device
-from model.experts import ExpertShard, experts_backward, experts_forward
+from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
 
 _ROWS = {"cpu": 256, "cuda": 4096}
 _PRODUCTS = 3  # matrices of an expert

@@ -25,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.constants import FEW_ROWS
+
 Array = npt.NDArray[Any]
 
-MAX_MAILBOX_ROWS: Final = 16
+MAX_MAILBOX_ROWS: Final = FEW_ROWS
 """Rows of a request that a mailbox has room for."""
 
 

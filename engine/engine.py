@@ -26,7 +26,7 @@ from engine.scheduler import Scheduler, Share
 from engine.sequence import Sequence, TokenLogprobs
 from engine.weights import TrunkWeights
 from errors import ConfigError
-from model.experts import Experts
+from model.experts.protocols import Experts
 
 _WARM_UP = 6  # tokens, some with drafts
 

@@ -21,6 +21,7 @@ from engine.assistant import Assistant
 from engine.batch import Stretch
 from engine.weights import Layer, Mixed, Routed, TrunkWeights
 from kernels.attention import AttentionWeights, LatentCache, Matrix, RowPlaces, attend, remember
+from kernels.constants import FEW_ROWS
 from kernels.drafting import join, likeliest
 from kernels.experts import mix_experts, swiglu
 from kernels.linear import project
@@ -29,9 +30,10 @@ from kernels.rounded import Rounded
 from kernels.routing import GateWeights, route
 from kernels.team import Desk
 from model.config import ModelConfig
-from model.experts import ArrayExperts, Experts, LocalExperts
+from model.experts.local import LocalExperts
+from model.experts.protocols import ArrayExperts, Experts
 
-MOST_ROWS = 16
+MOST_ROWS = FEW_ROWS
 """Beyond, matrix products of many rows at a time are faster."""
 
 _LONG = 384  # positions that all rows see together

@@ -18,7 +18,7 @@ from engine.batch import Batch, Group, PairedBatch, Stretch, by_length, collect,
 from engine.few_rows import MOST_ROWS, FewBatch, FewRows
 from engine.sampling import likeliest
 from engine.weights import Layer, Module, TrunkWeights
-from model.experts import Experts, PairedExperts, Pending
+from model.experts.protocols import Experts, PairedExperts, Pending
 from model.rope import rotation
 from model.routing import affinity, gate_values, select_experts
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import LatentAttention
 from model.config import ModelConfig
-from model.experts import Experts
+from model.experts.protocols import Experts
 from model.losses.balance_loss import BalanceWeights
 from model.mlp import SwiGLU
 from model.moe import MoE

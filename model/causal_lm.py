@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.experts import LocalExperts
+from model.experts.local import LocalExperts
 from model.transformer import Transformer
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.attention import document_mask
 from model.block import Block, Pass
 from model.config import ModelConfig
-from model.experts import Experts
+from model.experts.protocols import Experts
 from model.losses.balance_loss import BalanceWeights
 from model.moe import Gate
 from model.mtp import MTPModule

@@ -21,7 +21,7 @@ from channels.base import Phase, Request, RequestId
 from channels.shm.mailbox import HostBox
 from errors import ProtocolError, RaymoeError, StaleEpoch
 from kernels.experts import mix_experts
-from model.experts import experts_backward, experts_forward
+from model.experts.grouped_swiglu import experts_backward, experts_forward
 from model.transfer import to_cpu
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.messages.steps import OptimizerSettings
 from model.config import ModelConfig
-from model.experts import ExpertShard
+from model.experts.grouped_swiglu import ExpertShard
 from model.optimizers.adamw import AdamW, flat_offsets, value_dtype
 
 Parts = tuple[Tensor, ...]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from channels.base import RequestId
 from errors import ProtocolError, RaymoeError
-from model.experts import Saved
+from model.experts.grouped_swiglu import SavedForward
 
 Key = tuple[str, int, int, int, str]
 LaneKey = tuple[str, str, int]
@@ -47,11 +47,11 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._saved: dict[Key, Saved] = {}
+        self._saved: dict[Key, SavedForward] = {}
         self._last: dict[LaneKey, Backward] = {}
         self._applied: set[Key] = set()
 
-    def keep(self, id: RequestId, saved: Saved) -> None:
+    def keep(self, id: RequestId, saved: SavedForward) -> None:
         """Keep the activations of a FORWARD until its BACKWARD; a repeat replaces them.
 
         A FORWARD whose BACKWARD has been applied (it was delayed, or is computed again) keeps nothing.
@@ -69,7 +69,7 @@ class Ledger:
             self._acknowledge(id)
             self._saved.pop(id.key, None)
 
-    def begin_backward(self, id: RequestId) -> tuple[Backward, Saved | None]:
+    def begin_backward(self, id: RequestId) -> tuple[Backward, SavedForward | None]:
         """The BACKWARD of this id, and the activations if the caller is the one who has to compute it.
 
         Raises:

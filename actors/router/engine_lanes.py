@@ -7,11 +7,11 @@ from torch import Tensor
 from actors.router.lane import Array, Lane
 from actors.router.mailbox_call import MailboxCall
 from actors.router.router import Router
-from model.experts import Experts, Pending
+from model.experts.protocols import Experts, Pending
 
 
 class EngineLanes:
-    """Implements `model.experts.Experts`, `ArrayExperts` and `PairedExperts`; one thread uses it at a time.
+    """Implements `Experts`, `ArrayExperts` and `PairedExperts`; one thread uses it at a time.
 
     Args:
         router: has two lanes, which are the engine's alone.
@@ -22,7 +22,7 @@ class EngineLanes:
 
     @property
     def pair(self) -> tuple[Experts, Experts]:
-        """See `model.experts.PairedExperts`."""
+        """See `model.experts.protocols.PairedExperts`."""
         return self._lanes
 
     @property

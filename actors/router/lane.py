@@ -21,14 +21,14 @@ from actors.router.reroute import Reroute
 from actors.router.routing import Routing
 from actors.router.training_call import TrainingCall, dispatched
 from channels.base import MAX_MAILBOX_ROWS
-from model.experts import Pending
+from model.experts.protocols import Pending
 from model.transfer import to_cpu
 
 Array = npt.NDArray[Any]
 
 
 class Lane:
-    """Implements `model.experts.Experts` and `ArrayExperts` for one thread at a time; made by `Router`.
+    """Implements `Experts` and `ArrayExperts` for one thread at a time; made by `Router`.
 
     Args:
         run, router: Names in request ids.

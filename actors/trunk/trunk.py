@@ -27,7 +27,7 @@ from actors.router.lane_turns import Turns
 from actors.trunk.parameters import Reducer, SingleWorker, TrunkParameters
 from actors.trunk.step_inputs import Microbatch, StepInputs
 from errors import Interrupted, RaymoeError, gives_way
-from model.experts import Experts
+from model.experts.protocols import Experts
 from model.losses.training_losses import Evaluation, Losses, evaluation_loss, training_loss
 from model.optimizers.adamw import value_dtype
 from model.trace import Trace

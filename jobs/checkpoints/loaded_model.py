@@ -14,7 +14,7 @@ from jobs.checkpoints.memory_need import check_memory, loading_need
 from jobs.config.device_and_dtype import computes_bfloat16
 from jobs.data.tokenizer import load_tokenizer
 from model.checkpoints.pretrained import PretrainedSource, ShardReader, load_pretrained
-from model.experts import LocalExperts
+from model.experts.local import LocalExperts
 from model.transformer import Transformer
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errors import ConfigError
 from model.block import Pass
-from model.experts import Experts
+from model.experts.protocols import Experts
 from model.losses.balance_loss import BalanceWeights
 from model.losses.cross_entropy import IGNORE, greedy, linear_cross_entropy
 from model.mtp import MTPModule, draft_acceptance

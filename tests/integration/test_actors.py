@@ -34,7 +34,7 @@ from cluster import HostInfo, RoutingTable, plan_placement
 from errors import ChannelError, ChannelTimeout, CheckpointError, Interrupted, RaymoeError, ResourceError
 from model.checkpoints.sources import RandomSource
 from model.config import ModelConfig
-from model.experts import LocalExperts
+from model.experts.local import LocalExperts
 from model.routing import affinity, gate_values, select_experts
 
 CONFIG = ModelConfig(

@@ -25,16 +25,10 @@ from engine.runner import Runner
 from engine.weights import TrunkWeights
 from jobs.config.presets import preset
 from model.dispatch import HostSlice, OutgoingRows, combine_rows
-from model.experts import (
-    Done,
-    Experts,
-    ExpertShard,
-    LocalExperts,
-    Pending,
-    experts_backward,
-    experts_forward,
-)
-from model.grouped import InOneKernel, group
+from model.experts.grouped_products import InOneKernel, group
+from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
+from model.experts.local import LocalExperts
+from model.experts.protocols import CompletedPending, Experts, Pending
 from model.losses.balance_loss import BalanceWeights
 from model.losses.training_losses import training_loss
 from model.optimizers.adamw import AdamW
@@ -54,7 +48,7 @@ class Away:
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
         there(rows, idx, gates)
         assert rows.dtype == torch.bfloat16
-        return Done(rows * gates.sum(1, keepdim=True).to(rows.dtype))
+        return CompletedPending(rows * gates.sum(1, keepdim=True).to(rows.dtype))
 
     @property
     def pair(self) -> tuple[Experts, Experts]:

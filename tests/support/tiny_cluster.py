@@ -15,7 +15,7 @@ from channels import local
 from channels.base import Channel
 from cluster import HostInfo, RoutingTable, experts_held, plan_placement
 from model.config import ModelConfig
-from model.experts import LocalExperts
+from model.experts.local import LocalExperts
 
 CONFIG = ModelConfig(
     vocab_size=32,

@@ -22,7 +22,7 @@ from jobs.fleet.expert_hosts import connector
 from jobs.serving.config import ServeConfig
 from jobs.serving.replica.replica_weights import ReplicaWeights, load_beside, load_weights
 from jobs.serving.versions import WeightsVersion
-from model.experts import Experts
+from model.experts.protocols import Experts
 from protos.trunk_pb2 import TrunkStatus
 
 _HEALTH_SECONDS = 1.0  # a finding is not older than this

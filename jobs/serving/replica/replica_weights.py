@@ -13,7 +13,7 @@ from jobs.config.device_and_dtype import compute_device
 from jobs.serving.config import ServeConfig
 from jobs.serving.served_model import require_room, serving_dtype
 from model.checkpoints.pretrained import PretrainedSource, load_pretrained
-from model.experts import LocalExperts
+from model.experts.local import LocalExperts
 from model.transformer import Transformer
 
 

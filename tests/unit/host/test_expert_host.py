@@ -11,7 +11,7 @@ from torch import Tensor
 from actors.host.expert_host import ExpertHost
 from channels.base import Phase, Request, RequestId
 from errors import ProtocolError, RaymoeError, StaleEpoch
-from model.experts import experts_forward
+from model.experts.grouped_swiglu import experts_forward
 from support.tiny_cluster import CONFIG, LAYERS, SETTINGS, SeededSource, TinyCluster, tokens
 
 LAYER = LAYERS[0]

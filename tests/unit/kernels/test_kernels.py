@@ -18,7 +18,7 @@ from kernels.norm import rms_norm
 from kernels.rounded import Rounded
 from kernels.routing import GateWeights, route
 from kernels.team import DONE, NEXT, PIECES, Desk, attend_together, is_piece
-from model.experts import ExpertShard, experts_forward
+from model.experts.grouped_swiglu import ExpertShard, experts_forward
 from model.routing import affinity, gate_values, select_experts
 
 PAGE = 4

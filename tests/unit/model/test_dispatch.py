@@ -11,7 +11,7 @@ from torch import Tensor
 from channels.base import MAX_MAILBOX_ROWS
 from channels.shm.mailbox import Mailbox, size_of
 from model.dispatch import _sorted, plan_dispatch
-from model.experts import ExpertShard, experts_forward
+from model.experts.grouped_swiglu import ExpertShard, experts_forward
 
 Case = tuple[list[list[int]], list[int], int]
 Replicated = tuple[Tensor, Tensor, Tensor, int, int]

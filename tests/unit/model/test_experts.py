@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.experts import ExpertShard, LocalExperts, experts_backward, experts_forward
+from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
+from model.experts.local import LocalExperts
 
 HIDDEN, WIDTH, EXPERTS = 6, 5, 7
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.experts
-from model.experts import ExpertShard, experts_backward, experts_forward
-from model.grouped import InOneKernel, OneByOne, group
+from model.experts import grouped_swiglu
+from model.experts.grouped_products import InOneKernel, OneByOne, group
+from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
 
 GROUPS, WIDE, NARROW = 5, 16, 8
 
@@ -58,7 +58,7 @@ def test_experts_are_the_same_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     row_ptr, expert = torch.arange(0, 13, 2, dtype=torch.int32), torch.tensor([0, 2] * 6, dtype=torch.int32)
     found = []
     for shard, way in zip(shards, (group, in_one_kernel), strict=True):
-        monkeypatch.setattr(model.experts, "group", way)
+        monkeypatch.setattr(grouped_swiglu, "group", way)
         partial, saved = experts_forward(shard, rows, row_ptr, expert, gate, keep=True)
         assert saved is not None
         found.append((partial, *experts_backward(shard, saved, torch.ones(6, WIDE)), shard.d_w13, shard.d_w2))

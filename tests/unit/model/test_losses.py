@@ -14,7 +14,7 @@ from model.balance import auxiliary_loss, sequence_balance_loss
 from model.block import Pass
 from model.causal_lm import CausalLM
 from model.config import BalanceConfig, DeviceWeights, ModelConfig
-from model.experts import Pending
+from model.experts.protocols import Pending
 from model.losses.balance_loss import BalanceWeights
 from model.losses.cross_entropy import IGNORE
 from model.losses.training_losses import (

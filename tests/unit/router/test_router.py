@@ -9,7 +9,7 @@ from torch import Tensor
 from actors.router import Router
 from channels.base import Phase, Request
 from errors import ChannelError, ProtocolError, RemoteError, StaleEpoch
-from model.experts import Experts
+from model.experts.protocols import Experts
 from support.tiny_cluster import CONFIG, LAYERS, SETTINGS, TinyCluster, local_experts, tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}

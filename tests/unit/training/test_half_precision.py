@@ -15,7 +15,7 @@ from jobs.config.run_config import RunConfig
 from jobs.training.run_start import RunStart
 from model.causal_lm import CausalLM
 from model.checkpoints.shards import ShardReader
-from model.experts import ExpertShard, experts_backward, experts_forward
+from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
 from model.optimizers.adamw import AdamW
 from support.training_job import Outcome, difference, text_corpus, tiny, train
 
