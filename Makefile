@@ -13,7 +13,7 @@ IMAGE ?= raymoe:$(VERSION)
 VARIANT ?= cpu
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo lint format test soak docs chart chart-test image image-test bench protos clean
+.PHONY: setup demo lint format quick test coverage soak docs chart chart-test image image-test bench protos clean
 
 setup: $(STAMP)
 
@@ -42,11 +42,24 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: setup
-	$(BIN)/python -m pytest -m "not soak and not chart"
+# Modules that share a server or a Ray session stay in one process; the others are dealt out.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
+# What takes no more than a second or two of tests/unit, for the everyday loop.
+quick: setup
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not soak" tests/unit
+
+test: setup
+	$(BIN)/python -m pytest $(PARALLEL) -m "not soak and not chart"
+
+# Lines and branches of all packages, under the tests that need no Ray, and in the processes that they start.
+coverage: setup
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term -m "not soak and not chart" \
+	    --ignore tests/integration
+
+# All of it, or one of four parts of about the same length: make soak QUARTER=1.
 soak: setup
-	$(BIN)/python -m pytest -m soak --timeout 3600 -rP
+	$(BIN)/python -m pytest -m soak --timeout 3600 -rP $(if $(QUARTER),--soak-part $(QUARTER)/4)
 
 # The list of modules in docs/modules.md.
 docs: setup

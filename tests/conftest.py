@@ -1,10 +1,14 @@
-"""What all tests share."""
+"""What all tests share: how they run in this process, and in which order and groups."""
 
 from __future__ import annotations
 
+import os
 import signal
 
+import pytest
 import torch
+
+from support.soak_parts import soak_part
 
 # What a shell starts in the background is deaf to Ctrl-C, and so would be all that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -12,3 +16,63 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The models are tiny: a second thread only waits, and on a busy machine it waits long.
 torch.set_num_threads(1)
+
+# Ray would give its workers way to every other process of the machine, as the tests of another process are.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+# Modules that take long come first, so that all processes end at about the same time. Modules that share a
+# server are in the order that its state asks for: a reload changes its weights, an interrupt ends it.
+FIRST = [
+    "test_serve_replicas",
+    "test_serve_killed",
+    "test_serve_elastic",
+    "test_reload",
+    "test_train",
+    "test_train_elastic",
+    "test_cli_end_to_end",
+    "test_data",
+    "test_actors",
+    "test_serve",
+    "test_serve_grpc",
+    "test_serve_interrupted",
+    "test_job_submit",
+    "test_sampled_drafts",
+    "test_bench_contenders",
+    "test_trunk_sharding",
+    "test_channels",
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-part", metavar="K/N", help="of the tests marked soak only part K of N")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose a part of the soak, order the modules, and make each without an `xdist_group` one of its own."""
+    _choose_part(config, items)
+    items.sort(key=_rank)  # stable
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(name=item.path.stem))
+
+
+def _choose_part(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.getoption("--soak-part")
+    if asked is None:
+        return
+    part, parts = map(int, asked.split("/"))
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--soak-part {asked}: K is from 1 to N")
+    others = [
+        item
+        for item in items
+        if item.get_closest_marker("soak") is not None and soak_part(item.path.stem, parts) != part
+    ]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.stem
+    return FIRST.index(name) if name in FIRST else len(FIRST)

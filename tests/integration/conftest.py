@@ -1,13 +1,65 @@
-"""What several modules train on, and a run that they hold theirs against."""
+"""Servers, a Ray session, a corpus and a training run that several modules share.
+
+Modules with the same `xdist_group` run one after the other in one process and share what they start. It ends
+with the last test of the group. `tests/conftest.py` has the order of the modules.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
+from support.commands.serve import SharedServer
 from support.commands.train import STEPS, finish, start
+
+_server = SharedServer()
+
+
+def _group(item: pytest.Item | None) -> str | None:
+    mark = None if item is None else item.get_closest_marker("xdist_group")
+    return None if mark is None else mark.kwargs["name"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """End what a group of modules shares after the last test of the group."""
+    yield
+    if _group(item) != _group(nextitem):
+        _server.close()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedServer]:
+    """The server of this group of modules; a module with a failed test leaves none to the next one."""
+    failed = request.session.testsfailed
+    _server.folder = tmp_path_factory.mktemp("server")
+    yield _server
+    if request.session.testsfailed != failed:
+        _server.close()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> None:
+    """A Ray session of this process, whose actors find functions of test modules."""
+    if ray.is_initialized():
+        return
+    here = os.path.dirname(__file__)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([os.path.dirname(here), here])}},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +74,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that nothing interrupts."""
+    """The directory of a training run that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole") / "run"
     result, _ = finish(start(corpus, output))
     assert result["step"] == STEPS

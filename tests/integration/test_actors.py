@@ -57,6 +57,7 @@ CONFIG = ModelConfig(
 )
 LAYERS = CONFIG.moe_layers
 SETTINGS = OptimizerSettings()
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
 PLAN = TrainingPlan(steps=4, workers=1, learning_rate=1e-2, clip_norm=0.5)
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 PATIENCE = 120.0
@@ -112,22 +113,6 @@ def dying_build() -> ExpertHost:
 
 def open_channel(host: HostInfo, kind: str) -> Channel:
     return reach(kind, host.addresses, timeout=5.0, device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_cluster() -> Iterator[None]:
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([os.path.dirname(os.path.dirname(here)), here])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        _node_ip_address="127.0.0.1",
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
-    yield
-    ray.shutdown()
 
 
 class Hosts:

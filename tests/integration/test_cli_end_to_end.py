@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from typer.testing import CliRunner, Result
 
@@ -22,6 +20,8 @@ from jobs.training.plot import PLOT_FILE
 
 pytestmark = [
     pytest.mark.timeout(540),
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.usefixtures("ray_cluster"),  # the commands find it running; they neither start nor stop one
     # Ray's own code warns of its own settings.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
@@ -29,14 +29,6 @@ PROMPT = "def add_argument(self"
 # Four experts of two groups: the one relation for which transformers judges groups as the paper does.
 SHAPE = {"model__n_routed_experts": 16, "model__num_experts_per_tok": 4}
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """What the commands of this module find running; they neither start nor stop one."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def invoke(*arguments: str | Path, **settings: Any) -> Result:

@@ -21,10 +21,21 @@ import pytest
 from openai import AsyncOpenAI
 
 from model.causal_lm import CausalLM
-from support.commands.serve import PROMPT, Server, greedy, running, save_model, tiny_model, tiny_tokenizer
+from support.commands.serve import (
+    PROMPT,
+    TWO_REPLICAS,
+    Server,
+    SharedServer,
+    greedy,
+    running,
+    save_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 from support.commands.streams import HOST, actors
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("two replicas")]
+OLD = "tiny"  # the directory that the server begins with, and the name of its model
 PROMPTS = [PROMPT, "the mat and", "the hat", "a cat on the mat sat"]
 COUNT = 24
 
@@ -42,7 +53,7 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, CausalLM]:
-    return {"old": tiny_model(0), "new": tiny_model(1)}
+    return {OLD: tiny_model(0), "new": tiny_model(1)}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ def reloaded(server: Server, directory: Path) -> dict[str, Any]:
 async def ask(client: AsyncOpenAI, prompt: str, count: int = COUNT) -> Answer:
     began = time.monotonic()
     stream = await client.completions.create(
-        model="old",
+        model=OLD,
         prompt=prompt,
         max_tokens=count,
         temperature=0,
@@ -114,13 +125,9 @@ async def traffic(server: Server, streams: int, enough: asyncio.Event) -> list[A
 
 
 @pytest.fixture(scope="module")
-def server(
-    models: dict[str, CausalLM], directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    options = ("--set", "serving.replicas=2")
-    with running(models["old"], directories["old"], log, *options) as server:
-        yield server
+def server(shared_server: SharedServer) -> Iterator[Server]:
+    yield shared_server.with_settings(TWO_REPLICAS)
+    shared_server.close()  # it serves other weights now
 
 
 def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
@@ -132,7 +139,7 @@ def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
         calm: list[Answer] = []
         reloads: list[tuple[float, float, dict[str, Any]]] = []
         async with server.async_client as client:
-            for name in ("new", "old", "new", None):
+            for name in ("new", OLD, "new", None):
                 calm += await asyncio.gather(*(ask(client, prompt) for prompt in PROMPTS * 2))
                 if name is not None:
                     began = time.monotonic()
@@ -144,9 +151,9 @@ def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
     answers, reloads = asyncio.run(scene())
     assert len(answers) > 50
     for _, _, result in reloads:
-        assert (result["replicas"], result["expert_hosts"]) == (2, 2)
+        assert (result["replicas"], result["expert_hosts"]) == (2, 3)
     # Between two reloads there is one version; during one, an answer is of either, or goes over.
-    calm = [(0.0, reloads[0][0], "old")]
+    calm = [(0.0, reloads[0][0], OLD)]
     calm += [
         (ended, following, result["version"].split("-")[0])
         for (_, ended, result), following in zip(
@@ -164,13 +171,13 @@ def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
         if len(set(names)) == 1:
             assert answer.text == expected[names[0]][answer.prompt]
     assert judged >= 4 * 2 * len(PROMPTS)
-    assert {name for answer in answers for name in (answer.versions[-1].split("-")[0],)} == {"old", "new"}
+    assert {name for answer in answers for name in (answer.versions[-1].split("-")[0],)} == {OLD, "new"}
 
 
 def test_a_request_on_its_way_goes_on_with_the_new_weights(
     server: Server, models: dict[str, CausalLM], directories: dict[str, Path]
 ) -> None:
-    reloaded(server, directories["old"])
+    reloaded(server, directories[OLD])
 
     async def scene() -> tuple[list[Answer], dict[str, Any]]:
         async with server.async_client as client:
@@ -187,7 +194,7 @@ def test_a_request_on_its_way_goes_on_with_the_new_weights(
     for answer in answers:
         assert len(set(answer.versions)) <= 2
     model = server.client.models.list().data[0]
-    assert model.id == "old"  # the name that clients use stays
+    assert model.id == OLD  # the name that clients use stays
     assert model.model_dump()["version"] == result["version"]
 
 
@@ -196,7 +203,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_is_served_on(
 ) -> None:
     reloaded(server, directories["new"])
     incomplete = tmp_path / "incomplete"
-    shutil.copytree(directories["old"], incomplete)
+    shutil.copytree(directories[OLD], incomplete)
     next(incomplete.glob("*.safetensors")).unlink()
     shape = save_model(tiny_model(2, n_shared_experts=2), tmp_path / "shape")
     for directory, said in (
@@ -209,7 +216,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_is_served_on(
         assert said in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     answer = server.client.completions.create(
-        model="old", prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
+        model=OLD, prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
     )
     assert answer.choices[0].text == expected["new"][PROMPT]
     assert str(answer.system_fingerprint).startswith("new-")
@@ -238,7 +245,7 @@ def answer_in_time(server: Server, seconds: float = 120) -> tuple[str, str]:
     while True:
         try:
             answer = server.client.completions.create(
-                model="old", prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
+                model=OLD, prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
             )
             return answer.choices[0].text, str(answer.system_fingerprint)
         except openai.APIError:
@@ -262,7 +269,7 @@ def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
 def test_hosts_that_die_in_the_middle_of_a_reload_do_not_stop_it(
     server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
-    for name, after in (("old", 0.0), ("new", 0.5), ("old", 1.0), ("new", 2.0)):
+    for name, after in ((OLD, 0.0), ("new", 0.5), (OLD, 1.0), ("new", 2.0)):
         hosts = actors(server, HOST)
         timer = threading.Timer(after, hosts[0].kill)
         timer.start()
@@ -283,7 +290,7 @@ def test_hosts_that_die_in_the_middle_of_a_reload_do_not_stop_it(
 def test_without_a_deployment_there_is_nothing_to_reload(
     server: Server, directories: dict[str, Path], options: tuple[str, ...], said: str
 ) -> None:
-    done = reload(server, directories["old"], *options)
+    done = reload(server, directories[OLD], *options)
     assert done.returncode == 1
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -299,9 +306,9 @@ def test_a_pool_that_crashes_comes_back_with_the_checkpoint_of_the_deployment(
     assert len(pool) == 1
     kill(pool)
     text, version = answer_in_time(server)
-    while not version.startswith("old-"):  # a replica may answer until it has heard of the new pool
+    while not version.startswith(f"{OLD}-"):  # a replica may answer until it has heard of the new pool
         text, version = answer_in_time(server)
-    assert text == expected["old"][PROMPT]
+    assert text == expected[OLD][PROMPT]
     reloaded(server, directories["new"])
     text, version = answer_in_time(server)
     assert version.startswith("new-")
@@ -316,11 +323,11 @@ def test_experts_in_the_replica_are_reloaded_with_it(
     tmp_path: Path,
 ) -> None:
     options = ("--set", "cluster.expert_hosts=0")
-    with running(models["old"], directories["old"], tmp_path / "serve.log", *options) as server:
-        for name in ("old", "new"):
+    with running(models[OLD], directories[OLD], tmp_path / "serve.log", *options) as server:
+        for name in (OLD, "new"):
             reloaded(server, directories[name])
             answer = server.client.completions.create(
-                model="old", prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
+                model=OLD, prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body={"ignore_eos": True}
             )
             assert answer.choices[0].text == expected[name][PROMPT]
             assert str(answer.system_fingerprint).startswith(f"{name}-")

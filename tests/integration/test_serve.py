@@ -6,11 +6,10 @@ import asyncio
 import http.client
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -22,26 +21,27 @@ from openai import AsyncOpenAI
 from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo
 from errors import RaymoeError
-from model.causal_lm import CausalLM
-from support.commands.serve import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
+from support.commands.serve import (
+    ONE_REPLICA,
+    PROMPT,
+    Server,
+    SharedServer,
+    save_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 
-pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def model() -> CausalLM:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def directory(model: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(model, tmp_path_factory.mktemp("served") / "tiny")
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("one replica")]
 
 
 @pytest.fixture(scope="module")
-def server(model: CausalLM, directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(model, directory, tmp_path_factory.mktemp("log") / "serve.log") as server:
-        yield server
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tiny_model(), tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(shared_server: SharedServer) -> Server:
+    return shared_server.with_settings(ONE_REPLICA, grpc=True)
 
 
 def test_the_server_says_what_the_model_says(server: Server) -> None:
@@ -222,22 +222,6 @@ def test_a_killed_host_is_not_missed(server: Server) -> None:
     while health() != 200 or len(set(server.hosts()) - {before[0]}) < len(before):
         assert time.monotonic() < deadline
     assert answer() == text
-
-
-def test_ctrl_c_lets_the_requests_under_way_end(model: CausalLM, directory: Path, tmp_path: Path) -> None:
-    with running(model, directory, tmp_path / "serve.log") as server:
-        stream = server.client.completions.create(
-            model="tiny",
-            prompt=PROMPT,
-            max_tokens=400,
-            temperature=0,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        first = next(iter(stream))
-        server.process.send_signal(signal.SIGINT)
-        chunks = [first, *stream]
-        assert chunks[-1].choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(

@@ -17,23 +17,18 @@ import pytest
 
 from actors.rpc.coordinator_client import AdminClient
 from errors import ConfigError
-from support.commands.serve import Server, running, save_model, tiny_model
+from support.commands.serve import TWO_REPLICAS, Server, SharedServer, running, save_model, tiny_model
 from support.commands.streams import COORDINATOR, HOST, Load, Told, actors, disturbed, greedy_requests
 
-pytestmark = pytest.mark.timeout(600)
-STREAMS, TOKENS, HOSTS = 16, 120, 3
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("two replicas")]
+STREAMS, TOKENS = 16, 120
+HOSTS = 3  # of TWO_REPLICAS
 REQUESTS = greedy_requests(STREAMS, TOKENS)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = tiny_model()
-    directory = save_model(model, tmp_path_factory.mktemp("served") / "tiny")
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    settings = {"cluster.expert_hosts": HOSTS, "cluster.replicas": 2, "cluster.dead_after": 1.0}
-    options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
-    with running(model, directory, log, *options) as server:
-        yield server
+def server(shared_server: SharedServer) -> Server:
+    return shared_server.with_settings(TWO_REPLICAS)
 
 
 @pytest.fixture(scope="module")

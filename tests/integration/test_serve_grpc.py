@@ -18,21 +18,15 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 from protos.generation_pb2_grpc import GenerationStub
-from support.commands.serve import PROMPT, Server, free_port, running, save_model, tiny_model
+from support.commands.serve import KEY, ONE_REPLICA, PROMPT, Server, SharedServer
 
-pytestmark = pytest.mark.timeout(300)
-KEY = "none"  # what the server's own client sends
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("one replica")]
 SERVICE = "raymoe.v1.Generation"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = tiny_model()
-    directory = save_model(model, tmp_path_factory.mktemp("served") / "tiny")
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    keys = ("--set", f'serving.api_keys=["{KEY}"]')
-    with running(model, directory, log, "--grpc-port", str(free_port()), *keys) as server:
-        yield server
+def server(shared_server: SharedServer) -> Server:
+    return shared_server.with_settings(ONE_REPLICA, grpc=True)
 
 
 @pytest.fixture

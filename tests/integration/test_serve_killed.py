@@ -8,35 +8,24 @@ import random
 import signal
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import psutil
 import pytest
 
-from support.commands.serve import PROMPT, Server, running, save_model, tiny_model
+from support.commands.serve import PROMPT, TWO_REPLICAS, Server, SharedServer
 from support.commands.streams import TRUNK, Load, Told, actors
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("two replicas")]
 COUNT = 160
 STREAMS = 12
-DEAD_AFTER = 1.0
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = tiny_model()
-    directory = save_model(model, tmp_path_factory.mktemp("served") / "tiny")
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    settings = {
-        "serving.replicas": 2,
-        "serving.cpus_per_replica": 0.5,
-        "cluster.dead_after": DEAD_AFTER,
-    }
-    options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
-    with running(model, directory, log, *options) as server:
-        yield server
+def server(shared_server: SharedServer) -> Server:
+    return shared_server.with_settings(TWO_REPLICAS)
 
 
 def request(index: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,21 @@ CONFIG = ModelConfig(
     max_position_embeddings=512,
     num_nextn_predict_layers=1,
 )
+
+KEY = "none"
+"""The API key that the clients of these tests send."""
+
+ONE_REPLICA: dict[str, object] = {"cluster.expert_hosts": 2, "serving.api_keys": f'["{KEY}"]'}
+"""Settings of the server that tests of a single replica of the trunk share."""
+
+TWO_REPLICAS: dict[str, object] = {
+    "serving.replicas": 2,
+    "serving.cpus_per_replica": 0.5,
+    "cluster.expert_hosts": 3,
+    "cluster.replicas": 2,
+    "cluster.dead_after": 2.0,
+}
+"""Settings of the server that tests of lost replicas, lost hosts and reloads share."""
 
 
 def tiny_model(seed: int = 0, **changes: object) -> CausalLM:
@@ -95,7 +111,7 @@ class Server:
 
     @property
     def async_client(self) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
     def greedy(self, count: int) -> list[int]:
         """Tokens after the prompt by a full forward pass for each."""
@@ -159,7 +175,7 @@ def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Itera
     process, at = start(directory, log, *options)
     family = psutil.Process(process.pid).children(recursive=True)
     try:
-        with OpenAI(base_url=f"{at['url']}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        with OpenAI(base_url=f"{at['url']}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
             yield Server(
                 at["url"], at["grpc"], at["ray"], at["coordinator"], process, model, directory, client
             )
@@ -171,3 +187,37 @@ def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Itera
     assert process.wait(90) == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+class SharedServer:
+    """A running `raymoe serve` that is kept as long as tests ask for one with the same settings.
+
+    Attributes:
+        folder: takes the next server's model and log.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self._settings: dict[str, object] | None = None
+        self._server: Server | None = None
+        self._closing = ExitStack()
+
+    def with_settings(self, settings: dict[str, object], *, grpc: bool = False) -> Server:
+        """The server of `tiny_model()` with these settings; one with others is told to stop first."""
+        wanted = {**settings, "grpc": grpc}
+        if self._server is None or self._settings != wanted or self._server.process.poll() is not None:
+            self.close()
+            options = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+            if grpc:
+                options += ["--grpc-port", str(free_port())]
+            model = tiny_model()
+            directory = save_model(model, Path(tempfile.mkdtemp(dir=self.folder)) / "tiny")
+            log = directory.with_name("serve.log")
+            self._server = self._closing.enter_context(running(model, directory, log, *options))
+            self._settings = wanted
+        return self._server
+
+    def close(self) -> None:
+        """Tell the server to stop, and check that nothing is left of it."""
+        self._server = self._settings = None
+        self._closing.close()

@@ -14,6 +14,8 @@ from errors import ConfigError
 from jobs.config.presets import preset
 from jobs.config.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(hosts: int) -> RunConfig:
     values = preset("tiny").to_dict()

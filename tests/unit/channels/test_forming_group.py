@@ -16,6 +16,8 @@ from channels.collective import channel as collective
 from channels.collective.rendezvous import Meeting
 from errors import ChannelError
 
+pytestmark = pytest.mark.slow
+
 
 def _host(pipe: Connection, name: str, nth: int) -> None:
     """A server whose process stops right after it has told, or heard, so many things."""

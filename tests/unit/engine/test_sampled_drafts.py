@@ -21,6 +21,8 @@ from engine.scheduler import Share
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, LENGTH = 5, 3
 PROMPT = [3, 1, 4, 1]
 DRAWS = 20_000

@@ -23,6 +23,8 @@ from cluster import HostInfo, RoutingTable
 from support.coordinator_tables import Tables, check
 from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
 
+pytestmark = pytest.mark.slow
+
 HOSTS = 3
 
 

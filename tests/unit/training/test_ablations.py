@@ -11,6 +11,8 @@ import torch
 
 from support.training_job import Outcome, difference, text_corpus, tiny, train
 
+pytestmark = pytest.mark.slow
+
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "auxiliary": {"balance": {"strategy": "auxiliary"}},

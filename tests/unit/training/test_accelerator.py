@@ -11,6 +11,8 @@ import pytest
 
 from support import on_accelerator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:

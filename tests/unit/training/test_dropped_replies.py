@@ -20,6 +20,8 @@ from errors import ChannelError, RemoteError
 from support.tiny_cluster import LAYERS, TinyCluster, tokens
 from support.training_job import Outcome, difference, text_corpus, tiny, train
 
+pytestmark = pytest.mark.slow
+
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 
 

@@ -19,6 +19,8 @@ from jobs.training.run_start import RunStart
 from jobs.training.train import _start
 from support.training_job import Outcome, difference, text_corpus, tiny, train
 
+pytestmark = pytest.mark.slow
+
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 24, 12
 

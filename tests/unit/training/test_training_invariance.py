@@ -15,6 +15,8 @@ import torch
 
 from support.training_job import Outcome, difference, text_corpus, tiny, train
 
+pytestmark = pytest.mark.slow
+
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 ALL = list(
     itertools.product(["float32", "float64"], [0, 1, 2, 4], [1, 2], ["local", "shm", "collective", "grpc"])

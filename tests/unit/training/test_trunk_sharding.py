@@ -22,7 +22,7 @@ from support.training_job import Outcome, difference, text_corpus, tiny, train
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 12, 6
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 
 def config(sharding: str = "fsdp", *, workers: int = 2, **training: Any) -> RunConfig:
