@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=_rank)  # stable
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(name=item.path.stem))
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def _choose_part(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ _server = SharedServer()
 
 def _group(item: pytest.Item | None) -> str | None:
     mark = None if item is None else item.get_closest_marker("xdist_group")
-    return None if mark is None else mark.kwargs["name"]
+    return None if mark is None else mark.args[0]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -182,13 +182,27 @@ def test_a_peer_that_dies_in_mid_fetch_leaves_the_host_as_it_was(
     monkeypatch.setattr(state_stream, "FRAME_BYTES", 512)
     cluster = made({**ONE, "b": {}})
     cluster.advance()
+    whole, closed = cluster.hosts["a"].fetch, threading.Event()
+
+    def held_back(pull: Pull) -> Iterator[bytes]:
+        frames = whole(pull)
+        yield next(frames)
+        assert closed.wait(20)
+        yield from frames
+
+    monkeypatch.setattr(cluster.hosts["a"], "fetch", held_back)
 
     class Dying(HostClient):
         def fetch(self, pull: Pull) -> Iterator[bytes]:
             frames = super().fetch(pull)
             yield next(frames)
-            cluster.servers["a"].close()
-            yield from frames
+            closing = threading.Thread(target=cluster.servers["a"].close)
+            closing.start()
+            try:
+                yield from frames
+            finally:
+                closed.set()
+                closing.join()
 
     host = cluster.add("c", {}, connect=Dying)
     order = Assembly(epoch=1, experts=ONE["a"], base=0, step=1, origins=cluster.origins())
