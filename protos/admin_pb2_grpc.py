@@ -61,7 +61,7 @@ class AdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Fails with the reason when the change had to be given up; what was before is then there again.
+        """Fails with the reason when the change is given up; the number of hosts is then what it was before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,10 +54,10 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_coordinator__pb2.OrdersRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.OrdersReply.FromString,
                 _registered_method=True)
-        self.Found = channel.unary_unary(
-                '/raymoe.v1.Coordinator/Found',
-                request_serializer=protos_dot_coordinator__pb2.FoundRequest.SerializeToString,
-                response_deserializer=protos_dot_coordinator__pb2.FoundReply.FromString,
+        self.PlaceExperts = channel.unary_unary(
+                '/raymoe.v1.Coordinator/PlaceExperts',
+                request_serializer=protos_dot_coordinator__pb2.PlaceExpertsRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.PlaceExpertsReply.FromString,
                 _registered_method=True)
         self.Join = channel.unary_unary(
                 '/raymoe.v1.Coordinator/Join',
@@ -79,10 +79,10 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_coordinator__pb2.RequestStopRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.RequestStopReply.FromString,
                 _registered_method=True)
-        self.GetStatus = channel.unary_unary(
-                '/raymoe.v1.Coordinator/GetStatus',
-                request_serializer=protos_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
-                response_deserializer=protos_dot_coordinator__pb2.GetStatusReply.FromString,
+        self.GetFailure = channel.unary_unary(
+                '/raymoe.v1.Coordinator/GetFailure',
+                request_serializer=protos_dot_coordinator__pb2.GetFailureRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.GetFailureReply.FromString,
                 _registered_method=True)
         self.Fail = channel.unary_unary(
                 '/raymoe.v1.Coordinator/Fail',
@@ -109,10 +109,10 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_coordinator__pb2.RetireWeightsRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.RetireWeightsReply.FromString,
                 _registered_method=True)
-        self.GetState = channel.unary_unary(
-                '/raymoe.v1.Coordinator/GetState',
-                request_serializer=protos_dot_coordinator__pb2.GetStateRequest.SerializeToString,
-                response_deserializer=protos_dot_coordinator__pb2.GetStateReply.FromString,
+        self.GetBias = channel.unary_unary(
+                '/raymoe.v1.Coordinator/GetBias',
+                request_serializer=protos_dot_coordinator__pb2.GetBiasRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.GetBiasReply.FromString,
                 _registered_method=True)
 
 
@@ -126,39 +126,42 @@ class CoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetRoutingTable(self, request, context):
-        """Waits, see the request.
+        """Waits as long as the request says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Suspect(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """A router cannot reach a host.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Orders(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The hosts to start and to stop.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Found(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def PlaceExperts(self, request, context):
+        """Places all experts on the hosts that have registered.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Join(self, request, context):
-        """Returns when everything is ready for the worker.
+        """A worker begins, or begins again after it gave up a step. Returns when the run is running.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportStep(self, request, context):
-        """Returns when every worker of the step has reported. Sent again, it returns the same decision.
+        """Returns when every worker of the step has reported. A repeat returns the same decision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,43 +179,48 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetStatus(self, request, context):
+    def GetFailure(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fail(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends the run: every waiting and every later call raises an error with this text.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SaveHosts(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Has all hosts write their part of a checkpoint.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadWeights(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Has all hosts load the experts of other weights, beside those in use.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PublishWeights(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Makes the routing table that of this epoch, whose weights have been loaded.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RetireWeights(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Has all hosts drop all weights but these.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetState(self, request, context):
+    def GetBias(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -241,10 +249,10 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_coordinator__pb2.OrdersRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.OrdersReply.SerializeToString,
             ),
-            'Found': grpc.unary_unary_rpc_method_handler(
-                    servicer.Found,
-                    request_deserializer=protos_dot_coordinator__pb2.FoundRequest.FromString,
-                    response_serializer=protos_dot_coordinator__pb2.FoundReply.SerializeToString,
+            'PlaceExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlaceExperts,
+                    request_deserializer=protos_dot_coordinator__pb2.PlaceExpertsRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.PlaceExpertsReply.SerializeToString,
             ),
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
@@ -266,10 +274,10 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_coordinator__pb2.RequestStopRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.RequestStopReply.SerializeToString,
             ),
-            'GetStatus': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetStatus,
-                    request_deserializer=protos_dot_coordinator__pb2.GetStatusRequest.FromString,
-                    response_serializer=protos_dot_coordinator__pb2.GetStatusReply.SerializeToString,
+            'GetFailure': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFailure,
+                    request_deserializer=protos_dot_coordinator__pb2.GetFailureRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.GetFailureReply.SerializeToString,
             ),
             'Fail': grpc.unary_unary_rpc_method_handler(
                     servicer.Fail,
@@ -296,10 +304,10 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_coordinator__pb2.RetireWeightsRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.RetireWeightsReply.SerializeToString,
             ),
-            'GetState': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetState,
-                    request_deserializer=protos_dot_coordinator__pb2.GetStateRequest.FromString,
-                    response_serializer=protos_dot_coordinator__pb2.GetStateReply.SerializeToString,
+            'GetBias': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBias,
+                    request_deserializer=protos_dot_coordinator__pb2.GetBiasRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.GetBiasReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -421,7 +429,7 @@ class Coordinator(object):
             _registered_method=True)
 
     @staticmethod
-    def Found(request,
+    def PlaceExperts(request,
             target,
             options=(),
             channel_credentials=None,
@@ -434,9 +442,9 @@ class Coordinator(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/raymoe.v1.Coordinator/Found',
-            protos_dot_coordinator__pb2.FoundRequest.SerializeToString,
-            protos_dot_coordinator__pb2.FoundReply.FromString,
+            '/raymoe.v1.Coordinator/PlaceExperts',
+            protos_dot_coordinator__pb2.PlaceExpertsRequest.SerializeToString,
+            protos_dot_coordinator__pb2.PlaceExpertsReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -556,7 +564,7 @@ class Coordinator(object):
             _registered_method=True)
 
     @staticmethod
-    def GetStatus(request,
+    def GetFailure(request,
             target,
             options=(),
             channel_credentials=None,
@@ -569,9 +577,9 @@ class Coordinator(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/raymoe.v1.Coordinator/GetStatus',
-            protos_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
-            protos_dot_coordinator__pb2.GetStatusReply.FromString,
+            '/raymoe.v1.Coordinator/GetFailure',
+            protos_dot_coordinator__pb2.GetFailureRequest.SerializeToString,
+            protos_dot_coordinator__pb2.GetFailureReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -718,7 +726,7 @@ class Coordinator(object):
             _registered_method=True)
 
     @staticmethod
-    def GetState(request,
+    def GetBias(request,
             target,
             options=(),
             channel_credentials=None,
@@ -731,9 +739,9 @@ class Coordinator(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/raymoe.v1.Coordinator/GetState',
-            protos_dot_coordinator__pb2.GetStateRequest.SerializeToString,
-            protos_dot_coordinator__pb2.GetStateReply.FromString,
+            '/raymoe.v1.Coordinator/GetBias',
+            protos_dot_coordinator__pb2.GetBiasRequest.SerializeToString,
+            protos_dot_coordinator__pb2.GetBiasReply.FromString,
             options,
             channel_credentials,
             insecure,

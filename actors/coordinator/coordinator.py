@@ -22,7 +22,7 @@ from actors.coordinator.scaling import Autoscaler, Rebalancer
 from actors.coordinator.training_steps import TrainingSteps
 from actors.coordinator.transfer_plan import PlacementSpec
 from actors.messages.coordinator_state import CoordinatorState
-from actors.messages.steps import HostControl
+from actors.messages.host_control import HostControl
 from cluster.config import AutoscalingSettings
 from cluster.membership import Event, Membership, Orders, Scaling
 from cluster.topology import HostInfo, RoutingTable

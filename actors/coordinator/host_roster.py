@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 
 from actors.coordinator.host_calls import HostCalls
 from actors.coordinator.routing_tables import PublishedWeights
-from actors.messages.steps import HostControl
+from actors.messages.host_control import HostControl
 from cluster.membership import Event, Membership, Orders, Scaling, Stage
 from cluster.placement import Site
 from cluster.topology import HostInfo

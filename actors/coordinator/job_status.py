@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import TrainingSteps
-from actors.messages.steps import HostStats
+from actors.messages.host_control import HostStats
 from channels.choose import taken
 from errors import RaymoeError
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from actors.coordinator.placement_controller import PlacementController
 from actors.messages.coordinator_state import PlacedWeights
-from actors.messages.steps import HostStats
+from actors.messages.host_control import HostStats
 from cluster.config import AutoscalingSettings
 from cluster.placement import Placement
 from cluster.policy import (

@@ -1,4 +1,4 @@
-"""gRPC services over a coordinator: for workers, routers, whoever runs hosts, and who operates a job."""
+"""gRPC services of a coordinator: for workers, routers and fleets, and for the operators of a job."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ import grpc
 
 from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.host_roster import steady
-from actors.messages.control_codec import (
-    decision_to,
-    host_from,
-    host_to,
-    metrics_to,
-    report_from,
-    table_to,
-    tensor_to,
-)
+from actors.messages.control_codec import host_from, host_to, table_to, tensor_to
+from actors.messages.steps import StepReport
 from actors.rpc.control_server import refusing
 from cluster.membership import Scaling
 from protos import admin_pb2, admin_pb2_grpc, coordinator_pb2, coordinator_pb2_grpc
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
-    """The coordinator's calls."""
+    """Calls of workers, routers and fleets to a coordinator."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -35,12 +28,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             self._coordinator.register_host(host_from(request.host))
             return coordinator_pb2.RegisterHostReply()
 
-    def Found(
-        self, request: coordinator_pb2.FoundRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.FoundReply:
+    def PlaceExperts(
+        self, request: coordinator_pb2.PlaceExpertsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.PlaceExpertsReply:
         with refusing(context):
             self._coordinator.place_experts()
-            return coordinator_pb2.FoundReply()
+            return coordinator_pb2.PlaceExpertsReply()
 
     def GetRoutingTable(
         self, request: coordinator_pb2.GetRoutingTableRequest, context: grpc.ServicerContext
@@ -48,9 +41,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         with refusing(context):
             weights = request.weights or None
             if request.known_serial < 0:
-                table = self._coordinator.table(weights, request.seconds)
+                table = self._coordinator.table(weights, request.timeout)
             else:
-                found = self._coordinator.table_after(request.known_serial, weights, request.seconds)
+                found = self._coordinator.table_after(request.known_serial, weights, request.timeout)
                 if found is None:
                     return coordinator_pb2.GetRoutingTableReply()
                 table = found
@@ -93,14 +86,15 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: coordinator_pb2.StepReport, context: grpc.ServicerContext
     ) -> coordinator_pb2.StepDecision:
         with refusing(context):
-            return decision_to(self._coordinator.steps.report(report_from(request)))
+            report = StepReport.from_message(request)
+            return self._coordinator.steps.report(report).to_message()
 
     def GetMetrics(
         self, request: coordinator_pb2.GetMetricsRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.GetMetricsReply:
         with refusing(context):
-            steps = self._coordinator.steps.metrics(request.since)
-            return coordinator_pb2.GetMetricsReply(steps=[metrics_to(step) for step in steps])
+            steps = self._coordinator.steps.metrics(request.since_step)
+            return coordinator_pb2.GetMetricsReply(steps=[step.to_message() for step in steps])
 
     def RequestStop(
         self, request: coordinator_pb2.RequestStopRequest, context: grpc.ServicerContext
@@ -126,7 +120,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: coordinator_pb2.LoadWeightsRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.LoadWeightsReply:
         with refusing(context):
-            epoch = self._coordinator.placements.load(request.directory, request.version)
+            epoch = self._coordinator.placements.load(request.directory, request.name)
             return coordinator_pb2.LoadWeightsReply(epoch=epoch)
 
     def PublishWeights(
@@ -143,22 +137,21 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             self._coordinator.placements.retire(request.keep)
             return coordinator_pb2.RetireWeightsReply()
 
-    def GetState(
-        self, request: coordinator_pb2.GetStateRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.GetStateReply:
+    def GetBias(
+        self, request: coordinator_pb2.GetBiasRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.GetBiasReply:
         with refusing(context):
-            return coordinator_pb2.GetStateReply(bias=tensor_to(self._coordinator.steps.bias()))
+            return coordinator_pb2.GetBiasReply(bias=tensor_to(self._coordinator.steps.bias()))
 
-    def GetStatus(
-        self, request: coordinator_pb2.GetStatusRequest, context: grpc.ServicerContext
-    ) -> coordinator_pb2.GetStatusReply:
+    def GetFailure(
+        self, request: coordinator_pb2.GetFailureRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.GetFailureReply:
         with refusing(context):
-            steps = self._coordinator.steps
-            return coordinator_pb2.GetStatusReply(step=steps.step, failure=steps.failure or "")
+            return coordinator_pb2.GetFailureReply(failure=self._coordinator.steps.failure)
 
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
-    """For whoever operates the job."""
+    """Calls of a job's operators to its coordinator."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -171,11 +164,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     def Scale(self, request: admin_pb2.ScaleRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):
-            return _reply(self._coordinator.scale(request.hosts, request.seconds))
+            return _reply(self._coordinator.scale(request.hosts, request.timeout))
 
     def Drain(self, request: admin_pb2.DrainRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):
-            done = self._coordinator.drain(request.host, request.seconds, replace=request.replace)
+            done = self._coordinator.drain(request.host, request.timeout, replace=request.replace)
             return _reply(done)
 
 

@@ -25,7 +25,8 @@ from actors.coordinator.host_calls import HostCalls, results
 from actors.coordinator.host_snapshots import HostSnapshots
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.run_state import RunState, StepReports
-from actors.messages.steps import HostControl, StepDecision, StepMetrics, StepReport, TrainingPlan
+from actors.messages.host_control import HostControl
+from actors.messages.steps import StepDecision, StepMetrics, StepReport, TrainingPlan
 from errors import Interrupted, ProtocolError, RaymoeError
 from model.balance import max_violation, update_bias
 from model.optimizers.schedule import learning_rate, value_at

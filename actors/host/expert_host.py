@@ -16,7 +16,7 @@ from actors.host.expert_layers import Layer
 from actors.host.expert_versions import Version
 from actors.host.host_state import HostState
 from actors.host.request_payload import local_experts, payload
-from actors.messages.steps import HostStats
+from actors.messages.host_control import HostStats
 from channels.base import Phase, Request, RequestId
 from channels.shm.mailbox import HostBox
 from errors import ProtocolError, RaymoeError, StaleEpoch

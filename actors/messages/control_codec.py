@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from actors.messages.steps import HostStats, StepDecision, StepMetrics, StepReport
+from actors.messages.host_control import HostStats
 from cluster.topology import HostInfo, RoutingTable
 from errors import ProtocolError
 from protos import coordinator_pb2, expert_pb2, tensor_pb2
@@ -63,7 +63,7 @@ def table_to(table: RoutingTable) -> coordinator_pb2.RoutingTable:
         n_layers=len(table.holders),
         n_experts=len(table.holders[0]) if table.holders else 0,
         holders=[host for row in table.holders for hosts in row for host in hosts],
-        replicas=[len(hosts) for row in table.holders for hosts in row],
+        holder_counts=[len(hosts) for row in table.holders for hosts in row],
         weights=table.weights,
         serial=table.serial,
     )
@@ -76,7 +76,7 @@ def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
         ProtocolError: the numbers of layers, experts, replicas and hosts do not go together.
     """
     n_layers, n_experts = message.n_layers, message.n_experts
-    counts, flat = list(message.replicas), iter(message.holders)
+    counts, flat = list(message.holder_counts), iter(message.holders)
     fits = len(counts) == n_layers * n_experts and sum(counts) == len(message.holders)
     if not fits or any(not 0 <= host < len(message.hosts) for host in message.holders):
         raise ProtocolError(
@@ -90,121 +90,6 @@ def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
         holders=tuple(tuple(holders[row * n_experts : (row + 1) * n_experts]) for row in range(n_layers)),
         weights=message.weights,
         serial=message.serial,
-    )
-
-
-def report_to(report: StepReport) -> coordinator_pb2.StepReport:
-    """See `StepReport`."""
-    return coordinator_pb2.StepReport(
-        worker=report.worker,
-        step=report.step,
-        loads=tensor_to(report.loads),
-        trunk_squared_norm=report.trunk_squared_norm,
-        expert_squared_norm=report.local_expert_squared_norm,
-        main_loss_sum=report.main_sum,
-        mtp_loss_sums=[report.mtp_sum],
-        balance_loss=report.balance_sum,
-        targets=report.n_targets,
-        rows=report.n_rows,
-        tokens=report.tokens,
-        seconds=report.seconds,
-        dispatched=report.tokens_routed,
-        rows_sent=report.rows_sent,
-        bytes_sent=report.bytes,
-    )
-
-
-def report_from(message: coordinator_pb2.StepReport) -> StepReport:
-    """The inverse of `report_to`."""
-    return StepReport(
-        worker=message.worker,
-        step=message.step,
-        loads=tensor_from(message.loads),
-        trunk_squared_norm=message.trunk_squared_norm,
-        local_expert_squared_norm=message.expert_squared_norm,
-        main_sum=message.main_loss_sum,
-        mtp_sum=sum(message.mtp_loss_sums),
-        balance_sum=message.balance_loss,
-        n_targets=message.targets,
-        n_rows=message.rows,
-        tokens=message.tokens,
-        seconds=message.seconds,
-        tokens_routed=message.dispatched,
-        rows_sent=message.rows_sent,
-        bytes=message.bytes_sent + message.bytes_received,
-    )
-
-
-def decision_to(decision: StepDecision) -> coordinator_pb2.StepDecision:
-    """See `StepDecision`."""
-    return coordinator_pb2.StepDecision(
-        step=decision.step,
-        lr=decision.learning_rate,
-        scale=decision.scale,
-        grad_norm=decision.grad_norm,
-        bias=tensor_to(decision.bias),
-        bias_version=decision.step + 1,
-        epoch=decision.epoch,
-        checkpoint=decision.checkpoint,
-        stop=decision.stop,
-        snapshot=decision.snapshot,
-    )
-
-
-def decision_from(message: coordinator_pb2.StepDecision) -> StepDecision:
-    """The inverse of `decision_to`."""
-    return StepDecision(
-        step=message.step,
-        learning_rate=message.lr,
-        scale=message.scale,
-        grad_norm=message.grad_norm,
-        bias=tensor_from(message.bias),
-        epoch=message.epoch,
-        checkpoint=message.checkpoint,
-        stop=message.stop,
-        snapshot=message.snapshot,
-    )
-
-
-_METRICS = (
-    "loss",
-    "mtp_loss",
-    "balance_loss",
-    "learning_rate",
-    "grad_norm",
-    "scale",
-    "tokens",
-    "seconds",
-    "hosts_per_token",
-    "bytes",
-)
-
-
-def metrics_to(metrics: StepMetrics) -> coordinator_pb2.StepMetrics:
-    """See `StepMetrics`."""
-    return coordinator_pb2.StepMetrics(
-        step=metrics.step,
-        values={name: float(getattr(metrics, name)) for name in _METRICS},
-        max_violation=metrics.max_violation,
-    )
-
-
-def metrics_from(message: coordinator_pb2.StepMetrics) -> StepMetrics:
-    """The inverse of `metrics_to`."""
-    values = message.values
-    return StepMetrics(
-        step=message.step,
-        loss=values["loss"],
-        mtp_loss=values["mtp_loss"],
-        balance_loss=values["balance_loss"],
-        learning_rate=values["learning_rate"],
-        grad_norm=values["grad_norm"],
-        scale=values["scale"],
-        max_violation=tuple(message.max_violation),
-        tokens=int(values["tokens"]),
-        seconds=values["seconds"],
-        hosts_per_token=values["hosts_per_token"],
-        bytes=int(values["bytes"]),
     )
 
 
@@ -257,14 +142,8 @@ def stats_from(message: expert_pb2.StatusReply) -> HostStats:
 __all__ = [
     "DTYPES",
     "TORCH_DTYPES",
-    "decision_from",
-    "decision_to",
     "host_from",
     "host_to",
-    "metrics_from",
-    "metrics_to",
-    "report_from",
-    "report_to",
     "stats_from",
     "stats_to",
     "table_from",

@@ -1,19 +1,19 @@
-"""The values that travel between workers, coordinator and hosts at the end of a training step.
+"""Values of a training step that travel between workers, coordinator and hosts, with their wire forms.
 
-L MoE layers (rows in the order of `ModelConfig.moe_layers`), E routed experts.
+Shapes: L MoE layers (rows in the order of `ModelConfig.moe_layers`), E routed experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
-from actors.messages.transfer_orders import Assembly, Blob, Stored
+from actors.messages.control_codec import tensor_from, tensor_to
 from cluster.topology import HostInfo
 from model.optimizers.schedule import Schedule
+from protos import coordinator_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,6 @@ class TrainingPlan:
     checkpoint_interval: int = 0
     snapshot_interval: int = 0
 
-    def keeps(self, step: int) -> bool:
-        """Whether a snapshot is due after so many steps."""
-        return self.snapshot_interval > 0 and step % self.snapshot_interval == 0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepReport:
@@ -99,6 +95,47 @@ class StepReport:
     rows_sent: int = 0
     bytes: int = 0
 
+    def to_message(self) -> coordinator_pb2.StepReport:
+        """This value as a protobuf message."""
+        return coordinator_pb2.StepReport(
+            worker=self.worker,
+            step=self.step,
+            loads=tensor_to(self.loads),
+            trunk_squared_norm=self.trunk_squared_norm,
+            local_expert_squared_norm=self.local_expert_squared_norm,
+            main_sum=self.main_sum,
+            mtp_sum=self.mtp_sum,
+            balance_sum=self.balance_sum,
+            n_targets=self.n_targets,
+            n_rows=self.n_rows,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            tokens_routed=self.tokens_routed,
+            rows_sent=self.rows_sent,
+            bytes=self.bytes,
+        )
+
+    @classmethod
+    def from_message(cls, message: coordinator_pb2.StepReport) -> StepReport:
+        """The inverse of `to_message`."""
+        return cls(
+            worker=message.worker,
+            step=message.step,
+            loads=tensor_from(message.loads),
+            trunk_squared_norm=message.trunk_squared_norm,
+            local_expert_squared_norm=message.local_expert_squared_norm,
+            main_sum=message.main_sum,
+            mtp_sum=message.mtp_sum,
+            balance_sum=message.balance_sum,
+            n_targets=message.n_targets,
+            n_rows=message.n_rows,
+            tokens=message.tokens,
+            seconds=message.seconds,
+            tokens_routed=message.tokens_routed,
+            rows_sent=message.rows_sent,
+            bytes=message.bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepDecision:
@@ -125,6 +162,35 @@ class StepDecision:
     checkpoint: bool
     stop: bool
     snapshot: bool = False
+
+    def to_message(self) -> coordinator_pb2.StepDecision:
+        """This value as a protobuf message."""
+        return coordinator_pb2.StepDecision(
+            step=self.step,
+            learning_rate=self.learning_rate,
+            scale=self.scale,
+            grad_norm=self.grad_norm,
+            bias=tensor_to(self.bias),
+            epoch=self.epoch,
+            checkpoint=self.checkpoint,
+            stop=self.stop,
+            snapshot=self.snapshot,
+        )
+
+    @classmethod
+    def from_message(cls, message: coordinator_pb2.StepDecision) -> StepDecision:
+        """The inverse of `to_message`."""
+        return cls(
+            step=message.step,
+            learning_rate=message.learning_rate,
+            scale=message.scale,
+            grad_norm=message.grad_norm,
+            bias=tensor_from(message.bias),
+            epoch=message.epoch,
+            checkpoint=message.checkpoint,
+            stop=message.stop,
+            snapshot=message.snapshot,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,103 +237,43 @@ class StepMetrics:
         """A dictionary that JSON keeps without loss."""
         return asdict(self)
 
+    def to_message(self) -> coordinator_pb2.StepMetrics:
+        """This value as a protobuf message."""
+        return coordinator_pb2.StepMetrics(
+            step=self.step,
+            loss=self.loss,
+            mtp_loss=self.mtp_loss,
+            balance_loss=self.balance_loss,
+            learning_rate=self.learning_rate,
+            grad_norm=self.grad_norm,
+            scale=self.scale,
+            max_violation=self.max_violation,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            hosts_per_token=self.hosts_per_token,
+            bytes=self.bytes,
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostStats:
-    """What an expert host holds and did, for status and for leak tests.
-
-    Attributes:
-        step: steps committed so far.
-        kept: FORWARDs whose BACKWARD or RELEASE has not come.
-        kept_bytes: what they hold.
-        parameters: parameters of the host's experts.
-        requests: requests answered, by phase name.
-        rows: rows computed.
-        busy_seconds: spent on computing, summed over threads; waiting is not computing.
-        in_flight: requests being handled now.
-        epochs: that requests are answered of, the current one among them.
-        experts: how many of each layer the current epoch has here.
-        failed_pushes: copies of snapshots that did not reach a buddy.
-    """
-
-    id: str
-    step: int
-    epoch: int
-    kept: int
-    kept_bytes: int
-    parameters: int
-    requests: dict[str, int]
-    rows: int
-    busy_seconds: float = 0.0
-    in_flight: int = 0
-    epochs: tuple[int, ...] = ()
-    experts: Mapping[int, int] = field(default_factory=dict)
-    failed_pushes: int = 0
-
-
-class HostControl(Protocol):
-    """What the coordinator asks of an expert host: `ExpertHost` itself, or a client of one."""
-
-    def seal(self, step: int, epoch: int | None = None) -> None:
-        """Take no more gradients of a step: what `prepare` fetches from other holders is complete."""
-        ...
-
-    def prepare(self, step: int, epoch: int | None = None) -> float:
-        """Seal the gradients of a step of this epoch; the sum of their squares, in float64."""
-        ...
-
-    def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
-        """Apply the optimizer step; a repeat does nothing."""
-        ...
-
-    def save(self, directory: str, epoch: int | None = None) -> Sequence[str]:
-        """Write own experts and moments into a checkpoint; the names of the files written."""
-        ...
-
-    def assemble(self, order: Assembly) -> None:
-        """Put the experts of a new epoch together beside those in use; a repeat does nothing."""
-        ...
-
-    def retain(self, *epochs: int) -> None:
-        """Go on with the experts of these epochs, the last above all, and drop every other."""
-        ...
-
-    def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
-        """Copy the state aside, and send it to buddies in the background; a repeat does nothing."""
-        ...
-
-    def inventory(self) -> Sequence[Stored]:
-        """What the host keeps in memory: snapshots, its own and others', and blobs."""
-        ...
-
-    def put(self, blob: Blob) -> None:
-        """Keep named tensors for a step."""
-        ...
-
-    def get(self, name: str, step: int) -> Blob:
-        """What was put."""
-        ...
-
-    def ping(self, timeout: float) -> None:
-        """Answer within so many seconds."""
-        ...
-
-    def close(self) -> None:
-        """Hang up; calls under way fail."""
-        ...
-
-    def loads(self) -> Tensor:
-        """[L, E] int64, rows computed for each expert since the host began."""
-        ...
-
-    def stats(self) -> HostStats:
-        """Counters."""
-        ...
+    @classmethod
+    def from_message(cls, message: coordinator_pb2.StepMetrics) -> StepMetrics:
+        """The inverse of `to_message`."""
+        return cls(
+            step=message.step,
+            loss=message.loss,
+            mtp_loss=message.mtp_loss,
+            balance_loss=message.balance_loss,
+            learning_rate=message.learning_rate,
+            grad_norm=message.grad_norm,
+            scale=message.scale,
+            max_violation=tuple(message.max_violation),
+            tokens=message.tokens,
+            seconds=message.seconds,
+            hosts_per_token=message.hosts_per_token,
+            bytes=message.bytes,
+        )
 
 
 __all__ = [
-    "HostControl",
-    "HostStats",
     "OptimizerSettings",
     "Resume",
     "StepDecision",

@@ -1,6 +1,7 @@
-"""A coordinator's client, over gRPC, with the methods of the plain classes.
+"""Clients of a coordinator over gRPC: for workers, routers and fleets, and for the operators of a job.
 
-Errors come back as what they were, with the peer named; a coordinator that is gone is a `ChannelError`.
+An error of the coordinator is raised with its own class and names the coordinator; when its process is gone,
+a `ChannelError` is raised.
 """
 
 from __future__ import annotations
@@ -11,15 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from actors.messages.control_codec import (
-    decision_from,
-    host_from,
-    host_to,
-    metrics_from,
-    report_to,
-    table_from,
-    tensor_from,
-)
+from actors.messages.control_codec import host_from, host_to, table_from, tensor_from
 from actors.messages.coordinator_state import CoordinatorState
 from actors.messages.steps import Resume, StepDecision, StepMetrics, StepReport
 from actors.rpc.control_server import control_channel, raising
@@ -27,15 +20,15 @@ from cluster.membership import Orders
 from cluster.topology import HostInfo, RoutingTable
 from protos import admin_pb2, admin_pb2_grpc, coordinator_pb2, coordinator_pb2_grpc
 
-_SLACK = 10.0  # seconds that a call which waits there may take on top
+_SLACK = 10.0  # seconds that a call may take beyond the time that the coordinator waits
 
 
 class CoordinatorClient:
-    """Calls a `Coordinator`.
+    """Client of a `Coordinator` and of its `TrainingSteps`, with their methods.
 
     Args:
-        address: of the coordinator actor.
-        timeout: seconds for one call, except for those that wait for others.
+        address: Address of the coordinator actor, `grpc:HOST:PORT`.
+        timeout: Seconds for one call, except for calls that wait for other workers or hosts.
     """
 
     def __init__(self, address: str, *, timeout: float | None = 60.0) -> None:
@@ -45,35 +38,41 @@ class CoordinatorClient:
         self._stub = coordinator_pb2_grpc.CoordinatorStub(self._channel)
 
     def register_host(self, info: HostInfo) -> None:
-        """See `Coordinator.register_host`."""
+        """Add a host; a repeat does nothing."""
         request = coordinator_pb2.RegisterHostRequest(host=host_to(info))
         with raising(self._peer):
             self._stub.RegisterHost(request, timeout=self._timeout)
 
     def place_experts(self) -> None:
-        """See `Coordinator.found`."""
+        """Place all experts on the hosts that have registered; a repeat does nothing."""
         with raising(self._peer):
-            self._stub.Found(coordinator_pb2.FoundRequest())
+            self._stub.PlaceExperts(coordinator_pb2.PlaceExpertsRequest())
 
     def table(self, weights: str | None = None, timeout: float = 0.0) -> RoutingTable:
-        """See `Coordinator.table`."""
+        """The routing table of these weights (None: those in use), once every expert has a host."""
         table = self._table(-1, weights, timeout)
-        assert table is not None  # a coordinator without one refuses
+        assert table is not None  # a coordinator without a table raises
         return table
 
     def table_after(self, serial: int, weights: str | None, timeout: float) -> RoutingTable | None:
-        """See `Coordinator.table_after`."""
+        """The newest routing table once its serial differs from `serial`; None after `timeout` seconds."""
         return self._table(serial, weights, timeout)
 
     def suspect(self, host: str, why: str) -> None:
-        """See `Coordinator.suspect`."""
+        """Have the coordinator check a host that cannot be reached."""
         with raising(self._peer):
             self._stub.Suspect(coordinator_pb2.SuspectRequest(host=host, why=why), timeout=self._timeout)
 
     def orders(
         self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str]
     ) -> tuple[Orders, int, CoordinatorState]:
-        """See `Coordinator.orders`; and the coordinator's state."""
+        """Hosts to start and to stop, the number of hosts wanted, and the coordinator's state.
+
+        Args:
+            starting: Hosts that were started and have not registered yet.
+            failed: Host id -> why it did not start, or how it ended.
+            stopped: Hosts that were ended as ordered.
+        """
         request = coordinator_pb2.OrdersRequest(starting=starting, failed=dict(failed), stopped=stopped)
         with raising(self._peer):
             reply = self._stub.Orders(request, timeout=self._timeout)
@@ -81,7 +80,14 @@ class CoordinatorClient:
         return orders, int(reply.wanted), CoordinatorState.from_json(reply.state)
 
     def join(self, rank: int, workers: int, attempt: int, why: str) -> Resume:
-        """See `TrainingSteps.join`."""
+        """Add a worker, when its process begins or after it gave up a step; waits until the run is running.
+
+        Args:
+            rank: Rank of the worker.
+            workers: Workers of the run.
+            attempt: The attempt that the worker was part of; -1 for a new process.
+            why: Why it gave up; empty for a new process.
+        """
         request = coordinator_pb2.JoinRequest(rank=rank, workers=workers, attempt=attempt, why=why)
         with raising(self._peer):
             reply = self._stub.Join(request)
@@ -93,72 +99,72 @@ class CoordinatorClient:
         )
 
     def report(self, report: StepReport) -> StepDecision:
-        """See `TrainingSteps.report`."""
+        """End a step: waits until every worker has reported it; all get the same decision."""
         with raising(self._peer):
-            return decision_from(self._stub.ReportStep(report_to(report)))
+            return StepDecision.from_message(self._stub.ReportStep(report.to_message()))
 
     def metrics(self, since_step: int = -1) -> list[StepMetrics]:
-        """See `TrainingSteps.metrics`."""
-        request = coordinator_pb2.GetMetricsRequest(since=since_step)
+        """Metrics of the committed steps after `since_step`, oldest first; only the latest are kept."""
+        request = coordinator_pb2.GetMetricsRequest(since_step=since_step)
         with raising(self._peer):
             reply = self._stub.GetMetrics(request, timeout=self._timeout)
-        return [metrics_from(step) for step in reply.steps]
+        return [StepMetrics.from_message(step) for step in reply.steps]
 
     def request_stop(self) -> int:
-        """See `TrainingSteps.request_stop`."""
+        """Stop, with a checkpoint, at the end of the current step; returns that step."""
         with raising(self._peer):
             reply = self._stub.RequestStop(coordinator_pb2.RequestStopRequest(), timeout=self._timeout)
             return int(reply.step)
 
     def fail(self, text: str) -> None:
-        """See `TrainingSteps.fail`."""
+        """End the run: every waiting and every later call raises an error with this text."""
         with raising(self._peer):
             self._stub.Fail(coordinator_pb2.FailRequest(text=text), timeout=self._timeout)
 
     def save(self, directory: str, step: int) -> list[str]:
-        """See `TrainingSteps.save`."""
+        """Have all hosts write their part of the checkpoint after `step` steps; returns the files' names."""
         request = coordinator_pb2.SaveHostsRequest(directory=directory, step=step)
         with raising(self._peer):
             return list(self._stub.SaveHosts(request).files)
 
-    def load(self, directory: str, version: str) -> int:
-        """See `Coordinator.load`."""
-        request = coordinator_pb2.LoadWeightsRequest(directory=directory, version=version)
+    def load(self, directory: str, name: str) -> int:
+        """Have every host load other weights beside those in use; returns their epoch."""
+        request = coordinator_pb2.LoadWeightsRequest(directory=directory, name=name)
         with raising(self._peer):
             return int(self._stub.LoadWeights(request).epoch)
 
     def publish(self, epoch: int) -> None:
-        """See `Coordinator.publish`."""
+        """Publish the weights that were loaded last, beside the published ones."""
         request = coordinator_pb2.PublishWeightsRequest(epoch=epoch)
         with raising(self._peer):
             self._stub.PublishWeights(request, timeout=self._timeout)
 
     def retire(self, keep: str = "") -> None:
-        """See `Coordinator.retire`."""
+        """Drop all weights but those of this name; empty keeps those that were published last."""
         request = coordinator_pb2.RetireWeightsRequest(keep=keep)
         with raising(self._peer):
             self._stub.RetireWeights(request, timeout=self._timeout)
 
     def bias(self) -> Tensor:
-        """See `TrainingSteps.bias`."""
+        """`[L, E]` float32, the gates' bias of the current step."""
         with raising(self._peer):
-            reply = self._stub.GetState(coordinator_pb2.GetStateRequest(), timeout=self._timeout)
+            reply = self._stub.GetBias(coordinator_pb2.GetBiasRequest(), timeout=self._timeout)
         return tensor_from(reply.bias)
 
     @property
     def failure(self) -> str | None:
-        """See `TrainingSteps.failure`."""
+        """What ended the run; None while it goes on."""
         with raising(self._peer):
-            reply = self._stub.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=self._timeout)
-        return reply.failure or None
+            reply = self._stub.GetFailure(coordinator_pb2.GetFailureRequest(), timeout=self._timeout)
+        return reply.failure if reply.HasField("failure") else None
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection; calls under way fail."""
         self._channel.close()
 
     def _table(self, serial: int, weights: str | None, timeout: float) -> RoutingTable | None:
         request = coordinator_pb2.GetRoutingTableRequest(
-            known_serial=serial, weights=weights or "", seconds=timeout
+            known_serial=serial, weights=weights or "", timeout=timeout
         )
         with raising(self._peer):
             reply = self._stub.GetRoutingTable(request, timeout=timeout + _SLACK)
@@ -169,8 +175,9 @@ class AdminClient:
     """Operates a running job: the Python interface of `raymoe status`, `scale` and `drain`.
 
     Args:
-        address: of its coordinator, which `raymoe serve --json` and `raymoe train` tell; `grpc:HOST:PORT`.
-        timeout: seconds for a call that waits for nothing.
+        address: Address of the job's coordinator, `grpc:HOST:PORT`, as `raymoe serve --json` and
+            `raymoe train` print it.
+        timeout: Seconds for a call that does not wait for a change.
     """
 
     def __init__(self, address: str, *, timeout: float = 30.0) -> None:
@@ -180,33 +187,39 @@ class AdminClient:
         self._stub = admin_pb2_grpc.AdminStub(self._channel)
 
     def status(self) -> dict[str, Any]:
-        """See `Coordinator.status`."""
+        """State of the job, as `raymoe status --json` prints it."""
         with raising(self._peer):
             reply = self._stub.Status(admin_pb2.StatusOfJobRequest(), timeout=self._timeout)
         status: dict[str, Any] = json.loads(reply.status)
         return status
 
     def scale(self, hosts: int, *, timeout: float = 300.0) -> dict[str, Any]:
-        """Want so many expert hosts; returns when they hold their experts, or `timeout` seconds are over.
+        """Change the number of expert hosts; returns when the change is done, or after `timeout` seconds.
 
         Returns:
-            done, hosts, seconds.
+            done (whether the change is done), hosts (wanted now), seconds (since the request).
 
         Raises:
-            RaymoeError: it cannot be, or had to be given up.
+            RaymoeError: The change is impossible, or failed.
         """
         with raising(self._peer):
-            request = admin_pb2.ScaleRequest(hosts=hosts, seconds=timeout)
+            request = admin_pb2.ScaleRequest(hosts=hosts, timeout=timeout)
             return _scaled(self._stub.Scale(request, timeout=timeout + _SLACK))
 
     def drain(self, host: str, *, replace: bool = False, timeout: float = 300.0) -> dict[str, Any]:
-        """Let a host give its experts away and go; see `scale`."""
+        """Retire one host once its experts are elsewhere; waits and returns as `scale` does.
+
+        Args:
+            host: Id of the host.
+            replace: Start another host in its place; otherwise the job has one host less.
+            timeout: Seconds to wait.
+        """
         with raising(self._peer):
-            request = admin_pb2.DrainRequest(host=host, replace=replace, seconds=timeout)
+            request = admin_pb2.DrainRequest(host=host, replace=replace, timeout=timeout)
             return _scaled(self._stub.Drain(request, timeout=timeout + _SLACK))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection; calls under way fail."""
         self._channel.close()
 
 

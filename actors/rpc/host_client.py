@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from actors.messages.control_codec import host_to, stats_from, tensor_from
-from actors.messages.steps import HostStats
+from actors.messages.host_control import HostStats
 from actors.messages.transfer_codec import assembly_to, stored_from
 from actors.messages.transfer_orders import Assembly, Blob, Pull, Stored
 from actors.rpc.control_server import control_channel, raising

@@ -13,7 +13,7 @@ from actors.coordinator.training_steps import Beginning, TrainingSteps
 from actors.host.checkpoint_part import MomentSource
 from actors.host.expert_host import ExpertHost
 from actors.messages.coordinator_state import CoordinatorState
-from actors.messages.steps import HostControl
+from actors.messages.host_control import HostControl
 from actors.messages.transfer_orders import Peer
 from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.messages.steps import HostStats
+from actors.messages.host_control import HostStats
 from actors.messages.transfer_orders import EXPERTS, Assembly, Blob, Stored
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RemoteError
