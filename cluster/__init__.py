@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.config import AutoscalingSettings, ChannelKind, ClusterConfig
 from cluster.placement import Holding, Placement, Site, balancedness, moves, plan, plan_placement
-from cluster.spread import spread
+from cluster.replica_choices import replica_choices
 from cluster.topology import Holders, HostInfo, RoutingTable, experts_held
 
 __all__ = [
@@ -22,5 +22,5 @@ __all__ = [
     "moves",
     "plan",
     "plan_placement",
-    "spread",
+    "replica_choices",
 ]

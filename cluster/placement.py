@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cluster.packing import pack
-from cluster.repair import repair
+from cluster.count_placement import place_by_count
+from cluster.load_placement import place_by_load
 from cluster.topology import Holders
 from errors import ConfigError
 
@@ -116,12 +116,12 @@ def plan(
     holding = None if held is None else _held_by_index(held, ids, n_layers, n_experts)
     replicas = min(replicas, len(sites))
     if loads is None:
-        holders = repair(home, holding, n_group=n_group, nodes=nodes, replicas=replicas)
+        holders = place_by_count(home, holding, n_group=n_group, nodes=nodes, replicas=replicas)
     else:
         weights = np.asarray(loads, dtype=np.float64)
         if weights.shape != (n_layers, n_experts) or not np.isfinite(weights).all() or (weights < 0).any():
             raise ValueError(f"loads must be [{n_layers}, {n_experts}] finite numbers, none below 0")
-        holders = pack(
+        holders = place_by_load(
             weights, n_group=n_group, nodes=nodes, replicas=replicas, redundant=redundant, held=holding
         )
     # Few combinations of hosts occur again and again.

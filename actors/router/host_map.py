@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cluster.spread import spread
+from cluster.replica_choices import replica_choices
 from cluster.topology import RoutingTable
 from errors import ProtocolError
 from model.config import ModelConfig
@@ -42,7 +42,7 @@ class HostMap:
         self.lacking = sum(not hosts for row in table.holders for hosts in row)
         self._table, self._config = table, config
         # One array [L, R, E] for all layers, so that each layer's is a view.
-        ways = np.array(spread(table.holders, len(table.hosts)), np.int64).swapaxes(0, 1).copy()
+        ways = np.array(replica_choices(table.holders, len(table.hosts)), np.int64).swapaxes(0, 1).copy()
         self._arrays: dict[int, Array] = dict(zip(config.moe_layers, ways, strict=True))
         self._host_of = {layer: torch.from_numpy(array) for layer, array in self._arrays.items()}
         self._replicated = {

@@ -1,4 +1,4 @@
-"""Placement by counts: from what hosts hold to what they should, with few moves and groups kept together."""
+"""Placement by counts, without loads: equally many experts per host, few moves, groups kept together."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from cluster.topology import Holders
 
 
 @dataclass(slots=True)
-class _Part:
-    """Experts of one group with the same holders, which move together."""
+class GroupPart:
+    """Experts of one group that have the same holders, and move together."""
 
     group: int
     experts: list[int]
     hosts: list[int]
 
 
-def repair(
+def place_by_count(
     home: Holders,
     held: Sequence[Sequence[Sequence[int]]] | None,
     *,
@@ -25,14 +25,14 @@ def repair(
     nodes: Sequence[str],
     replicas: int,
 ) -> Holders:
-    """Holders by counts: those of `held` (none: of `home`), with what is missing added and evened out.
+    """Holders of each expert: those in `held`, with missing replicas added and the counts evened out.
 
     Args:
-        home: `[L][E]` one holder of each expert, the placement from nothing without replicas.
-        held: `[H][L]` expert ids that each host holds.
-        n_group: expert groups of a layer.
+        home: `[L][E]` one holder of each expert: the placement from nothing, without replicas.
+        held: `[H][L]` expert ids that each host holds; None begins with `home`.
+        n_group: Expert groups of a layer.
         nodes: `[H]` node of each host.
-        replicas: holders of each expert, at most H.
+        replicas: Holders of each expert, at most H.
     """
     rows: list[tuple[tuple[int, ...], ...]] = []
     known: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
@@ -47,25 +47,34 @@ def repair(
         if held is None and replicas == 1:
             rows.append(now)
             continue
-        # Layers that look alike come out alike, and are worked out once.
+        # Layers with the same holders get the same placement, which is computed once.
         turn = layer % len(nodes) if _uneven(row, len(nodes)) else 0
         key = (now, row, turn)
         if key not in known:
-            known[key] = _Layer(now, row, n_group, nodes, replicas, turn).result(held is not None)
+            known[key] = LayerPlacement(now, row, n_group, nodes, replicas, turn).result(held is not None)
         rows.append(known[key])
     return tuple(rows)
 
 
 def _uneven(row: Sequence[Sequence[int]], n_hosts: int) -> bool:
-    """Whether some hosts hold more than others, so that it should be others in other layers."""
+    """Whether some hosts hold more experts than others; in other layers it should be other hosts."""
     counts = [0] * n_hosts
     for (host,) in row:
         counts[host] += 1
     return len(set(counts)) > 1
 
 
-class _Layer:
-    """One layer's parts on their way to a placement."""
+class LayerPlacement:
+    """Changes one layer's holders into a placement.
+
+    Args:
+        now: `[E]` present holders of each expert.
+        home: `[E]` one holder of each expert in the placement from nothing.
+        n_group: Expert groups of the layer.
+        nodes: `[H]` node of each host.
+        replicas: Holders of each expert.
+        turn: The host that ties are decided for.
+    """
 
     def __init__(
         self,
@@ -80,25 +89,25 @@ class _Layer:
         self.n_experts, self.hosts = len(now), range(len(nodes))
         self.several_nodes = len(set(nodes)) > 1
         size = len(now) // n_group
-        parts: dict[tuple[int, tuple[int, ...]], _Part] = {}
+        parts: dict[tuple[int, tuple[int, ...]], GroupPart] = {}
         for expert, hosts in enumerate(now):
             at = (expert // size, tuple(hosts))
-            parts.setdefault(at, _Part(at[0], [], list(hosts))).experts.append(expert)
+            parts.setdefault(at, GroupPart(at[0], [], list(hosts))).experts.append(expert)
         self.parts = list(parts.values())
         self.count = [0] * len(nodes)
         self.of_group = [[0] * len(nodes) for _ in range(n_group)]
-        self.both = [[0] * len(nodes) for _ in nodes]  # experts that two hosts hold both
+        self.both = [[0] * len(nodes) for _ in nodes]  # experts that both of two hosts hold
         for part in self.parts:
             hosts, part.hosts = part.hosts, []
             for host in hosts:
                 self._give(part, host)
-        # The placement from nothing, shifted by one host for every replica: its counts are the bounds.
+        # Bounds: the counts of the placement from nothing, shifted by one host for every replica.
         shares = [0] * len(nodes)
         for (host,) in home:
             shares[host] += 1
         sums = [sum(shares[(h + j) % len(nodes)] for j in range(replicas)) for h in self.hosts]
         self.least, self.most = min(sums), max(sums)
-        # What hosts may differ by without anything moving for it: a group, or the largest part of one.
+        # Difference of hosts' counts that moves nothing: a group, or a host's largest share of a group.
         self.unit = size if len(nodes) <= n_group else -(-size // (len(nodes) // n_group))
         self.joined = {host for host in self.hosts if not self.count[host]}
 
@@ -116,14 +125,14 @@ class _Layer:
         return tuple(found)
 
     def _drop(self) -> None:
-        """Take away holders beyond `replicas`, and one of those that share the only node."""
+        """Remove holders beyond `replicas`, and one holder where all share a node."""
         for part in self.parts:
             while len(part.hosts) > self.replicas - self._exposed(part.hosts):
                 may_go = [host for host in part.hosts if self._safe_without(part, host)] or part.hosts
                 self._remove(part, max(may_go, key=lambda host: (self.count[host], self._rank(host))))
 
     def _add(self) -> None:
-        """Give missing replicas to the hosts with the fewest experts, whole parts where they fit."""
+        """Give missing replicas to the hosts with the fewest experts, in whole parts where they fit."""
         queue = sorted(self.parts, key=lambda part: len(part.hosts))
         while queue:
             part = queue.pop(0)
@@ -150,12 +159,12 @@ class _Layer:
             queue.insert(0, part)
 
     def _even_out(self) -> None:
-        """Move parts to hosts that have joined, and from and to those that differ by more than a unit."""
+        """Move parts to hosts that have joined, and between hosts whose counts differ by more than `unit`."""
         while any(self._transfer(*transfer) for transfer in self._transfers()):
             pass
 
     def _transfers(self) -> Iterator[tuple[int, int, int]]:
-        """Who could give how many experts to whom, the most pressing first."""
+        """Possible transfers (donor, taker, experts), between the most different counts first."""
         count = list(self.count)
         takers = sorted(self.hosts, key=lambda host: (count[host], self._rank(host)))
         if max(count) - min(count) <= self.unit:
@@ -169,7 +178,7 @@ class _Layer:
                     yield donor, taker, min(wanted, possible)
 
     def _transfer(self, donor: int, taker: int, amount: int) -> bool:
-        """Move at most `amount` experts, as one part."""
+        """Move at most `amount` experts of one part; returns whether any could be moved."""
         may_go = [
             part
             for part in self.parts
@@ -198,7 +207,7 @@ class _Layer:
         return True
 
     def _choose_primaries(self) -> None:
-        """Order holders so that hosts are primaries of equally many experts, as far as they can be."""
+        """Order holders so that hosts are primaries of as equal numbers of experts as possible."""
         primaries = [0] * len(self.nodes)
         for part in sorted(self.parts, key=lambda part: (len(part.hosts), -len(part.experts), part.experts)):
             part.hosts.sort(key=lambda host: (primaries[host], self._rank(host)))
@@ -210,9 +219,9 @@ class _Layer:
                 part.hosts.remove(host)
                 part.hosts.insert(0, host)
 
-    def _relief(self, primaries: Sequence[int]) -> list[tuple[_Part, int]]:
-        """Parts of one size and their new primaries, which take load from a busiest host to one with less."""
-        led: list[list[_Part]] = [[] for _ in self.nodes]
+    def _relief(self, primaries: Sequence[int]) -> list[tuple[GroupPart, int]]:
+        """Parts of one size and their new primaries: a path from the host with most to one with fewer."""
+        led: list[list[GroupPart]] = [[] for _ in self.nodes]
         for part in self.parts:
             if len(part.hosts) > 1:
                 led[part.hosts[0]].append(part)
@@ -221,7 +230,9 @@ class _Layer:
         for size in sizes:
             if most - min(primaries) <= size:
                 continue
-            came: dict[int, tuple[_Part, int] | None] = {h: None for h in self.hosts if primaries[h] == most}
+            came: dict[int, tuple[GroupPart, int] | None] = {
+                h: None for h in self.hosts if primaries[h] == most
+            }
             queue = list(came)
             for here in queue:
                 for part in led[here]:
@@ -235,43 +246,43 @@ class _Layer:
         return []
 
     @staticmethod
-    def _path(came: Mapping[int, tuple[_Part, int] | None], there: int) -> list[tuple[_Part, int]]:
-        """The steps that led to a host, the last one first."""
-        path: list[tuple[_Part, int]] = []
+    def _path(came: Mapping[int, tuple[GroupPart, int] | None], there: int) -> list[tuple[GroupPart, int]]:
+        """The changes of primaries that lead to a host, the last one first."""
+        path: list[tuple[GroupPart, int]] = []
         while (step := came[there]) is not None:
             path.append((step[0], there))
             there = step[1]
         return path
 
     def _rank(self, host: int) -> int:
-        """Ties go to other hosts in other layers."""
+        """Order of hosts with equal counts, which differs from layer to layer."""
         return (host - self.turn) % len(self.nodes)
 
     def _exposed(self, hosts: Sequence[int]) -> bool:
-        """Whether the replicas would all fail with one node though there are others."""
+        """Whether all replicas would fail with one node, although there are other nodes."""
         return self.several_nodes and len(hosts) > 1 and len({self.nodes[host] for host in hosts}) == 1
 
-    def _safe_without(self, part: _Part, host: int) -> bool:
+    def _safe_without(self, part: GroupPart, host: int) -> bool:
         return not self._exposed([other for other in part.hosts if other != host])
 
-    def _may_take(self, part: _Part, host: int) -> bool:
+    def _may_take(self, part: GroupPart, host: int) -> bool:
         last = len(part.hosts) + 1 == self.replicas
         return host not in part.hosts and not (last and self._exposed([*part.hosts, host]))
 
-    def _shared(self, part: _Part, host: int) -> tuple[int, int]:
-        """How much a host shares with the part's holders: replicas on its node, experts held by both."""
+    def _shared(self, part: GroupPart, host: int) -> tuple[int, int]:
+        """What a host has in common with a part's holders: replicas on its node, experts that both hold."""
         near = sum(self.nodes[other] == self.nodes[host] for other in part.hosts)
         return near, sum(self.both[host][other] for other in part.hosts)
 
-    def _give(self, part: _Part, host: int) -> None:
+    def _give(self, part: GroupPart, host: int) -> None:
         part.hosts.append(host)
         self._record(part, host, len(part.experts))
 
-    def _remove(self, part: _Part, host: int) -> None:
+    def _remove(self, part: GroupPart, host: int) -> None:
         self._record(part, host, -len(part.experts))
         part.hosts.remove(host)
 
-    def _record(self, part: _Part, host: int, experts: int) -> None:
+    def _record(self, part: GroupPart, host: int, experts: int) -> None:
         self.count[host] += experts
         self.of_group[part.group][host] += experts
         for other in part.hosts:
@@ -279,12 +290,12 @@ class _Layer:
                 self.both[host][other] += experts
                 self.both[other][host] += experts
 
-    def _split(self, part: _Part, keep: int) -> _Part:
-        """Cut a part after `keep` experts; the rest."""
-        rest = _Part(part.group, part.experts[keep:], list(part.hosts))
+    def _split(self, part: GroupPart, keep: int) -> GroupPart:
+        """Cut a part after `keep` experts; returns the rest."""
+        rest = GroupPart(part.group, part.experts[keep:], list(part.hosts))
         part.experts = part.experts[:keep]
         self.parts.append(rest)
         return rest
 
 
-__all__ = ["repair"]
+__all__ = ["place_by_count"]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import Holders, Site, plan, spread
-from cluster.spread import MOST_CHOICES
+from cluster import Holders, Site, plan, replica_choices
+from cluster.replica_choices import MOST_CHOICES
 
 HOSTS = 8
 ROWS: st.SearchStrategy[Holders] = st.integers(1, 9).flatmap(
@@ -29,7 +29,7 @@ ROWS: st.SearchStrategy[Holders] = st.integers(1, 9).flatmap(
 @settings(deadline=None)
 @given(ROWS)
 def test_every_choice_is_complete_and_load_splits_as_evenly_as_it_can(holders: Holders) -> None:
-    table = spread(holders, HOSTS)
+    table = replica_choices(holders, HOSTS)
     n_choices = len(table)
     assert table.shape == (n_choices, len(holders), len(holders[0]))
     assert 1 <= n_choices <= MOST_CHOICES
@@ -49,7 +49,7 @@ def test_every_choice_is_complete_and_load_splits_as_evenly_as_it_can(holders: H
 @given(st.integers(1, 4), st.integers(0, 6))
 def test_numbers_of_replicas_that_divide_12_split_evenly_together(most: int, more: int) -> None:
     holders = (tuple(tuple(range(count)) for count in (*range(1, most + 1), *[1] * more)),)
-    table = spread(holders, HOSTS)
+    table = replica_choices(holders, HOSTS)
     for expert, hosts in enumerate(holders[0]):
         assert set(Counter(table[:, 0, expert].tolist()).values()) == {len(table) // len(hosts)}
 
@@ -60,7 +60,7 @@ def test_groups_stay_together_in_every_choice(replicas: int, n_group: int, size:
     n_sites = min(n_sites, n_group * size)
     sites = [Site(f"host-{at}", f"node-{at % 2}") for at in range(n_sites)]
     placement = plan(sites, n_layers=2, n_experts=n_group * size, n_group=n_group, replicas=replicas)
-    table = spread(placement.indices(), n_sites).reshape(-1, 2, n_group, size)
+    table = replica_choices(placement.indices(), n_sites).reshape(-1, 2, n_group, size)
     for layer in range(2):
         for group in range(n_group):
             hosts = [len(set(choice[layer, group].tolist())) for choice in table]
@@ -71,7 +71,7 @@ def test_groups_stay_together_in_every_choice(replicas: int, n_group: int, size:
 
 
 def test_experts_with_more_replicas_follow_those_of_the_same_primary() -> None:
-    table = spread((((0, 1), (0, 1, 2), (0, 1)),), 3)
+    table = replica_choices((((0, 1), (0, 1, 2), (0, 1)),), 3)
     assert len(table) == 6
     together = np.mean([len(set(choice[0].tolist())) == 1 for choice in table])
     assert together == pytest.approx(4 / 6), "the third replica takes a third, the rest is together"
@@ -79,4 +79,4 @@ def test_experts_with_more_replicas_follow_those_of_the_same_primary() -> None:
 
 def test_a_host_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="name host 3, but there are 3 hosts"):
-        spread((((3,),),), 3)
+        replica_choices((((3,),),), 3)

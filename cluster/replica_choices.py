@@ -1,4 +1,4 @@
-"""How calls choose among the replicas of experts: complete choices, of which each token takes one."""
+"""Choice among the replicas of experts: several complete choices, of which each token uses one."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 from cluster.topology import Holders
 
 MOST_CHOICES = 12
-"""Enough to split evenly among 1, 2, 3, 4 or 6 replicas at once."""
+"""Enough to split load evenly among 1, 2, 3, 4 or 6 replicas."""
 
 
-def spread(holders: Holders, n_hosts: int) -> NDArray[np.int64]:
-    """Choices of one replica for each expert, over which load splits evenly when tokens take them in turn.
+def replica_choices(holders: Holders, n_hosts: int) -> NDArray[np.int64]:
+    """Choices of one replica for each expert, which split the load evenly when tokens use them in turn.
 
-    Experts with the same primary stay together in every choice as far as they share hosts, so that a
-    token touches as few hosts as it would with the primaries. Choice 0 is the primaries.
+    Experts with the same primary stay together in every choice as far as they have the same holders, so that
+    a token touches as few hosts as with the primaries. Choice 0 is the primaries.
 
     Args:
-        holders: of every expert, `[L][E]`.
-        n_hosts: number of hosts that `holders` points into.
+        holders: `[L][E]` holders of every expert.
+        n_hosts: Number of hosts that `holders` points into.
 
     Returns:
-        `[R, L, E]` host indices, -1 for an expert that nobody holds. R is 1 when no expert has two
-        holders, at most `MOST_CHOICES`, and otherwise the number that splits best.
+        `[R, L, E]` host indices, -1 for an expert without a holder. R is 1 when no expert has two holders,
+        otherwise the number, at most `MOST_CHOICES`, that splits the load best.
 
     Raises:
-        ValueError: a holder is not below `n_hosts`, or `holders` are no rectangle.
+        ValueError: A holder is not below `n_hosts`, or `holders` is not rectangular.
     """
     counts = Counter(len(hosts) for row in holders for hosts in row)
     n_choices = _choices(counts)
@@ -40,13 +40,13 @@ def spread(holders: Holders, n_hosts: int) -> NDArray[np.int64]:
         for hosts in row:
             if hosts:
                 alike[hosts[0]][hosts] += 1
-        # Of the experts of one primary the most common set of hosts leads; the others follow where they can.
+        # Experts of one primary follow the choices of their most common set of hosts where they can.
         lead = {
             primary: _follow((), max(sets, key=lambda hosts: (sets[hosts], hosts)), n_choices)
             for primary, sets in alike.items()
         }
-        nobody = (-1,) * n_choices
-        chosen.append([_follow(lead[hosts[0]], hosts, n_choices) if hosts else nobody for hosts in row])
+        none = (-1,) * n_choices
+        chosen.append([_follow(lead[hosts[0]], hosts, n_choices) if hosts else none for hosts in row])
     n_experts = len(holders[0]) if holders else 0
     table = np.array(chosen, dtype=np.int64).reshape(len(holders), n_experts, n_choices)
     if table.size and table.max() >= n_hosts:
@@ -55,7 +55,11 @@ def spread(holders: Holders, n_hosts: int) -> NDArray[np.int64]:
 
 
 def _choices(counts: Counter[int]) -> int:
-    """The least number of choices that splits load best, over experts with these numbers of replicas."""
+    """The least number of choices that splits the load best.
+
+    Args:
+        counts: Number of replicas -> number of experts with so many.
+    """
     if max(counts, default=0) < 2:
         return 1
 
@@ -68,9 +72,9 @@ def _choices(counts: Counter[int]) -> int:
 
 @lru_cache(maxsize=4096)
 def _follow(lead: Sequence[int], hosts: tuple[int, ...], n_choices: int) -> tuple[int, ...]:
-    """A host for each choice: that of `lead` where possible, every host as often as the others."""
+    """A host for each choice: the one in `lead` where possible, and every host equally often."""
     each, more = divmod(n_choices, len(hosts))
-    # Who answers once more than others differs with the primary, or low ranks would all be busier.
+    # Which host is chosen once more differs with the primary, so that low ranks are not all busier.
     first = hosts[0] if each else 0
     left = {host: each + ((rank - first) % len(hosts) < more) for rank, host in enumerate(hosts)}
     found = [-1] * n_choices
@@ -89,4 +93,4 @@ def _follow(lead: Sequence[int], hosts: tuple[int, ...], n_choices: int) -> tupl
     return tuple(found)
 
 
-__all__ = ["MOST_CHOICES", "spread"]
+__all__ = ["MOST_CHOICES", "replica_choices"]

@@ -1,10 +1,10 @@
-"""Placement by load: hot experts get more replicas, and hosts are filled so that the highest load is low.
+"""Placement by load: hot experts get more replicas, and bin packing keeps the highest load of a host low.
 
-The idea is that of deepseek-ai/EPLB: replicate the expert with the highest load per replica, then give
-the heaviest replica to the lightest host. What is added: any counts, faults (hosts and nodes), what
-hosts already hold, and an exchange of replicas between hosts until the highest load falls no more.
+As in deepseek-ai/EPLB, the expert with the highest load per replica is replicated, and the heaviest replica
+goes to the host with the least load. In addition: any counts, replicas that span nodes, few moves from what
+hosts hold, and exchanges of replicas between hosts until the highest load falls no more.
 
-All layers are packed at once; L layers, E experts, H hosts, N nodes, K slots of a host.
+All layers are placed at the same time. Shapes: L layers, E experts, H hosts, N nodes, K slots of a host.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.shelves import Shelves
+from cluster.host_slots import HostSlots
 from cluster.topology import Holders
 
 _STAY = 1.01
-"""Moves are worth it while the highest load is this much above the lowest that there can be."""
+"""Experts move only while the highest load is above this factor of the lowest reachable one."""
 _HEAVY = (0.5, 0.4)
-"""Shares of the mean load above which two replicas on one host may be one too many."""
+"""Shares of a host's mean load above which a replica should not share its host with another such one."""
 _IDLE = 2
-"""Redundant replicas that may go to experts without load, where more of hot ones do not help."""
+"""Redundant replicas that may go to the coldest experts, where more replicas of hot ones do not help."""
 _GOOD = 0.99
-"""Layers of this balancedness are left as they are."""
+"""Balancedness above which no other numbers of replicas are tried."""
 _ROUNDS = 8
-"""Exchanges between all hosts at once, before those of the busiest one."""
+"""Rounds of exchanges between all hosts in pairs, before exchanges of the busiest host."""
 _TOGETHER = 1.003
-"""Groups that stay together may cost this much of the highest load, over the lowest that there can be."""
+"""Highest load that keeping groups together may cost, as a factor of the lowest reachable one."""
 _UNEVEN = 1.02
-"""Groups with more load than this on one node or host, over the highest load that is wanted, are not kept."""
+"""Load per host of whole groups, as a factor of the highest load wanted, above which groups are not kept."""
 
 
-def pack(
+def place_by_load(
     loads: NDArray[np.float64],
     *,
     n_group: int,
@@ -45,18 +45,18 @@ def pack(
     """Holders of each expert, in the order of replicas.
 
     Args:
-        loads: `[L, E]`, 0 or more.
-        n_group: expert groups of a layer.
+        loads: `[L, E]` load of each expert, 0 or more.
+        n_group: Expert groups of a layer.
         nodes: `[H]` node of each host.
-        replicas: least number of holders of each expert, at most H.
-        redundant: further replicas of each layer.
-        held: `[H][L]` expert ids that each host holds.
+        replicas: Least number of holders of each expert, at most H.
+        redundant: Further replicas in each layer.
+        held: `[H][L]` expert ids that each host holds; None places from nothing.
     """
     n_experts = loads.shape[1]
     node_of = np.unique(np.asarray(nodes), return_inverse=True)[1].astype(np.int64)
     n_hosts, extra = len(nodes), min(redundant, n_experts * (len(nodes) - replicas))
     least = np.full(loads.shape, replicas, dtype=np.int64)
-    # The placement from nothing says what balance can be had, and is the answer when nothing is held.
+    # The placement from nothing shows the reachable balance, and is the result when nothing is held.
     free = _from_nothing(loads, add_replicas(loads, n_hosts, least, extra), node_of)
     layers = np.nonzero(free.load.mean(axis=1) < _GOOD * free.load.max(axis=1))[0]
     if extra and len(layers):
@@ -77,7 +77,7 @@ def pack(
         layers = np.nonzero(uneven < _UNEVEN * enough)[0]
         if not len(layers):
             continue
-        local = Shelves(loads[layers], copies[layers], node_of)
+        local = HostSlots(loads[layers], copies[layers], node_of)
         local.fill(homes[layers], domain)
         local.exchange(enough[layers])
         good = local.load.max(axis=1) <= enough[layers]
@@ -93,27 +93,33 @@ def _from_held(
     replicas: int,
     target: NDArray[np.float64],
     uneven: NDArray[np.int64],
-) -> Shelves:
-    """What is held (`hold`: `[L, E, H]`), changed as little as the rules and the goals ask for.
+) -> HostSlots:
+    """What hosts hold, changed as little as the rules and the balance of a placement from nothing ask for.
 
-    Goals, of each layer (`[L]`), are what a placement from nothing reaches: `target` for the highest load,
-    `uneven` for the difference between the most and the fewest experts of a host.
+    Args:
+        loads: `[L, E]` load of each expert.
+        copies: `[L, E]` replicas of each expert in the placement from nothing.
+        node_of: `[H]` node of each host.
+        hold: `[L, E, H]` whether a host holds an expert.
+        replicas: Least number of holders of each expert.
+        target: `[L]` highest load of a host that a placement from nothing reaches, with some tolerance.
+        uneven: `[L]` difference between hosts' counts that a placement from nothing reaches.
     """
     now = hold.sum(axis=2).clip(replicas)
     missing = copies.sum(axis=1) - now.sum(axis=1)
     now = add_replicas(loads, len(node_of), drop_replicas(loads, now, replicas, -missing), missing)
-    kept = Shelves(loads, now, node_of, hold)
+    kept = HostSlots(loads, now, node_of, hold)
     kept.fill()
     kept.exchange(target)
     layers = np.nonzero((kept.load.max(axis=1) > target) & (now != copies).any(axis=1))[0]
     if len(layers):
-        # Other experts have become hot: the replicas have to change too.
-        other = Shelves(loads[layers], copies[layers], node_of, hold[layers])
+        # Other experts are hot now: the numbers of replicas have to change too.
+        other = HostSlots(loads[layers], copies[layers], node_of, hold[layers])
         other.fill()
         other.exchange(target[layers])
         better = other.load.max(axis=1) * _STAY < kept.load[layers].max(axis=1)
         kept.take_over(layers[better], other, better)
-    # What is held may be as good as what came out: then nothing moves.
+    # If what is held is as good as the result, nothing moves.
     many = hold.sum(axis=2)
     load = ((loads / np.maximum(many, 1))[:, None] @ hold)[:, 0]
     nodes = node_of == np.arange(node_of.max() + 1)[:, None]
@@ -128,19 +134,19 @@ def _from_held(
     return kept
 
 
-def _uneven(shelves: Shelves) -> NDArray[np.int64]:
-    """`[L]` by how many experts the hosts of a layer differ."""
-    found: NDArray[np.int64] = np.ptp(shelves.hold[:, : shelves.n_experts].sum(axis=1), axis=1)
+def _uneven(slots: HostSlots) -> NDArray[np.int64]:
+    """Difference between the most and the fewest experts of a host, `[L]`."""
+    found: NDArray[np.int64] = np.ptp(slots.hold[:, : slots.n_experts].sum(axis=1), axis=1)
     return found
 
 
 def _other_replicas(
     loads: NDArray[np.float64], n_hosts: int, least: NDArray[np.int64], extra: int
 ) -> list[NDArray[np.int64]]:
-    """Other numbers of replicas (`[L, E]` each) to try where those of the highest loads pack badly."""
+    """Other numbers of replicas (`[L, E]` each) to try where those by highest load cannot be balanced."""
     found = [add_replicas(loads, n_hosts, least, extra, heavy) for heavy in _HEAVY]
     for idle in range(1, min(_IDLE, extra) + 1):
-        # Split once less, an expert may fill a host that its halves would overfill two of.
+        # An expert with one replica less may fill one host, where its halves would overfill two.
         hot = add_replicas(loads, n_hosts, least, extra - idle)
         coldest = np.where(hot < n_hosts, -loads, -np.inf)
         for _ in range(idle):
@@ -154,12 +160,12 @@ def _other_replicas(
 
 def _from_nothing(
     loads: NDArray[np.float64], copies: NDArray[np.int64], node_of: NDArray[np.int64]
-) -> Shelves:
-    shelves = Shelves(loads, copies, node_of)
-    shelves.fill()
-    shelves.level(_ROUNDS)
-    shelves.exchange(np.zeros(len(loads)))
-    return shelves
+) -> HostSlots:
+    slots = HostSlots(loads, copies, node_of)
+    slots.fill()
+    slots.level(_ROUNDS)
+    slots.exchange(np.zeros(len(loads)))
+    return slots
 
 
 def add_replicas(
@@ -169,15 +175,19 @@ def add_replicas(
     extra: int | NDArray[np.int64],
     heavy: float | None = None,
 ) -> NDArray[np.int64]:
-    """`copies` (`[L, E]`) and `extra` more in each layer, one by one to the highest load per replica.
+    """`copies` with `extra` more replicas in each layer, one by one to the highest load per replica.
 
     Args:
-        heavy: share of a host's mean load above which a replica wants a host without another such; when
-            there is one for each host, experts get no more of them.
+        loads: `[L, E]` load of each expert.
+        n_hosts: Number of hosts, the most replicas of an expert.
+        copies: `[L, E]` replicas of each expert.
+        extra: Replicas to add in each layer; `[L]`, or one number for all.
+        heavy: Share of a host's mean load above which a replica should not share its host with another such
+            one; once there is one for each host, no more are made.
     """
     copies, layers = copies.copy(), np.arange(len(loads))
     extra = np.broadcast_to(extra, len(loads))
-    # Equal loads, and none at all, are dealt out evenly.
+    # Breaks ties, so that experts of equal or no load get replicas evenly.
     weight = loads + np.maximum(loads.mean(axis=1, keepdims=True), 1.0) * 1e-9
     limit = np.inf if heavy is None else heavy * loads.sum(axis=1, keepdims=True) / n_hosts
     for step in range(int(extra.max(initial=0))):
@@ -192,7 +202,7 @@ def add_replicas(
 def drop_replicas(
     loads: NDArray[np.float64], copies: NDArray[np.int64], least: int, surplus: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """`copies` (`[L, E]`) without `surplus` (`[L]`) of them, where load per replica stays lowest."""
+    """`copies` (`[L, E]`) less `surplus` (`[L]`) of them, taken where the load per replica stays lowest."""
     copies, layers = copies.copy(), np.arange(len(loads))
     for step in range(int(surplus.max(initial=0))):
         then = np.where(copies > least, loads / np.maximum(copies - 1, 1), np.inf)
@@ -201,7 +211,7 @@ def drop_replicas(
 
 
 def _held(held: Sequence[Sequence[Sequence[int]]], n_experts: int) -> NDArray[np.bool_]:
-    """`[L, E, H]` who holds what."""
+    """Whether a host holds an expert, `[L, E, H]`."""
     hold = np.zeros((len(held[0]), n_experts, len(held)), dtype=np.bool_)
     for host, rows in enumerate(held):
         for layer, experts in enumerate(rows):
@@ -210,7 +220,7 @@ def _held(held: Sequence[Sequence[Sequence[int]]], n_experts: int) -> NDArray[np
 
 
 def _domains(node_of: NDArray[np.int64], n_group: int) -> list[NDArray[np.int64]]:
-    """`[H]` -> what a group may stay within, the widest first: a node, a host."""
+    """Domains that a group may stay within, each as `[H]` domain of a host, the widest first: node, host."""
     found = []
     if 1 < len(np.unique(node_of)) <= n_group:
         found.append(node_of)
@@ -222,7 +232,7 @@ def _domains(node_of: NDArray[np.int64], n_group: int) -> list[NDArray[np.int64]
 def _homes(
     loads: NDArray[np.float64], domain: NDArray[np.int64], n_group: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Whole groups to domains, the heaviest first to the one with the least load for its size.
+    """Assign whole groups to domains, the heaviest first to the domain with the least load for its size.
 
     Returns:
         `[L, E]` domain of each expert; `[L]` the highest load of a domain for each of its hosts.
@@ -242,20 +252,20 @@ def _homes(
     return np.repeat(home, n_experts // n_group, axis=1), (load / hosts).max(axis=1)
 
 
-def _holders(shelves: Shelves) -> Holders:
-    """Holders in the order of replicas: primaries are balanced too."""
-    hold = shelves.hold[:, : shelves.n_experts]
+def _holders(slots: HostSlots) -> Holders:
+    """Holders in the order of replicas, ordered so that the load of primaries is balanced too."""
+    hold = slots.hold[:, : slots.n_experts]
     n_layers, n_experts = hold.shape[:2]
     layers = np.arange(n_layers)
     primary = hold.argmax(axis=2)
-    single = shelves.copies[:, :n_experts] == 1
-    load = ((shelves.loads * single)[:, None] @ hold)[:, 0]
-    order = np.argsort(np.where(single, np.inf, -shelves.loads), axis=1, kind="stable")
+    single = slots.copies[:, :n_experts] == 1
+    load = ((slots.loads * single)[:, None] @ hold)[:, 0]
+    order = np.argsort(np.where(single, np.inf, -slots.loads), axis=1, kind="stable")
     for expert in order[:, : int((~single).sum(axis=1).max(initial=0))].T:
         several = ~single[layers, expert]
         to = np.where(hold[layers, expert], load, np.inf).argmin(axis=1)
         primary[layers, expert] = np.where(several, to, primary[layers, expert])
-        load[layers, to] += np.where(several, shelves.loads[layers, expert], 0.0)
+        load[layers, to] += np.where(several, slots.loads[layers, expert], 0.0)
     alone = [(host,) for host in range(hold.shape[2])]
     rows: list[tuple[tuple[int, ...], ...]] = []
     for layer, firsts in enumerate(primary.tolist()):
@@ -268,4 +278,4 @@ def _holders(shelves: Shelves) -> Holders:
     return tuple(rows)
 
 
-__all__ = ["add_replicas", "drop_replicas", "pack"]
+__all__ = ["add_replicas", "drop_replicas", "place_by_load"]
