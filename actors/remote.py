@@ -18,7 +18,7 @@ from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.servicer import AdminServicer, CoordinatorServicer
 from actors.host.expert_host import ExpertHost
 from actors.host.host_server import ExpertHostServer
-from actors.process_heap import settle_heap
+from actors.process_heap import freeze_heap
 from actors.router.gate_router import GateRouter
 from actors.router.gate_servicer import RouterServicer
 from actors.rpc.control_server import ControlServer
@@ -47,7 +47,7 @@ class _Process(Generic[_T]):
         self._port = port
         try:
             self._built = self._open(build())
-            settle_heap()
+            freeze_heap()
         except Exception as error:
             self._error = error
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import psutil
 import torch
 
-from actors.process_heap import settle_heap
+from actors.process_heap import freeze_heap
 from benchmarks.contenders import Build, Contender, Step
 from errors import ConfigError, ResourceError
 from jobs.config.presets import bench_20m
@@ -153,7 +153,7 @@ def decode(config: RunConfig, *, sequences: int, overlap: bool, weigh: bool = Fa
     )
     with expert_lanes(model, config.cluster, seed=seed, cores=theirs) as lanes:
         engine = Engine(TrunkWeights.of(trunk), lanes, settings, on_step=lanes.begin)
-        settle_heap()  # as replicas do
+        freeze_heap()  # as replicas do
         params = SamplingParams(max_tokens=_TOKENS + 1, temperature=0.0)
         generator = torch.Generator().manual_seed(seed)
 

@@ -1,9 +1,9 @@
-"""Which expert hosts there are and what is to be done about it: a state machine without clock or network.
+"""Membership of the expert hosts of a job: a state machine without clock or network.
 
-A host registers (joining), is given experts (serving), and goes: because fewer are wanted or it is drained
-(leaving, until its experts are elsewhere), or because it died. What follows from that is said as data: which
-hosts should hold experts (`sites`), and what whoever runs the hosts has to start and to stop (`orders`).
-Everything is told with the time, so that a test can run years of it in a second.
+A host registers (joining), gets experts (serving), and leaves: because fewer hosts are wanted or it is
+drained (leaving, until its experts are elsewhere), or because it died. The consequences are data: the hosts
+that should hold experts (`sites`), and the hosts that the fleet has to start and to stop (`orders`). Every
+call is given the time, so that a test can simulate years in a second.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from cluster.placement import Site
 from cluster.topology import HostInfo
 from errors import ConfigError, ProtocolError, ResourceError
 
-_EVENTS = 256  # that are kept
+_EVENTS = 256  # events that are kept
 _BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-"""Seconds before another host is started after one, two, … starts in a row that came to nothing."""
+"""Seconds before another host is started after one, two, … failed starts in a row."""
 
 
 class Stage(StrEnum):
-    """Where a host is in its life."""
+    """Stage of a host's life."""
 
     JOINING = "joining"
     SERVING = "serving"
@@ -32,10 +32,12 @@ class Stage(StrEnum):
 
 @dataclass(slots=True)
 class Member:
-    """A host that is there.
+    """A live host.
 
     Attributes:
-        seen: when it last answered.
+        info: Where the host is reached.
+        stage: Stage of its life.
+        seen: Time of its last answer.
     """
 
     info: HostInfo
@@ -45,11 +47,12 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that happened.
+    """A recorded event.
 
     Attributes:
-        at: seconds since the epoch.
-        kind: one word, as `joined`, `left`, `died`, `scaled`, `moved`, `failed`.
+        at: Time in seconds since the epoch.
+        kind: One word, such as `joined`, `left`, `died`, `scaled`, `moved`, `failed`.
+        text: What happened.
     """
 
     at: float
@@ -59,11 +62,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orders:
-    """What whoever runs the hosts has to do.
+    """What the fleet that runs the hosts has to do.
 
     Attributes:
-        start: hosts to start now, beside those that are on their way.
-        stop: hosts to end now; they hold nothing, or are dead or hung.
+        start: Number of hosts to start now, in addition to those that are starting.
+        stop: Ids of hosts to end now; they hold nothing, or are dead, or hang.
     """
 
     start: int
@@ -72,13 +75,15 @@ class Orders:
 
 @dataclass(slots=True)
 class Scaling:
-    """A change of the number of hosts that somebody asked for.
+    """A requested change of the number of hosts.
 
     Attributes:
-        before: the number to go back to when it fails.
-        replaced: a host in whose place another one shall come; it stays when none does.
-        ended: when it was reached, or, given up, when the hosts were as before.
-        failure: why it was given up.
+        target: The requested number.
+        before: The number that is restored when the change fails.
+        began: Time of the request.
+        replaced: Id of a host that a new host replaces; it stays when the change fails.
+        ended: Time when the target was reached, or, after a failure, when the hosts were as before.
+        failure: Why the change failed; None unless it did.
     """
 
     target: int
@@ -91,12 +96,15 @@ class Scaling:
 
 @dataclass(slots=True)
 class Membership:
-    """The hosts of one job.
+    """The expert hosts of one job.
 
     Args:
-        wanted: hosts that there should be.
-        most: hosts that there can be, of which each holds an expert.
-        retiring: hosts that are to go when they register: a membership before this one wanted so.
+        wanted: Number of hosts that the job should have.
+        most: Number of hosts that the job can have, each with an expert of every layer.
+        members: Host id -> live host, in the order of their registration.
+        events: Recorded events, oldest first.
+        scaling: The latest requested change of the number of hosts.
+        retiring: Hosts that leave once they register, since they were leaving under an earlier coordinator.
     """
 
     wanted: int
@@ -105,16 +113,16 @@ class Membership:
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=_EVENTS))
     scaling: Scaling | None = None
     retiring: frozenset[str] = frozenset()
-    _buried: dict[str, str] = field(default_factory=dict)  # id -> why, until it has been stopped
+    _buried: dict[str, str] = field(default_factory=dict)  # former members: id -> why, until stopped
     _known: set[str] = field(default_factory=set)
     _failures: int = 0
     _not_before: float = 0.0
 
     def register(self, info: HostInfo, now: float) -> None:
-        """A host is there, and holds nothing that counts yet. A repeat is fine.
+        """Add a host, which holds no experts yet; a repeat only counts as an answer.
 
         Raises:
-            ProtocolError: a host of this name has been there and is gone.
+            ProtocolError: A host of this name was here before and is gone.
         """
         if info.id in self.members:
             self.members[info.id].seen = now
@@ -131,51 +139,53 @@ class Membership:
         self._retire_surplus()
 
     def saw(self, id: str, now: float) -> None:
-        """A host has answered."""
+        """Note that a host has answered."""
         member = self.members.get(id)
         if member is not None:
             member.seen = now
 
     def silent(self, now: float, patience: float) -> list[str]:
-        """Hosts that have not answered for so many seconds."""
+        """Hosts that have not answered for `patience` seconds."""
         return [id for id, member in self.members.items() if now - member.seen > patience]
 
     def lose(self, id: str, why: str, now: float) -> bool:
-        """A host is dead, or to be taken for it; whether it was there."""
+        """Remove a host that is dead or declared dead; returns whether it was a member."""
         member = self.members.pop(id, None)
         if member is None:
             return False
         self._buried[id] = why
         self.note(now, "died", f"expert host {id}: {why}")
         if member.stage is Stage.JOINING:
-            self._start_came_to_nothing(now)
-            self._give_up(f"expert host {id} died while joining: {why}", now)
+            self._delay_next_start(now)
+            self._undo_scaling(f"expert host {id} died while joining: {why}", now)
         return True
 
     def start_failed(self, id: str, why: str, now: float) -> None:
-        """A host that was to be started did not come up."""
+        """Note that a host did not start, or that its process has ended."""
         if id in self._known:
             self.lose(id, why, now)
             return
         self._known.add(id)
         self.note(now, "failed", f"expert host {id} did not start: {why}")
-        self._start_came_to_nothing(now)
-        self._give_up(f"expert host {id} did not start: {why}", now)
+        self._delay_next_start(now)
+        self._undo_scaling(f"expert host {id} did not start: {why}", now)
 
     def stopped(self, ids: Iterable[str]) -> None:
-        """These have been ended."""
+        """Note that these hosts were ended as ordered."""
         for id in ids:
             self._buried.pop(id, None)
 
     def scale(self, target: int, now: float, *, replaced: str | None = None) -> Scaling:
-        """Want another number of hosts. What was given up does not stand in the way.
+        """Change the number of hosts that the job should have; a failed change does not block a new one.
 
         Args:
-            replaced: see `Scaling`.
+            target: The new number.
+            now: The time.
+            replaced: See `Scaling`.
 
         Raises:
-            ConfigError: less than one, or more than there are experts in a layer.
-            ResourceError: another change is under way.
+            ConfigError: Fewer than one host, or more hosts than experts of a layer.
+            ResourceError: Another change is under way.
         """
         if not 1 <= target <= self.most:
             raise ConfigError(
@@ -194,14 +204,16 @@ class Membership:
         return self.scaling
 
     def drain(self, id: str, now: float, *, replace: bool = False) -> Scaling:
-        """Let a chosen host give its experts away and go.
+        """Retire one host once its experts are elsewhere.
 
         Args:
-            replace: start another one in its place; else one less is wanted.
+            id: The host.
+            now: The time.
+            replace: Start another host in its place; otherwise the job has one host less.
 
         Raises:
-            ConfigError: there is no such host, or it is the only one and is not to be replaced.
-            ResourceError: another change is under way.
+            ConfigError: The host does not exist, or is the only one and is not replaced.
+            ResourceError: Another change is under way.
         """
         member = self.members.get(id)
         if member is None:
@@ -220,16 +232,16 @@ class Membership:
 
     @property
     def under_way(self) -> Scaling | None:
-        """The change that is neither reached nor given up yet; None without one."""
+        """The requested change that is neither done nor failed; None if there is none."""
         scaling = self.scaling
         return (
             None if scaling is None or scaling.ended is not None or scaling.failure is not None else scaling
         )
 
     def sites(self) -> tuple[Site, ...]:
-        """The hosts that should hold experts, in the order in which they came.
+        """The hosts that should hold experts, in the order of their registration.
 
-        While too few of those that stay are there, those that leave stay too.
+        As long as too few staying hosts have registered, leaving hosts keep their experts.
         """
         staying = [m for m in self.members.values() if m.stage is not Stage.LEAVING]
         if len(staying) < min(self.wanted, len(self.members)):
@@ -238,7 +250,7 @@ class Membership:
         return tuple(Site(id=m.info.id, node=m.info.node) for m in staying)
 
     def placed(self, ids: Iterable[str], now: float) -> None:
-        """These hosts, and no others, hold experts now."""
+        """Note that these hosts, and no others, hold experts now."""
         holding = set(ids)
         for id, member in list(self.members.items()):
             if id in holding and member.stage is Stage.JOINING:
@@ -258,10 +270,11 @@ class Membership:
                 self.note(now, kind, f"{how} {self.wanted} expert hosts after {now - scaling.began:.2f} s")
 
     def orders(self, starting: int, now: float) -> Orders:
-        """What is to be started and stopped.
+        """The hosts to start and to stop.
 
         Args:
-            starting: hosts that have been started and have not registered yet.
+            starting: Hosts that were started and have not registered yet.
+            now: The time.
         """
         staying = sum(m.stage is not Stage.LEAVING for m in self.members.values())
         missing = self.wanted - staying - starting
@@ -269,11 +282,11 @@ class Membership:
         return Orders(start=max(0, start), stop=tuple(self._buried))
 
     def note(self, at: float, kind: str, text: str) -> None:
-        """Remember an event."""
+        """Record an event."""
         self.events.append(Event(at=at, kind=kind, text=text))
 
-    def _give_up(self, why: str, now: float) -> None:
-        """A change that is under way and needs another host goes back to what was before."""
+    def _undo_scaling(self, why: str, now: float) -> None:
+        """Undo a change under way that needs another host."""
         scaling = self.under_way
         if scaling is None or (scaling.target <= scaling.before and scaling.replaced is None):
             return
@@ -287,13 +300,13 @@ class Membership:
         if len(serving) == len(self.members) == self.wanted:
             scaling.ended = now
 
-    def _start_came_to_nothing(self, now: float) -> None:
-        """Wait with the next one, longer each time, until one holds experts."""
+    def _delay_next_start(self, now: float) -> None:
+        """Delay the next start, longer after each failure until a host holds experts."""
         self._not_before = now + _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
         self._failures += 1
 
     def _retire_surplus(self) -> None:
-        """Let the newest of too many go; those that hold nothing yet first."""
+        """Retire surplus hosts: those without experts first, then the newest."""
         staying = [m for m in self.members.values() if m.stage is not Stage.LEAVING]
         surplus = len(staying) - self.wanted
         newest = sorted(reversed(staying), key=lambda m: m.stage is not Stage.JOINING)

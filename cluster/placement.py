@@ -1,4 +1,7 @@
-"""Which host gets which experts: pure functions, no I/O."""
+"""Placement of experts on hosts: pure functions without I/O.
+
+Shapes: L layers with routed experts, E routed experts of a layer, H hosts.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from cluster.topology import Holders
 from errors import ConfigError
 
 Holding = Mapping[str, tuple[tuple[int, ...], ...]]
-"""Host id -> for each layer row the ids of the experts that it holds, ascending."""
+"""Host id -> for each layer row, the ids of the experts that it holds, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +25,8 @@ class Site:
     """A live host that may hold experts.
 
     Attributes:
-        id: of the host.
-        node: the machine that it runs on, with which it fails.
+        id: Id of the host.
+        node: Machine that it runs on, and fails with.
     """
 
     id: str
@@ -32,10 +35,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Who is to hold which experts.
+    """Which hosts hold which experts.
 
     Attributes:
-        sites: ids of the hosts.
+        sites: Ids of the hosts.
         holders: `[L][E]` -> ids of the hosts that hold the expert, in the order of its replicas.
     """
 
@@ -43,7 +46,7 @@ class Placement:
     holders: tuple[tuple[tuple[str, ...], ...], ...]
 
     def indices(self) -> Holders:
-        """`holders` as indices into `sites`, as a routing table has them."""
+        """`holders` as indices into `sites`, as in a routing table."""
         index = {site: at for at, site in enumerate(self.sites)}
         return tuple(tuple(tuple(index[host] for host in hosts) for hosts in row) for row in self.holders)
 
@@ -62,7 +65,7 @@ class Placement:
         )
 
     def holding(self) -> Holding:
-        """The same, host by host."""
+        """The experts of every host."""
         held: dict[str, list[list[int]]] = {site: [[] for _ in self.holders] for site in self.sites}
         for layer, row in enumerate(self.holders):
             for expert, hosts in enumerate(row):
@@ -84,30 +87,30 @@ def plan(
 ) -> Placement:
     """Place every expert on `replicas` hosts, and the hottest ones on more.
 
-    Never two replicas of an expert on one host, nor all of them on one node while there are two.
+    A host never holds two replicas of an expert, and a node never all of them if there are two nodes.
 
-    Without loads the placement goes by counts, groups kept together as in `plan_placement`, and nobody
-    is known to be hot: `redundant` waits for loads. With loads the hosts of a layer hold equally many
-    experts (give or take one), chosen so that the highest load is as low as can be; groups stay on one
-    host or node where that costs no balance.
+    Without loads the experts are placed by counts, groups kept together as in `plan_placement`, and without
+    the redundant replicas, since no expert is known to be hot. With loads the hosts of a layer hold equal
+    numbers of experts (or one more), chosen so that the highest load is low; groups stay on one host or node
+    where that does not cost balance.
 
-    With `held` what is held stays where it is: a host that joins takes its share, of a host that has
-    gone only what it held moves. With loads too, experts change places until the hosts are as balanced
-    as in a placement from nothing. Moves come before groups: joined hosts may split them.
+    With `held`, experts move as little as possible: a host that joins gets its share, and of a host that is
+    gone only its own experts move. With loads too, experts change places until the hosts are as balanced as
+    in a placement from nothing. Few moves have priority over groups: a host that joins may split a group.
 
     Args:
-        sites: live hosts with different ids; the order counts.
-        n_layers: layers with routed experts.
-        n_experts: routed experts of a layer, a multiple of `n_group`.
-        n_group: expert groups of the model.
-        replicas: hosts that hold each expert; no more than there are sites.
-        redundant: further replicas of a layer, as far as hosts are left to take them.
-        loads: `[L, E]` tokens of each expert, or anything proportional to it.
-        held: what hosts hold now; those that are not among `sites` have gone.
+        sites: Live hosts with different ids; their order matters.
+        n_layers: Layers with routed experts.
+        n_experts: Routed experts of a layer, a multiple of `n_group`.
+        n_group: Expert groups of the model.
+        replicas: Hosts that hold each expert; capped at the number of sites.
+        redundant: Further replicas in each layer, as far as there are hosts for them.
+        loads: `[L, E]` tokens of each expert, or anything proportional to them.
+        held: What hosts hold now; hosts that are not among `sites` are gone.
 
     Raises:
-        ConfigError: no site, more sites than experts, or groups of unequal size.
-        ValueError: sites of equal id, or `loads` or `held` of another shape.
+        ConfigError: No site, more sites than experts, or groups of unequal size.
+        ValueError: Sites with equal ids, or `loads` or `held` of another shape.
     """
     home = plan_placement(n_layers if loads is None else 0, n_experts, n_group, len(sites))
     ids, nodes = tuple(site.id for site in sites), [site.node for site in sites]
@@ -124,7 +127,7 @@ def plan(
         holders = place_by_load(
             weights, n_group=n_group, nodes=nodes, replicas=replicas, redundant=redundant, held=holding
         )
-    # Few combinations of hosts occur again and again.
+    # The same few combinations of hosts occur many times.
     named = {
         hosts: tuple(ids[host] for host in hosts) for hosts in {hosts for row in holders for hosts in row}
     }
@@ -132,7 +135,7 @@ def plan(
 
 
 def moves(placement: Placement, held: Holding | None = None) -> dict[str, dict[int, tuple[int, ...]]]:
-    """What hosts must fetch: host id -> layer row -> expert ids, ascending; nothing to fetch, no entry."""
+    """Experts that hosts have to fetch: host id -> layer row -> expert ids, ascending; no empty entries."""
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for host, rows in placement.holding().items():
         before = (held or {}).get(host, ())
@@ -144,7 +147,7 @@ def moves(placement: Placement, held: Holding | None = None) -> dict[str, dict[i
 
 
 def host_loads(placement: Placement, loads: ArrayLike) -> NDArray[np.float64]:
-    """`[L, H]` load of every host, an expert's split evenly among its replicas."""
+    """Load of every host, `[L, H]`; an expert's load is split evenly among its replicas."""
     weights = np.asarray(loads, dtype=np.float64)
     index = {site: at for at, site in enumerate(placement.sites)}
     found = np.zeros((len(placement.holders), len(placement.sites)))
@@ -156,7 +159,7 @@ def host_loads(placement: Placement, loads: ArrayLike) -> NDArray[np.float64]:
 
 
 def balancedness(placement: Placement, loads: ArrayLike) -> NDArray[np.float64]:
-    """`[L]` mean over highest load of the hosts: 1 is balanced, 1 / H all on one; without load 1."""
+    """Mean over highest load of the hosts, `[L]`: 1 is balanced or without load, 1 / H is all on one host."""
     found = host_loads(placement, loads)
     highest = found.max(axis=1, initial=0.0)
     ratio: NDArray[np.float64] = np.divide(
@@ -168,7 +171,7 @@ def balancedness(placement: Placement, loads: ArrayLike) -> NDArray[np.float64]:
 def _held_by_index(
     held: Holding, ids: tuple[str, ...], n_layers: int, n_experts: int
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """What each site holds; a host that is not in `held` holds nothing."""
+    """Experts of each site; a host that is not in `held` holds none."""
     for host, rows in held.items():
         if len(rows) != n_layers or any(not 0 <= e < n_experts for row in rows for e in row):
             raise ValueError(f"held[{host!r}] must name experts below {n_experts} of {n_layers} layers")
@@ -178,23 +181,22 @@ def _held_by_index(
 def plan_placement(n_layers: int, n_experts: int, n_group: int, n_hosts: int) -> Holders:
     """Place the experts of every layer on hosts, groups kept together.
 
-    With at most as many hosts as groups a group never leaves one host, so a token that node-limited
-    routing confines to M groups touches at most M hosts (arXiv 2412.19437, section 2.1.2). With more
-    hosts than groups a host never holds experts of two groups. Counts differ by at most one group
-    (or, within a group, one expert) between the hosts of a layer, and which hosts hold more rotates
-    from layer to layer.
+    With at most as many hosts as groups, a group is never split over hosts, so a token that node-limited
+    routing confines to M groups touches at most M hosts (arXiv 2412.19437, section 2.1.2). With more hosts
+    than groups, a host never holds experts of two groups. Counts differ by at most one group (or, within a
+    group, one expert) between the hosts of a layer, and the hosts that hold more rotate from layer to layer.
 
     Args:
-        n_layers: layers with routed experts.
-        n_experts: routed experts of a layer, a multiple of `n_group`.
-        n_group: expert groups of the model.
-        n_hosts: hosts, 1 or more.
+        n_layers: Layers with routed experts.
+        n_experts: Routed experts of a layer, a multiple of `n_group`.
+        n_group: Expert groups of the model.
+        n_hosts: Hosts, 1 or more.
 
     Returns:
         One holder of each expert; every host holds at least one expert of every layer.
 
     Raises:
-        ConfigError: no host, more hosts than experts, or groups of unequal size.
+        ConfigError: No host, more hosts than experts, or groups of unequal size.
     """
     if n_hosts < 1:
         raise ConfigError(f"cluster.expert_hosts is {n_hosts}: a placement needs at least 1 host")

@@ -1,4 +1,4 @@
-"""When to change the number of expert hosts, and when to place experts anew: decisions as data."""
+"""Decisions to change the number of expert hosts, and to rebalance experts, by measured load. Pure."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cluster.placement import Placement, host_loads
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What the policy remembers from one look to the next.
+    """What the policy remembers from one measurement to the next.
 
     Attributes:
-        above_since: since when the load has been too high, in seconds; None: it is not.
-        below_since: since when it has been too low; None: it is not.
-        most_wanted: most hosts that the load has wanted since `below_since`.
+        above_since: Time since which the load has been too high; None if it is not.
+        below_since: Time since which the load has been too low; None if it is not.
+        most_wanted: The most hosts that the load has asked for since `below_since`.
     """
 
     above_since: float | None = None
@@ -29,14 +29,14 @@ class History:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Expert hosts at one moment.
+    """A measurement of the expert hosts.
 
     Attributes:
-        now: seconds, by a clock that never goes back.
-        utilization: of each live host, the share of the time since the last look that it computed, 0 to 1.
-        waiting: rows that wait or are in flight, at all hosts together.
-        changed_at: when the number of hosts last changed, or was last tried to change; None: never.
-        history: what the last decision came with.
+        now: Time in seconds, by a clock that is never set back.
+        utilization: Share of the time since the last measurement that each live host computed, 0 to 1.
+        waiting: Rows that wait or are in flight at all hosts together.
+        changed_at: Time of the last change of the number of hosts, or attempt at one; None: never.
+        history: The history that the last decision returned.
     """
 
     now: float
@@ -48,14 +48,14 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class NoDecision:
-    """Everything stays as it is; why."""
+    """Nothing changes, and why."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleDecision:
-    """There should be `target` hosts; why."""
+    """There should be `target` hosts, and why."""
 
     target: int
     why: str
@@ -63,7 +63,7 @@ class ScaleDecision:
 
 @dataclass(frozen=True, slots=True)
 class RebalanceDecision:
-    """Experts should be placed like this; why."""
+    """Experts should be placed like this, and why."""
 
     placement: Placement
     why: str
@@ -72,13 +72,13 @@ class RebalanceDecision:
 def autoscale(
     snapshot: Snapshot, settings: AutoscalingSettings
 ) -> tuple[NoDecision | ScaleDecision, History]:
-    """How many hosts there should be, and what to remember for the next look.
+    """The number of hosts that there should be, and the history for the next measurement.
 
-    Wanted are as many hosts as make the mean utilisation `target_utilization`, and the rows at each
-    `target_waiting`. More come when the load has been above its target by `tolerance` for
-    `upscale_delay`, fewer when below for `downscale_delay` (then as many as were wanted at most in that
-    time). Load that does not change wants one number of hosts however many there are, and the tolerance
-    keeps noise from wanting another: the number of hosts comes to rest.
+    The wanted number brings the mean utilisation to `target_utilization`, and the rows at each host to
+    `target_waiting`. Hosts are added when the load has exceeded its target by `tolerance` for
+    `upscale_delay`, and removed when it has been below for `downscale_delay`, down to the most that was
+    wanted in that time. A constant load asks for the same number however many hosts there are, and the
+    tolerance absorbs noise, so the number of hosts converges.
     """
     hosts = len(snapshot.utilization)
     wanted, ratio, what = _wanted(snapshot, settings)
@@ -104,21 +104,21 @@ def autoscale(
 
 
 def _wanted(snapshot: Snapshot, settings: AutoscalingSettings) -> tuple[int, float, str]:
-    """Hosts that the load wants, load over target at the hosts that there are, and the load in words."""
+    """Hosts that the load asks for, load over target at the present hosts, and the load in words."""
     hosts = max(1, len(snapshot.utilization))
     busy = sum(snapshot.utilization) / settings.target_utilization
     what = f"utilization is {sum(snapshot.utilization) / hosts:.2f} (target {settings.target_utilization:g})"
     rows = 0.0 if settings.target_waiting is None else snapshot.waiting / settings.target_waiting
     if rows > busy:
         what = f"{snapshot.waiting / hosts:.0f} rows are at each host (target {settings.target_waiting:g})"
-    # Rounding must not want another host for a load that is exactly on target.
+    # Rounding must not ask for another host when the load is exactly on target.
     return math.ceil(max(busy, rows) - 1e-9), max(busy, rows) / hosts, what
 
 
 def _remember(
     snapshot: Snapshot, settings: AutoscalingSettings, hosts: int, wanted: int, ratio: float
 ) -> History:
-    """The history with this look added; a load back at its target ends what has begun."""
+    """The history with this measurement; a load back at its target resets it."""
     before = snapshot.history
     if wanted > hosts and ratio > 1 + settings.tolerance:
         since = snapshot.now if before.above_since is None else before.above_since
@@ -131,7 +131,7 @@ def _remember(
 
 
 def _left(since: float | None, delay: float, now: float) -> float:
-    """Seconds until `delay` has passed."""
+    """Seconds until `delay` seconds have passed since `since`."""
     return 0.0 if since is None else since + delay - now
 
 
@@ -143,15 +143,14 @@ def needs_rebalance(
     *,
     margin: float = 0.05,
 ) -> NoDecision | RebalanceDecision:
-    """Whether experts should be placed anew: the hosts are out of balance, and a new placement helps.
-
-    Layers run one after the other, so balancedness is their mean loads over their highest, summed.
+    """Whether experts should be placed again: the hosts are out of balance, and a new placement is better.
 
     Args:
         loads: `[L, E]` measured load.
-        threshold: balancedness below which something should happen.
-        replan: the placement that there would be; asked only below the threshold.
-        margin: by how much its balancedness must exceed the present one, as a share of it.
+        placement: The present placement.
+        threshold: Balancedness below which experts may move.
+        replan: Computes the new placement; called only below the threshold.
+        margin: Gain in balancedness that makes the moves worthwhile, as a share of the present one.
     """
     now = total_balancedness(placement, loads)
     if now >= threshold:
@@ -164,7 +163,7 @@ def needs_rebalance(
 
 
 def total_balancedness(placement: Placement, loads: ArrayLike) -> float:
-    """Mean over highest load of the hosts, for all layers one after the other."""
+    """Mean over highest load of the hosts, each summed over the layers, which run one after the other."""
     found = host_loads(placement, loads)
     highest = float(found.max(axis=1, initial=0.0).sum())
     return float(found.mean(axis=1).sum()) / highest if highest > 0 else 1.0

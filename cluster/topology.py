@@ -1,4 +1,4 @@
-"""Who holds which experts: the values that a coordinator hands to its routers."""
+"""Expert hosts and routing tables: the values that a coordinator sends to routers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Holders = tuple[tuple[tuple[int, ...], ...], ...]
-"""`[n_layers][n_experts]` -> indices of the hosts that hold the expert, in the order of its replicas.
+"""`[L][E]` -> indices of the hosts that hold the expert, in the order of its replicas.
 
-The first is the primary; none at all means that no live host holds the expert.
+The first is the primary; empty if no live host holds the expert.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostInfo:
-    """One expert host, as others see it.
+    """Where an expert host runs, and how it is reached.
 
     Attributes:
-        id: name of the host; never given to another host within a run.
-        node: the machine it runs on (a Ray node id); hosts and routers of one node share memory.
-        pid: its process.
-        addresses: channel kind (`shm`, `grpc`) -> address that `channels.connect` takes.
+        id: Name of the host; never reused within a run.
+        node: Machine that it runs on (a Ray node id); hosts and routers of one node share memory.
+        pid: Process id.
+        addresses: Channel kind (`shm`, `grpc`) -> address that `channels.connect` takes.
     """
 
     id: str
@@ -32,14 +32,14 @@ class HostInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
-    """One version of the experts: which hosts hold which of which layer, and with which weights.
+    """Which hosts hold which experts of a version of the weights.
 
     Attributes:
-        epoch: what the hosts hold; a host refuses requests of an epoch that it does not hold.
-        hosts: the hosts; `holders` points into this tuple.
-        holders: of every expert; rows are the MoE layers in the order of `ModelConfig.moe_layers`.
-        weights: version of the weights; epochs with equal ones compute the same.
-        serial: grows with every change that a router should know; within an epoch hosts only go.
+        epoch: Placement epoch; a host refuses requests of an epoch that it does not hold.
+        hosts: The hosts; `holders` points into this tuple.
+        holders: Holders of every expert; rows are the MoE layers in the order of `ModelConfig.moe_layers`.
+        weights: Version of the weights; epochs of the same version compute the same.
+        serial: Grows with every change that a router should know; within an epoch only hosts are removed.
     """
 
     epoch: int
@@ -49,7 +49,7 @@ class RoutingTable:
     serial: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that JSON keeps without loss."""
+        """This table as a dictionary that JSON preserves exactly."""
         return {
             "epoch": self.epoch,
             "hosts": [
@@ -73,10 +73,12 @@ class RoutingTable:
 
 
 def experts_held(holders: Holders, layers: Sequence[int], host: int) -> dict[int, tuple[int, ...]]:
-    """The experts of the host at index `host`: model layer index -> expert ids, ascending (maybe none).
+    """The experts of one host: model layer index -> expert ids, ascending, possibly none.
 
     Args:
-        layers: model layer index of each row of `holders`.
+        holders: `[L][E]` holders of every expert.
+        layers: Model layer index of each row of `holders`.
+        host: Index of the host.
     """
     return {
         layer: tuple(expert for expert, hosts in enumerate(row) if host in hosts)

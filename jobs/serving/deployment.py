@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from actors.process_heap import settle_heap
+from actors.process_heap import freeze_heap
 from actors.remote import listening_address
 from actors.router.table_updates import CoordinatorTables
 from errors import RaymoeError
@@ -80,7 +80,7 @@ class TrunkReplica:
         link.address = self._server.address
         await link.report(ReplicaState(uses=member.version.epoch))
         loaded.set_result(self._replica)
-        settle_heap()
+        freeze_heap()
 
     async def hold(self, name: str) -> AsyncGenerator[str, None]:
         """A request of this name comes to this replica: gives its gRPC address, and lasts as long as that."""

@@ -15,7 +15,7 @@ import torch.distributed
 from ray.train.torch import get_device
 from torch import Tensor
 
-from actors.process_heap import settle_heap
+from actors.process_heap import freeze_heap
 from actors.rpc.coordinator_client import CoordinatorClient
 from actors.trunk.parameters import Reducer, SingleWorker
 from cluster.topology import RoutingTable
@@ -115,7 +115,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             mesh=_mesh(config, workers, device),
             device=device,
         )
-        settle_heap()
+        freeze_heap()
         try:
             made.worker.run()
         finally:

@@ -10,7 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from actors.process_heap import settle_heap
+from actors.process_heap import freeze_heap
 from jobs.api import build_api
 from jobs.api.backend import Backend
 from jobs.api.chat_template import ChatTemplate
@@ -93,7 +93,7 @@ class Interface(GrpcMethods):
         self._templates = ChatTemplateExchange(self._backend, member.version.name)
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
-        settle_heap()
+        freeze_heap()
 
     @property
     def backend(self) -> Backend:

@@ -6,12 +6,12 @@ import sys
 SCRIPT = """
 import gc
 import torch
-from actors.process_heap import settle_heap
+from actors.process_heap import freeze_heap
 
 class Node:
     pass
 
-settle_heap()
+freeze_heap()
 kept = gc.get_freeze_count()
 before = len(gc.get_objects())
 node = Node()
