@@ -1,4 +1,4 @@
-"""The parts of a cluster: expert host, router, coordinator as plain classes, and what makes actors of them.
+"""The processes of a cluster: expert host, router, trunk and coordinator as plain classes, and their actors.
 
 Import each from its package or module (`from actors.router import Router`); only `actors.remote` needs Ray.
 """

@@ -1,7 +1,7 @@
-"""The only Ray actors: processes around the plain classes, and how to start and to ask them.
+"""The Ray actors, which run expert hosts, coordinators and routers in processes, and calls to them.
 
-Each actor is given a function that builds its plain class, so that weights and files are opened where
-they are used. A build that fails is kept and raised by the first call, with its class and text.
+Each actor is given a function that builds its plain class, so that weights and files are opened in the
+process that uses them. An error of the build is raised by the first call of a method.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ _T = TypeVar("_T")
 
 
 class _Process(Generic[_T]):
-    """Builds once; remembers the error if that fails."""
+    """An actor's process around a plain class.
+
+    Args:
+        build: Builds the plain class; None waits for `begin`.
+        interface: Interface to listen on; see `listening_address`.
+        port: Port to listen on; 0 takes a free one.
+    """
 
     def __init__(self, build: Callable[[], _T] | None, interface: str | None = None, port: int = 0) -> None:
         self._interface = listening_address(interface)
@@ -43,7 +49,7 @@ class _Process(Generic[_T]):
             self.begin(build, port)
 
     def begin(self, build: Callable[[], _T], port: int) -> None:
-        """Build, in a process that was started without anything to build."""
+        """Build the plain class and serve it."""
         self._port = port
         try:
             self._built = self._open(build())
@@ -60,15 +66,15 @@ class _Process(Generic[_T]):
         return self._built
 
     def close(self) -> None:
-        """Hang up on every caller."""
+        """Stop serving; calls under way fail."""
         if self._built is not None:
             self._built.close()
 
     def ping(self) -> None:
-        """Answers."""
+        """Return, which shows that the process lives."""
 
     def lease(self) -> None:
-        """Lasts as long as the process: whoever waits for it hears of its end."""
+        """Block for ever, so that the caller notices the end of the process."""
         threading.Event().wait()
 
 
@@ -77,7 +83,7 @@ class _ExpertHostProcess(_Process[ExpertHost]):
         return ExpertHostServer(plain, bind=self._interface, node=_node_id())
 
     def info(self) -> HostInfo:
-        """Where the host is reached."""
+        """Description of the host, with its addresses."""
         info: HostInfo = self._running().info
         return info
 
@@ -91,11 +97,11 @@ class _CoordinatorProcess(_Process[Coordinator]):
             coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorServicer(plain), server)
             admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(plain), server)
 
-        # Every worker and router may wait for news, with room for whoever runs the hosts and the job.
+        # A thread for each worker's waiting call, and 64 for routers, the fleet and operators.
         return ControlServer(register, host=self._interface, port=self._port, threads=plain.workers + 64)
 
     def address(self) -> str:
-        """What `CoordinatorClient` takes; empty as long as the process stands by."""
+        """Address for `CoordinatorClient`; empty as long as the process is on standby."""
         running = self._running()
         return "" if running is None else str(running.address)
 
@@ -115,7 +121,7 @@ class _RouterProcess(_Process[GateRouter]):
         )
 
     def address(self) -> str:
-        """Where the service of router.proto listens."""
+        """Address of the service of router.proto."""
         address: str = self._running().address
         return address
 
@@ -138,26 +144,28 @@ def start(
     """Start one of the actors, spread over the cluster's nodes; returns its handle at once.
 
     Args:
-        build: makes the plain class; called in the actor's process. None: the process waits for `begin`.
-        interface: that it listens on; see `listening_address`.
-        port: that it listens on, where it has one for control calls alone; 0 takes a free one.
-        cpus, gpus: what Ray reserves.
-        options: further options of Ray, as `resources`.
+        actor: The actor class.
+        build: Builds the plain class in the actor's process; None waits for `begin`.
+        interface: Interface to listen on; see `listening_address`.
+        port: Port for control calls, for actors with such a port alone; 0 takes a free one.
+        cpus, gpus: Reserved by Ray.
+        options: Further options of Ray, such as `resources`.
     """
     placed = {"scheduling_strategy": "SPREAD", **options}
     return actor.options(num_cpus=cpus, num_gpus=gpus, **placed).remote(build, interface, port)
 
 
 def ask(reference: Any, *, what: str, timeout: float | None = None) -> Any:
-    """The result of an actor's method; errors are ours, with their text.
+    """The result of an actor's method; errors of Ray become raymoe's.
 
     Args:
-        what: names the actor in an error.
-        timeout: seconds.
+        reference: What the method's `remote` returned.
+        what: Name of the actor in errors.
+        timeout: Seconds to wait; None waits without a limit.
 
     Raises:
-        ResourceError: no answer in time.
-        RaymoeError: what the actor raised, or the actor is dead.
+        ResourceError: There is no answer in time.
+        RaymoeError: The actor raised it, or is dead.
     """
     try:
         return ray.get(reference, timeout=timeout)
@@ -176,15 +184,17 @@ def ask(reference: Any, *, what: str, timeout: float | None = None) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    """What a dead actor's error says, without Ray's page of advice."""
+    """The one line of a dead actor's error that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if "creation task" in str(error) else lines[0] if lines else type(error).__name__
 
 
 def listening_address(interface: str | None) -> str:
-    """Where a process of this node listens (`cluster.interface`).
+    """The address that a process of this node listens on.
 
-    Without TLS nobody else is meant to reach it, unless that is said: `node` is the node's own address.
+    Args:
+        interface: As in `cluster.interface`. None is the node's own address with TLS, else the loopback;
+            `node` is the node's own address even without TLS.
     """
     if interface == OWN_ADDRESS or (interface is None and tls.directory() is not None):
         address: str = ray.util.get_node_ip_address()
@@ -193,10 +203,10 @@ def listening_address(interface: str | None) -> str:
 
 
 def require_reach(interface: str | None) -> None:
-    """Whether hosts of this Ray cluster can reach one another.
+    """Check that the hosts of this Ray cluster can reach each other.
 
     Raises:
-        ResourceError: it has several machines, and hosts would listen on the loopback of each.
+        ResourceError: The cluster has several machines, and hosts would listen on the loopback of each.
     """
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and listening_address(interface) == "127.0.0.1":

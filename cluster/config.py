@@ -6,22 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-_FINEST = 4  # decimals of what Ray gives out
+_FINEST = 4  # decimals of an amount that Ray can reserve
 
 ChannelKind = Literal["auto", "local", "shm", "collective", "grpc"]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Delay = Annotated[float, Field(ge=0, le=86400)]
 
 
-def _given_out(value: float) -> float:
+def _reservable(value: float) -> float:
     if round(value, _FINEST) != value:
-        raise ValueError(f"Ray gives no finer parts out than {10**-_FINEST:.{_FINEST}f}; round it")
+        raise ValueError(f"Ray reserves no finer shares than {10**-_FINEST:.{_FINEST}f}; round it")
     return value
 
 
-Reserved = Annotated[float, Field(ge=0, le=65536), AfterValidator(_given_out)]
-GpuShare = Annotated[float, Field(ge=0, le=1), AfterValidator(_given_out)]
-Amount = Annotated[float, Field(gt=0, le=65536), AfterValidator(_given_out)]
+Reserved = Annotated[float, Field(ge=0, le=65536), AfterValidator(_reservable)]
+GpuShare = Annotated[float, Field(ge=0, le=1), AfterValidator(_reservable)]
+Amount = Annotated[float, Field(gt=0, le=65536), AfterValidator(_reservable)]
 
 
 class AutoscalingSettings(BaseModel):

@@ -1,4 +1,4 @@
-"""Which step a run can go back to: the newest of which everything is in some live host's memory. Pure."""
+"""The newest step that a run can go back to: everything of it is in some live host's memory. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from actors.messages.transfer_orders import EXPERTS, Stored
 from actors.messages.trunk_parts import TRUNK, complete
 
 DECISIONS = "decisions"
-"""What the coordinator leaves in hosts' memory, beside the hosts' own experts and the workers' trunk."""
+"""Name of the coordinator's blob in hosts' memory, beside the hosts' experts and the workers' trunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +17,10 @@ class CommonSnapshot:
     """A step that a run can go back to.
 
     Attributes:
+        step: Optimizer steps behind it.
         sources: `[L][E]` -> hosts that have the expert's state in memory.
-        trunk: hosts that have the trunk, or parts that make one.
-        decisions: hosts that have what the coordinator knew.
+        trunk: Hosts that have the trunk, or parts that together make one.
+        decisions: Hosts that have the coordinator's blob.
     """
 
     step: int
@@ -31,11 +32,12 @@ class CommonSnapshot:
 def newest_common(
     inventories: Mapping[str, Sequence[Stored]], *, layers: Sequence[int], n_experts: int
 ) -> CommonSnapshot | None:
-    """The newest step of which all experts, the trunk and the decisions are there; None without one.
+    """The newest step of which all experts, the trunk and the decisions are in memory; None without one.
 
     Args:
-        inventories: of every live host, by its id.
-        layers: model layer index of each row.
+        inventories: Host id -> what the host keeps in memory, for every live host.
+        layers: Model layer index of each row.
+        n_experts: Routed experts of a layer.
     """
     steps = {stored.step for entries in inventories.values() for stored in entries}
     for step in sorted(steps, reverse=True):
@@ -75,10 +77,12 @@ def _common(
 
 
 def buddies(hosts: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Who keeps a copy of whose state: the next host on another node, else the next; nobody for one alone.
+    """Host id -> host that keeps a copy of its state: the next one on another node, else the next one.
+
+    A single host has no buddy.
 
     Args:
-        hosts: id and node of each.
+        hosts: Id and node of each host.
     """
     found: dict[str, str] = {}
     for at, (id, node) in enumerate(hosts):

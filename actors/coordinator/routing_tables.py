@@ -1,7 +1,7 @@
-"""What is published of the hosts: the versions of the weights that they hold, and tables of who holds what.
+"""The published versions of the weights that hosts hold, and the routing tables made of them.
 
-Usually there is one version; while weights are being exchanged there are two. A table is made anew with every
-change, under a serial that only grows: whoever missed one gets the newest, whole.
+Usually there is one version; while weights are being replaced there are two. Every change makes new tables
+under a serial that only grows, so that a router that has missed one gets the newest, complete.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from errors import ProtocolError, ResourceError
 
 
 class PublishedWeights:
-    """What hosts hold; any thread may call.
+    """The versions that hosts hold. Any thread may call.
 
     Args:
-        epoch: no version has had one greater than this.
+        epoch: Greatest epoch that has been used.
+        serial: Serial of the tables before the first one.
     """
 
     def __init__(self, *, epoch: int = -1, serial: int = 0) -> None:
@@ -34,42 +35,43 @@ class PublishedWeights:
 
     @property
     def serial(self) -> int:
-        """Of the newest tables."""
+        """Serial of the newest tables."""
         return self._serial
 
     @property
     def live(self) -> tuple[PlacedWeights, ...]:
-        """Published that requests are answered of, the one in use last."""
+        """The published versions, the one in use last."""
         with self._changed:
             return tuple(self._live.values())
 
     @property
     def current(self) -> PlacedWeights | None:
-        """The one in use; None before there is one."""
+        """The version in use; None before the first one."""
         return next(reversed(self.live), None)
 
     @property
     def whole(self) -> bool:
-        """Whether every expert of the version in use has a holder; not before there is one."""
+        """Whether every expert of the version in use has a holder; False before the first version."""
         current = self.current
         return current is not None and current.placement.complete
 
     @property
     def intact(self) -> bool:
-        """Whether no host has been lost that the version in use was placed on; not before there is one."""
+        """Whether no host was lost that the version in use is placed on; False before the first version."""
         return self._intact
 
     def next_epoch(self, *, above: int = -1) -> int:
-        """An epoch that no version has had, nor `above`."""
+        """A new epoch, greater than every epoch so far and than `above`."""
         with self._changed:
             self._epoch = max(self._epoch, above) + 1
             return self._epoch
 
     def publish(self, versions: Iterable[PlacedWeights], hosts: Mapping[str, HostInfo]) -> None:
-        """Make these, and no others, the live ones, the last of them the one in use.
+        """Publish these versions, and no others; the last is the one in use.
 
         Args:
-            hosts: that are there; placements lose those that are not, or are gone since.
+            versions: The versions.
+            hosts: Live hosts; all others, and hosts lost since, are removed from the placements.
         """
         with self._changed:
             self._hosts = {id: info for id, info in hosts.items() if id not in self._gone}
@@ -80,7 +82,7 @@ class PublishedWeights:
             self._bump()
 
     def without(self, host: str) -> None:
-        """A host is gone; what it alone held has no holder now."""
+        """Remove a lost host; experts that only it held have no holder now."""
         with self._changed:
             self._gone.add(host)
             if host not in self._hosts:
@@ -92,27 +94,27 @@ class PublishedWeights:
             self._bump()
 
     def table(self, weights: str | None = None) -> RoutingTable | None:
-        """The newest table of these weights, None taking those in use; None when there is none."""
+        """The newest table of these weights, or of those in use for None; None if there is none."""
         with self._changed:
             return self._table(weights)
 
     def after(self, serial: int, weights: str | None, timeout: float) -> RoutingTable | None:
-        """The newest table once its serial is not `serial` any more; None when that takes longer.
+        """The newest table once its serial differs from `serial`; None after `timeout` seconds.
 
         Raises:
-            ResourceError: there will be none any more.
+            ResourceError: The coordinator has been closed.
         """
         return self._wait(
             lambda: self._serial != serial and self._table(weights) is not None, weights, timeout
         )
 
     def complete(self, timeout: float | None) -> RoutingTable | None:
-        """The table in use once every expert has a holder; None when that takes longer."""
+        """The table in use once every expert has a holder; None after `timeout` seconds."""
 
         return self._wait(lambda: self.whole, None, timeout)
 
     def close(self, why: str) -> None:
-        """Wake everybody who waits."""
+        """Raise an error with this text in every waiting and every later call."""
         with self._changed:
             self._closed = why
             self._changed.notify_all()

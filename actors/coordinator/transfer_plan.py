@@ -1,4 +1,4 @@
-"""What each host has to do so that all of them together hold a version of the weights. Pure."""
+"""Orders to the hosts by which together they hold a version of the weights. Pure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from cluster.placement import Holding, Placement
 from cluster.topology import HostInfo
 
 Sources = Sequence[Sequence[Sequence[str]]]
-"""`[L][E]` -> ids of the hosts that an expert's state can be taken from."""
+"""`[L][E]` -> ids of the hosts that an expert's state can be fetched from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementSpec:
-    """What is placed, and how often.
+    """The experts that are placed, and their numbers of replicas.
 
     Attributes:
-        layers: model layer index of each row of a placement.
-        replicas: least number of hosts that hold each expert.
-        redundant: further replicas of hot experts, in each layer.
+        layers: Model layer index of each row of a placement.
+        n_experts: Routed experts of a layer.
+        n_group: Expert groups of a layer.
+        replicas: Least number of hosts that hold each expert.
+        redundant: Further replicas of hot experts in each layer.
     """
 
     layers: tuple[int, ...]
@@ -38,13 +40,13 @@ class PlacementSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferPlan:
-    """A version that hosts are to put together.
+    """A version that hosts are to assemble, and where they get its experts.
 
     Attributes:
-        version: its placement says who is to hold what.
-        sources: of each expert; where there is none, it is read from `version.directory`.
-        base: epoch whose live state is taken; None takes snapshots.
-        moments: whether the directory has the optimizer's state too.
+        version: The version, with its placement.
+        sources: Hosts that have each expert; an expert without a source is read from `version.directory`.
+        base: Epoch whose live state is fetched; None fetches snapshots.
+        moments: Whether the directory has the optimizer's moments too.
     """
 
     version: PlacedWeights
@@ -56,12 +58,13 @@ class TransferPlan:
 def assemblies(
     plan: TransferPlan, infos: Mapping[str, HostInfo], layers: Sequence[int], step: int | None
 ) -> dict[str, Assembly]:
-    """An order for every host, those that are to hold nothing among them.
+    """Host id -> order, for every host, including those that are to hold nothing.
 
     Args:
-        infos: of hosts that can be asked.
-        layers: model layer index of each row.
-        step: in training, the step that the state is for.
+        plan: The version to assemble.
+        infos: Host id -> description, of the live hosts.
+        layers: Model layer index of each row.
+        step: In training, the step that the state is for.
     """
     held = plan.version.placement.holding()
     nothing_held: tuple[tuple[int, ...], ...] = ((),) * len(layers)
@@ -76,10 +79,11 @@ def assembly(
     layers: Sequence[int],
     step: int | None,
 ) -> Assembly:
-    """What one host has to do.
+    """The order for one host; see `assemblies`.
 
     Args:
-        rows: per layer row the experts that it is to hold.
+        id: The host.
+        rows: For each layer row, the experts that it is to hold.
     """
     pulls: dict[str, dict[int, list[int]]] = {}
     shared: dict[str, dict[int, list[int]]] = {}
@@ -90,7 +94,7 @@ def assembly(
                     shared.setdefault(other, {}).setdefault(layers[at], []).append(expert)
             there = [other for other in plan.sources[at][expert] if other in infos]
             if id not in there and there:
-                peer = there[(at + expert) % len(there)]  # spread over those that have it
+                peer = there[(at + expert) % len(there)]  # spread over the hosts that have it
                 pulls.setdefault(peer, {}).setdefault(layers[at], []).append(expert)
     return Assembly(
         epoch=plan.version.epoch,
@@ -110,17 +114,17 @@ def _origins(
     return tuple(
         Origin(host=infos[id], experts={layer: tuple(experts) for layer, experts in rows.items()})
         for id, rows in wanted.items()
-        if id in infos  # else it is dead, and the change comes to nothing
+        if id in infos  # a dead host is left out, and the change will fail
     )
 
 
 def no_sources(placement: Placement) -> Sources:
-    """Sources where there are none."""
+    """Sources of a version that is read from its directory."""
     return [[()] * len(row) for row in placement.holders]
 
 
 def arrivals(placement: Placement, held: Holding) -> int:
-    """How many experts hosts have to get that they do not hold."""
+    """Number of experts that hosts have to fetch, since they do not hold them."""
     found = 0
     for id, rows in placement.holding().items():
         before = held.get(id, ((),) * len(rows))

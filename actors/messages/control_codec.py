@@ -1,4 +1,4 @@
-"""Values of the control plane as protobuf messages, and back."""
+"""Conversion of tensors, hosts, routing tables and host statistics to protobuf messages and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TORCH_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
 
 
 def tensor_to(tensor: Tensor) -> tensor_pb2.Tensor:
-    """A tensor by itself, for control calls."""
+    """A tensor as a protobuf message, for control calls."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return tensor_pb2.Tensor(dtype=DTYPES[tensor.dtype], shape=tensor.shape, data=flat.numpy().tobytes())
 
@@ -33,7 +33,7 @@ def tensor_from(message: tensor_pb2.Tensor) -> Tensor:
     """The inverse of `tensor_to`.
 
     Raises:
-        ProtocolError: the bytes are not those of a tensor of this type and shape.
+        ProtocolError: The number of bytes does not fit the type and shape.
     """
     shape = list(message.shape)
     dtype = TORCH_DTYPES.get(message.dtype)
@@ -46,7 +46,7 @@ def tensor_from(message: tensor_pb2.Tensor) -> Tensor:
 
 
 def host_to(host: HostInfo) -> coordinator_pb2.HostInfo:
-    """See `HostInfo`."""
+    """A `HostInfo` as a protobuf message."""
     return coordinator_pb2.HostInfo(id=host.id, node=host.node, addresses=dict(host.addresses), pid=host.pid)
 
 
@@ -56,7 +56,7 @@ def host_from(message: coordinator_pb2.HostInfo) -> HostInfo:
 
 
 def table_to(table: RoutingTable) -> coordinator_pb2.RoutingTable:
-    """See `RoutingTable`."""
+    """A `RoutingTable` as a protobuf message."""
     return coordinator_pb2.RoutingTable(
         epoch=table.epoch,
         hosts=[host_to(host) for host in table.hosts],
@@ -73,7 +73,7 @@ def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
     """The inverse of `table_to`.
 
     Raises:
-        ProtocolError: the numbers of layers, experts, replicas and hosts do not go together.
+        ProtocolError: The numbers of layers, experts, holders and hosts contradict each other.
     """
     n_layers, n_experts = message.n_layers, message.n_experts
     counts, flat = list(message.holder_counts), iter(message.holders)

@@ -1,4 +1,4 @@
-"""What a coordinator hands to its successor: the weights that hosts hold, and the number of hosts wanted."""
+"""State that a coordinator passes to the next one: the placed weights, and the number of hosts wanted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from cluster.placement import Placement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedWeights:
-    """Weights under one epoch.
+    """A version of the weights, placed on hosts under one epoch.
 
     Attributes:
-        name: of the weights; empty in training.
-        directory: where they can be read again; empty for the beginning of a run, None for nowhere.
-        placement: who holds them; hosts that died are left out.
+        name: Name of the weights; empty in training.
+        epoch: Placement epoch.
+        directory: Where the weights can be read again; empty for what a run began with, None for nowhere.
+        placement: Which hosts hold which experts; dead hosts are left out.
     """
 
     name: str
@@ -26,12 +27,13 @@ class PlacedWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorState:
-    """What a coordinator that takes over begins with.
+    """State that a coordinator that takes over continues from.
 
     Attributes:
-        wanted: hosts that there should be.
-        versions: what hosts held, as far as was known.
-        leaving: hosts that were to go.
+        wanted: Number of hosts that the job should have.
+        versions: Versions that hosts held; the one in use last.
+        serial: Serial of the last routing tables.
+        leaving: Hosts that were being retired.
     """
 
     wanted: int
@@ -40,7 +42,7 @@ class CoordinatorState:
     leaving: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """As text."""
+        """This state as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod

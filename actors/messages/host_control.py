@@ -14,20 +14,22 @@ from cluster.topology import HostInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostStats:
-    """What an expert host holds and did, for status and for leak tests.
+    """Statistics of an expert host.
 
     Attributes:
-        step: steps committed so far.
-        kept: FORWARDs whose BACKWARD or RELEASE has not come.
-        kept_bytes: what they hold.
-        parameters: parameters of the host's experts.
-        requests: requests answered, by phase name.
-        rows: rows computed.
-        busy_seconds: spent on computing, summed over threads; waiting is not computing.
-        in_flight: requests being handled now.
-        epochs: that requests are answered of, the current one among them.
-        experts: how many of each layer the current epoch has here.
-        failed_pushes: copies of snapshots that did not reach a buddy.
+        id: Id of the host.
+        step: Steps committed so far.
+        epoch: The current epoch.
+        kept: FORWARD requests whose BACKWARD or RELEASE has not arrived.
+        kept_bytes: Bytes of activations kept for them.
+        parameters: Parameters of the host's experts.
+        requests: Phase name -> requests answered.
+        rows: Rows computed.
+        busy_seconds: Seconds of computing, summed over threads.
+        in_flight: Requests under way.
+        epochs: Epochs whose requests are answered, the current one included.
+        experts: Layer -> number of its experts that this host holds in the current epoch.
+        failed_pushes: Copies of snapshots that did not reach their buddy.
     """
 
     id: str
@@ -46,14 +48,14 @@ class HostStats:
 
 
 class HostControl(Protocol):
-    """What the coordinator asks of an expert host: `ExpertHost` itself, or a client of one."""
+    """Commands to an expert host, implemented by `ExpertHost` and by its client."""
 
     def seal(self, step: int, epoch: int | None = None) -> None:
-        """Take no more gradients of a step: what `prepare` fetches from other holders is complete."""
+        """Accept no more gradients of a step, so that other holders can fetch them in `prepare`."""
         ...
 
     def prepare(self, step: int, epoch: int | None = None) -> float:
-        """Seal the gradients of a step of this epoch; the sum of their squares, in float64."""
+        """Seal the gradients of a step in this epoch; returns the sum of their squares, in float64."""
         ...
 
     def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
@@ -61,47 +63,47 @@ class HostControl(Protocol):
         ...
 
     def save(self, directory: str, epoch: int | None = None) -> Sequence[str]:
-        """Write own experts and moments into a checkpoint; the names of the files written."""
+        """Write the host's experts and moments into a checkpoint; returns the names of the files."""
         ...
 
     def assemble(self, order: Assembly) -> None:
-        """Put the experts of a new epoch together beside those in use; a repeat does nothing."""
+        """Assemble the experts of a new epoch beside those in use; a repeat does nothing."""
         ...
 
     def retain(self, *epochs: int) -> None:
-        """Go on with the experts of these epochs, the last above all, and drop every other."""
+        """Keep the experts of these epochs, the last as the current one, and drop all others."""
         ...
 
     def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
-        """Copy the state aside, and send it to buddies in the background; a repeat does nothing."""
+        """Keep a snapshot of the state, and send it to buddies in the background; a repeat does nothing."""
         ...
 
     def inventory(self) -> Sequence[Stored]:
-        """What the host keeps in memory: snapshots, its own and others', and blobs."""
+        """Descriptions of what the host keeps in memory: snapshots, its own and other hosts', and blobs."""
         ...
 
     def put(self, blob: Blob) -> None:
-        """Keep named tensors for a step."""
+        """Keep named tensors of a step."""
         ...
 
     def get(self, name: str, step: int) -> Blob:
-        """What was put."""
+        """The named tensors of a step that were kept."""
         ...
 
     def ping(self, timeout: float) -> None:
-        """Answer within so many seconds."""
+        """Answer within `timeout` seconds."""
         ...
 
     def close(self) -> None:
-        """Hang up; calls under way fail."""
+        """Close the connection; calls under way fail."""
         ...
 
     def loads(self) -> Tensor:
-        """[L, E] int64, rows computed for each expert since the host began."""
+        """Rows computed for each expert since the host began, `[L, E]` int64."""
         ...
 
     def stats(self) -> HostStats:
-        """Counters."""
+        """Statistics of the host."""
         ...
 
 

@@ -18,7 +18,7 @@ from protos import coordinator_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW of a host's experts; the learning rate comes with each commit."""
+    """Settings of AdamW for a host's experts; the learning rate comes with each commit."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -28,20 +28,20 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What the coordinator has to know of a training run to decide each step.
+    """Schedules and sizes of a training run, by which the coordinator decides each step.
 
     Attributes:
-        steps: optimizer steps of the whole run.
-        workers: data-parallel workers that report each step.
-        learning_rate: peak of warm-up and cosine.
-        min_learning_rate_ratio: last learning rate / peak.
-        warmup_steps: steps of linear warm-up.
-        clip_norm: largest global gradient norm; 0 does not clip.
-        strategy: `bias` moves the gates' bias, any other leaves it at what it is.
+        steps: Optimizer steps of the whole run.
+        workers: Data-parallel workers that report each step.
+        learning_rate: Peak of the warm-up and cosine schedule.
+        min_learning_rate_ratio: Last learning rate / peak.
+        warmup_steps: Steps of linear warm-up.
+        clip_norm: Largest global gradient norm; 0 does not clip.
+        strategy: `bias` updates the gates' bias, any other strategy does not.
         update_rate: γ of the bias update (arXiv 2408.15664), over steps.
-        center_update: take the mean off the bias update (torchtitan's way, not the paper's).
-        checkpoint_interval: steps between checkpoints; 0 writes none but the last.
-        snapshot_interval: steps between snapshots in hosts' memory; 0 takes none.
+        center_update: Subtract the mean from the bias update, as torchtitan does and the paper does not.
+        checkpoint_interval: Steps between checkpoints; 0 writes only the last one.
+        snapshot_interval: Steps between snapshots in the hosts' memory; 0 takes none.
     """
 
     steps: int
@@ -59,24 +59,24 @@ class TrainingPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepReport:
-    """What one worker did in one step. Sums, so that workers' reports add up.
+    """One worker's sums over a step.
 
     Attributes:
-        worker: rank of the worker, from 0.
+        worker: Rank of the worker, from 0.
         step: 0-based optimizer step.
         loads: `[L, E]` int64, (token, expert) pairs of this worker's tokens.
-        trunk_squared_norm: of the all-reduced trunk gradient; counted once, from worker 0.
-        local_expert_squared_norm: of the experts in process (all-reduced); counted once, from worker 0.
-        main_sum: summed next-token loss in nats.
-        mtp_sum: summed loss of the MTP modules, over their depth.
-        balance_sum: summed balance loss.
-        n_targets: predicted tokens behind `main_sum`.
-        n_rows: rows (sequences) behind `balance_sum`.
-        tokens: tokens that went through the trunk.
-        seconds: wall-clock time of the step on this worker, without waiting for the report.
-        tokens_routed: (token, layer) pairs that a router sent out.
-        rows_sent: rows that left for a host; rows_sent / tokens_routed = hosts per token.
-        bytes: payload sent and received on channels.
+        trunk_squared_norm: Squared norm of the all-reduced trunk gradient; counted once, from worker 0.
+        local_expert_squared_norm: The same of experts in the workers' processes.
+        main_sum: Summed next-token loss in nats.
+        mtp_sum: Summed loss of the MTP modules, divided by their number.
+        balance_sum: Summed balance loss.
+        n_targets: Predicted tokens behind `main_sum`.
+        n_rows: Rows (sequences) behind `balance_sum`.
+        tokens: Tokens that went through the trunk.
+        seconds: Wall-clock time of the step on this worker, without waiting for the decision.
+        tokens_routed: (token, layer) pairs that a router dispatched.
+        rows_sent: Rows sent to hosts; rows_sent / tokens_routed is the mean of hosts per token.
+        bytes: Payload sent and received on channels.
     """
 
     worker: int
@@ -139,18 +139,18 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepDecision:
-    """What the coordinator decided on a step; the same for every worker and every repeat.
+    """The coordinator's decision on a step, the same for every worker and every repeated report.
 
     Attributes:
-        step: the step that is committed with this.
-        learning_rate: of this step's AdamW.
-        scale: factor on every gradient, trunk and experts (1, or less when clipped).
-        grad_norm: global norm before clipping.
-        bias: `[L, E]` float32, the gates' bias from the next step on.
-        epoch: placement epoch of the next step.
-        checkpoint: write a checkpoint now, after this step.
-        stop: leave the training loop after this step (and its checkpoint).
-        snapshot: keep the state after this step in memory.
+        step: The step that is committed with this decision.
+        learning_rate: Learning rate of this step.
+        scale: Factor on every gradient, of trunk and experts: 1, or less when clipped.
+        grad_norm: Global gradient norm before clipping.
+        bias: `[L, E]` float32, the gates' bias for the next step.
+        epoch: Placement epoch of the next step.
+        checkpoint: Write a checkpoint after this step.
+        stop: Stop after this step, and its checkpoint.
+        snapshot: Keep the state after this step in memory.
     """
 
     step: int
@@ -198,10 +198,11 @@ class Resume:
     """Where a worker begins, for the first time or again.
 
     Attributes:
-        attempt: that it is part of from now on: how often the run has been interrupted.
-        step: the first step.
-        trunk: hosts that keep the trunk's state of that step.
-        directory: a checkpoint that has it, where no host does; empty for what the run began with.
+        attempt: The attempt that the worker is part of: the number of interruptions so far.
+        step: The worker's first step.
+        trunk: Hosts that have the trunk's state of that step.
+        directory: A checkpoint that has the trunk's state, when no host has it; empty for what the run began
+            with.
     """
 
     attempt: int
@@ -212,12 +213,12 @@ class Resume:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One committed step, summed over the workers; losses are means in nats.
+    """Metrics of a committed step, over all workers; losses are means in nats.
 
     Attributes:
-        max_violation: (largest load - mean) / mean of each MoE layer, in their order.
-        hosts_per_token: rows that left per (token, layer), 0 with in-process experts.
-        seconds: the slowest worker's.
+        max_violation: (largest load - mean) / mean of each MoE layer (MaxVio).
+        hosts_per_token: Rows sent per (token, layer); 0 with experts in the workers' processes.
+        seconds: The slowest worker's time.
     """
 
     step: int
@@ -234,7 +235,7 @@ class StepMetrics:
     bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that JSON keeps without loss."""
+        """These metrics as a dictionary that JSON preserves exactly."""
         return asdict(self)
 
     def to_message(self) -> coordinator_pb2.StepMetrics:

@@ -1,4 +1,4 @@
-"""A gRPC server for control calls, and how errors of ours cross it."""
+"""A gRPC server for control calls, and the transport of raymoe's errors over gRPC."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from channels.grpc.guard import Guard
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
 
 _ERROR_TYPE = "raymoe-error"
-_MAX_TEXT = 1200  # a status travels in gRPC's metadata: 8 KiB, in which a character may take six bytes
+_MAX_TEXT = 1200  # characters; a status is sent in gRPC's metadata of 8 KiB, at up to six bytes each
 
 
 class ControlServer:
-    """A running gRPC server on a port that the system chose.
+    """A running gRPC server.
 
     Args:
-        register: adds the services to the server.
-        host: the interface to listen on.
-        port: to listen on; 0 takes a free one.
-        threads: calls that may be blocked at once.
+        register: Adds the services to the server.
+        host: Interface to listen on.
+        port: Port to listen on; 0 takes a free one.
+        threads: Calls that may block at the same time.
+
+    Attributes:
+        address: Address of the server, `grpc:HOST:PORT`.
 
     Raises:
-        ResourceError: the interface cannot be listened on.
+        ResourceError: The server cannot listen on the interface.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class ControlServer:
             ThreadPoolExecutor(threads, thread_name_prefix="control"),
             interceptors=[Guard()],
             options=OPTIONS,
-            maximum_concurrent_rpcs=threads + MAX_STREAMS,  # these wait for a thread; one more is refused
+            maximum_concurrent_rpcs=threads + MAX_STREAMS,  # beyond this, calls are refused
         )
         register(self._server)
         try:
@@ -55,18 +58,18 @@ class ControlServer:
         self.address = f"grpc:{host}:{port}"
 
     def close(self) -> None:
-        """Stop; calls that are under way are cut off."""
+        """Stop the server; calls under way are aborted."""
         self._server.stop(grace=None).wait()
 
 
 def control_channel(address: str) -> grpc.Channel:
-    """A gRPC channel to a `ControlServer`'s address."""
+    """Open a gRPC channel to a `ControlServer`'s address."""
     return tls.lasting(address.removeprefix("grpc:"), OPTIONS)
 
 
 @contextmanager
 def refusing(context: grpc.ServicerContext) -> Iterator[None]:
-    """Within a servicer's method: errors reach the caller with their class and text."""
+    """Context of a servicer's method: errors are sent to the caller with their class and text."""
     try:
         yield
     except Exception as error:
@@ -77,14 +80,14 @@ def refusing(context: grpc.ServicerContext) -> Iterator[None]:
 
 
 def not_served(context: grpc.ServicerContext) -> NoReturn:
-    """For a method of a .proto file that this process does not offer."""
+    """Refuse a method of a .proto file that this process does not serve."""
     context.abort(grpc.StatusCode.UNIMPLEMENTED, "this process does not serve this call")
     raise AssertionError  # abort has raised
 
 
 @contextmanager
 def raising(peer: str) -> Iterator[None]:
-    """Around a stub's call: a refusal becomes the error that it was, anything else a `ChannelError`."""
+    """Context of a stub's call: raises errors of the servicer with their class, others as `ChannelError`."""
     try:
         yield
     except grpc.RpcError as error:
@@ -104,7 +107,8 @@ def raising(peer: str) -> Iterator[None]:
     except ValueError as error:
         if "closed channel" not in str(error):
             raise
-        raise ChannelError(f"{peer} has been given up") from None  # so gRPC says that we hung up ourselves
+        # gRPC says this of a channel that this client has closed.
+        raise ChannelError(f"{peer} has been given up") from None
 
 
 __all__ = ["ControlServer", "control_channel", "not_served", "raising", "refusing"]

@@ -74,7 +74,7 @@ def test_a_file_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
         ("training.steps=0", "training.steps: 0 should be greater than or equal to 1"),
         (
             "cluster.gpus_per_host=1e-9",
-            "cluster.gpus_per_host: Ray gives no finer parts out than 0.0001; round it",
+            "cluster.gpus_per_host: Ray reserves no finer shares than 0.0001; round it",
         ),
         ("training.steps=true", "training.steps: True should be a valid integer"),
         (
