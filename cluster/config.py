@@ -28,15 +28,15 @@ class AutoscalingSettings(BaseModel):
     """When expert hosts are added and retired by load.
 
     Attributes:
-        min_hosts: never fewer hosts.
-        max_hosts: never more hosts.
+        min_hosts: least number of hosts.
+        max_hosts: largest number of hosts.
         target_utilization: share of the time that hosts should be busy, on average.
-        target_waiting: rows that may wait or be in flight at each host, on average, before there are more
-            hosts; null looks at utilisation alone.
-        tolerance: how far from its target the load may be, as a share of the target, before anything happens.
+        target_waiting: rows that may wait or be in flight at each host, on average, before hosts are added;
+            null uses utilisation alone.
+        tolerance: deviation of the load from its target, as a share of the target, that changes nothing.
         upscale_delay: seconds for which the load must have been too high.
         downscale_delay: seconds for which the load must have been too low.
-        cooldown: seconds after a change of the number of hosts in which it does not change again.
+        cooldown: seconds between two changes of the number of hosts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -72,32 +72,32 @@ class AutoscalingSettings(BaseModel):
 
 
 class ClusterConfig(BaseModel):
-    """How many expert hosts there are, what each gets, and how routers reach them.
+    """Number of expert hosts, what each gets, and how routers reach them.
 
     Attributes:
         expert_hosts: number of expert host actors; 0 keeps the experts in each worker's own process.
         hosts_per_node: expert hosts for each node of the Ray cluster that has CPUs for one, as nodes join
             and leave; null keeps to `expert_hosts`.
-        interface: address that hosts, coordinator and trunks listen on; null is the node's own where there is
-            TLS, else the loopback; `node` is the node's own even without.
-        channel: how a router reaches a host; `auto` picks by locality. On GPUs shm keeps rows in a card's
-            memory where router and host share one, and collective is NCCL where they have one each; neither
-            gloo nor NCCL is encrypted, and with TLS there is neither.
-        threads_per_host: threads of a host's arithmetic; null shares out the machine's cores.
+        interface: address that hosts, coordinator and trunks listen on; null is the node's own address with
+            TLS, else the loopback; `node` is the node's own address even without TLS.
+        channel: how a router reaches a host; `auto` picks by locality. On GPUs shm keeps rows in the GPU's
+            memory where router and host share a GPU, and collective is NCCL where they have one each; neither
+            gloo nor NCCL is encrypted, so neither is used with TLS.
+        threads_per_host: threads of a host's arithmetic; null divides the machine's cores among the hosts.
         cpus_per_host: CPUs that Ray reserves for each host.
-        gpus_per_host: GPU that Ray reserves for each host, which then computes on it; a fraction shares one
+        gpus_per_host: GPU that Ray reserves for each host, which then computes on it; a fraction shares a GPU
             with others, 0 computes on CPUs.
-        host_resources: custom Ray resources that each host asks for, with how much of each; on nodes that do
-            not offer them there is no host, and Ray's autoscaler adds nodes that do.
-        call_timeout: seconds a router waits for one reply of a host.
-        start_timeout: seconds the actors have to start and to load their weights.
+        host_resources: custom Ray resources that each host requests, with their amounts; hosts run only on
+            nodes that offer them, and Ray's autoscaler adds such nodes.
+        call_timeout: seconds that a router waits for one reply of a host.
+        start_timeout: seconds that the actors have to start and to load their weights.
         replicas: least number of hosts that hold each expert, as far as there are that many hosts.
-        redundant_experts: further replicas in each layer, which go to the experts with the highest load.
-        dead_after: seconds without a sign of life after which a host, or a replica of the trunk, is dead.
-        hedge_after: seconds that inference waits for one host before it turns to other replicas; null: it
-            waits for as long as the host lives.
+        redundant_experts: further replicas in each layer, for the experts with the highest load.
+        dead_after: seconds of silence after which a host, or a replica of the trunk, is declared dead.
+        hedge_after: seconds that inference waits for one host before it uses other replicas; null waits as
+            long as the host lives.
         rebalance_below: balancedness (mean over highest load of the hosts) below which experts are placed
-            anew, in training between two steps; null never does.
+            again by load, in training between two steps; null never does.
         snapshot_interval: training steps between snapshots in the memory of other hosts; 0 takes none.
         autoscaling: when serving adds and retires expert hosts by load; null leaves their number alone.
     """
