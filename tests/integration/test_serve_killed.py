@@ -196,7 +196,8 @@ def test_answers_in_one_piece_and_conversations_survive_as_well(server: Server) 
             ]
             asking = asyncio.gather(*whole, *chats)
             if kill:
-                await asyncio.sleep(0.15)
+                while not any((await asyncio.to_thread(server.gauges)).values()):
+                    await asyncio.sleep(0.01)
                 trunks(server)[0].kill()
             answers = await asking
         return [
