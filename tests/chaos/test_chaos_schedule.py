@@ -1,4 +1,4 @@
-"""What `raymoe chaos` would do, and to whom."""
+"""The faults that `raymoe chaos` plans: kinds, targets and times."""
 
 from __future__ import annotations
 

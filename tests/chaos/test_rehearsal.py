@@ -1,4 +1,4 @@
-"""`raymoe chaos` against a running server: whatever it does, no request fails and all say the same."""
+"""`raymoe chaos` against a running server: no fault fails a request or changes an answer."""
 
 from __future__ import annotations
 

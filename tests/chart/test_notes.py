@@ -1,4 +1,4 @@
-"""What helm says after an install is true of the values: the warnings, and how a job is submitted."""
+"""The notes that helm prints after an install: warnings, and the command that submits a job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEYS = "serve.config.serving.api_keys[0]=a"
 
 
 def notes(*settings: str) -> str:
-    """The notes, of helm 4: helm 3 asks an API server even for these."""
+    """The notes as helm 4 prints them; helm 3 needs an API server for this."""
     given = [part for setting in settings for part in ("--set", setting)]
     told = helm("helm4", "install", "demo", CHART, "--dry-run=client", *given).stdout
     return told.partition("\nNOTES:\n")[2]

@@ -1,4 +1,4 @@
-"""What KubeRay's operator would refuse, or what could not work, is refused by the chart in a sentence."""
+"""Values that KubeRay's operator would refuse, or that cannot work, are refused with one sentence."""
 
 from __future__ import annotations
 

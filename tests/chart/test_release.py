@@ -1,4 +1,4 @@
-"""Releases by both helms against an API server's double: installed, upgraded, rolled back, uninstalled."""
+"""Releases by helm 3 and helm 4 against a fake API server: install, upgrade, rollback, uninstall."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SECONDS = 120
 
 @dataclass
 class Kubernetes:
-    """The double, and helm as a user of it."""
+    """A fake API server, and helm as its client."""
 
     url: str
     config: Path
@@ -59,7 +59,7 @@ class Kubernetes:
             pass
 
     def names(self) -> list[str]:
-        """Kinds and names of all that is there, but helm's own."""
+        """Kinds and names of all objects except helm's own records."""
         found = []
         for path in (
             "/api/v1/namespaces/default/secrets",

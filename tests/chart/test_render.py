@@ -1,4 +1,4 @@
-"""Every value set by both versions of helm, held against golden renders and the schemas of what it is for."""
+"""Renders of every value set by both versions of helm, compared with golden renders and schemas."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_no_golden_render_is_left_over() -> None:
 
 @pytest.fixture(scope="module")
 def schemas() -> Any:
-    """What validates KubeRay's custom resources."""
+    """Validators of KubeRay's custom resources."""
     if not KUBE.is_dir():
         pytest.skip(NO_KUBE)
     spec = importlib.util.spec_from_file_location("kuberay_crds", KUBE / "kuberay_crds.py")

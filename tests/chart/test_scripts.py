@@ -1,4 +1,4 @@
-"""What the chart's objects run: the job's script, and the pod of `helm test`."""
+"""The scripts of the chart's objects: the job's script, and that of the pod of `helm test`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def script_of(values: str) -> str:
 
 
 def run_script(script: str, directory: Path) -> list[str]:
-    """Run it where `raymoe` says what it was given."""
+    """Run the script with a `raymoe` that prints its arguments."""
     fake = directory / "bin" / "raymoe"
     fake.parent.mkdir(exist_ok=True)
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
@@ -50,7 +50,7 @@ def test_a_job_begins_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
 
 
 class Answering(BaseHTTPRequestHandler):
-    """The endpoint's double."""
+    """A fake of the served endpoint."""
 
     asked: list[tuple[str, dict[str, object], str | None]]
     tokens = 16

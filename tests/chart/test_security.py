@@ -1,4 +1,4 @@
-"""Pods in the Ray resources fulfil the restricted Pod Security Standard, and checkov but for a list."""
+"""Pods of the Ray resources meet the restricted Pod Security Standard, and checkov apart from a list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Without helm: what is generated from values.yaml is fresh, closed, and what is charted exists."""
+"""Files generated from values.yaml are up to date and closed, and charted series exist; without helm."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_defaults_and_all_value_sets_fit() -> None:
 
 
 def _sections(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every mapping of values.yaml that is no free one."""
+    """Every mapping of values.yaml with a fixed set of keys."""
     free = {leaf.path for leaf in read_values().leaves() if not leaf.entries}
     yield path
     for name, value in values.items():

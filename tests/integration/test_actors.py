@@ -1,4 +1,4 @@
-"""Expert hosts, coordinator and a stand-alone router as real Ray actors; the caller in this process."""
+"""Expert hosts, coordinator and a stand-alone router as Ray actors, called from this process."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def open_channel(host: HostInfo, kind: str) -> Channel:
 
 
 class Hosts:
-    """Expert host actors with their experts, and their table."""
+    """Expert host actors with experts, their coordinator, and the routing table."""
 
     def __init__(self, n: int) -> None:
         self.actors = [start(ExpertHostActor, partial(build_host, index)) for index in range(n)]

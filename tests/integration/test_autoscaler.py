@@ -1,4 +1,4 @@
-"""Ray's autoscaler and expert hosts: nodes appear for hosts that are wanted, and go when these have gone."""
+"""Ray's autoscaler adds nodes for the expert hosts that are wanted and removes nodes without hosts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ CONFIG: dict[str, Any] = {
 
 
 class FakeNodes:
-    """A head with Ray's autoscaler, whose nodes are processes; Ray's own helper ends those of all others."""
+    """A head with Ray's autoscaler, whose nodes are processes.
+
+    Ray's own helper of this kind ends the processes of every other cluster of the machine.
+    """
 
     def __enter__(self) -> str:
         """The cluster's address."""
@@ -114,7 +117,7 @@ class FakeNodes:
 
 
 def expert_nodes(address: str) -> set[str]:
-    """Nodes for expert hosts that are alive."""
+    """Ids of the live nodes that offer room for expert hosts."""
     with ray.init(address=address, log_to_driver=False, logging_level="error"):
         return {node["NodeID"] for node in ray.nodes() if node["Alive"] and RESOURCE in node["Resources"]}
 

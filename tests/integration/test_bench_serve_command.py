@@ -1,4 +1,4 @@
-"""`raymoe bench serve` as a user runs it: a server of its own, a load, figures, and nothing left behind."""
+"""`raymoe bench serve` as a user runs it: it starts a server, offers load, prints figures, cleans up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(*options: object) -> subprocess.Popen[str]:
 
 
 def wait_for_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Until the server's expert hosts run; all descendants."""
+    """Wait until the server's expert hosts run; return all descendants of the process."""
     deadline = time.monotonic() + 120
     while True:
         family = psutil.Process(process.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""The `raymoe` commands one after the other on one real run, and what they say to bad input."""
+"""The `raymoe` commands one after the other on one real run, and their errors for bad input."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_timeline_shows_lanes_and_hosts_at_work(run: Path) -> None:
 
 
 def test_eval_finds_what_training_found(run: Path) -> None:
-    """Expert hosts, lanes and channels in training; one process here: the same loss of the same model."""
+    """`eval` in one process finds the loss that training found with expert hosts, lanes and channels."""
     trained = json.loads((run / "validation.json").read_text())
     judged = result_of("eval", run)
     assert judged["loss"] == pytest.approx(trained["loss"], rel=1e-5)
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_shape(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_host_that_cannot_start_ends_the_run(run: Path, corpus: Path, tmp_path: Path) -> None:
-    """Its weights are damaged where only the hosts look."""
+    """The host's weights are damaged; the driver does not read them."""
     result_of("export", run, tmp_path / "hf", "--mtp")
     shard = next((tmp_path / "hf").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:2000])

@@ -1,4 +1,4 @@
-"""Corpora through Ray Data: every kind of file, the same rows every time, mistakes named."""
+"""Corpora through Ray Data: every kind of file, the same rows every time, errors that name the mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-eval says of a served model what it says of the same weights in transformers."""
+"""lm-eval's scores of a served model equal those of the same weights in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One task that chooses by log probability, and one that generates; their documents beside them."""
+    """A directory with two tasks, one scored by log probability and one generative, and their documents."""
     directory = tmp_path_factory.mktemp("tasks")
     documents = []
     for number, sentence in enumerate(SENTENCES * 3):
@@ -68,7 +68,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(model: str, arguments: str, tasks: Path, output: Path) -> tuple[Any, dict[str, list[Any]]]:
-    """Scores, and the samples of each task, of lm-eval's own command."""
+    """Run lm-eval's command; return its scores and the samples of each task."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "lm_eval", "run", "--model", model, "--model_args", arguments),

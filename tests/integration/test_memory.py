@@ -1,4 +1,4 @@
-"""Memory over a long run, and of a model that no process could hold. Minutes each: `make soak`."""
+"""Memory over a long run, and of a model that is larger than any process. Run by `make soak`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def command(output: Path, corpus: Path, settings: dict[str, object], *options: s
 
 
 def actors(process: psutil.Process) -> dict[str, psutil.Process]:
-    """Hosts and workers of a run, by their titles."""
+    """Processes of a run's hosts and workers, by role and id."""
     found = {}
     for child in process.children(recursive=True):
         try:
@@ -90,7 +90,7 @@ def test_memory_stays_flat_over_a_thousand_steps(tmp_path: Path, corpus: Path) -
 
 
 def test_no_process_holds_the_whole_model(tmp_path: Path, corpus: Path) -> None:
-    """Trained, saved and resumed with every process's peak far under the size of the model's state."""
+    """Train, save and resume; every process peaks far below the size of the model's state."""
     output = tmp_path / "run"
     settings: dict[str, object] = {
         "model.hidden_size": 256,

@@ -1,4 +1,4 @@
-"""A cluster of three nodes, one of which is removed without grace, in serving and in training."""
+"""A cluster of three nodes loses one without warning, while serving and while training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def wait_for_hosts(admin: AdminClient, hosts: int, *, replicas: int) -> list[str]:
-    """The nodes of the hosts, once there are so many and every expert has its replicas."""
+    """Wait for so many hosts and for every expert's replicas; return the hosts' nodes."""
     deadline = time.monotonic() + 120
     while True:
         status = admin.status()
@@ -55,7 +55,7 @@ def wait_for_hosts(admin: AdminClient, hosts: int, *, replicas: int) -> list[str
 
 
 def remove_one_of(cluster: Cluster, nodes: list[str]) -> None:
-    """A node other than the head that has a host."""
+    """Remove a node, not the head, that has a host."""
     node = next(
         node for node in cluster.list_all_nodes() if node is not cluster.head_node and node.node_id in nodes
     )

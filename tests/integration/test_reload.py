@@ -1,4 +1,4 @@
-"""`raymoe reload` under live traffic: two replicas, two expert hosts, the official client."""
+"""`raymoe reload` under live traffic of the official client, with two replicas and three expert hosts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COUNT = 24
 
 @dataclass(frozen=True)
 class Answer:
-    """One request, with the clock's readings around it."""
+    """The answer to one request, and when the request began and ended."""
 
     prompt: str
     text: str
@@ -64,7 +64,7 @@ def directories(models: dict[str, CausalLM], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def expected(models: dict[str, CausalLM]) -> dict[str, dict[str, str]]:
-    """Version's directory -> prompt -> text of greedy decoding."""
+    """Name of the version's directory -> prompt -> text of greedy decoding."""
     tokenizer, _ = tiny_tokenizer()
     return {
         name: {prompt: tokenizer.decode(greedy(model, prompt, COUNT)) for prompt in PROMPTS}
@@ -118,7 +118,7 @@ async def ask(client: AsyncOpenAI, prompt: str, count: int = COUNT) -> Answer:
 
 
 async def traffic(server: Server, streams: int, enough: asyncio.Event) -> list[Answer]:
-    """Requests one after the other on several streams, until it is enough; an error ends the test."""
+    """Send requests one after the other on several streams until `enough` is set; return the answers."""
     async with server.async_client as client:
 
         async def one(index: int) -> list[Answer]:
@@ -246,7 +246,7 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def answer_in_time(server: Server, seconds: float = 120) -> tuple[str, str]:
-    """Text and version of an answer, once there is one again."""
+    """Ask until a request succeeds; return its text and version."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -306,7 +306,7 @@ def test_without_a_deployment_there_is_nothing_to_reload(
 def test_a_pool_that_crashes_comes_back_with_the_checkpoint_of_the_deployment(
     server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
-    """The last one with this server."""
+    """The deployment goes back to its first checkpoint, so this test is the last with this server."""
     served(server, directories["new"])
     pool = replica_processes(server, "experts")
     assert len(pool) == 1

@@ -1,4 +1,4 @@
-"""`raymoe serve` as a process of its own, with two expert hosts, driven by the official client."""
+"""`raymoe serve` with two expert hosts, called by the official client."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_two_hundred_dropped_requests_leave_nothing(server: Server) -> None:
 
 
 def kept_by_hosts(server: Server) -> list[int]:
-    """Activations that wait on each expert host; Ray's own ports do not answer as a host does."""
+    """Number of activations that each expert host keeps, asked at each of its ports that answers."""
     kept = []
     for host in server.hosts():
         for connection in host.net_connections("tcp"):
@@ -201,7 +201,7 @@ def test_expert_hosts_of_an_embedded_cluster_listen_on_the_loopback(server: Serv
 
 
 def test_a_killed_host_is_not_missed(server: Server) -> None:
-    """Its experts are loaded elsewhere, and another host takes its place."""
+    """The killed host's experts are loaded elsewhere, and another host takes its place."""
 
     def health() -> int:
         address = server.url.removeprefix("http://")

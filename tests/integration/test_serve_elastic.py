@@ -1,4 +1,4 @@
-"""Expert hosts that die, hang, come and go under running streams: no request fails, all say the same.
+"""Expert hosts die, hang, join and leave under running streams: no request fails, no answer changes.
 
 The figures that these tests print are in docs/operations.md.
 """
@@ -46,7 +46,7 @@ def undisturbed(server: Server) -> list[Told]:
 
 
 def settled(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict[str, Any]:
-    """The status, once so many hosts serve, and every expert has its replicas."""
+    """Wait until so many hosts serve and every expert has its replicas; return the status."""
     deadline = time.monotonic() + 120
     while True:
         status = admin.status()
@@ -58,7 +58,7 @@ def settled(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict[str, A
 
 
 def under_load(server: Server, undisturbed: list[Told], disturb: Callable[[], object], at: int) -> Load:
-    """The streams, disturbed after so many chunks; they say what they say undisturbed."""
+    """Run the streams, disturb them after `at` chunks, and assert that no answer changes."""
     load = asyncio.run(disturbed(Load(server, REQUESTS), at, disturb))
     assert load.told == undisturbed
     return load
@@ -117,7 +117,7 @@ def test_a_killed_coordinator_is_not_missed(
 
 
 def settled_again(admin: AdminClient) -> dict[str, Any]:
-    """The status, as soon as there is a coordinator to tell it."""
+    """Wait for a coordinator that answers and for all hosts; return the status."""
     deadline = time.monotonic() + 60
     while True:
         try:

@@ -1,6 +1,6 @@
-"""`raymoe serve` with any number of hosts and channel: the tokens of `transformers`, to the official client.
+"""`raymoe serve` with any number of hosts and any channel gives the tokens of `transformers`.
 
-And the same process under a thousand requests that Schemathesis makes.
+A server also withstands a thousand requests that Schemathesis generates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROMPTS = [f"{PROMPT} the {'mat and the hat ' * (number % 5)}{'cat'[: number % 4
 
 @torch.no_grad()
 def by_transformers(directory: Path) -> list[str]:
-    """The text that follows each prompt, greedily."""
+    """The text that greedy decoding by transformers adds to each prompt."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float64, experts_implementation="eager"
@@ -39,7 +39,7 @@ def by_transformers(directory: Path) -> list[str]:
 
 
 def by_server(server: Server) -> list[str]:
-    """The same from the official client, several requests at a time."""
+    """The texts that the server adds to the prompts, several requests at a time."""
 
     def one(prompt: str) -> str:
         answer = server.client.completions.create(

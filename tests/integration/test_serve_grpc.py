@@ -1,4 +1,4 @@
-"""gRPC of `raymoe serve`, through Serve's own proxy, with generated stubs and with what reflection tells."""
+"""gRPC of `raymoe serve` through Serve's proxy, with generated stubs and with server reflection."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_cancelled_call_frees_its_pages(server: Server, channel: grpc.Channel)
 
 
 def test_reflection_lists_and_describes_the_service(channel: grpc.Channel) -> None:
-    """As grpcurl does: without our stubs, from what the server says of itself."""
+    """Like grpcurl, the client knows the service from server reflection alone."""
     database = ProtoReflectionDescriptorDatabase(channel)
     assert {SERVICE, "grpc.health.v1.Health"} <= set(database.get_services())
     pool = DescriptorPool(database)

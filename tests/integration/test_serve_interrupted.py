@@ -1,4 +1,4 @@
-"""`raymoe serve` that is interrupted with Ctrl-C. Runs last of its group: it ends the group's server."""
+"""Ctrl-C at `raymoe serve`. This module is the last of its group, since it ends the group's server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replicas of the trunk that are killed, or hang, in mid-stream: no request fails, all say the same."""
+"""Replicas of the trunk are killed or hang in mid-stream: no request fails, no answer changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server(shared_server: SharedServer) -> Server:
 
 
 def request(index: int) -> dict[str, Any]:
-    """Greedy, seeded, with penalties, with log probabilities, in turns."""
+    """A completion request: greedy, seeded, with penalties or with log probabilities, by its index."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "seed": index, "logprobs": 2},
@@ -46,7 +46,7 @@ def request(index: int) -> dict[str, Any]:
 
 
 def trunks(server: Server) -> list[psutil.Process]:
-    """The processes of its replicas of the trunk."""
+    """The processes of the server's trunk replicas."""
     return actors(server, TRUNK)
 
 
@@ -54,7 +54,7 @@ REQUESTS = [request(index) for index in range(STREAMS)]
 
 
 def engines(server: Server) -> int:
-    """Replicas that answer."""
+    """Number of trunk replicas that answer."""
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     return sum(line.startswith("raymoe_num_requests_running{") for line in lines)
@@ -76,7 +76,7 @@ def undisturbed(server: Server) -> list[Told]:
 
 
 async def disturbed(server: Server, at: list[int], disturb: Callable[[], object]) -> Load:
-    """The same load, disturbed whenever so many chunks have come in all."""
+    """Run the load and disturb it whenever one of these numbers of chunks has come."""
     load = Load(server, REQUESTS)
     running = asyncio.create_task(load.run())
     for count in at:
@@ -121,7 +121,7 @@ def test_twenty_replicas_are_lost(server: Server, undisturbed: list[Told], how: 
 
 @pytest.mark.soak
 def test_replicas_that_are_killed_one_after_the_other(server: Server, undisturbed: list[Told]) -> None:
-    """The second one as soon as Serve has started the first one again."""
+    """The second replica is killed as soon as Serve has restarted the first."""
     all_there(server)
     killed: list[psutil.Process] = []
 
@@ -168,7 +168,7 @@ def test_a_replica_that_hangs_is_given_up(server: Server, undisturbed: list[Told
 
 
 def rounded(choices: list[Any]) -> Any:
-    """As data, with log probabilities to the digits that do not hang on the company of a request."""
+    """The choices as data, log probabilities rounded: their last digits depend on the batch."""
     return json.loads(
         json.dumps([choice.model_dump() for choice in choices]),
         parse_float=lambda text: round(float(text), 6),

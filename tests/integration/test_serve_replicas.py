@@ -54,7 +54,7 @@ def processes(server: Server, title: str) -> list[psutil.Process]:
 
 
 def metric(server: Server, name: str) -> dict[str, float]:
-    """A metric by its labels."""
+    """Values of a metric, by their labels."""
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     rows = (line.rsplit(" ", 1) for line in lines if line.startswith(f"raymoe_{name}{{"))

@@ -1,4 +1,4 @@
-"""A server under load for minutes: nothing fails, nothing grows, nothing is left. `make soak`."""
+"""A server under load for minutes: no request fails, no memory grows, nothing stays in use. `make soak`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = ("--set=cluster.expert_hosts=2", "--set=serving.cache_tokens=8192")
 
 
 def members(target: MeasuredServer) -> dict[str, psutil.Process]:
-    """Hosts, replicas and interface, by their titles."""
+    """Processes of hosts, replicas and interface, by role and id."""
     assert target.process is not None
     found = {}
     for child in target.process.children(recursive=True):
@@ -49,7 +49,7 @@ def members(target: MeasuredServer) -> dict[str, psutil.Process]:
 
 
 def gauges(target: MeasuredServer) -> dict[str, float]:
-    """Requests and pages in use."""
+    """Gauges of requests and pages in use."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     with urllib.request.urlopen(f"{target.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
@@ -84,7 +84,7 @@ async def sampled(
 
 
 async def run(target: MeasuredServer) -> tuple[float, float, list[Outcome], list[dict[str, int]]]:
-    """The offered rate, when it began, what came of the requests, and memory after a tenth and at the end."""
+    """Offer the load; return the rate, its start, the outcomes, and memory after a tenth and at the end."""
     async with connected(target.url) as client:
         assert client.longest is not None
         mix = replace(MIX, longest=client.longest)

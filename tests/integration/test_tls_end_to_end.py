@@ -1,4 +1,4 @@
-"""Training and serving with mutual TLS between all processes; whoever lacks a certificate stays out."""
+"""Training and serving with mutual TLS between all processes; callers without a certificate are refused."""
 
 from __future__ import annotations
 

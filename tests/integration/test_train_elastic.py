@@ -1,4 +1,4 @@
-"""Training whose hosts, workers and coordinator are killed, and whose hosts come and go: the same trajectory.
+"""Hosts, workers and the coordinator of a training run are lost or change: the trajectory stays the same.
 
 The figures that these tests print are in docs/operations.md.
 """
@@ -54,7 +54,7 @@ def test_whatever_is_killed_the_trajectory_is_the_same(corpus: Path, whole: Path
 
 @pytest.mark.soak
 def test_two_workers_and_replicas_change_no_step(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    """One of the workers is killed, and a host that holds no expert alone."""
+    """A worker is killed, and a host whose experts all have another replica."""
     source = random.Random(1)
     options = {"training__workers": 2, "cluster__replicas": 2, "cluster__redundant_experts": 2}
     run = DisturbedRun(corpus, tmp_path / "run", **options)
@@ -71,7 +71,7 @@ def test_two_workers_and_replicas_change_no_step(corpus: Path, whole: Path, tmp_
 
 @pytest.mark.soak
 def test_hosts_come_and_go_between_steps(corpus: Path, tmp_path: Path) -> None:
-    """Until they have: as many steps as that takes, held against a run of as many with one host."""
+    """The run, ended when the hosts have changed, equals a run of as many steps with one host."""
     run = DisturbedRun(corpus, tmp_path / "run", cluster__expert_hosts=1, training__steps=100_000)
     try:
         admin = run.admin()

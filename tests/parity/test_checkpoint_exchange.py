@@ -1,4 +1,4 @@
-"""Checkpoints of ours in transformers, and transformers' in ours."""
+"""Our checkpoints load in transformers, and those of transformers in our model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_transformers_in_ours(tmp_path: Path, shard_size: str) -> None:
 
 
 def test_mtp_in_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As deep as DeepSeek-V3: transformers knows MTP weights by the layer number 61 alone."""
+    """The model is as deep as DeepSeek-V3: transformers recognises MTP weights by layer number 61 alone."""
     model = ours(
         tiny(
             num_hidden_layers=61,
@@ -88,7 +88,7 @@ def test_mtp_in_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def test_mtp_round_trip(tmp_path: Path) -> None:
-    """Ours to ours with modules; transformers leaves out the modules' keys and nothing else."""
+    """A checkpoint with MTP modules loads in our model; transformers ignores the modules' keys alone."""
     model = ours(tiny(num_nextn_predict_layers=2))
     save_pretrained(model, tmp_path)
     back = load_pretrained(tmp_path)

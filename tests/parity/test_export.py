@@ -1,4 +1,4 @@
-"""What `raymoe export` writes is, to transformers, the same model."""
+"""transformers computes the same model from what `raymoe export` writes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The engine says what `transformers.generate` says, token for token, whichever way it runs.
+"""The engine generates the tokens of `transformers.generate` in every mode.
 
 Everything is in float64, so that no order of additions turns an argmax. The full matrix of models, engines,
-hosts and channels runs under `make soak`; here stands a covering part of it.
+hosts and channels runs under `make soak`; `make test` runs a covering part of it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ COVERING = [
 
 @dataclass(frozen=True)
 class Case:
-    """A model with prompts, and what transformers says after them."""
+    """A model with prompts, and the tokens that transformers generates after them."""
 
     model: CausalLM
     prompts: list[list[int]]
@@ -84,7 +84,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """Cases by the name of their model, each made once."""
+    """A function from a model's name to its case, each made once."""
     made: dict[str, Case] = {}
 
     def get(name: str) -> Case:
@@ -136,8 +136,10 @@ def test_the_tokens_are_those_of_transformers_everywhere(
 
 
 def assert_known(requests: list[Sequence]) -> None:
-    """Every full page of a prompt was found. Of requests that begin alike and come together one is kept:
-    of those of one length, the first."""
+    """Assert that every full page of a prompt was found in the cache.
+
+    Of requests of one length, which begin alike and come together, the first one fills the cache.
+    """
     for request in requests[::EACH]:
         assert request.cached == (len(request.prompt) - 1) // 4 * 4
 

@@ -62,7 +62,7 @@ def test_logits(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("bias", "shift"), [(0.1, -3.0), (5.0, 0.0), (1.0, 100.0), (0.0, 0.0)])
 def test_bias(bias: float, shift: float) -> None:
-    """Negative biases (a dropped group must not win with 0) and ones that drown the affinities."""
+    """Negative biases, where a dropped group must not win with 0, and biases far above the affinities."""
     model = ours(tiny(), bias=bias, shift=shift)
     tokens = random_tokens(model.config, 2, 40)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_mtp_logits(changes: dict[str, Any]) -> None:
 
 
 def test_gradients() -> None:
-    """Of every parameter, with the mean cross-entropy as the loss."""
+    """Gradients of every parameter, with the mean cross-entropy as the loss."""
     model = ours(tiny())
     tokens = random_tokens(model.config, 2, 33)
     reference = theirs(model)

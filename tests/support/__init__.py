@@ -1,1 +1,1 @@
-"""Scaffolds that test modules share."""
+"""Code that test modules share: clusters, hosts, coordinators, servers and commands under test."""

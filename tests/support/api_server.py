@@ -22,7 +22,7 @@ PROMPT = "the cat sat on"
 
 
 class Served:
-    """A backend with its client."""
+    """An interface over an engine in this process, and an HTTP client of it."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.tokenizer, end = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)

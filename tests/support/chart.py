@@ -1,4 +1,4 @@
-"""The chart rendered by both helms; `python tests/support/chart.py` writes the golden renders anew."""
+"""Renders of the chart by both helms; `python tests/support/chart.py` rewrites the golden renders."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def manifests(text: str) -> list[Manifest]:
 
 
 def refusal(version: str, *settings: str) -> str:
-    """What helm says of values that it refuses; empty when it takes them.
+    """The error that helm prints for values that it refuses; empty when it takes them.
 
     Args:
         settings: `name=value`, or `name:=value` of a value in JSON, as a fraction has to be.
@@ -61,7 +61,7 @@ def refusal(version: str, *settings: str) -> str:
 
 
 def clusters(objects: list[Manifest]) -> Iterator[Manifest]:
-    """The spec of each RayCluster, whatever it is in."""
+    """The spec of each RayCluster, alone or within a RayService or RayJob."""
     fields = {"RayCluster": "", "RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}
     for one in objects:
         if one["kind"] in fields:
@@ -69,7 +69,7 @@ def clusters(objects: list[Manifest]) -> Iterator[Manifest]:
 
 
 def pods(objects: list[Manifest]) -> dict[str, Manifest]:
-    """Every pod that comes of these objects, by what it is: of the Ray resources, as Pod."""
+    """Every pod that these objects create, by its role."""
     found: dict[str, Manifest] = {}
     for spec in clusters(objects):
         found["head"] = spec["headGroupSpec"]["template"]
@@ -91,7 +91,7 @@ def pods(objects: list[Manifest]) -> dict[str, Manifest]:
 
 
 def golden(values: str) -> Path:
-    """Where a value set's render is kept."""
+    """The file with a value set's golden render."""
     return GOLDEN / f"{values}.yaml"
 
 

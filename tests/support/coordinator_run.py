@@ -1,4 +1,4 @@
-"""A training run of fake hosts; workers are calls."""
+"""A training run of a real coordinator and fake hosts; the test makes the workers' calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAN = TrainingPlan(steps=10, workers=2, learning_rate=1e-2, warmup_steps=2, cli
 
 
 class Run:
-    """A coordinator with fake hosts, which hold their experts already."""
+    """A coordinator with fake hosts that hold their experts."""
 
     def __init__(
         self,
@@ -80,13 +80,13 @@ class Run:
         return host
 
     def join(self, rank: int, attempt: int = -1) -> Resume:
-        """Join, and leave the trunk's state with hosts, as workers do."""
+        """Join as a worker does, and put the trunk's state into the hosts' memory."""
         resume = self.steps.join(rank, self.plan.workers, attempt, "something was lost", timeout=20)
         self.keep_trunk(resume.step)
         return resume
 
     def rejoin(self, attempt: int) -> Resume:
-        """All workers, after an attempt in which something was lost."""
+        """Let all workers join after an attempt that was interrupted."""
         joining = [self.pool.submit(self.join, rank, attempt) for rank in range(self.plan.workers)]
         return [one.result(20) for one in joining][-1]
 
@@ -107,7 +107,7 @@ class Run:
         return decisions[0]
 
     def lose(self, id: str) -> None:
-        """A process is gone, and the coordinator finds out."""
+        """Kill a host and report its loss to the coordinator."""
         self.world[id].dead = True
         self.coordinator.roster.lose(id, "its process ended")
 

@@ -14,7 +14,7 @@ from support.tiny_cluster import LAYERS, local_experts, tokens
 
 
 class Tables:
-    """What a coordinator would say, and what it has been told.
+    """A coordinator's routing tables, and the suspicions reported to it.
 
     Attributes:
         asked: When a router asked for a newer table, by the monotonic clock.

@@ -1,4 +1,4 @@
-"""Stands for a GPU's memory, which processes share, and for its events: strict about who may do what when."""
+"""A stand-in for GPU memory that processes share, and for its events, which checks the order of accesses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READ, _WRITING, _WRITTEN, _READING = range(4)
 
 @dataclass
 class Segment:
-    """One end's view; the last byte of what both ends map says what is being done to it."""
+    """One end's view of a segment; its last byte says which access is under way."""
 
     whole: Tensor
 
@@ -43,7 +43,7 @@ class Segment:
 
 
 class PretendedMemory:
-    """Takes every tensor of the CPU."""
+    """Device memory that accepts every CPU tensor."""
 
     def takes(self, device: torch.device) -> bool:
         return device.type == "cpu"

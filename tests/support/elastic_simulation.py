@@ -1,4 +1,4 @@
-"""A cluster of a clock and fake hosts, without threads: starts take time, and everything may fail."""
+"""A simulated cluster of fake hosts with a simulated clock and no threads: starts take time and may fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS, EXPERTS, GROUPS = (1, 2), 12, 4
 
 
 class Inline(Executor):
-    """Work is done when it is submitted."""
+    """An executor that does work when it is submitted."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -35,7 +35,7 @@ class Inline(Executor):
 
 
 class SimulatedHost(FakeHost):
-    """Never waits; reads nothing that a live host has."""
+    """A fake host that never waits, and fails if it reads from disk what a live host holds."""
 
     def _up(self) -> None:
         if self.hung:
@@ -53,12 +53,12 @@ class SimulatedHost(FakeHost):
 
 
 class Simulation:
-    """What a fleet and a coordinator's threads do, tick by tick.
+    """The work of a fleet and of a coordinator's threads, tick by tick.
 
     Attributes:
-        fail_next: starts that are going to fail.
-        die_next: hosts that are going to die in the middle of their first assembly.
-        moved, least: experts that moved, and that had to, in the moves that nothing disturbed.
+        fail_next: Number of next starts that fail.
+        die_next: Number of next hosts that die in the middle of their first assembly.
+        moved, least: Experts that moved, and the least that had to, in undisturbed moves.
     """
 
     def __init__(self, seed: int, *, replicas: int, hosts: int = 2, nodes: int = 3) -> None:
@@ -99,7 +99,7 @@ class Simulation:
         return [id for id, host in self.world.items() if not host.dead and not host.hung]
 
     def tick(self) -> None:
-        """Half a second."""
+        """Advance by half a second."""
         self.now += 0.5
         self.roster.ping_all(DEAD_AFTER)
         for id in self.roster.silent(DEAD_AFTER):
@@ -120,7 +120,7 @@ class Simulation:
         self.check()
 
     def settle(self) -> None:
-        """Until nothing is left to be done."""
+        """Tick until no work is left."""
         for _ in range(400):
             self.tick()
             if self.settled():
@@ -178,7 +178,7 @@ class Simulation:
     # --- what has to hold
 
     def check(self) -> None:
-        """At any moment."""
+        """Check the invariants that hold at any moment."""
         table = self.placements.published.table()
         assert table is not None
         assert table.serial >= self.serial
@@ -192,7 +192,7 @@ class Simulation:
                     assert expert in held[table.epoch].get(layer, ()), "the table names who does not hold it"
 
     def check_settled(self) -> None:
-        """When nothing is left to be done."""
+        """Check the invariants that hold when no work is left."""
         current, table = self.placements.published.current, self.placements.published.table()
         assert current is not None
         assert table is not None

@@ -1,4 +1,4 @@
-"""Expert hosts without weights: they keep which experts they hold, by epoch, and refuse what cannot be."""
+"""Expert hosts without weights: they record the experts of each epoch and refuse impossible orders."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Held = dict[int, tuple[int, ...]]
 
 
 class FakeHost:
-    """Implements `actors.messages.steps.HostControl`.
+    """A fake host; implements `actors.messages.steps.HostControl`.
 
     Attributes:
-        calls: what it was told of steps.
-        held: epoch -> layer -> experts.
-        kept: (owner, step) -> layer -> experts, its own and others'.
-        gate: holds commits back while it is not set.
-        closed: somebody has hung up.
-        on_assemble: is called in the middle of an assembly.
-        pulled, read: experts that came from a peer, and from a directory.
+        calls: The calls that concern steps, in order.
+        held: Epoch -> layer -> experts.
+        kept: Snapshots, own and others': (owner, step) -> layer -> experts.
+        gate: Commits wait until it is set.
+        closed: Set when a client of this host has been closed.
+        on_assemble: Called in the middle of an assembly.
+        pulled, read: Number of experts that came from a peer, and from a directory.
     """
 
     def __init__(self, id: str, world: dict[str, FakeHost], *, squared: float = 4.0) -> None:
@@ -182,7 +182,7 @@ class FakeHost:
 
 
 def zeros(layers: int, experts: int) -> Tensor:
-    """No load."""
+    """Loads of zero, `[layers, experts]`."""
     return torch.zeros(layers, experts, dtype=torch.int64)
 
 

@@ -1,4 +1,4 @@
-"""Requests that Schemathesis makes from an OpenAPI document, and what has to hold of the answers."""
+"""Requests that Schemathesis generates from an OpenAPI document, and checks of the answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHECKS = [
 
 
 def assert_robust(schema: Any, cases: int) -> int:
-    """Send up to this many requests to each operation, the same ones each time; how many were sent."""
+    """Send up to this many requests to each operation, the same in every run; return how many were sent."""
     sent = 0
     for found in schema.get_all_operations():
 

@@ -1,4 +1,4 @@
-"""Models to generate with, and every way to run them: engines over experts in process or on hosts."""
+"""Models for tests of generation, and engines over experts in process or on hosts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 
 
 def in_float64(model: CausalLM) -> CausalLM:
-    """The same model, wide enough for the order of additions to turn no argmax."""
+    """The model in float64, in which the order of additions changes no argmax."""
     wide = CausalLM(model.config, dtype=torch.float64).eval()
     wide.load_state_dict(model.state_dict())
     return wide
@@ -41,7 +41,7 @@ def random_model(config: ModelConfig) -> CausalLM:
 
 
 def trained_model(output: Path, *, steps: int, modules: int) -> CausalLM:
-    """A tiny model trained on a Python source, in float64, its MTP modules with it."""
+    """A tiny model with MTP modules, trained on a Python source, in float64."""
     config = tiny_run(
         # Four experts of two groups: the one relation for which transformers judges groups as the paper does.
         model={"n_routed_experts": 16, "num_experts_per_tok": 4, "num_nextn_predict_layers": modules},
@@ -88,7 +88,7 @@ def text_prompts(lengths: Sequence[int], each: int) -> list[list[int]]:
 def generated_by_transformers(
     model: CausalLM, prompts: Sequence[Sequence[int]], count: int
 ) -> list[list[int]]:
-    """What `transformers.generate` says greedily after each prompt; prompts of one length go together."""
+    """The tokens that `transformers.generate` adds greedily to each prompt, in batches of one length."""
     reference = theirs(model).double()
     reference.generation_config.eos_token_id = None
     reference.generation_config.pad_token_id = 0
@@ -106,7 +106,7 @@ def generated_by_transformers(
 
 
 class _Source:
-    """A model's experts, for hosts to load."""
+    """A source of weights for hosts: a model's experts."""
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
@@ -123,7 +123,7 @@ class _Source:
 def engine_over(
     model: CausalLM, settings: EngineSettings, *, hosts: int = 0, channel: str = "local"
 ) -> Iterator[Engine]:
-    """An engine with its experts in process, or on hosts behind a channel, which keep nothing afterwards."""
+    """An engine with experts in process, or on hosts behind a channel; asserts that hosts keep nothing."""
     weights = TrunkWeights.of(model.trunk)
     if hosts == 0:
         yield Engine(weights, model.experts, settings)
@@ -160,7 +160,7 @@ def engine_over(
 
 
 def greedily(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -> list[Request]:
-    """Let an engine go on greedily after each prompt, all of them asked at once."""
+    """Generate greedily after each prompt, all requests at once."""
     params = SamplingParams(max_tokens=count, temperature=0.0)
     sequences = [engine.add(str(at), prompt, params) for at, prompt in enumerate(prompts)]
     while engine.has_work:

@@ -1,4 +1,4 @@
-"""Stands for NCCL between CPUs: a gloo group for each direction, in order."""
+"""A stand-in for NCCL between CPUs: a gloo process group for each direction, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expert hosts behind real gRPC servers, whose experts move; steps are driven by hand, without a router."""
+"""Expert hosts behind gRPC servers, whose experts move; the test makes the steps, without a router."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Holding = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
 def split(*hosts: str) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Every layer's experts dealt out to hosts, differently in each layer."""
+    """Every layer's experts distributed over hosts, differently in each layer."""
     n = len(hosts)
     return {
         host: {layer: tuple(e for e in ALL if (e + layer) % n == at) for layer in LAYERS}
@@ -34,7 +34,7 @@ def split(*hosts: str) -> dict[str, dict[int, tuple[int, ...]]]:
 
 
 class MovingCluster:
-    """Hosts by name; `began` says what each of them begins with, `{}` for none."""
+    """Hosts by name; `began` has the experts that each begins with, `{}` for none."""
 
     def __init__(self, began: Holding, *, train: bool = True, **options: Any) -> None:
         self.train = train
@@ -95,7 +95,7 @@ class MovingCluster:
         return [self.forward(layer, *tokens(7), Phase.INFER) for layer in LAYERS]
 
     def advance(self, steps: int = 1) -> None:
-        """Whole steps: forward and backward of each layer, prepare, commit."""
+        """Make whole steps: forward and backward of each layer, prepare, commit."""
         for _ in range(steps):
             for layer in LAYERS:
                 out = self.forward(layer, *tokens(9, seed=self.step), Phase.FORWARD)
@@ -108,7 +108,7 @@ class MovingCluster:
             self.step += 1
 
     def origins(self, *but: str) -> tuple[Origin, ...]:
-        """Whoever holds experts now."""
+        """The hosts that hold experts, as origins of a transfer."""
         return tuple(
             Origin(host=self.info(host), experts=experts)
             for host, experts in self.holding.items()
@@ -116,7 +116,7 @@ class MovingCluster:
         )
 
     def move(self, holding: Holding, **changes: Any) -> None:
-        """Assemble on all hosts over gRPC, then retain."""
+        """Assemble a new epoch on all hosts over gRPC, then let them drop the old one."""
         epoch, origins = self.epoch + 1, self.origins()
         for name in self.hosts:
             order = {
@@ -172,7 +172,7 @@ def same(
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for what another thread does."""
+    """Wait until another thread has made a condition true."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -180,7 +180,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 class Weights:
-    """A source over the files of several hosts."""
+    """A source of weights over the checkpoint files of several hosts."""
 
     def __init__(self, directory: Path) -> None:
         self.readers = [ShardReader(path) for path in directory.glob("model-*.safetensors")]

@@ -1,9 +1,9 @@
-"""What runs on a GPU that is not there: tensors without values, of a device that is not the CPU.
+"""Cases on a simulated GPU: tensors without values, on a device that is not the CPU.
 
-Whatever mixes devices, or makes the CPU wait for a value, fails. torch's fake tensors know shapes, types and
-devices; torch's hooks for a backend in Python let them be of a device that this build of torch lacks. These
-have to come before a process's first backward pass, so the cases run in a process of their own; see
-tests/unit/training/test_accelerator.py.
+A case that mixes devices, or makes the CPU wait for a value, fails. torch's fake tensors know shapes, types
+and devices; torch's hooks for a backend in Python give them a device that this build of torch lacks. These
+hooks must be set before a process's first backward pass, so tests/unit/training/test_accelerator.py starts
+a process for the cases.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONFIG = preset("tiny").model
 
 
 class Away:
-    """Stands for lanes."""
+    """A stand-in for lanes."""
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
         there(rows, idx, gates)
@@ -60,7 +60,7 @@ def there(*tensors: Tensor) -> None:
 
 
 def trunk(device: torch.device) -> Transformer:
-    """In bfloat16. Fake modules cannot be moved or converted, so they are made where they are wanted."""
+    """A trunk in bfloat16, made on its device: fake modules cannot be moved or converted."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -115,7 +115,7 @@ def slice_of(*rows: int) -> HostSlice:
 
 
 def rows_out_and_sums_back(device: torch.device) -> None:
-    """Of two hosts, one of which is reached on the GPU; the other's rows go by the CPU's memory."""
+    """Rows to two hosts and their sums, one host reached on the GPU, the other through CPU memory."""
     rows, slices = torch.empty(5, WIDE, device=device), (slice_of(0, 1, 2), slice_of(1), None)
     out = OutgoingRows(rows)
     parts = []
@@ -132,7 +132,7 @@ def rows_out_and_sums_back(device: torch.device) -> None:
 
 
 def training_step(device: torch.device) -> None:
-    """Without recompute, whose second pass is in a thread that knows nothing of fake tensors."""
+    """A training step without recompute, whose second pass runs in a thread without fake tensors."""
     model = trunk(device)
     optimizer = AdamW(model.named_parameters())
     tokens = torch.zeros(2, 33 + CONFIG.num_nextn_predict_layers, dtype=torch.int64, device=device)
@@ -187,7 +187,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
 
 
 def main() -> None:
-    """Run all cases, and print what each failed with."""
+    """Run all cases and print the error of each."""
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     said: dict[str, str] = {}
     for name, case in CASES.items():

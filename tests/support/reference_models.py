@@ -1,4 +1,4 @@
-"""transformers' DeepseekV3 beside ours, on the same random weights."""
+"""DeepseekV3 of transformers and our model, with the same random weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny(**changes: Any) -> ModelConfig:
 
 
 def ours(config: ModelConfig, *, seed: int = 0, bias: float = 0.1, shift: float = 0.0) -> CausalLM:
-    """A random model, its norms and routing biases random too."""
+    """A random model with random norms and routing biases."""
     model = CausalLM(config)
     model.load(RandomSource(config, seed))
     generator = torch.Generator().manual_seed(seed)
@@ -94,5 +94,5 @@ def _experts(model: CausalLM, layer: int, prefix: str) -> dict[str, Tensor]:
 
 
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 1) -> Tensor:
-    """Tokens of the vocabulary."""
+    """Random tokens of the vocabulary."""
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,6 +1,6 @@
-"""Training runs whose workers are processes with a group over gloo; hosts and coordinator are here.
+"""Training runs whose workers are processes with a gloo process group; hosts and coordinator run here.
 
-What Ray Train does for a run (start its workers, and all of them anew when one is lost) `Workers` does.
+`Workers` does what Ray Train does for a run: it starts the workers, and restarts all when one is lost.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Moment:
     """A request in the middle of a step, at which a process ends.
 
     Attributes:
-        at: of the step's requests of this phase that the process sees, from 0.
+        at: Index of the request among those of this phase and step that the process sees.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Moment:
 
 
 class _Doom:
-    """Ends the process at its moment."""
+    """Ends the process at a moment."""
 
     def __init__(self, moment: Moment) -> None:
         self._moment, self._seen = moment, 0
@@ -69,7 +69,7 @@ class _Doom:
 
 
 class _Cut:
-    """From its moment on nothing leaves the process, until the run has begun again under another epoch."""
+    """Fails all requests from a moment on, until the run goes on under another epoch."""
 
     def __init__(self, moment: Moment) -> None:
         self._moment, self._seen = moment, 0
@@ -85,7 +85,7 @@ class _Cut:
 
 
 class _Watched:
-    """A channel whose requests are seen first."""
+    """A channel that shows its requests to a fault first."""
 
     def __init__(self, inner: Channel, doom: _Doom | _Cut) -> None:
         self._inner, self._doom = inner, doom
@@ -114,11 +114,11 @@ class _Job:
 
 @dataclass(kw_only=True)
 class Share:
-    """What a worker ends with.
+    """The state of a worker at the end of a run.
 
     Attributes:
-        trunk: whole tensors by name.
-        state_bytes, gradient_bytes: of values and moments, and of gradients in the last step.
+        trunk: Whole tensors by name.
+        state_bytes, gradient_bytes: Bytes of values and moments, and of the last step's gradients.
     """
 
     trunk: dict[str, Tensor] = field(default_factory=dict)
@@ -209,7 +209,7 @@ def _doomed_host(pipe: Connection, config: dict[str, Any], start: RunStart, id: 
 
 
 class Workers:
-    """Processes that are workers of one run after the other."""
+    """Worker processes that serve one run after the other."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -217,7 +217,7 @@ class Workers:
         self._meetings = 0
 
     def run(self, jobs: list[_Job]) -> list[Share | BaseException]:
-        """Do all jobs at once; what came of each, an `EOFError` where the process has ended."""
+        """Do all jobs at once; return the result of each, an `EOFError` where the process has ended."""
         while len(self._running) < len(jobs):
             self._running.append(self._begin(_serve))
         for (_, pipe), job in zip(self._running, jobs, strict=False):
@@ -237,7 +237,7 @@ class Workers:
     def doomed_host(
         self, config: RunConfig, start: RunStart, id: str, end: Moment, lost: Callable[[], None]
     ) -> Iterator[HostInfo]:
-        """A host in a process of its own, until its moment; `lost` is called after it."""
+        """A host in a process of its own that ends at a moment; `lost` is called afterwards."""
         process, pipe = self._begin(_doomed_host, config.to_dict(), start, id, end)
         info: HostInfo = pipe.recv()
 
@@ -285,12 +285,12 @@ def train_sharded(
     """Run a training job to its end; raises what a worker raised.
 
     Args:
-        lose_host: when the last host's process ends.
-        cut_worker: when the last worker reaches no host any more, for a while.
-        lose_worker: when the last worker's process ends; all are started anew, `go_on_with` of them.
+        lose_host: When the last host's process ends.
+        cut_worker: When the last worker stops reaching hosts, until the run goes on in another epoch.
+        lose_worker: When the last worker's process ends; `go_on_with` workers are started afterwards.
 
     Returns:
-        The outcome, what every worker had, and the run's interruptions.
+        The outcome, every worker's state, and the run's interruptions.
     """
     start = start or RunStart(run="test")
     n_hosts, n_workers = config.cluster.expert_hosts, config.training.workers

@@ -1,4 +1,4 @@
-"""A model of a few hundred weights and hosts for it, in this process."""
+"""A model of a few hundred weights and its expert hosts, in this process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SETTINGS = OptimizerSettings(weight_decay=0.1)
 
 
 class SeededSource:
-    """Weights that depend on layer and expert alone."""
+    """A source of weights that depend on layer and expert alone."""
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1000 * layer + expert)
@@ -54,7 +54,7 @@ class SeededSource:
 
 
 def local_experts() -> LocalExperts:
-    """The oracle: all experts as parameters, in float64."""
+    """The reference: all experts as parameters, in float64."""
     experts = LocalExperts(
         LAYERS,
         n_experts=CONFIG.n_routed_experts,
@@ -81,7 +81,7 @@ def tokens(n: int, seed: int = 0, *, grad: bool = False) -> tuple[Tensor, Tensor
 
 
 class TinyCluster:
-    """Hosts behind local channels, and a router to them; `empty` ones wait for a coordinator's orders."""
+    """Hosts behind local channels, and a router to them; `empty` hosts wait for a coordinator's orders."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class TinyCluster:
         return None
 
     def suspect(self, host_id: str, why: str) -> None:
-        """A test's hosts have nobody who looks after them."""
+        """Do nothing: these hosts have no coordinator."""
 
     def connect(self, host: HostInfo) -> Channel:
         return local.connect(host.addresses["local"])

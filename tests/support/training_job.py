@@ -1,7 +1,7 @@
-"""Training runs without Ray: the real worker, coordinator, hosts and channels, in threads of one process.
+"""Training runs without Ray: worker, coordinator, hosts and channels in threads of one process.
 
-What Ray adds (processes, placement, Ray Train) is tested in tests/integration; here a run of fifty steps
-takes a second or two, so that many arrangements can be held against each other.
+tests/integration tests what Ray adds: processes, placement, Ray Train. Here a run of fifty steps takes a
+second or two, so that many arrangements can be compared.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from jobs.training.worker_assembly import assemble_worker
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Stands for `jobs.data.corpus.PreparedData`: packed rows, made without Ray."""
+    """A stand-in for `jobs.data.corpus.PreparedData`: packed rows, made without Ray."""
 
     train: PackedCorpus
     held_out: HeldOut
 
     def save_tokenizer(self, directory: Path) -> None:
-        """These tests have no tokenizer."""
+        """Save nothing: these tests have no tokenizer."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
-        losses: main loss of each step, nats.
-        metrics: the lines of metrics.jsonl.
-        trunk: parameters and biases by name.
+        losses: Main loss of each step, in nats.
+        metrics: Lines of metrics.jsonl.
+        trunk: Parameters and biases by name.
         experts: (w13, w2) by (layer, expert).
     """
 
@@ -92,7 +92,7 @@ def text_corpus(config: RunConfig, text: str) -> Corpus:
 
 
 class ThreadReducer:
-    """Sums over workers that are threads, in the order of their ranks."""
+    """Sums tensors over workers that are threads, in the order of their ranks."""
 
     def __init__(self, workers: int) -> None:
         self._barrier = threading.Barrier(workers)
@@ -218,7 +218,7 @@ def train(
 
 
 class _Watched:
-    """A coordinator that lets a test look on, and stop the run, after each step of worker 0."""
+    """A coordinator that calls a test after each step of worker 0, and lets it stop the run."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""raymoe's commands as a user runs them, and what the tests ask of them."""
+"""The `raymoe` commands as a user runs them, and the loads that tests put on them."""

@@ -1,4 +1,4 @@
-"""`raymoe train` in the course of which things happen, and the pauses that they cost."""
+"""`raymoe train` that a test disturbs, and the pauses that the disturbances cost."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SETTINGS = {
 
 
 class DisturbedRun:
-    """A run in the course of which things happen.
+    """A training run that a test disturbs.
 
     Attributes:
-        pauses: seconds from each disturbance to a step that it made afterwards.
+        pauses: Seconds from each disturbance to a step that the run made afterwards.
     """
 
     def __init__(self, corpus: Path, output: Path, *options: str, **changed: object) -> None:
@@ -44,7 +44,7 @@ class DisturbedRun:
         self._listener.start()
 
     def admin(self) -> AdminClient:
-        """Of its coordinator."""
+        """A client of the run's coordinator."""
         while True:
             found = re.search(r"coordinator at (\S+),", "".join(self._said))
             if found is not None:
@@ -53,7 +53,7 @@ class DisturbedRun:
             time.sleep(0.05)
 
     def at(self, step: int, disturb: Callable[[], object]) -> None:
-        """Disturb it once it has that many steps, and wait until it goes on."""
+        """Disturb the run once it has made that many steps, and wait until it goes on."""
         while self._steps() < step:
             assert self.process.poll() is None, "".join(self._said)
             time.sleep(0.02)
@@ -65,9 +65,9 @@ class DisturbedRun:
         self.pauses.append(time.monotonic() - began)
 
     def kill(self, title: str, source: random.Random) -> None:
-        """SIGKILL for one of its processes of this title, as soon as there is one.
+        """Kill one of the run's processes of this title with SIGKILL, as soon as there is one.
 
-        Of coordinators the oldest one: others stand by.
+        Of several coordinators the oldest is killed, since the others stand by.
         """
         while not (found := [p for p in family(self.process) if title in title_of(p)]):
             assert self.process.poll() is None, "".join(self._said)
@@ -76,7 +76,7 @@ class DisturbedRun:
         (found[0] if title == COORDINATOR else source.choice(found)).kill()
 
     def finish(self) -> list[float]:
-        """Its losses, step by step."""
+        """Wait for the end of the run; return its losses, step by step."""
         members = family(self.process)
         assert self.process.wait(300) == 0, "".join(self._said)
         self._close()

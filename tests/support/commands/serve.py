@@ -1,4 +1,4 @@
-"""A tiny model, and `raymoe serve` as a process of its own that serves it."""
+"""A tiny model, and `raymoe serve` in a process of its own."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ TWO_REPLICAS: dict[str, object] = {
 
 
 def tiny_model(seed: int = 0, **changes: object) -> CausalLM:
-    """In float64, so that no tie between tokens turns."""
+    """A random model in float64, so that rounding decides no tie between tokens."""
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig(**{**CONFIG.model_dump(), **changes}), dtype=torch.float64).eval()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def tiny_tokenizer(text: str = "the cat sat on the mat and the hat") -> tuple[To
 
 
 def save_model(model: CausalLM, directory: Path) -> Path:
-    """With a tokenizer."""
+    """Save a model with a tokenizer."""
     save_pretrained(model, directory)
     save_tokenizer(*tiny_tokenizer(), directory)
     return directory
@@ -118,7 +118,7 @@ class Server:
         return greedy(self.model, PROMPT, count)
 
     def gauges(self) -> dict[str, float]:
-        """Requests and pages in use, of every replica."""
+        """Gauges of requests and pages in use, of every replica."""
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -131,7 +131,7 @@ class Server:
         return found
 
     def hosts(self) -> list[psutil.Process]:
-        """The processes of its expert hosts."""
+        """The processes of the server's expert hosts."""
         return [
             child
             for child in psutil.Process(self.process.pid).children(recursive=True)
@@ -147,7 +147,7 @@ def free_port() -> int:
 
 
 def start(directory: Path, log: Path, *options: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
-    """The process, and what it says about where it listens."""
+    """Start the command; return the process, and the addresses that it prints."""
     errors = log.open("w")
     process = subprocess.Popen(
         [
@@ -171,7 +171,7 @@ def start(directory: Path, log: Path, *options: str) -> tuple[subprocess.Popen[s
 
 @contextmanager
 def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Iterator[Server]:
-    """A server that is told to stop at the end, and leaves nothing behind."""
+    """A running server; at the end it is told to stop, and must leave no process."""
     process, at = start(directory, log, *options)
     family = psutil.Process(process.pid).children(recursive=True)
     try:
@@ -193,7 +193,7 @@ class SharedServer:
     """A running `raymoe serve` that is kept as long as tests ask for one with the same settings.
 
     Attributes:
-        folder: takes the next server's model and log.
+        folder: Directory for the next server's model and log.
     """
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class SharedServer:
         self._closing = ExitStack()
 
     def with_settings(self, settings: dict[str, object], *, grpc: bool = False) -> Server:
-        """The server of `tiny_model()` with these settings; one with others is told to stop first."""
+        """A server of `tiny_model()` with these settings; a server with other settings is stopped first."""
         wanted = {**settings, "grpc": grpc}
         if self._server is None or self._settings != wanted or self._server.process.poll() is not None:
             self.close()

@@ -1,4 +1,4 @@
-"""Many streams at a time from a server, what they said, and for how long one of them was silent."""
+"""Concurrent streams from a server, their answers, and the longest pause within a stream."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Load:
     """Streams that run together.
 
     Attributes:
-        requests: what is asked for.
-        chunks: that have come, over all streams.
-        gap: longest time between two chunks of one stream, seconds.
-        told: text, tokens, log probabilities and end of each.
+        requests: Arguments of the completions.
+        chunks: Number of chunks received, over all streams.
+        gap: Longest time between two chunks of one stream, in seconds.
+        told: Text, tokens, log probabilities and finish reason of each stream.
     """
 
     server: Server
@@ -34,7 +34,7 @@ class Load:
     told: list[Told] = field(default_factory=list)
 
     async def run(self) -> list[Told]:
-        """Until all streams have ended."""
+        """Run all streams to their end."""
         async with self.server.async_client as client:
             self.told = await asyncio.gather(*(self._one(client, request) for request in self.requests))
         return self.told
@@ -57,7 +57,7 @@ class Load:
 
 
 def greedy_requests(streams: int, tokens: int) -> list[dict[str, Any]]:
-    """Of different beginnings and lengths."""
+    """Greedy requests with different prompts and lengths."""
     return [
         {
             "model": "tiny",
@@ -71,7 +71,7 @@ def greedy_requests(streams: int, tokens: int) -> list[dict[str, Any]]:
 
 
 async def disturbed(load: Load, at: int, disturb: Callable[[], object]) -> Load:
-    """A load, disturbed in another thread once so many chunks have come in all."""
+    """Run a load and disturb it, in another thread, once `at` chunks have come."""
     running = asyncio.create_task(load.run())
     while load.chunks < at and not running.done():
         await asyncio.sleep(0.002)

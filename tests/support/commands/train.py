@@ -1,4 +1,4 @@
-"""`raymoe train` as a user runs it: own process, own Ray."""
+"""`raymoe train` as a user runs it: a process with its own Ray cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def start(corpus: Path, output: Path, *options: str, **changed: Any) -> subprocess.Popen[str]:
-    """`raymoe train --preset tiny` in a session of its own."""
+    """Start `raymoe train --preset tiny` in a process session of its own."""
     settings = {**SETTINGS, "data.path": corpus, **{k.replace("__", "."): v for k, v in changed.items()}}
     command = [sys.executable, "-m", "jobs.cli", "train", "--json", *options]
     if "--resume" not in options:
@@ -38,14 +38,14 @@ def start(corpus: Path, output: Path, *options: str, **changed: Any) -> subproce
 
 
 def finish(process: subprocess.Popen[str], *, code: int = 0) -> tuple[dict[str, Any], str]:
-    """The JSON object that a command printed, and what it wrote to stderr."""
+    """Wait for a command; return the JSON object that it printed, and its stderr."""
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     return json.loads(out) if out else {}, err
 
 
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
-    """Until the run has written that step down."""
+    """Wait until the run's metrics contain that step."""
     deadline = time.monotonic() + 180
     while not any(line["step"] >= step for line in read_metrics(output / METRICS_FILE)):
         assert process.poll() is None, process.communicate()[1]

@@ -1,4 +1,4 @@
-"""The interface over an engine in this process: what OpenAI clients send, and what they get."""
+"""Requests of OpenAI clients and their answers, by the interface over an engine in this process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The interface under requests that nobody would write: an answer of OpenAI's shape to all, and no failure.
+"""The interface answers generated and malformed requests in OpenAI's format, without a failure.
 
-Schemathesis makes them from the server's own OpenAPI document, and holds the answers against it.
+Schemathesis generates them from the server's OpenAPI document, and checks the answers against it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_another_method_is_told_which_there_is(served: Served) -> None:
     ids=str,
 )
 def test_extreme_parameters_do_not_stop_the_engine(served: Served, extreme: dict[str, Any]) -> None:
-    """A step that fails ends everybody's requests with an error, and not only the one to blame."""
+    """An engine step that fails would end all requests with an error, not only the one that caused it."""
     known = range(served.tokenizer.get_vocab_size())
     every = {"stop_token_ids": [*known], "logit_bias": dict.fromkeys(known, -100)}
     body = {name: every[name] if value == "all" else value for name, value in extreme.items()}

@@ -1,4 +1,4 @@
-"""Other weights under requests on their way: what an answer says of its version, and what is refused."""
+"""Weights change under running requests: the versions that answers name, and refused checkpoints."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from support.api_server import PROMPT, Served
 
 
 class Context:
-    """As much of Serve's gRPC context as the methods use."""
+    """A fake of Serve's gRPC context with what the methods use."""
 
     def __init__(self, metadata: dict[str, str] | None = None, peer: str = "ipv4:127.0.0.1:5") -> None:
         self._metadata, self._peer = metadata or {}, peer

@@ -1,4 +1,4 @@
-"""What the benchmarks of training and overlap time really runs."""
+"""The work that the benchmarks of training and overlap measure is really done."""
 
 from __future__ import annotations
 

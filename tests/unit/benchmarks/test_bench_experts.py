@@ -1,4 +1,4 @@
-"""`raymoe bench experts`, and benchmarks on a device that is not there."""
+"""`raymoe bench experts`, and benchmarks on a device that this machine lacks."""
 
 from __future__ import annotations
 

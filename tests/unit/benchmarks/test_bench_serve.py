@@ -1,4 +1,4 @@
-"""The load generator: what it asks for and when, what it makes of the answers, what it does with a server."""
+"""The load generator: its requests and their times, the figures it computes, and the servers it starts."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_a_refusal_carries_the_servers_words() -> None:
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
-    """No answer comes before the last request: in a closed loop, none would come at all."""
+    """The server answers only after the last request, which a closed loop would never send."""
     total = 30
 
     async def run() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All kinds of channels behave alike: order, errors, deadlines, death, no leak."""
+"""All kinds of channels behave alike: order, errors, deadlines, peers that die, no leak."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def request(*tensors: torch.Tensor, step: int = 0, run: str = "echo") -> Request
 
 
 def handle(given: Request) -> tuple[torch.Tensor, ...]:
-    """Does what the request's run says."""
+    """A handler that does what the request's run names."""
     if given.id.run == "stale":
         raise StaleEpoch("the table is of epoch 5", epoch=5)
     if given.id.run == "refuse":
@@ -95,7 +95,7 @@ def test_payloads_of_any_size(channel: Channel, rows: int) -> None:
 
 
 def test_results_stay_the_callers(channel: Channel) -> None:
-    """Memory of a reply is not written again while somebody holds a tensor of it."""
+    """The memory of a reply is not reused while one of its tensors is alive."""
     kept = [channel.submit(request(torch.full((512, 256), float(i)))).result(30)[1] for i in range(20)]
     for i, tensor in enumerate(kept):
         assert bool((tensor == 2.0 * i).all())
@@ -351,7 +351,7 @@ def test_a_channel_closed_while_rows_are_awaited_is_a_channel_error() -> None:
 
 
 def test_tensors_that_overlap_are_none_of_ours() -> None:
-    """A peer that names the same bytes a thousand times is not given memory for each of them."""
+    """A peer that names the same bytes a thousand times gets no memory for each of them."""
     server = collective.serve(handle)
     bad = choose.connect(server.address)
     assert isinstance(bad, collective.CollectiveChannel)

@@ -1,4 +1,4 @@
-"""Peers that lie: each loses its own connection, and nobody else's."""
+"""Peers that break the protocol lose their own connection, and no other connection ends."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def server() -> Iterator[Server]:
 
 
 def refused(server: Server, packet: bytes, descriptors: list[int], *, greeting: bytes = b"") -> bool:
-    """Send one packet by hand, after a greeting that is answered: whether the server hangs up."""
+    """Send one packet by hand after a valid greeting; return whether the server closes the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
         peer.settimeout(30)
         peer.connect("\0" + server.address.rpartition("/")[2])
@@ -78,7 +78,7 @@ def refused(server: Server, packet: bytes, descriptors: list[int], *, greeting: 
 
 
 def open_files() -> set[tuple[str, str]]:
-    """Descriptors of this process and what they stand for."""
+    """Descriptors of this process, and the files that they refer to."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # the listing's own
@@ -95,7 +95,7 @@ def honest_size() -> int:
 
 
 def test_an_honest_packet_by_hand_is_answered(server: Server) -> None:
-    """Else the refusals below would prove nothing."""
+    """Without this, the refusals below would prove nothing."""
     size = honest_size()
     packet = HEAD.pack(b"rmo1", 0, size, 1024, 0) + header(shape=[256])
     _, descriptor = SegmentPool().acquire(1024)

@@ -1,4 +1,4 @@
-"""The frame: what goes in comes out, foreign code reads and writes it, malformed ones are refused."""
+"""Frames: round trips, frames read and written by other code, malformed frames refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WIRE_DTYPE = {
 
 
 def offsets(header: expert_pb2.Header) -> list[int]:
-    """First bytes of a header's tensors, read as expert.proto says."""
+    """Offsets of a header's tensors, read as expert.proto defines them."""
     layout, found = list(header.layout), []
     while layout:
         found.append(layout[2 + layout[1]])

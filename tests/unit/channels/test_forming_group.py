@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def _host(pipe: Connection, name: str, nth: int) -> None:
-    """A server whose process stops right after it has told, or heard, so many things."""
+    """A server whose process stops right after so many operations of the rendezvous."""
     original: Any = getattr(Meeting, name)
     calls = 0
 

@@ -1,4 +1,4 @@
-"""What a gRPC server of ours lets in."""
+"""The peers and calls that our gRPC servers admit."""
 
 from __future__ import annotations
 

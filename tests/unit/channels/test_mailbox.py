@@ -1,4 +1,4 @@
-"""Calls of few rows through mailboxes: the same sums, and what happens when a box is of no use."""
+"""Calls of few rows through mailboxes: the same sums, and the fallback to channels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Mailed(TinyCluster):
         return shm.connect(host.addresses["shm"])
 
     def ready_lane(self) -> Lane:
-        """A lane whose boxes the hosts look into."""
+        """A lane whose mailboxes the hosts poll."""
         lane = self.lane()
         rows, idx, gates = tokens(1)
         deadline = time.monotonic() + 30

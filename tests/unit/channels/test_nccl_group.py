@@ -1,4 +1,4 @@
-"""What NCCL's group is told, which has no GPU here to run on; the channel over it: test_channels.py."""
+"""The options of NCCL's process group, without a GPU; test_channels.py tests the channel over it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from channels.collective import nccl
 
 
 class Work:
-    """Completed, as NCCL says it of what has failed, too."""
+    """Work that reports completion, as NCCL does for failed work as well."""
 
     def is_completed(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Every rule of `cluster.membership`, by a clock that the tests tell."""
+"""Every rule of `cluster.membership`, with a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def info(at: int | str) -> HostInfo:
 
 
 def membership(n: int, *, most: int = 8, wanted: int | None = None) -> Membership:
-    """So many hosts that hold experts."""
+    """A membership with so many hosts that hold experts."""
     made = Membership(wanted=n if wanted is None else wanted, most=most)
     for at in range(n):
         made.register(info(at), 0.0)
@@ -23,7 +23,7 @@ def membership(n: int, *, most: int = 8, wanted: int | None = None) -> Membershi
 
 
 def settle(made: Membership, now: float) -> None:
-    """Experts are where they should be."""
+    """Report that experts are where they should be."""
     made.placed([site.id for site in made.sites()], now)
 
 

@@ -107,7 +107,7 @@ def test_the_configuration_refuses_unknown_fields_and_negative_counts() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be placed, where."""
+    """A placement problem: experts, groups, hosts and nodes."""
 
     n_layers: int
     n_group: int
@@ -158,7 +158,7 @@ CASES = st.builds(
 
 
 def obeys(case: Case, sites: list[Site], placement: Placement) -> None:
-    """The rules that hold for every placement."""
+    """Assert the rules that hold for every placement."""
     node = {site.id: site.node for site in sites}
     assert placement.sites == tuple(node)
     least = min(case.replicas, len(sites))
@@ -181,7 +181,7 @@ def counts(placement: Placement) -> list[list[int]]:
 
 
 def even_nodes(sites: list[Site]) -> bool:
-    """Whether all nodes have as many hosts: then no rule stands in the way of equal counts."""
+    """Whether all nodes have the same number of hosts, so that the rules allow equal counts."""
     return len(set(Counter(site.node for site in sites).values())) == 1
 
 
@@ -317,7 +317,7 @@ def test_the_hottest_experts_get_the_redundant_replicas() -> None:
 
 
 def test_no_more_replicas_of_hot_experts_than_there_are_hosts_for_them() -> None:
-    """Two thirds of 22 and 22 replicas each would meet on a host; 21 of each have one to themselves."""
+    """With 22 replicas of each two thirds would share a host; with 21 of each every replica has its own."""
     loads = np.r_[[0.9, 0.92, 0.94], np.full(253, 0.005)]
     sites = [Site(f"host-{at}", f"node-{at % 16}") for at in range(64)]
     placement = plan(sites, n_layers=1, n_experts=256, n_group=8, redundant=64, loads=loads[None])

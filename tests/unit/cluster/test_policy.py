@@ -1,4 +1,4 @@
-"""Autoscaling and rebalancing: what is decided, when, and that it comes to rest."""
+"""Autoscaling and rebalancing: the decisions, their times, and that they converge."""
 
 from __future__ import annotations
 

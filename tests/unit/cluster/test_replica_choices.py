@@ -1,4 +1,4 @@
-"""Choices among replicas: complete, even, and as local as the primaries."""
+"""Choices among replicas are complete, even, and as local as the primaries."""
 
 from __future__ import annotations
 

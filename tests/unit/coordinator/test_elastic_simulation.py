@@ -1,4 +1,4 @@
-"""A thousand operations by seed on a simulated cluster: experts stay where they should be."""
+"""A thousand random operations on a simulated cluster keep the invariants of placement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPERATIONS = 250
 
 
 def operate(cluster: Simulation) -> str:
-    """One operation, or one blow."""
+    """Do one operation, or cause one fault."""
     random = cluster.random
     alive = cluster.alive()
     kind = random.choices(

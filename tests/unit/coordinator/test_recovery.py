@@ -1,4 +1,4 @@
-"""A run that loses hosts, workers and its coordinator, with hosts that only remember what they hold."""
+"""A run loses hosts, workers and its coordinator, with fake hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEEPS = replace(PLAN, snapshot_interval=2)
 
 
 def held(run: Run) -> dict[str, Any]:
-    """What hosts hold of the published epoch, and whether the table says so."""
+    """The experts that hosts hold in the published epoch; asserts that the table agrees."""
     table = run.steps.table()
     found = {}
     for at, info in enumerate(table.hosts):
@@ -32,7 +32,7 @@ def held(run: Run) -> dict[str, Any]:
 
 
 def copied(run: Run, step: int) -> bool:
-    """Whether all hosts have the experts' state, and what was decided, of a step."""
+    """Whether all hosts have the experts' state and the decision of a step."""
     return all(
         (host.id, step) in host.kept and ("decisions", step) in host.blobs
         for host in run.hosts
@@ -203,7 +203,7 @@ def test_workers_that_are_started_anew_interrupt_once() -> None:
 
 
 def test_a_worker_more_brings_all_to_a_common_step() -> None:
-    """Its process knows nothing of the steps made, though none of its rank was lost."""
+    """The new worker has made none of the steps, although no worker of its rank was lost."""
     with Run(KEEPS) as run:
         run.end_step(0)
         run.end_step(1)

@@ -1,4 +1,4 @@
-"""What the coordinator measures of hosts under load, what it does about it, and how it tells the dead."""
+"""The coordinator's measurements of hosts under load, its scaling, and its detection of dead hosts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = AutoscalingSettings(
 
 
 class Cluster:
-    """Hosts that serve, a clock, and what looks after them."""
+    """Serving hosts, a clock, and the autoscaler and health check over them."""
 
     def __init__(self, hosts: int = 2, *, redundant: int = 0, threshold: float | None = 0.8) -> None:
         self.now = 100.0
@@ -59,7 +59,7 @@ class Cluster:
         self.placements.due()
 
     def second(self, share: float, in_flight: int = 0) -> NoDecision | ScaleDecision:
-        """A second in which every host was busy for this share of it."""
+        """Advance by a second, in which every host was busy for this share."""
         self.now += 1.0
         for host in self.world.values():
             host.busy_seconds += share
@@ -67,7 +67,7 @@ class Cluster:
         return self.autoscaler.look()
 
     def rows(self, loads: torch.Tensor) -> None:
-        """Each expert's rows are computed by those that hold it, evenly."""
+        """Distribute each expert's rows evenly over its holders."""
         current = self.placements.published.current
         assert current is not None
         for layer, row in enumerate(current.placement.holders):
@@ -79,7 +79,7 @@ class Cluster:
 
 
 def skewed() -> torch.Tensor:
-    """Hot are the experts that the first placement has on one host."""
+    """Loads whose hot experts are on one host in the first placement."""
     loads = torch.full((len(LAYERS), EXPERTS), 10, dtype=torch.int64)
     loads[:, : EXPERTS // 2] = 200
     return loads

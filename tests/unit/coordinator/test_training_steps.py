@@ -1,4 +1,4 @@
-"""The steps of a training run, with hosts that only remember what they were told."""
+"""The steps of a training run, with fake hosts."""
 
 from __future__ import annotations
 

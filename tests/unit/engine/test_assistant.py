@@ -11,7 +11,7 @@ from kernels.team import Desk
 
 
 class EndsWhenCleared(threading.Event):
-    """The engine goes away just as the assistant lies down to sleep."""
+    """An event at which the engine ends just as the assistant begins to sleep."""
 
     def __init__(self, ended: threading.Event) -> None:
         super().__init__()

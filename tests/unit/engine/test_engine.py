@@ -1,4 +1,4 @@
-"""The engine says what plain decoding says, whatever it batches, chunks, preempts, finds or drafts."""
+"""The engine's tokens equal plain decoding under batching, chunking, preemption, caching and drafts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request that another engine takes over in the middle goes on as if nothing had happened."""
+"""A request that another engine takes over in the middle continues with the same tokens."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Parts:
         return ids
 
     def params(self, values: dict[str, Any]) -> SamplingParams:
-        """With something that is said in the middle where a value is `some`."""
+        """Sampling parameters; the value `some` stands for text that occurs in the middle."""
         values = {"max_tokens": NEW, **values}
         said = run(self.engine(), self.prompt(), SamplingParams(max_tokens=NEW, temperature=0.0)).output
         if values.get("stop_token_ids") == "some":
@@ -134,7 +134,7 @@ def test_tokens_are_the_same_wherever_it_is_cut(parts: Parts, values: dict[str, 
 
 
 class Heard:
-    """A service, and the deltas of one request to it at a time."""
+    """A service, and the deltas of one request at a time."""
 
     def __init__(self, parts: Parts, settings: EngineSettings | None = None) -> None:
         self.parts = parts

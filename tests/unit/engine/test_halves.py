@@ -1,4 +1,4 @@
-"""A step in two halves: as many positions in each, in the same order."""
+"""A step in two halves has equal numbers of positions in each, in the same order."""
 
 from __future__ import annotations
 

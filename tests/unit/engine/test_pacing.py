@@ -1,4 +1,4 @@
-"""Drafts are switched off where they do not pay, and on again where they do."""
+"""Drafts are switched off while they cost time, and on again when they save time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Machine:
         self.drafting = False
 
     def step(self, pacer: DraftPacer, sequences: int) -> bool:
-        """One step as the engine makes it: drafts made in the one before are judged in this one."""
+        """One step of an engine, which judges the drafts of the step before."""
         judged, self.drafting = self.drafting, pacer.wants(sequences)
         extra = (self.cost - 1) / 2
         seconds = 0.01 * self.slowness * (1 + extra * judged + extra * self.drafting)
@@ -81,7 +81,7 @@ def test_it_follows_what_requests_are_about() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_does_not_make_it_flap(seed: int) -> None:
-    """With no difference at all there may be a change of mind once in a long while, and no more."""
+    """With no difference in speed, drafting is switched rarely."""
     pacer = DraftPacer()
     machine = Machine(cost=1.5, accepted=0.5, noise=0.3, seed=seed)
     changes = 0

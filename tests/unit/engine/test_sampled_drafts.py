@@ -1,4 +1,4 @@
-"""Sampling with drafts is sampling: the distribution is the model's own, the tokens those of plain decoding.
+"""Sampling with drafts has the model's distribution, and the tokens of plain decoding.
 
 What is tested is the joint distribution of the first three tokens. The first comes with the prompt; the
 second and the third are drafted, so that every outcome goes through drafts accepted and drafts refused.
@@ -66,7 +66,7 @@ def model() -> CausalLM:
 def draw(
     model: CausalLM, drafts: int, fields: dict[str, float], *, first_seed: int, kind: type[Engine] = Engine
 ) -> tuple[Counter[Tokens], Engine]:
-    """How often which tokens follow the prompt, over `DRAWS` requests with seeds of their own."""
+    """Counts of the tokens that follow the prompt, over `DRAWS` requests with different seeds."""
     settings = EngineSettings(
         cache_tokens=16384, page_size=8, max_batch_tokens=4096, max_sequences=1024, drafts=drafts
     )
@@ -96,13 +96,13 @@ def exact(model: CausalLM, fields: dict[str, float]) -> dict[Tokens, float]:
 
 
 def p_value(statistic: float, degrees: int) -> float:
-    """Of a chi-square statistic."""
+    """p-value of a chi-square statistic."""
     half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
 def against(expected: dict[Tokens, float], counts: Counter[Tokens]) -> float:
-    """p-value of counts under exact probabilities; outcomes too rare to count alone count together."""
+    """p-value of counts under exact probabilities; rare outcomes are pooled."""
     cells: list[tuple[float, int]] = []
     rare = (0.0, 0)
     for outcome, chance in expected.items():
@@ -118,7 +118,7 @@ def against(expected: dict[Tokens, float], counts: Counter[Tokens]) -> float:
 
 
 def between(one: Counter[Tokens], other: Counter[Tokens]) -> float:
-    """p-value of two samples of one size having one distribution."""
+    """p-value of two samples of equal size under one distribution."""
     pairs = [(one[outcome], other[outcome]) for outcome in one | other]
     common = [pair for pair in pairs if sum(pair) >= 20]
     rare = [pair for pair in pairs if sum(pair) < 20]
@@ -129,7 +129,7 @@ def between(one: Counter[Tokens], other: Counter[Tokens]) -> float:
 
 @pytest.fixture(scope="module")
 def plain(model: CausalLM) -> dict[str, Counter[Tokens]]:
-    """Plain decoding's samples, of seeds that no other sample has."""
+    """Counts of plain decoding, with seeds that no other sample uses."""
     return {name: draw(model, 0, fields, first_seed=DRAWS)[0] for name, fields in PARAMS.items()}
 
 
@@ -148,7 +148,7 @@ def test_drafts_do_not_change_the_distribution(
 
 
 class Eager(Engine):
-    """Takes drafts somewhat more often than the model would: odds of 9 to 8."""
+    """A sampler that accepts drafts too often, with odds of 9 to 8."""
 
     def _accept(self, share: Share, logits: Tensor, likeliest: list[int]) -> list[int]:
         logits = logits.clone()
@@ -185,7 +185,7 @@ COMPANIES = {
 
 
 def requests() -> list[tuple[str, list[int], SamplingParams]]:
-    """Sampled in many ways, each with a seed."""
+    """Requests with different sampling parameters and seeds."""
     source = random.Random(4)
     ways: list[dict[str, object]] = [
         {"temperature": 0.7},

@@ -1,4 +1,4 @@
-"""Text as it grows: whole characters only, and nothing of what a stop string may be."""
+"""Streamed text: whole characters only, and no part of a possible stop string."""
 
 from __future__ import annotations
 

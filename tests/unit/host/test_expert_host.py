@@ -239,7 +239,7 @@ def test_commits_are_idempotent_and_in_order(host: ExpertHost) -> None:
 
 
 def test_commands_of_another_epoch_change_nothing(host: ExpertHost) -> None:
-    """A coordinator that is gone may have sent them."""
+    """A coordinator that has been replaced may have sent such commands."""
     for late in (
         lambda: host.prepare(0, epoch=7),
         lambda: host.commit(0, 1e-2, 1.0, epoch=7),

@@ -25,7 +25,7 @@ EXACT = {"rtol": 0.0, "atol": 1e-12}
 
 
 class Scaled(SeededSource):
-    """The same weights times a number, which is the name of the directory."""
+    """A source of weights scaled by a number, which is the name of the directory."""
 
     def __init__(self, directory: str) -> None:
         self.factor = float(Path(directory).name)
@@ -139,7 +139,7 @@ def test_requests_are_answered_while_weights_are_loaded() -> None:
 
 
 class Weighted(TinyCluster):
-    """Hosts that serve, and their coordinator."""
+    """Serving hosts and their coordinator."""
 
     def __init__(self, n_hosts: int) -> None:
         super().__init__(n_hosts)

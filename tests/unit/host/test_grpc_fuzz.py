@@ -1,4 +1,4 @@
-"""Malformed bytes at a host's gRPC port: each ends its own call, the host goes on and does not grow."""
+"""Malformed bytes at a host's gRPC port end their own call; the host goes on and its memory stays."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def request() -> Request:
 
 
 def mutated(source: random.Random, frame: bytes) -> bytes:
-    """A frame with some bytes changed, cut, or put in."""
+    """A frame with some bytes changed, removed or inserted."""
     found = bytearray(frame)
     for _ in range(source.randint(1, 8)):
         at = source.randrange(len(found) + 1)
@@ -68,7 +68,7 @@ class Attacker:
         ).SerializeToString()
 
     def one(self) -> None:
-        """Send something, and read whatever comes back."""
+        """Send one malformed call and read the reply."""
         source = self.source
         kind = source.randrange(4)
         with suppress(grpc_library.RpcError, OSError):
@@ -93,7 +93,7 @@ class Attacker:
 
 @pytest.fixture(autouse=True)
 def silence() -> Iterator[None]:
-    """pytest keeps every record, with all that its traceback holds: that would be what grows."""
+    """Keep pytest from recording log records, whose tracebacks would hold memory."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""What hosts keep in memory, and a run that goes on from it."""
+"""Snapshots in hosts' memory, and runs that continue from them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made() -> Iterator[Any]:
 
 
 def snapshot(cluster: MovingCluster) -> None:
-    """Each host's state to the next one, over gRPC, until it is there."""
+    """Copy each host's state to the next host over gRPC, and wait for it."""
     for name, buddy in RING.items():
         with cluster.client(name) as client:
             client.snapshot(cluster.step, [cluster.info(buddy)])

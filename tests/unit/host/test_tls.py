@@ -1,4 +1,4 @@
-"""Mutual TLS: who gets in, who does not, and certificates that are replaced while everything runs."""
+"""Mutual TLS: accepted and refused peers, and certificates replaced while servers run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def echo(request: Request) -> tuple[torch.Tensor, ...]:
 
 
 def answers(address: str) -> bool:
-    """Whether a channel to it works."""
+    """Whether a channel to the address works."""
     try:
         channel = grpc.connect(address, timeout=20)
     except ChannelError:
@@ -156,7 +156,7 @@ def test_a_file_that_is_missing_for_a_moment_fails_no_call(folder: Path, tmp_pat
 
 
 def test_a_file_that_becomes_readable_later_counts(folder: Path, tmp_path: Path) -> None:
-    """As root copies it with mode 0600 and then gives it away: neither its time nor its size change."""
+    """Changing owner or mode changes neither the time nor the size of a file."""
     server = grpc.serve(echo)
     seen = tls._signature(folder)
     (folder / tls.KEY).chmod(0o400)

@@ -1,4 +1,4 @@
-"""The command line without Ray: options, exit codes, and what goes to stdout and to stderr."""
+"""The command line without Ray: options, exit codes, stdout and stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints out of and into Hugging Face directories, and what generate and eval do with them."""
+"""Export to and import from Hugging Face directories, and `generate` and `eval` on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEXTS = [f"def name_{i}(argument):\n    return argument + {i}\n" for i in range(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's directory with a checkpoint, as training leaves it, of random weights."""
+    """A run's directory with a checkpoint of random weights."""
     directory = tmp_path_factory.mktemp("run")
     corpus = directory / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

@@ -1,4 +1,4 @@
-"""`raymoe drain --node`: a host or a coordinator that is stuck keeps nobody else's experts there."""
+"""`raymoe drain --node`: a host or coordinator that hangs does not stop the drain of others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jobs.tools.node_drain import DrainResult, drain_hosts
 
 
 class Job:
-    """A coordinator's hosts and what draining each comes to."""
+    """A fake coordinator client: hosts, and the result of draining each."""
 
     def __init__(self, **ends: bool | Exception) -> None:
         self.ends = ends

@@ -1,4 +1,4 @@
-"""The presets are what they say."""
+"""The presets have the sizes that their summaries state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The session of a command, with Ray's own calls replaced."""
+"""The Ray session of a command, with Ray's functions replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's configuration: loading, overriding, round trips, and errors that name field and fix."""
+"""The run's configuration: loading, overriding, round trips, and errors that name field and remedy."""
 
 from __future__ import annotations
 

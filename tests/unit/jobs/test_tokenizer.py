@@ -1,4 +1,4 @@
-"""The tokenizer: lossless, the same every time, of the right size, and as transformers reads it."""
+"""The tokenizer is lossless, deterministic, of the right size, and readable by transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled functions against the tensor operations that they stand in for."""
+"""Compiled functions against the tensor operations that they replace."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_state_and_embedding_are_joined() -> None:
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("size", [7, 192, 7168])
 def test_the_likeliest_of_rows_in_8_bits(size: int, dtype: type) -> None:
-    """Of the largest width there is, sums that come as close to 32 bits as they can."""
+    """The largest width there is, with sums as close to 32 bits as possible."""
     source = np.random.default_rng(size)
     weight = source.integers(-127, 128, (50, size)).astype(np.int8)
     weight[17], weight[3] = 127, -127
@@ -79,7 +79,7 @@ def test_the_likeliest_of_equals_is_the_first() -> None:
 @pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (8, 3)])
 @pytest.mark.parametrize("shift", [0.0, -5.0])
 def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shift: float) -> None:
-    """Biases so low that a dropped group would win if it were masked with zeros are among them."""
+    """Some biases are so low that a dropped group would win if it were masked with zeros."""
     x, weight, bias = rand(40, 16), rand(32, 16), 0.3 * rand(32) + shift
     idx, gates = np.empty((40, 4), np.int64), np.empty((40, 4))
     gate = GateWeights(
@@ -136,7 +136,7 @@ def test_experts_of_any_routing(rows: int, seed: int) -> None:
 
 
 def test_rounded_weights_compute_with_what_they_are_rounded_to() -> None:
-    """Of every function that takes them, against itself with the same weights at full width."""
+    """Every function that takes rounded weights equals itself with the same weights at full width."""
 
     def pair(*shape: int) -> tuple[Rounded, np.ndarray]:
         rounded = Rounded.of(rand(*shape))
@@ -286,7 +286,7 @@ def test_attention(
 
 
 def test_a_number_of_an_earlier_round_is_no_piece_of_a_later_one() -> None:
-    """As an assistant holds it that lost the core between taking a number and looking what it is."""
+    """An assistant may lose the core between taking a number and reading what it stands for."""
     desk = Desk.of(rows=3, heads=2, width=HEAD_IN, latent=LATENT, pages=1, dtype=np.float64)
     desk.length[:] = 1
     caches = rand(1, PAGE, HEAD_IN)

@@ -1,4 +1,4 @@
-"""Bias and losses against loops that follow the papers' equations sign by sign."""
+"""Bias and losses against loops that follow the papers' equations literally."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, fp8, reading only what is asked for, and every way to be damaged."""
+"""Checkpoints: round trips, fp8, partial reads, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def to_fp8(directory: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 def test_fp8(tmp_path: Path) -> None:
-    """Blocks that do not divide the weights; scales of the block that a value lies in."""
+    """Blocks that do not divide the weights; each value has the scale of its block."""
     model = saved(tmp_path)
     exact = to_fp8(tmp_path, (8, 5))
     source = PretrainedSource(tmp_path)
@@ -167,7 +167,7 @@ def test_fp8_round_trip_of_exact_values() -> None:
 
 
 def test_reads_only_what_is_asked_for(tmp_path: Path) -> None:
-    """One expert can be read where nothing but its own file is there."""
+    """One expert can be read when only its own file exists."""
     model = saved(tmp_path, shard_bytes=1)
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     wanted = {index[name] for name in expert_names(2, 5)}

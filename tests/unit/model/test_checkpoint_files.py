@@ -1,4 +1,4 @@
-"""Checkpoints: fp8 weights, and what a damaged or foreign directory is told."""
+"""Checkpoints: fp8 weights, and the errors for a damaged or foreign directory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> Non
 
 
 def to_fp8(directory: Path, block: tuple[int, int] | None) -> dict[str, Tensor]:
-    """Quantise all matrices of the blocks as DeepSeek does; what they mean, block by block."""
+    """Quantise all matrices of the blocks as DeepSeek does; return the values that they represent."""
     exact: dict[str, Tensor] = {}
     size = block or (128, 128)
 
@@ -100,7 +100,7 @@ def test_fp8_is_dequantised_block_by_block(saved: Path, block: tuple[int, int] |
 
 
 def test_fp8_keeps_its_precision_in_every_block() -> None:
-    """A block's own scale: one large value costs only its block the small ones."""
+    """Each block has its own scale: a large value costs precision in its block alone."""
     weight = torch.full((8, 8), 1e-4)
     weight[0, 0] = 400.0
     back = dequantize(*quantize(weight, (4, 4)), (4, 4))

@@ -1,4 +1,4 @@
-"""The model's configuration: what it refuses, what it counts, and Hugging Face's config.json."""
+"""The model's configuration: refused values, parameter counts, and Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_hf_round_trip(changes: dict[str, Any]) -> None:
 
 
 def test_hf_spellings() -> None:
-    """transformers 5 keeps the rotary settings together; other keys of a config.json are passed over."""
+    """transformers 5 keeps the rotary settings together; unknown keys of a config.json are ignored."""
     values = ModelConfig(**SMALL, rope_theta=5.0).to_hf()
     del values["rope_theta"], values["rope_scaling"], values["num_nextn_predict_layers"]
     values |= {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "num_mtp_layers": 1, "x": 1}

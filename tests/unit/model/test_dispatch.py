@@ -1,4 +1,4 @@
-"""Every (token, expert) pair goes to exactly one host, and comes back to its place."""
+"""Every (token, expert) pair goes to exactly one host and returns to its place."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_mtp_equations() -> None:
 
 
 def test_parallel_modules_are_independent() -> None:
-    """Gloeckle et al.: each is a block on the trunk's last hidden state, and reads no later token."""
+    """Gloeckle et al.: each module is a block on the trunk's last hidden state and reads no later token."""
     model = model_of(mtp_mode="parallel")
     tokens = tokens_of(2, 10)
     changed = tokens.clone()
@@ -175,7 +175,7 @@ def test_targets_stop_at_borders() -> None:
 
 @pytest.mark.parametrize("strategy", ["bias", "auxiliary", "device"])
 def test_recompute_changes_nothing(strategy: Any) -> None:
-    """Losses, gradients, routes and loads; nothing is counted twice."""
+    """Recompute changes no loss, gradient, route or load, and counts nothing twice."""
     model = model_of()
     tokens = tokens_of(2, 12)
     segments = torch.tensor([[0] * 7 + [1] * 5, [0] * 9 + [-1] * 3], dtype=torch.int32)
@@ -200,7 +200,7 @@ def test_recompute_changes_nothing(strategy: Any) -> None:
 
 
 class Counting:
-    """Experts that note under which mode they are called."""
+    """Experts that record the modes under which they are called."""
 
     def __init__(self, model: CausalLM) -> None:
         self.inner = model.experts
@@ -267,7 +267,7 @@ def test_microbatches_and_workers_add_up() -> None:
 
 
 def test_balance_losses() -> None:
-    """Weighted, per row, summed over all MoE layers, MTP's included; `bias` adds none of its own."""
+    """Balance losses are weighted, per row, and summed over all MoE layers with MTP; `bias` adds none."""
     model, tokens = model_of(), tokens_of(3, 10)
 
     def balance_of(**weights: Any) -> float:

@@ -1,4 +1,4 @@
-"""The flat AdamW against torch's own, tensor by tensor."""
+"""The flat AdamW equals torch's AdamW, tensor by tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of experts against a loop written from the paper, and its promises."""
+"""The choice of experts against a loop written from the paper, and its guarantees."""
 
 from __future__ import annotations
 

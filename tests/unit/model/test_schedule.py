@@ -1,4 +1,4 @@
-"""Schedules as configuration reads them, and the learning rate's shape."""
+"""Schedules as the configuration reads them, and the shape of the learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generated code: current, importable by the newest runtime, and what the .proto files promise."""
+"""The generated code is up to date and importable, and keeps the guarantees of the .proto files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls go on when hosts are lost: on replicas, on a newer table, on another connection; or say why not."""
+"""Calls survive lost hosts, by replicas, a newer table or another connection, or fail with a reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LONG = 600.0
 
 
 class Site:
-    """A host that can be told to fail."""
+    """A host whose failures a test chooses."""
 
     def __init__(self, host: ExpertHost, kind: str) -> None:
         self.host = host
@@ -76,7 +76,7 @@ class Site:
             self.go_on.wait(LONG)
 
     def dies(self) -> None:
-        """With the next request: it hangs up, and nobody listens any more."""
+        """Close the server at the next request, which is not answered."""
 
         def dying() -> None:
             self.before = lambda: None
@@ -101,7 +101,7 @@ class Cluster(TinyCluster):
         return choose.connect(host.addresses["any"], timeout=2.0)
 
     def ready(self, **settings: Any) -> Lane:
-        """A lane that has been used, by mail if that is the kind."""
+        """A lane that has made a call, through mailboxes if that is the kind."""
         router = Router(
             "replica",
             "run",
@@ -144,7 +144,7 @@ class Cluster(TinyCluster):
 
 @pytest.fixture(autouse=True)
 def _a_busy_machine_lets_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lost host is gone around for as long as a test takes."""
+    """Avoid a lost host for as long as a test takes, however slow the machine is."""
     monkeypatch.setattr("actors.router.routing._SHUNNED", 600.0)
 
 

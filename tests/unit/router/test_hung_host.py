@@ -1,4 +1,4 @@
-"""Hosts in processes of their own that are stopped: they keep every connection, and answer nothing."""
+"""Hosts whose processes are stopped: they keep every connection and answer nothing."""
 
 from __future__ import annotations
 

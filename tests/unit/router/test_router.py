@@ -16,7 +16,7 @@ EXACT = {"rtol": 0.0, "atol": 1e-12}
 
 
 def through(experts: Experts, rows: Tensor, idx: Tensor, gates: Tensor) -> Tensor:
-    """Two MoE layers with something computed while the tokens are away."""
+    """Two MoE layers, with a computation while the tokens are at the hosts."""
     for layer in LAYERS:
         pending = experts.dispatch(layer, rows, idx, gates)
         shared = torch.tanh(rows)

@@ -1,4 +1,4 @@
-"""What a router is told of a coordinator's tables, now and when they change."""
+"""The routing tables that a router gets from a coordinator, now and when they change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TABLE = RoutingTable(epoch=1, hosts=(), holders=(), weights="one", serial=4)
 
 
 class Client:
-    """Of a coordinator."""
+    """A fake client of a coordinator."""
 
     def __init__(self) -> None:
         self.suspects: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""Lanes take turns: one computes while another waits, and never two at once."""
+"""Lanes take turns: one computes while others wait, and never two at once."""
 
 from __future__ import annotations
 

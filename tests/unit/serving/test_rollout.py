@@ -1,4 +1,4 @@
-"""A change of weights over several replicas: who is told what, and what becomes of failures."""
+"""A change of weights over several replicas: the orders to each, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LATEST = WeightsVersion(epoch=2, directory="/latest", name="latest")
 
 
 class Weights:
-    """An exchanger that remembers; a gate may hold its exchanges back."""
+    """An exchanger that records its calls; its exchanges wait for a gate."""
 
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout

@@ -1,4 +1,4 @@
-"""What serving needs, what there is, and the one line when that is less."""
+"""The memory that serving needs, the memory there is, and the error when it is too little."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests go on when a replica of the trunk dies: over gRPC, with replicas that do as they are told."""
+"""Requests continue when a replica of the trunk dies: over gRPC, with fake replicas."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARAMS = SamplingParams(max_tokens=COUNT, temperature=0.0)
 
 
 def token(prompt: list[int], output: list[int], seed: str) -> int:
-    """A function of what was said so far, as an engine's is."""
+    """The next token, a function of prompt, output and seed as an engine's is."""
     return random.Random(f"{prompt}{output}{seed}").randrange(VOCABULARY)
 
 
@@ -44,7 +44,7 @@ def expected(prompt: list[int], params: SamplingParams = PARAMS) -> list[int]:
 
 
 class Fake(TrunkServicer):
-    """A replica; `plan` says after how many tokens of a request what happens, the first time."""
+    """A fake replica; `plan` maps a number of tokens to the fault that follows it, once."""
 
     def __init__(self, plan: dict[int, str]) -> None:
         self.plan = plan
@@ -88,7 +88,7 @@ class Fake(TrunkServicer):
         return TrunkStatus(version=self.version, running=3, pages=7, unwell=self.unwell)
 
     def stop(self) -> asyncio.Task[None]:
-        """Cut everything off."""
+        """Stop the server and end all its calls."""
         if self._stopping is None:
             self._stopping = asyncio.create_task(self.server.stop(None))
         return self._stopping
@@ -426,7 +426,7 @@ def test_a_lease_without_a_request_ends() -> None:
 
 
 class Handle:
-    """As much of Serve's handle as routes use; `answers` are addresses, errors, or None for silence."""
+    """A fake of Serve's handle; `answers` are addresses, errors, or None for silence."""
 
     def __init__(self, answers: list[Any]) -> None:
         self.answers = answers

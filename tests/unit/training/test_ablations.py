@@ -1,4 +1,4 @@
-"""Every balance strategy and MTP mode trains, and does so alike with experts near and far."""
+"""Every balance strategy and MTP mode trains, with equal results for experts in process and on hosts."""
 
 from __future__ import annotations
 

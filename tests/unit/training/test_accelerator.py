@@ -1,4 +1,4 @@
-"""Trunk, experts and engine on a GPU that is not there: no tensor of another device, no wait for a value."""
+"""Trunk, experts and engine on a simulated GPU: no tensor of another device, no wait for a value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
-    """What each case failed with; see `on_accelerator` for why in another process."""
+    """The error of each case; `on_accelerator` says why they run in another process."""
     done = subprocess.run(
         [sys.executable, on_accelerator.__file__],
         cwd=Path(__file__).parents[3],

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: whole or not there, and never the newest one lost."""
+"""The checkpoints of a run are whole or absent, and the newest is never lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels that drop replies after the host has done the work: training ends with the very same weights."""
+"""Channels drop replies after the host has done the work: training ends with equal weights."""
 
 from __future__ import annotations
 

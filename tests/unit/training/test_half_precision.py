@@ -1,4 +1,4 @@
-"""bfloat16 computes, float32 trains: values, gradients and moments are not rounded to what computes."""
+"""With bfloat16 computation, values, gradients and moments stay float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing loses nothing and repeats nothing, whatever the blocks; batches are functions of the step."""
+"""Packing loses and repeats nothing for any blocks; batches are functions of the step."""
 
 from __future__ import annotations
 

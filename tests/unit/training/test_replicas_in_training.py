@@ -1,4 +1,4 @@
-"""Experts that several hosts hold while they train: the same steps as with one holder each."""
+"""Experts with several holders make the same training steps as with one holder each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAN = TrainingPlan(steps=100, workers=1, learning_rate=1e-2, clip_norm=0.5, sna
 
 
 class Cluster:
-    """A coordinator and hosts behind gRPC; one worker, whose trunk is nothing but tokens."""
+    """A coordinator, hosts behind gRPC, and one worker whose trunk is random tokens."""
 
     def __init__(self, n_hosts: int, *, replicas: int = 1, redundant: int = 0) -> None:
         spec = PlacementSpec(
@@ -101,7 +101,7 @@ class Cluster:
         return decision
 
     def state(self) -> dict[tuple[int, int], list[Tensor]]:
-        """Of every expert, held against all its holders."""
+        """The state of every expert; asserts that all its holders agree."""
         found: dict[tuple[int, int], list[Tensor]] = {}
         for host in self.hosts.values():
             mine = {(layer, e): [w13.clone(), w2.clone()] for layer, e, w13, w2 in host.weights()}
@@ -175,7 +175,7 @@ def test_a_checkpoint_has_every_expert_once(tmp_path: Path) -> None:
 
 
 def test_a_lost_holder_interrupts_though_others_hold_its_experts(plain) -> None:  # type: ignore[no-untyped-def]
-    """What it had of the step's gradients is gone."""
+    """The lost host's share of the step's gradients is lost."""
     with Cluster(3, replicas=2) as cluster:
         decisions = [cluster.run(step) for step in range(3)]
         cluster.servers.pop("host-1").close()
@@ -208,7 +208,7 @@ def test_a_host_that_was_not_told_of_its_epoch_is_told_again(plain) -> None:  # 
 
 
 def test_a_host_that_dies_while_experts_move_to_it_is_missed(tmp_path: Path) -> None:
-    """It was in no table when it died, so no loss has told of it; others hold its experts."""
+    """The host was in no table when it died, so no call reports its loss; others hold its experts."""
     with Cluster(2, replicas=2) as cluster:
         cluster.run(0)
         cluster.coordinator.scale(3, 0.0)

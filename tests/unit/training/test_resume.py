@@ -1,4 +1,4 @@
-"""A stopped run goes on as if it had not, at another number of hosts and workers too."""
+"""A stopped run resumes with the same trajectory, with another number of hosts and workers too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The timeline of a run: every process's spans of the chosen steps, in one file that viewers take."""
+"""The timeline of a run: spans of every process for the chosen steps, in one trace file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver's watch over Ray Train, with both ends replaced."""
+"""The driver's watch over Ray Train, with Ray Train and the coordinator replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errors import ChannelError, RaymoeError
 
 
 class Trainer:
-    """Ends when it is told to."""
+    """A fake trainer that ends when a test says so."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -22,7 +22,7 @@ class Trainer:
 
 
 class Coordinator:
-    """Says one thing after the other, the last one for ever; an error is raised."""
+    """A fake coordinator: gives its answers in turn, then the last one again; errors are raised."""
 
     def __init__(self, *said: str | RaymoeError | None) -> None:
         self._said = list(said)

@@ -1,6 +1,6 @@
-"""Scaling never changes the function: any hosts, workers and channel give the in-process run's trajectory.
+"""Scaling never changes the function: any hosts, workers and channel give the same trajectory.
 
-The whole matrix runs under `make soak`; here stands a covering part of it.
+The whole matrix runs under `make soak`; `make test` runs a covering part of it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def assert_same(outcome: Outcome, reference: Outcome, dtype: str) -> None:
 
 
 def test_the_reference_learns(references: dict[str, Outcome]) -> None:
-    """Without this the comparisons could hold between runs that do nothing."""
+    """Without this, the comparisons could hold between runs that learn nothing."""
     for outcome in references.values():
         assert len(outcome.losses) == 50
         assert outcome.losses[-1] < 0.8 * outcome.losses[0]

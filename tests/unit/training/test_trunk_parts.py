@@ -1,4 +1,4 @@
-"""Parts of a trunk: which make a whole one and whose rows they are; and lanes that outlast a loss."""
+"""Parts of a trunk: which parts make a whole, and which rows they have; lanes that survive a loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trunk that two workers share out makes the steps, checkpoints and recoveries of one that each has."""
+"""A trunk sharded over two workers makes the steps, checkpoints and recoveries of a whole trunk."""
 
 from __future__ import annotations
 
