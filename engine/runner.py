@@ -18,11 +18,10 @@ from engine.batch import Batch, Group, PairedBatch, Stretch, by_length, collect,
 from engine.few_rows import MOST_ROWS, FewBatch, FewRows
 from engine.sampling import likeliest
 from engine.weights import Layer, Module, TrunkWeights
+from kernels.constants import LATENT_NORM_EPS
 from model.experts.protocols import Experts, PairedExperts, Pending
 from model.rope import rotation
 from model.routing import affinity, gate_values, select_experts
-
-_LATENT_EPS = 1e-6  # as in training, see model.attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +252,7 @@ class Runner:
             query = F.linear(x, weights.query)
         else:
             rank = weights.query_norm.shape[0]
-            query = F.linear(_rms_norm(down[:, :rank], weights.query_norm, _LATENT_EPS), weights.query)
+            query = F.linear(_rms_norm(down[:, :rank], weights.query_norm, LATENT_NORM_EPS), weights.query)
             down = down[:, rank:]
         query = query.view(x.shape[0], heads, -1)
         if weights.w_uk is not None:
@@ -262,7 +261,7 @@ class Runner:
             query = torch.cat((plain, query[..., nope:]), dim=2)
         _turn_(query[..., latent:], batch.turns)
         entry = torch.cat(
-            (_rms_norm(down[:, :latent], weights.latent_norm, _LATENT_EPS), down[:, latent:]), dim=1
+            (_rms_norm(down[:, :latent], weights.latent_norm, LATENT_NORM_EPS), down[:, latent:]), dim=1
         )
         _turn_(entry[:, None, latent:], batch.turns)
         cache.index_copy_(0, batch.slots, entry)

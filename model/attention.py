@@ -1,7 +1,10 @@
 """Multi-head latent attention (MLA), section 2.1.1 of arXiv 2412.19437.
 
-Shapes: B rows, T positions, H heads, D hidden; a head's query and key have `nope` dimensions without
-position and `rope` rotary ones, its value has `v`.
+`attention_by_equations` is the paper, one equation a line. `LatentAttention.forward` computes the same
+faster, and is tested against it. `kernels.attention` computes it for decoding, from a cache of latents.
+
+Shapes: B rows, T positions, H heads, D hidden, C kv_lora_rank; a head's query and key have `nope` dimensions
+without position and `rope` rotary ones, its value has `v`.
 """
 
 from __future__ import annotations
@@ -12,18 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.constants import LATENT_NORM_EPS
 from model.config import ModelConfig
 from model.norm import RMSNorm
 from model.rope import Rotation, attention_scale
 
-# The norms of the compressed queries and keys have this epsilon in every release, whatever rms_norm_eps is.
-_LATENT_EPS = 1e-6
 
+class _HeadsFunction(torch.autograd.Function):
+    """Queries, keys and values of all heads from their compressed forms (eq. 2-5, 7-9).
 
-class _Heads(torch.autograd.Function):
-    """Queries, keys and values of all heads from their compressed forms, positions rotated in.
-
-    One function instead of a dozen: what autograd would split, pad, copy and add is written once, in place.
+    One function instead of a dozen operations: what autograd would split, pad, copy and add is written once,
+    in place.
     """
 
     @staticmethod
@@ -47,7 +49,7 @@ class _Heads(torch.autograd.Function):
         turned = k_rope.unsqueeze(2).clone()
         rotation.apply_(turned)
         k[..., nope:] = turned
-        # The kernels want values of the keys' size.
+        # torch's attention kernels take values of the keys' size alone.
         v = F.pad(up[..., nope:], (0, max(0, nope + rope - v_size)))
         ctx.save_for_backward(query, w_query, latent, w_latent)
         ctx.rotation, ctx.sizes = rotation, sizes
@@ -88,15 +90,15 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, self.q_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(self.q_rank, eps=_LATENT_EPS)
+            self.q_a_layernorm = RMSNorm(self.q_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(self.q_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.rank, eps=_LATENT_EPS)
+        self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.rank, heads * (self.nope + self.v_size), bias=False)
         self.o_proj = nn.Linear(heads * self.v_size, hidden, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
-        """Attend within each row.
+        """Attention within each row (eq. 1-11).
 
         Args:
             x: [B, T, D].
@@ -114,7 +116,7 @@ class LatentAttention(nn.Module):
             sizes = [self.q_rank, self.rank, self.rope]
             query, latent, k_rope = torch.split(F.linear(x, down), sizes, dim=-1)
             query, w_query = self.q_a_layernorm(query), self.q_b_proj.weight
-        q, k, v = _Heads.apply(  # type: ignore[no-untyped-call]
+        q, k, v = _HeadsFunction.apply(  # type: ignore[no-untyped-call]
             query,
             w_query,
             self.kv_a_layernorm(latent),
@@ -135,6 +137,50 @@ class LatentAttention(nn.Module):
         return projected
 
 
+def attention_by_equations(
+    attention: LatentAttention, x: Tensor, rotation: Rotation, mask: Tensor | None
+) -> Tensor:
+    """Equations 1 to 11 of arXiv 2412.19437: the reference form of `LatentAttention.forward`.
+
+    Released weights have an RMSNorm after both compressions, which the paper's equations leave out.
+
+    Args:
+        x: [B, T, D], h in the equations.
+        mask: [B, 1, T, T], added to the logits; None is plain causal attention.
+
+    Returns:
+        [B, T, D], u in the equations.
+    """
+    heads, nope, v_size, rank = attention.heads, attention.nope, attention.v_size, attention.rank
+    w_dkv, w_kr = attention.kv_a_proj_with_mqa.weight.split([rank, attention.rope])  # [C, D], [rope, D]
+    up = attention.kv_b_proj.weight.view(heads, nope + v_size, rank)
+    w_uk, w_uv = up.split([nope, v_size], dim=1)  # [H, nope, C], [H, v, C]
+    if mask is None:
+        mask = x.new_full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+
+    def rope(parts: Tensor) -> Tensor:
+        turned = parts.clone()
+        rotation.apply_(turned)
+        return turned
+
+    c_kv = attention.kv_a_layernorm(x @ w_dkv.t())  # (1)
+    k_c = torch.einsum("btc,hdc->bthd", c_kv, w_uk)  # (2)
+    k_r = rope((x @ w_kr.t()).unsqueeze(2))  # (3), one for all heads
+    k = torch.cat((k_c, k_r.expand(-1, -1, heads, -1)), dim=-1)  # (4)
+    v = torch.einsum("btc,hvc->bthv", c_kv, w_uv)  # (5)
+    if attention.q_rank is None:
+        q = attention.q_proj(x)  # (7) and (8) from h, in models without compressed queries
+    else:
+        c_q = attention.q_a_layernorm(attention.q_a_proj(x))  # (6)
+        q = attention.q_b_proj(c_q)  # W^UQ and W^QR in one matrix
+    q_c, q_r = q.unflatten(-1, (heads, -1)).split([nope, attention.rope], dim=-1)  # (7)
+    q = torch.cat((q_c, rope(q_r)), dim=-1)  # (8), (9)
+    logits = torch.einsum("bthd,bjhd->bhtj", q, k) * attention.scale + mask
+    o = torch.einsum("bhtj,bjhv->bthv", logits.softmax(-1), v)  # (10)
+    u: Tensor = attention.o_proj(o.flatten(2))  # (11)
+    return u
+
+
 def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a position may look, -inf elsewhere: [B, 1, T, T] from document indices [B, T].
 
@@ -147,4 +193,4 @@ def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
 
 
-__all__ = ["LatentAttention", "document_mask"]
+__all__ = ["LatentAttention", "attention_by_equations", "document_mask"]

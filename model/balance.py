@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from errors import ConfigError
-
-_TINY = 1e-20
+from kernels.constants import MIN_GATE_SUM
 
 
 def expert_load(idx: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
@@ -60,7 +59,7 @@ def max_violation(load: Tensor) -> Tensor:
     """MaxVio = (max load - mean load) / mean load, [...] float64 of [..., E]; 0 where nothing was routed."""
     wide = load.to(torch.float64)
     mean = wide.mean(-1)
-    return torch.where(mean > 0, (wide.amax(-1) - mean) / mean.clamp_min(_TINY), 0.0)
+    return torch.where(mean > 0, (wide.amax(-1) - mean) / mean.clamp_min(MIN_GATE_SUM), 0.0)
 
 
 def sequence_balance_loss(scores: Tensor, mask: Tensor | None = None, *, top_k: int) -> Tensor:
@@ -77,7 +76,7 @@ def sequence_balance_loss(scores: Tensor, mask: Tensor | None = None, *, top_k: 
     Returns:
         The mean over all B rows of Σ f_i P_i, a scalar; a row without tokens adds 0.
     """
-    share = scores / (scores.sum(-1, keepdim=True) + _TINY)
+    share = scores / (scores.sum(-1, keepdim=True) + MIN_GATE_SUM)
     chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, dim=-1).indices, 1.0)
     if mask is None:
         length = scores.new_full((scores.shape[0], 1), scores.shape[1])
@@ -159,7 +158,7 @@ def _frequency_and_share(scores: Tensor, idx: Tensor, mask: Tensor | None) -> tu
     n_experts, top_k = scores.shape[-1], idx.shape[-1]
     n_tokens = _n_tokens(scores, mask)
     load = expert_load(idx, n_experts, mask).to(scores.dtype)
-    share = scores / (scores.sum(-1, keepdim=True) + _TINY)
+    share = scores / (scores.sum(-1, keepdim=True) + MIN_GATE_SUM)
     if mask is not None:
         share = share * mask.to(scores.dtype).unsqueeze(-1)
     return load * (n_experts / top_k) / n_tokens, share.sum(0) / n_tokens

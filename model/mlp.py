@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _SwiGLU(torch.autograd.Function):
-    """W2 (silu(W1 x) * W3 x), keeping only the two products of the way in."""
+class _SwiGLUFunction(torch.autograd.Function):
+    """W_down (silu(W_gate x) * W_up x); keeps W_gate x and W_up x alone for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        out: Tensor = _SwiGLU.apply(  # type: ignore[no-untyped-call]
+        out: Tensor = _SwiGLUFunction.apply(  # type: ignore[no-untyped-call]
             x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         )
         return out

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * weight; keeps x and one number a row instead of the normalised rows."""
+class _RMSNormFunction(torch.autograd.Function):
+    """y = x / rms(x) * weight; keeps x and one number per row instead of the normalised rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape [..., size] to the same."""
-        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        out: Tensor = _RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -1,8 +1,9 @@
-"""Which experts a token goes to, and how much each of them counts.
+"""Routing: which experts a token goes to, and the weight of each expert's output.
+
+Of arXiv 2412.19437: `affinity` is equation 15, `select_experts` equation 16 with node-limited routing
+(section 2.1.2), `gate_values` equation 13. `kernels.routing` computes all three for a few rows.
 
 Shapes: N tokens, D hidden, E routed experts, K experts per token, G groups, M groups a token may use.
-
-Sources: equations 12-16 of arXiv 2412.19437 (sigmoid affinities, loss-free bias, node-limited routing).
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import torch
 from torch import Tensor
 
 from errors import ConfigError
+from kernels.constants import MIN_GATE_SUM
 
 GroupScore = Literal["biased", "affinity"]
-"""What a group is scored by: `biased` is what released checkpoints expect, `affinity` is the paper's text."""
-
-_TINY = 1e-20  # keeps the normalisation of all-zero affinities finite, as released code does
+"""The values that groups are scored by: `biased` in released checkpoints, `affinity` in the paper's text."""
 
 
 def affinity(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Token-to-expert affinities s = sigmoid(h·e), eq. 15 of arXiv 2412.19437.
+    """Token-to-expert affinities s_i = Sigmoid(u·e_i), eq. 15 of arXiv 2412.19437.
 
     Args:
         hidden: [N, D].
@@ -44,7 +44,7 @@ def select_experts(
     topk_group: int = 1,
     group_score: GroupScore = "biased",
 ) -> Tensor:
-    """Choose top_k experts per token by s + b, within the topk_group best groups.
+    """Choose the experts of Topk({s_j + b_j}, K), eq. 16 of arXiv 2412.19437, within the M best groups.
 
     A group's score is the sum of its max(1, K // M) best entries (of s + b, or of s when `group_score`
     is "affinity"). Of equal candidates the one with the lower index wins, on any device and batch.
@@ -74,10 +74,10 @@ def select_experts(
 
 
 def gate_values(scores: Tensor, idx: Tensor, *, normalize: bool, factor: float) -> Tensor:
-    """Gates of the chosen experts from the unbiased affinities, eq. 12-13 of arXiv 2412.19437.
+    """Gates g_i = s_i / Σ s_j over the chosen experts, eq. 13 and 16 of arXiv 2412.19437, times a factor.
 
     Args:
-        scores: affinities [N, E]; the bias must not be in them.
+        scores: affinities [N, E], without the bias.
         idx: [N, K] from `select_experts`.
         normalize: divide by their sum over the K chosen experts (norm_topk_prob).
         factor: routed_scaling_factor, applied last.
@@ -87,7 +87,7 @@ def gate_values(scores: Tensor, idx: Tensor, *, normalize: bool, factor: float) 
     """
     gates = scores.gather(-1, idx)
     if normalize:
-        gates = gates / (gates.sum(-1, keepdim=True) + _TINY)
+        gates = gates / (gates.sum(-1, keepdim=True) + MIN_GATE_SUM)
     return gates * factor
 
 

@@ -28,7 +28,7 @@ from actors.trunk.parameters import Reducer, SingleWorker, TrunkParameters
 from actors.trunk.step_inputs import Microbatch, StepInputs
 from errors import Interrupted, RaymoeError, gives_way
 from model.experts.protocols import Experts
-from model.losses.training_losses import Evaluation, Losses, evaluation_loss, training_loss
+from model.losses.training_losses import Evaluation, Losses, LossWeights, evaluation_loss, training_loss
 from model.optimizers.adamw import value_dtype
 from model.trace import Trace
 from model.transfer import to_device
@@ -329,10 +329,12 @@ class TrunkWorker:
             segments,
             experts=experts,
             trace=trace,
-            n_targets=inputs.n_targets,
-            n_rows=inputs.n_rows,
-            balance=inputs.balance,
-            mtp_weight=inputs.mtp_weight,
+            weights=LossWeights(
+                n_targets=inputs.n_targets,
+                n_rows=inputs.n_rows,
+                balance=inputs.balance,
+                mtp=inputs.mtp_weight,
+            ),
             recompute=self._recompute,
         )
         return self._parameters.forward(work, lambda losses: losses.total)

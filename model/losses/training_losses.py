@@ -40,6 +40,23 @@ class Losses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossWeights:
+    """Weights of a step's losses, and the counts of the global batch by which they are divided.
+
+    Attributes:
+        n_targets: main targets of the whole global batch, by which MTP losses are divided, too.
+        n_rows: rows of the whole global batch.
+        balance: weights of the balance losses at this step.
+        mtp: λ at this step.
+    """
+
+    n_targets: int
+    n_rows: int
+    balance: BalanceWeights
+    mtp: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One batch judged; sums, so that batches add up.
 
@@ -83,10 +100,7 @@ def training_loss(
     *,
     experts: Experts,
     trace: Trace,
-    n_targets: int,
-    n_rows: int,
-    balance: BalanceWeights,
-    mtp_weight: float,
+    weights: LossWeights,
     recompute: bool = False,
 ) -> Losses:
     """(main + λ/depth · Σ MTP) / n_targets + balance · B / n_rows, eq. 24 and 25 of arXiv 2412.19437.
@@ -96,10 +110,6 @@ def training_loss(
         segments: [B, T + 1 + depth] int32 document of each token, -1 for padding; None when every row is
             one document, the fast path.
         trace: takes this microbatch's routes and loads.
-        n_targets: main targets of the whole global batch, also what an MTP loss is divided by.
-        n_rows: rows of the whole global batch.
-        balance: weights of the balance losses at this step.
-        mtp_weight: λ at this step.
         recompute: trade time for memory, see `Pass`.
 
     Raises:
@@ -108,21 +118,21 @@ def training_loss(
     depth = model.config.num_nextn_predict_layers
     length = _length(tokens, depth)
     hidden, through = _run(
-        model, tokens, segments, experts=experts, trace=trace, balance=balance, recompute=recompute
+        model, tokens, segments, experts=experts, trace=trace, balance=weights.balance, recompute=recompute
     )
     main_sum = _nll(model, hidden.normed, targets_of(tokens, segments, length=length, ahead=1))
-    total = main_sum / n_targets
+    total = main_sum / weights.n_targets
     per_row = hidden.balance
     mtp_sums: list[Tensor] = []
     for ahead, (draft, loss) in enumerate(drafts(model, tokens, segments, hidden, through), start=2):
         mtp_sums.append(_nll(model, draft, targets_of(tokens, segments, length=length, ahead=ahead)))
-        total = total + mtp_sums[-1] * (mtp_weight / depth / n_targets)
+        total = total + mtp_sums[-1] * (weights.mtp / depth / weights.n_targets)
         if loss is not None:
             per_row = loss if per_row is None else per_row + loss
     balance_sum = torch.zeros_like(main_sum)
     if per_row is not None:
         balance_sum = per_row * tokens.shape[0]
-        total = total + balance_sum / n_rows
+        total = total + balance_sum / weights.n_rows
     return Losses(
         total=total,
         main_sum=main_sum.detach(),
@@ -225,6 +235,7 @@ def _nll(model: Transformer, hidden: Tensor, target: Tensor) -> Tensor:
 
 __all__ = [
     "Evaluation",
+    "LossWeights",
     "Losses",
     "count_targets",
     "drafts",

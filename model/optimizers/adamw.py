@@ -33,6 +33,21 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWRule:
+    """Coefficients of AdamW, for tensors that decay alike.
+
+    Attributes:
+        beta1, beta2, epsilon: as in AdamW.
+        decay: decoupled weight decay.
+    """
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    decay: float
+
+
 def fused_step(
     values: list[Tensor],
     gradients: list[Tensor],
@@ -41,15 +56,13 @@ def fused_step(
     step: Tensor,
     *,
     lr: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    decay: float,
+    rule: AdamWRule,
     scale: float,
 ) -> None:
-    """AdamW with gradients times `scale`, in place, on tensors of one dtype and device.
+    """AdamW step with gradients times `scale`, in place, on tensors of one dtype and device.
 
     Args:
-        step: scalar float32, steps with this one.
+        step: scalar float32, the number of steps including this one.
     """
     divisor = None
     if scale != 1.0:
@@ -66,10 +79,10 @@ def fused_step(
         [],
         [step] * len(values),
         lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=decay,
-        eps=epsilon,
+        beta1=rule.beta1,
+        beta2=rule.beta2,
+        weight_decay=rule.decay,
+        eps=rule.epsilon,
         amsgrad=False,
         maximize=False,
         grad_scale=divisor,
@@ -94,13 +107,17 @@ def flat_offsets(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
 
 
 @dataclass(slots=True)
-class _Group:
-    """One flat buffer of everything; `state` [3, total] is value and moments in one piece.
+class _ParameterGroup:
+    """Flat buffers [total] of tensors of one dtype and device that decay alike.
 
-    `rounded` [total] is what the tensors are views of, where that is not the values themselves.
+    Attributes:
+        rule: the coefficients of their steps.
+        rounded: what half-precision tensors are views of; None where tensors are views of `value`.
+        state: [3, total], value and moments in one piece.
+        step: scalar float32, number of steps.
     """
 
-    decay: float
+    rule: AdamWRule
     rounded: Tensor | None
     value: Tensor
     gradient: Tensor
@@ -139,9 +156,8 @@ class AdamW:
         weight_decay: float = 0.1,
         decays: Callable[[str, Tensor], bool] = decays_by_shape,
     ) -> None:
-        self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
         self._tensors = dict(tensors)
-        self._groups: list[_Group] = []
+        self._groups: list[_ParameterGroup] = []
         self.gradients: dict[str, Tensor] = {}
         self._values: dict[str, Tensor] = {}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -150,13 +166,16 @@ class AdamW:
         for name, tensor in self._tensors.items():
             members.setdefault((tensor.dtype, tensor.device, decays(name, tensor)), []).append(name)
         for (_, _, decayed), names in members.items():
-            self._groups.append(self._flatten(names, weight_decay if decayed else 0.0))
+            rule = AdamWRule(
+                beta1=beta1, beta2=beta2, epsilon=epsilon, decay=weight_decay if decayed else 0.0
+            )
+            self._groups.append(self._flatten(names, rule))
         self.gradients = {name: self.gradients[name] for name in self._tensors}
         self._values = {name: self._values[name] for name in self._tensors}
         self._moments = {name: self._moments[name] for name in self._tensors}
 
     @torch.no_grad()
-    def _flatten(self, names: list[str], decay: float) -> _Group:
+    def _flatten(self, names: list[str], rule: AdamWRule) -> _ParameterGroup:
         first = self._tensors[names[0]]
         dtype, device = value_dtype(first.dtype), first.device
         offsets, total = flat_offsets([self._tensors[name].numel() for name in names], dtype.itemsize)
@@ -181,7 +200,7 @@ class AdamW:
             if tensor.requires_grad:
                 tensor.grad_dtype = dtype
                 tensor.grad = self.gradients[name]
-        group = _Group(decay, rounded, value, gradient, exp_avg, exp_avg_sq, flat[1:], step)
+        group = _ParameterGroup(rule, rounded, value, gradient, exp_avg, exp_avg_sq, flat[1:], step)
         _round(group)
         return group
 
@@ -205,9 +224,7 @@ class AdamW:
                 [group.exp_avg_sq],
                 group.step,
                 lr=lr,
-                betas=(self._beta1, self._beta2),
-                epsilon=self._epsilon,
-                decay=group.decay,
+                rule=group.rule,
                 scale=scale,
             )
             _round(group)
@@ -297,9 +314,17 @@ class AdamW:
                 )
 
 
-def _round(group: _Group) -> None:
+def _round(group: _ParameterGroup) -> None:
     if group.rounded is not None:
         group.rounded.copy_(group.value)
 
 
-__all__ = ["AdamW", "decays_by_shape", "flat_offsets", "fused_step", "squared_sum", "value_dtype"]
+__all__ = [
+    "AdamW",
+    "AdamWRule",
+    "decays_by_shape",
+    "flat_offsets",
+    "fused_step",
+    "squared_sum",
+    "value_dtype",
+]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from errors import CheckpointError
-from model.optimizers.adamw import decays_by_shape, fused_step, squared_sum
+from model.optimizers.adamw import AdamWRule, decays_by_shape, fused_step, squared_sum
 
 VALUE, KINDS = "value", ("exp_avg", "exp_avg_sq")
 
@@ -63,7 +63,12 @@ class ShardedAdamW:
         weight_decay: float = 0.1,
     ) -> None:
         self.rank, self.parts = rank, parts
-        self._betas, self._epsilon, self._weight_decay = (beta1, beta2), epsilon, weight_decay
+        self._rules = {
+            decays: AdamWRule(
+                beta1=beta1, beta2=beta2, epsilon=epsilon, decay=weight_decay if decays else 0.0
+            )
+            for decays in (True, False)
+        }
         self.step_count = 0
         self._shards: dict[str, _Shard] = {}
         for name, parameter in parameters:
@@ -77,7 +82,7 @@ class ShardedAdamW:
         """One AdamW step with gradients times `scale` (the clip factor, > 0); see `AdamW.step`."""
         self.step_count += 1
         self._step.fill_(self.step_count)
-        for decays in (True, False):
+        for decays, rule in self._rules.items():
             some = [
                 shard
                 for name, shard in self._shards.items()
@@ -91,9 +96,7 @@ class ShardedAdamW:
                     [shard.exp_avg_sq for shard in some],
                     self._step,
                     lr=lr,
-                    betas=self._betas,
-                    epsilon=self._epsilon,
-                    decay=self._weight_decay if decays else 0.0,
+                    rule=rule,
                     scale=scale,
                 )
 

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import MtpCache
 
 from model.losses.balance_loss import BalanceWeights
-from model.losses.training_losses import drafts, training_loss
+from model.losses.training_losses import LossWeights, drafts, training_loss
 from model.trace import Trace
 from support.reference_models import TOLERANCE, ours, random_tokens, their_modules, theirs, tiny
 
@@ -104,10 +104,7 @@ def test_gradients() -> None:
         None,
         experts=model.experts,
         trace=Trace(),
-        n_targets=64,
-        n_rows=2,
-        balance=BalanceWeights(),
-        mtp_weight=0.3,
+        weights=LossWeights(n_targets=64, n_rows=2, balance=BalanceWeights(), mtp=0.3),
     )
     losses.total.backward()
     assert abs(losses.total.item() - loss.item()) < 1e-5

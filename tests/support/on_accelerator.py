@@ -30,7 +30,7 @@ from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_
 from model.experts.local import LocalExperts
 from model.experts.protocols import CompletedPending, Experts, Pending
 from model.losses.balance_loss import BalanceWeights
-from model.losses.training_losses import training_loss
+from model.losses.training_losses import LossWeights, training_loss
 from model.optimizers.adamw import AdamW
 from model.trace import Trace
 from model.transfer import to_cpu, to_device
@@ -137,16 +137,14 @@ def training_step(device: torch.device) -> None:
     optimizer = AdamW(model.named_parameters())
     tokens = torch.zeros(2, 33 + CONFIG.num_nextn_predict_layers, dtype=torch.int64, device=device)
     for segments in (None, torch.zeros(tokens.shape, dtype=torch.int32, device=device)):
+        balance = BalanceWeights(strategy="bias", sequence=1e-4)
         losses = training_loss(
             model,
             tokens,
             segments,
             experts=Away(),
             trace=Trace(),
-            n_targets=64,
-            n_rows=2,
-            balance=BalanceWeights(strategy="bias", sequence=1e-4),
-            mtp_weight=0.3,
+            weights=LossWeights(n_targets=64, n_rows=2, balance=balance, mtp=0.3),
         )
         losses.total.backward()  # type: ignore[no-untyped-call]
     optimizer.step(1e-3, 0.5)

@@ -19,6 +19,7 @@ from model.losses.balance_loss import BalanceWeights
 from model.losses.cross_entropy import IGNORE
 from model.losses.training_losses import (
     Losses,
+    LossWeights,
     count_targets,
     drafts,
     evaluation_loss,
@@ -46,15 +47,10 @@ def tokens_of(*shape: int) -> Tensor:
 
 
 def loss_of(model: CausalLM, tokens: Tensor, segments: Tensor | None = None, **changes: Any) -> Losses:
-    given: dict[str, Any] = {
-        "trace": Trace(),
-        "n_targets": 1,
-        "n_rows": 1,
-        "balance": NO_BALANCE,
-        "mtp_weight": 0.3,
-        **changes,
-    }
-    return training_loss(model.trunk, tokens, segments, experts=model.experts, **given)
+    fields: dict[str, Any] = {"n_targets": 1, "n_rows": 1, "balance": NO_BALANCE, "mtp": 0.3}
+    given: dict[str, Any] = {"trace": Trace(), **changes}
+    weights = LossWeights(**{name: given.pop(name, field) for name, field in fields.items()})
+    return training_loss(model.trunk, tokens, segments, experts=model.experts, weights=weights, **given)
 
 
 def gradients(model: CausalLM, losses: Losses) -> dict[str, Tensor]:
@@ -220,10 +216,7 @@ def test_recompute_calls_the_experts_once_without_and_once_with_gradients() -> N
         None,
         experts=experts,
         trace=Trace(),
-        n_targets=6,
-        n_rows=1,
-        balance=NO_BALANCE,
-        mtp_weight=0.3,
+        weights=LossWeights(n_targets=6, n_rows=1, balance=NO_BALANCE, mtp=0.3),
         recompute=True,
     )
     layers = model.config.moe_layers

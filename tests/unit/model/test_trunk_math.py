@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import LatentAttention, document_mask
+from model.attention import LatentAttention, attention_by_equations, document_mask
 from model.config import ModelConfig
 from model.losses.cross_entropy import IGNORE, greedy, linear_cross_entropy
 from model.mlp import SwiGLU
@@ -143,7 +143,9 @@ def test_attention(changes: dict[str, Any], packed: bool) -> None:
     x = draw(2, 6, 16)
     with torch.no_grad():
         expected = naive_attention(module, x, angles, segments, config)
-        torch.testing.assert_close(module(x, angles, mask), expected, rtol=1e-10, atol=1e-12)
+        reference = attention_by_equations(module, x, angles, mask)
+        torch.testing.assert_close(reference, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(module(x, angles, mask), reference, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"rope_interleave": False}], ids=str)
