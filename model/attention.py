@@ -152,9 +152,11 @@ def attention_by_equations(
         [B, T, D], u in the equations.
     """
     heads, nope, v_size, rank = attention.heads, attention.nope, attention.v_size, attention.rank
-    w_dkv, w_kr = attention.kv_a_proj_with_mqa.weight.split([rank, attention.rope])  # [C, D], [rope, D]
+    w_dkv, w_kr = torch.split(
+        attention.kv_a_proj_with_mqa.weight, [rank, attention.rope]
+    )  # [C, D], [rope, D]
     up = attention.kv_b_proj.weight.view(heads, nope + v_size, rank)
-    w_uk, w_uv = up.split([nope, v_size], dim=1)  # [H, nope, C], [H, v, C]
+    w_uk, w_uv = torch.split(up, [nope, v_size], dim=1)  # [H, nope, C], [H, v, C]
     if mask is None:
         mask = x.new_full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
 
@@ -173,7 +175,7 @@ def attention_by_equations(
     else:
         c_q = attention.q_a_layernorm(attention.q_a_proj(x))  # (6)
         q = attention.q_b_proj(c_q)  # W^UQ and W^QR in one matrix
-    q_c, q_r = q.unflatten(-1, (heads, -1)).split([nope, attention.rope], dim=-1)  # (7)
+    q_c, q_r = torch.split(q.unflatten(-1, (heads, -1)), [nope, attention.rope], dim=-1)  # (7)
     q = torch.cat((q_c, rope(q_r)), dim=-1)  # (8), (9)
     logits = torch.einsum("bthd,bjhd->bhtj", q, k) * attention.scale + mask
     o = torch.einsum("bhtj,bjhv->bthv", logits.softmax(-1), v)  # (10)
