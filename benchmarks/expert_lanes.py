@@ -67,7 +67,8 @@ def expert_lanes(
 def _serve(values: dict[str, Any], index: int, pipe: Connection) -> None:
     from actors.host.expert_host import ExpertHost
     from actors.host.host_server import ExpertHostServer
-    from model.checkpoints.sources import PretrainedSource, RandomSource, WeightSource
+    from model.checkpoints.sources import PretrainedSource, RandomSource
+    from model.weight_source import WeightSource
 
     if values["cores"]:
         os.sched_setaffinity(0, values["cores"])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import LatentAttention
+from model.balance_loss import BalanceWeights
 from model.config import ModelConfig
 from model.experts.protocols import Experts
-from model.losses.balance_loss import BalanceWeights
 from model.mlp import SwiGLU
 from model.moe import MoE
 from model.norm import RMSNorm

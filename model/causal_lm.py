@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.experts.local import LocalExperts
 from model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from model.checkpoints.sources import WeightSource
+from model.weight_source import WeightSource
 
 
 class CausalLM(nn.Module):

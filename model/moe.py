@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from model.balance import expert_load
+from model.balance_loss import BalanceWeights, layer_balance_loss
 from model.config import ModelConfig
 from model.experts.protocols import Experts
-from model.losses.balance_loss import BalanceWeights, layer_balance_loss
 from model.mlp import SwiGLU
 from model.routing import affinity, gate_values, select_experts
 from model.trace import Trace

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import document_mask
+from model.balance_loss import BalanceWeights
 from model.block import Block, Pass
 from model.config import ModelConfig
 from model.experts.protocols import Experts
-from model.losses.balance_loss import BalanceWeights
 from model.moe import Gate
 from model.mtp import MTPModule
 from model.norm import RMSNorm

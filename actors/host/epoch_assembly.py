@@ -13,7 +13,7 @@ from actors.messages.tensor_stream import Inflow
 from actors.messages.transfer_orders import Assembly, Origin, Peer, Pull, grouped, pairs
 from cluster.topology import HostInfo
 from errors import ChannelError, CheckpointError, ProtocolError, RaymoeError, RemoteError
-from model.checkpoints.sources import WeightSource
+from model.weight_source import WeightSource
 
 Own = Callable[[int, int], tuple[Parts, Callable[[], None]] | None]
 """(layer, expert) -> its parts on this host, and what raises when they changed while they were read."""

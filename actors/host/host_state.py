@@ -25,8 +25,8 @@ from actors.messages.transfer_orders import Assembly, Blob, ExpertIds, Peer, Pul
 from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo
 from errors import ProtocolError
-from model.checkpoints.sources import WeightSource
 from model.config import ModelConfig
+from model.weight_source import WeightSource
 
 
 class HostState:

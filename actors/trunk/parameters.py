@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from actors.messages.trunk_parts import TRUNK
-from model.checkpoints.sources import WeightSource
 from model.optimizers.adamw import AdamW
 from model.transformer import Transformer
+from model.weight_source import WeightSource
 
 T = TypeVar("T")
 

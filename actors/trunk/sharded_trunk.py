@@ -23,13 +23,13 @@ from torch.distributed.fsdp import (
 from actors.messages.trunk_parts import part_name, part_of
 from actors.trunk.parameters import Reducer
 from errors import CheckpointError, WorkersLost
-from model.checkpoints.sources import WeightSource
 from model.config import ModelConfig
 from model.moe import Gate
 from model.mtp import MTPModule
 from model.optimizers.adamw import value_dtype
 from model.optimizers.sharded_adamw import KINDS, VALUE, ShardedAdamW
 from model.transformer import Transformer
+from model.weight_source import WeightSource
 
 T = TypeVar("T")
 

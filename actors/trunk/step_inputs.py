@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.losses.balance_loss import BalanceWeights
+from model.balance_loss import BalanceWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -29,8 +29,8 @@ from jobs.data.batches import microbatch_rows, microbatches_of_worker, rows_of_s
 from jobs.data.corpus import PreparedData
 from jobs.data.packing import PackedCorpus
 from jobs.training.metrics_file import MetricsWriter
+from model.balance_loss import BalanceWeights
 from model.checkpoints.pretrained import require_experts, write_index, write_model_config
-from model.losses.balance_loss import BalanceWeights
 from model.optimizers.schedule import value_at
 
 VALIDATION_FILE = "validation.json"

@@ -18,8 +18,9 @@ from errors import CheckpointError
 from model.causal_lm import CausalLM
 from model.checkpoints.hf_names import HEAD, duplicate_names, expert_names, expert_tensors
 from model.checkpoints.shards import INDEX, ShardReader, write_index, write_json, write_shard
-from model.checkpoints.sources import PretrainedSource, RandomSource, WeightSource
+from model.checkpoints.sources import PretrainedSource, RandomSource
 from model.config import ModelConfig
+from model.weight_source import WeightSource
 
 _SHARD_BYTES = 2 << 30
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +17,7 @@ from model.checkpoints.hf_names import EMBEDDING, HEAD, expert_names, layer_pref
 from model.checkpoints.shards import ShardReader
 from model.config import ModelConfig
 from model.transformer import Transformer
-
-
-class WeightSource(Protocol):
-    """Gives the weights of a model, in whatever parts its pieces ask for."""
-
-    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-        """w13 [2I, D] and w2 [D, I] of one routed expert."""
-        ...
-
-    def trunk(self) -> dict[str, Tensor]:
-        """Everything else, by parameter or buffer name; what `Transformer.load_state_dict` takes."""
-        ...
-
-    def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same one after the other, for who has no room for all; a tied head is the embedding alone."""
-        ...
+from model.weight_source import WeightSource
 
 
 def gate_biases(source: WeightSource, config: ModelConfig) -> Tensor:
@@ -219,11 +204,4 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-__all__ = [
-    "PretrainedSource",
-    "RandomSource",
-    "WeightSource",
-    "gate_biases",
-    "read_hf_config",
-    "trunk_shapes",
-]
+__all__ = ["PretrainedSource", "RandomSource", "gate_biases", "read_hf_config", "trunk_shapes"]

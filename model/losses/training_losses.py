@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from errors import ConfigError
+from model.balance_loss import BalanceWeights
 from model.block import Pass
 from model.experts.protocols import Experts
-from model.losses.balance_loss import BalanceWeights
 from model.losses.cross_entropy import IGNORE, greedy, linear_cross_entropy
 from model.mtp import MTPModule, draft_acceptance
 from model.trace import Trace

@@ -24,12 +24,12 @@ from engine.batch import Stretch
 from engine.runner import Runner
 from engine.weights import TrunkWeights
 from jobs.config.presets import preset
+from model.balance_loss import BalanceWeights
 from model.dispatch import HostSlice, OutgoingRows, combine_rows
 from model.experts.grouped_products import InOneKernel, group
 from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
 from model.experts.local import LocalExperts
 from model.experts.protocols import CompletedPending, Experts, Pending
-from model.losses.balance_loss import BalanceWeights
 from model.losses.training_losses import LossWeights, training_loss
 from model.optimizers.adamw import AdamW
 from model.trace import Trace

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from errors import ConfigError
 from model.balance import auxiliary_loss, sequence_balance_loss
+from model.balance_loss import BalanceWeights
 from model.block import Pass
 from model.causal_lm import CausalLM
 from model.config import BalanceConfig, DeviceWeights, ModelConfig
 from model.experts.protocols import Pending
-from model.losses.balance_loss import BalanceWeights
 from model.losses.cross_entropy import IGNORE
 from model.losses.training_losses import (
     Losses,
