@@ -61,7 +61,7 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
             connect=connector(config.cluster, device),
         )
         stack.callback(made.close)
-        made.trunk.attempt = steps.join(0, 1, -1, "").attempt
+        made.trunk.agreement.attempt = steps.join(0, 1, -1, "").attempt
 
         def step() -> float:
             began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A trunk too large for one worker: each has rows of every parameter, and all gather a block to compute.
+"""Sharded trunk parameters: each worker has rows of every parameter, and all gather a block to compute.
 
 Blocks, MTP modules, and what is left (embedding, final norm, head) are groups of torch's `fully_shard`:
 a group's parameters are gathered in one collective, and its gradients summed in one.
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class _Root(nn.Module):
-    """A pass: what is computed within its `forward` finds embedding, final norm and head whole."""
+    """A pass through the trunk; within its `forward`, embedding, final norm and head are whole."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -43,18 +43,18 @@ class _Root(nn.Module):
 
     def forward(self, work: Callable[[], T], loss: Callable[[T], Tensor | None]) -> tuple[T, Tensor | None]:
         result = work()
-        # A tensor beside the result, since `fully_shard` looks for those that a backward pass begins with.
+        # A tensor beside the result: `fully_shard` looks for the tensors that a backward pass begins with.
         return result, loss(result)
 
 
 def shard(
     config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device
 ) -> tuple[Transformer, nn.Module]:
-    """A trunk of which this worker has its rows alone, not yet filled; and the module for its passes.
+    """A trunk of which this worker holds its rows, not yet filled; and the module for its passes.
 
     Args:
-        mesh: of the workers, one-dimensional, of the device's kind.
-        dtype: to compute in; half precision is that of gathered parameters, shards are float32.
+        mesh: Of the workers, one-dimensional, of the device's kind.
+        dtype: To compute in; in half precision, gathered parameters have it and shards are float32.
     """
     values = value_dtype(dtype)
     policy = MixedPrecisionPolicy()
@@ -74,7 +74,7 @@ def shard(
             register_fsdp_forward_method(layer, "draft")
     groups.append(fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=True))
     for group in groups:
-        # Losses are divided by counts of the global batch: gradients add up, and are no mean.
+        # Losses are divided by counts of the global batch, so gradients are summed, not averaged.
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
     root.to_empty(device=device)
@@ -83,12 +83,14 @@ def shard(
 
 
 class ShardedTrunk:
-    """See the module. Every worker makes the same passes in the same order, or all of them wait for ever.
+    """Trunk parameters of which every worker has its rows.
+
+    Every worker has to make the same passes in the same order, or all of them wait without end.
 
     Args:
-        model, root: from `shard`.
-        optimizer: of the model's parameters.
-        reducer: sums over the same workers.
+        model, root: From `shard`.
+        optimizer: Of the model's parameters.
+        reducer: Sums over the same workers.
     """
 
     def __init__(
@@ -98,22 +100,18 @@ class ShardedTrunk:
 
     @property
     def model(self) -> Transformer:
-        """See `TrunkParameters.model`."""
         return self._model
 
     @property
     def together(self) -> bool:
-        """See `TrunkParameters.together`."""
         return True
 
     @property
     def part(self) -> str | None:
-        """See `TrunkParameters.part`."""
         return part_name(self._optimizer.rank, self._optimizer.parts)
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """See `TrunkParameters.passing`."""
         try:
             yield
         except RuntimeError as error:
@@ -122,24 +120,21 @@ class ShardedTrunk:
             raise WorkersLost(f"the workers' process group is broken: {error}") from error
 
     def forward(self, work: Callable[[], T], loss: Callable[[T], Tensor | None]) -> T:
-        """See `TrunkParameters.forward`."""
         result, _ = self._root(work, loss)
         return cast("T", result)
 
     def sum_gradients(self, others: Sequence[Tensor]) -> float:
-        """See `TrunkParameters.sum_gradients`; the trunk's own were summed in the backward passes."""
+        # The trunk's own gradients were summed in the backward passes.
         squared = torch.tensor([self._optimizer.squared_norm()], dtype=torch.float64)
         self._reducer.all_reduce([squared, *others])
         return float(squared)
 
     def step(self, learning_rate: float, scale: float) -> None:
-        """See `TrunkParameters.step`."""
         self._optimizer.step(learning_rate, scale)
         self._optimizer.zero_grad()
 
     @torch.no_grad()
     def begin(self, source: WeightSource, step: int) -> None:
-        """See `TrunkParameters.begin`."""
         buffers = dict(self._model.named_buffers())
         missing = {*self._optimizer.shapes(), *buffers}
         for name, tensor in source.trunk_tensors():
@@ -153,29 +148,24 @@ class ShardedTrunk:
         self._optimizer.reset(step)
 
     def load_moments(self, read: Callable[[str, str], Tensor], step: int) -> None:
-        """See `TrunkParameters.load_moments`."""
         for name in self._optimizer.shapes():
             for kind in KINDS:
                 self._optimizer.load(name, kind, read(name, kind))
         self._optimizer.step_count = step
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """See `TrunkParameters.whole`; takes all workers."""
         yield from self._gathered(VALUE)
         yield from self._model.named_buffers()
 
     def whole_moments(self) -> Iterator[tuple[str, str, Tensor]]:
-        """See `TrunkParameters.whole_moments`; takes all workers."""
         for kind in KINDS:
             for name, moment in self._gathered(kind):
                 yield name, kind, moment
 
     def state(self) -> dict[str, Tensor]:
-        """See `TrunkParameters.state`: this worker's rows."""
         return {**self._optimizer.local(), "bias": self._model.bias()}
 
     def take(self, part: str | None, state: Mapping[str, Tensor]) -> None:
-        """See `TrunkParameters.take`."""
         of = part_of(part or self.part or "")
         if of is None:
             raise CheckpointError(f"{part} is no part of a sharded trunk")
@@ -183,7 +173,6 @@ class ShardedTrunk:
         self._model.set_bias(state["bias"])
 
     def taken(self, step: int) -> None:
-        """See `TrunkParameters.taken`."""
         self._optimizer.step_count = step
         self._optimizer.zero_grad()
 
@@ -194,7 +183,7 @@ class ShardedTrunk:
 
 
 def _of_the_group(error: RuntimeError) -> bool:
-    """Whether an error says that another worker has hung up: gloo has no class for it, but its name."""
+    """Whether an error says that another worker is gone: gloo has no class for it, only a text."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 

@@ -1,7 +1,7 @@
-"""A worker's trunk kept in memory, and left with expert hosts, so that a run can go back to it.
+"""Snapshots of a worker's trunk in memory, and stored with expert hosts, for a run to go back to.
 
-Every worker keeps its own. Where all have the same, one of them leaves a copy with two hosts for those that
-begin in a new process; where each has a share, each leaves it.
+Every worker keeps its own snapshots. Workers that start in a new process fetch them from two hosts: one
+worker stores a replicated trunk there, and every worker stores its part of a sharded one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from errors import ChannelError, RaymoeError
 
 T = TypeVar("T")
 
-_KEPT = 2
-_KEEPERS = 2
+_KEPT: Final = 2
+"""Snapshots that a worker keeps."""
+_KEEPERS: Final = 2
+"""Hosts that store a copy."""
 
 
 class Keeper(Protocol):
-    """A host's memory, as far as a trunk needs it; `actors.rpc.host_client.HostClient`."""
+    """The snapshot store of a host; implemented by `actors.rpc.host_client.HostClient`."""
 
     def put(self, blob: Blob) -> None: ...
 
@@ -39,38 +41,38 @@ class Keeper(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
+class _TrunkCopy:
     step: int
     tensors: dict[str, Tensor]
 
 
 class TrunkSnapshots:
-    """The newest states of one worker's trunk.
+    """The newest snapshots of one worker's trunk.
 
     Args:
-        trunk: its parameters.
-        reach: opens a host's memory.
-        rank: of this worker; which hosts it leaves copies with follows from it.
+        trunk: Its parameters.
+        reach: Connects to a host's snapshot store.
+        rank: Of this worker; decides which hosts store its copies.
     """
 
     def __init__(self, trunk: TrunkParameters, reach: Callable[[HostInfo], Keeper], *, rank: int = 0) -> None:
         self._trunk, self._rank = trunk, rank
         self._reach = reach
-        leaves = trunk.part is not None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="trunk-snapshots") if leaves else None
-        self._leaving: Future[None] | None = None
-        self._copies: list[_Copy] = []
-        self._fetched: int | None = None  # step of what was last taken from hosts
+        stores = trunk.part is not None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="trunk-snapshots") if stores else None
+        self._storing: Future[None] | None = None
+        self._copies: list[_TrunkCopy] = []
+        self._fetched: int | None = None  # step of the snapshot that was last fetched from hosts
 
     @torch.no_grad()
     def keep(self, step: int, hosts: Sequence[HostInfo]) -> None:
-        """Keep the state after so many steps; whoever leaves copies does so meanwhile the run goes on.
+        """Keep a snapshot of step `step`; copies are sent to hosts while the run goes on.
 
         Args:
-            hosts: of which two, on different nodes if there are some, get a copy.
+            hosts: Two of them, on different nodes if possible, get a copy.
         """
-        if self._leaving is not None:
-            self._leaving.exception()  # what it reads is about to be used again
+        if self._storing is not None:
+            self._storing.exception()  # the memory that it reads is about to be written
         self._copies = [copy for copy in self._copies if copy.step < step]
         old = self._copies.pop(0) if len(self._copies) >= _KEPT else None
         tensors = {} if old is None else old.tensors
@@ -79,17 +81,17 @@ class TrunkSnapshots:
                 tensors[name].copy_(live)
             else:
                 tensors[name] = live.detach().to("cpu", copy=True)
-        self._copies.append(_Copy(step, tensors))
+        self._copies.append(_TrunkCopy(step, tensors))
         if self._pool is not None and hosts:
             keepers = _apart(hosts, self._rank)
-            leave = self._leave_where_missing if step == self._fetched else self._leave
-            self._leaving = self._pool.submit(leave, self._copies[-1], keepers)
+            store = self._store_where_missing if step == self._fetched else self._store
+            self._storing = self._pool.submit(store, self._copies[-1], keepers)
 
     def restore(self, step: int, hosts: Sequence[HostInfo]) -> None:
-        """Go back to the state after so many steps: the own one, or what hosts keep.
+        """Go back to the snapshot of step `step`: this worker's own, or the copies of hosts.
 
         Raises:
-            ChannelError: nobody has it any more.
+            ChannelError: No host has it.
         """
         mine = next((copy.tensors for copy in self._copies if copy.step == step), None)
         if mine is not None:
@@ -105,7 +107,7 @@ class TrunkSnapshots:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _fetch(self, step: int, hosts: Sequence[HostInfo]) -> None:
-        """Take what hosts have, one part after the other, each from the first host that gives it."""
+        """Load the copies of hosts, one part after the other, each from the first host that returns it."""
         errors: list[str] = []
         having: dict[str, list[HostInfo]] = {}
         for host in hosts:
@@ -127,7 +129,7 @@ class TrunkSnapshots:
         return False
 
     def _ask(self, host: HostInfo, what: Callable[[Keeper], T], errors: list[str]) -> T | None:
-        """What a host answers; None, and one error more, where it does not."""
+        """The answer of a host; None, with the error appended to `errors`, if there is none."""
         keeper = self._reach(host)
         try:
             return what(keeper)
@@ -137,22 +139,24 @@ class TrunkSnapshots:
         finally:
             keeper.close()
 
-    def _leave_where_missing(self, copy: _Copy, hosts: Sequence[HostInfo]) -> None:
-        """What hosts have of this state others may be fetching, who find nothing while it is replaced."""
+    def _store_where_missing(self, copy: _TrunkCopy, hosts: Sequence[HostInfo]) -> None:
+        """Store with hosts that lack this snapshot only: it cannot be fetched while it is replaced."""
         named = (self._trunk.part, copy.step)
         kept = [self._ask(host, lambda keeper: keeper.inventory(), []) or () for host in hosts]
         having = [any((one.kind, one.step) == named for one in stored) for stored in kept]
-        self._leave(copy, [host for host, has in zip(hosts, having, strict=True) if not has])
+        self._store(copy, [host for host, has in zip(hosts, having, strict=True) if not has])
 
-    def _leave(self, copy: _Copy, hosts: Sequence[HostInfo]) -> None:
+    def _store(self, copy: _TrunkCopy, hosts: Sequence[HostInfo]) -> None:
         assert self._trunk.part is not None
         blob = Blob(name=self._trunk.part, step=copy.step, tensors=copy.tensors)
         for host in hosts:
-            self._ask(host, lambda keeper: keeper.put(blob), [])  # one is gone, or full: the other has it
+            self._ask(
+                host, lambda keeper: keeper.put(blob), []
+            )  # a host that is gone or full is left out: the other one has a copy
 
 
 def _apart(hosts: Sequence[HostInfo], rank: int) -> list[HostInfo]:
-    """A host, another one for each worker, and one on another node if there is one."""
+    """A host that depends on the worker's rank, and another one, on another node if possible."""
     at = rank % len(hosts)
     first = hosts[at]
     others = sorted([*hosts[at + 1 :], *hosts[:at]], key=lambda host: host.node == first.node)

@@ -1,4 +1,4 @@
-"""What a training worker is given for a step."""
+"""The inputs of a training worker for one step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from model.balance_loss import BalanceWeights
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Microbatch:
-    """Rows that go through the model at once.
+    """Rows that the model computes at once.
 
     Attributes:
-        index: among all microbatches of the step, over all workers.
+        index: Among all microbatches of the step, over all workers.
         tokens: `[B, T + 1 + depth]` int64.
-        segments: `[B, T + 1 + depth]` int32, document of each token, -1 padding; None when every row
+        segments: `[B, T + 1 + depth]` int32, document of each token, -1 for padding; None when every row
             is one document.
     """
 
@@ -27,13 +27,13 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """What one worker needs for one step.
+    """The inputs of one worker for one step.
 
     Attributes:
-        n_targets, n_rows: of the global batch, so that gradients of all workers simply add up.
-        balance: weights of the balance losses at this step.
+        n_targets, n_rows: Counts of the global batch, so that gradients of all workers add up.
+        balance: Weights of the balance losses at this step.
         mtp_weight: λ at this step.
-        passes: microbatches of the worker that has most; where passes take all workers, each makes so many.
+        passes: Microbatches of the worker that has most; where passes take all workers, each makes that many.
     """
 
     step: int

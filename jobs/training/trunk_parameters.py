@@ -9,8 +9,8 @@ import torch
 from actors.messages.steps import OptimizerSettings
 from actors.router import Router
 from actors.router.deferred_loss import DeferringLane
+from actors.trunk.lanes import StepLane
 from actors.trunk.parameters import Reducer, ReplicatedTrunk, TrunkParameters
-from actors.trunk.trunk import StepLane
 from errors import ResourceError
 from jobs.config.run_config import RunConfig
 from model.optimizers.adamw import AdamW
@@ -48,7 +48,7 @@ def trunk_parameters(
             epsilon=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
-        return ReplicatedTrunk(model, flat, reducer, leaves=rank == 0)
+        return ReplicatedTrunk(model, flat, reducer, stores=rank == 0)
     if mesh is None:
         raise ResourceError("training.trunk_sharding is fsdp, and there is no process group of the workers")
     # Imported on use: half of what a worker's start would take.

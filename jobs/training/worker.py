@@ -17,10 +17,10 @@ import torch
 
 from actors.messages.steps import Resume, StepDecision, StepMetrics, StepReport
 from actors.router import Router
+from actors.trunk import TrunkWorker
 from actors.trunk.parameters import Reducer, SingleWorker
 from actors.trunk.snapshots import TrunkSnapshots
 from actors.trunk.step_inputs import Microbatch, StepInputs
-from actors.trunk.trunk import TrunkWorker
 from cluster.topology import RoutingTable
 from errors import Interrupted, RaymoeError, gives_way
 from jobs.checkpoints.checkpoint_store import CheckpointStore, TrainingState
@@ -156,7 +156,7 @@ class TrainingWorker:
             self._snapshots.restore(resume.step, resume.trunk)
         elif resume.directory is not None and self._begin_again is not None:
             self._begin_again(resume.directory)
-        self._step, self._trunk.attempt = resume.step, resume.attempt
+        self._step, self._trunk.agreement.attempt = resume.step, resume.attempt
         self._keep()
 
     def _train(self) -> None:
@@ -167,7 +167,7 @@ class TrainingWorker:
             tensorboard = self._config.training.tensorboard
             with MetricsWriter(self._output, first_step=self._step, tensorboard=tensorboard) as writer:
                 self._loop(writer)
-        self._trunk.agree()  # until the last checkpoint is there, a loss may need all of them again
+        self._trunk.agreement.agree()  # until the last checkpoint is there, a loss may need all of them again
 
     def _keep(self) -> None:
         """Keep the trunk in memory, so that the run can go back to here."""
@@ -223,14 +223,14 @@ class TrainingWorker:
         rows = [_microbatch(corpus, at, range(at, min(at + size, n_rows))) for at in starts]
         passes = len(range(0, n_rows, self._workers * size))
         loss: RaymoeError | None = None
-        self._trunk.meet()
+        self._trunk.agreement.meet()
         try:
             judged, loads = self._trunk.evaluate(self._step, rows, passes=passes)
         except RaymoeError as error:
             if not gives_way(error):
                 raise
             loss = error
-        self._trunk.agree(loss)
+        self._trunk.agreement.agree(loss)
         depth = self._config.model.num_nextn_predict_layers
         sums = torch.zeros(2 + 2 * depth, dtype=torch.float64)
         for one in judged:
@@ -284,7 +284,7 @@ class TrainingWorker:
 
     def _checkpoint(self, decision: StepDecision) -> None:
         """Worker 0 and the hosts write; the next step cannot commit before worker 0 is back."""
-        self._trunk.meet()
+        self._trunk.agreement.meet()
         if self._rank:
             self._save_trunk(None)
             return

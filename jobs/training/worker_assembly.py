@@ -13,9 +13,11 @@ from actors.host.expert_host import ExpertHost
 from actors.router import Router, RouterSettings
 from actors.router.lane_turns import LaneWaits, Turns
 from actors.rpc.host_client import HostClient
+from actors.trunk import TrunkWorker
+from actors.trunk.agreement import WorkersAgreement
+from actors.trunk.lanes import LaneThreads
 from actors.trunk.parameters import Reducer, SingleWorker
 from actors.trunk.snapshots import Keeper, TrunkSnapshots
-from actors.trunk.trunk import TrunkWorker
 from channels import local
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
@@ -146,13 +148,15 @@ def assemble_worker(
         waits=None if turns is None and record is None else LaneWaits(turns, record),
     )
     trunk = TrunkWorker(
-        rank=rank,
-        workers=workers or training.workers,
+        agreement=WorkersAgreement(
+            rank=rank,
+            workers=workers or training.workers,
+            reducer=reducer,
+            together=parameters.together,
+        ),
         parameters=parameters,
-        lanes=step_lanes(config, router),
-        reducer=reducer,
+        lanes=LaneThreads(step_lanes(config, router), turns),
         experts=host,
-        turns=turns,
         timeline=record,
         recompute=training.recompute,
     )

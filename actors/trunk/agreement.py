@@ -1,0 +1,63 @@
+"""The agreement of all workers, before they sum something up, that none has lost a part of the step."""
+
+from __future__ import annotations
+
+import torch
+
+from actors.trunk.parameters import Reducer
+from errors import Interrupted, RaymoeError
+
+
+class WorkersAgreement:
+    """One worker's side of the agreement.
+
+    Args:
+        rank: Of this worker, from 0.
+        workers: Number of workers.
+        reducer: Sums over the workers.
+        together: Whether passes take all workers, as `TrunkParameters.together` says.
+
+    Attributes:
+        attempt: Of the run, see `actors.coordinator.training_steps`.
+    """
+
+    def __init__(self, *, rank: int, workers: int, reducer: Reducer, together: bool) -> None:
+        self.rank = rank
+        self.attempt = 0
+        self._workers, self._reducer, self._together = workers, reducer, together
+
+    def meet(self) -> None:
+        """Agree before an operation that takes all workers; does nothing where each works alone.
+
+        Raises:
+            Interrupted: See `agree`.
+        """
+        if self._together:
+            self.agree()
+
+    def agree(self, loss: RaymoeError | None = None) -> None:
+        """Wait for all workers, and learn whether one of them has lost a part of the step.
+
+        All workers are in the same attempt when this returns, since sums of different ones must not meet.
+
+        Args:
+            loss: The error for which this worker has given up the step.
+
+        Raises:
+            RaymoeError: The loss.
+            Interrupted: Another worker has given up the step, or the run is in a newer attempt.
+        """
+        while True:
+            said = torch.zeros(self._workers, 2, dtype=torch.int64)
+            said[self.rank] = torch.tensor([self.attempt, loss is not None])
+            self._reducer.all_reduce([said])
+            if loss is not None:
+                raise loss
+            newest = int(said[:, 0].max())
+            if self.attempt < newest or (said[:, 1].any() and bool((said[:, 0] == newest).all())):
+                raise Interrupted("another worker has lost an expert host")
+            if bool((said[:, 0] == newest).all()):
+                return
+
+
+__all__ = ["WorkersAgreement"]
