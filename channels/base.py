@@ -1,4 +1,4 @@
-"""The one protocol between a router and an expert host.
+"""The protocol between a router and an expert host.
 
 A `Channel` is an ordered pipe that one thread uses at a time: `submit` sends a request and returns
 at once with a `Ticket`; replies come in the order of the requests. A router opens one channel per
@@ -12,7 +12,7 @@ Payloads of a request, by phase (n rows leave for this host, nnz (row, expert) p
                      -> d_rows [n, D], d_gate [nnz]
 
 FORWARD keeps what BACKWARD of the same key needs; INFER keeps nothing. RELEASE drops what a
-FORWARD kept without a backward pass (no payload, no reply tensors).
+FORWARD kept without a backward pass; neither its request nor its reply has a payload.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Phase(IntEnum):
 
 
 class RequestId(NamedTuple):
-    """Names one call for ever: the same id is the same call, sent again.
+    """The name of one call: a request with the same id is the same call, sent again.
 
     Attributes:
-        run: the training run or serving deployment.
-        epoch: placement epoch that the router routed with.
-        step: optimizer step (training) or engine step (serving).
-        microbatch: index within the step, unique over the router's microbatches.
-        layer: model layer index, MTP layers counted on after the main ones.
-        phase: what is asked.
-        router: the caller.
+        run: The training run or serving deployment.
+        epoch: Placement epoch of the routing table.
+        step: Optimizer step (training) or engine step (serving).
+        microbatch: Index within the step, unique over the router's microbatches.
+        layer: Model layer index; MTP layers follow the main ones.
+        phase: What is asked.
+        router: The caller.
     """
 
     run: str
@@ -65,34 +65,38 @@ class RequestId(NamedTuple):
 
     @property
     def key(self) -> tuple[str, int, int, int, str]:
-        """What FORWARD, BACKWARD and RELEASE of one call share: (run, step, microbatch, layer, router)."""
+        """The part that FORWARD, BACKWARD and RELEASE share: (run, step, microbatch, layer, router)."""
         return (self.run, self.step, self.microbatch, self.layer, self.router)
 
 
 class Request(NamedTuple):
-    """One call: its id and its payload (layout by phase, see the module's text)."""
+    """One call: its id and its payload, whose layout by phase is in the module's docstring."""
 
     id: RequestId
     tensors: tuple[torch.Tensor, ...] = ()
 
 
 Handler = Callable[[Request], tuple[torch.Tensor, ...]]
-"""What a server calls for each request. A `RaymoeError` raised by it reaches the caller as a
-`RemoteError` (`StaleEpoch` stays itself), any other exception likewise with its type and text.
-Tensors of the request are valid only until the handler returns, and it must not change what they are
-(`requires_grad_`, `resize_`): the next request may come with the same ones. Nor are the reply's changed."""
+"""Called by a server for each request; returns the tensors of the reply.
+
+An exception of the handler reaches the caller as a `RemoteError` with its type and text; `StaleEpoch` stays a
+`StaleEpoch`. Tensors of the request are valid only until the handler returns, and it must not change their
+shape or flags (`resize_`, `requires_grad_`): the next request may reuse them. The reply's are not changed."""
 
 
 class Ticket(Protocol):
-    """A reply that is on its way."""
+    """The reply to one request, which may still be on its way."""
 
     def result(self, timeout: float | None = None) -> tuple[torch.Tensor, ...]:
-        """Wait for the reply (seconds; None waits for ever) and return its tensors, owned by the caller.
+        """Wait for the reply and return its tensors, owned by the caller.
+
+        Args:
+            timeout: Seconds; None waits without a limit.
 
         Raises:
-            ChannelTimeout: no reply in time; the channel is closed, open a new one to send again.
-            ChannelError: the peer hung up.
-            RemoteError: the peer answered with an error.
+            ChannelTimeout: There was no reply in time; the channel is closed, open a new one to send again.
+            ChannelError: The peer closed the connection.
+            RemoteError: The peer replied with an error.
         """
         ...
 
@@ -143,14 +147,14 @@ class Mailbox(Protocol):
 
 
 class Channel(Protocol):
-    """How a router reaches one expert host."""
+    """A connection from a router to one expert host."""
 
     def submit(self, request: Request) -> Ticket:
-        """Send a request without waiting for the reply, until which its tensors must stay as they are."""
+        """Send a request without waiting for the reply; its tensors must not change until the reply."""
         ...
 
     def takes(self, device: torch.device) -> bool:
-        """Whether requests may hold tensors of a device, and the replies to these do; others are copied."""
+        """Whether requests, and the replies to them, carry tensors of a device; others are copied."""
         ...
 
     def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox | None:
@@ -168,27 +172,27 @@ class Channel(Protocol):
         ...
 
     def cut(self, why: str) -> None:
-        """Whoever waits on this channel, or uses it from now on, has a `ChannelError` that says why.
+        """End every wait on this channel, and every later use, with a `ChannelError` of this text.
 
-        Any thread; what belongs to the channel is freed by its user's `close`.
+        Any thread; the channel's user frees its resources with `close`.
         """
         ...
 
     def close(self) -> None:
-        """Hang up; tickets that are out raise `ChannelError`. Closing twice is fine."""
+        """Close the connection; tickets without a reply raise `ChannelError`. May be called twice."""
         ...
 
 
 class Server(Protocol):
-    """The host's end of a kind of channel."""
+    """The host's end of one kind of channel."""
 
     @property
     def address(self) -> str:
-        """What `connect` takes, e.g. `shm:…`, `grpc:127.0.0.1:41234`."""
+        """The address for `connect`, e.g. `shm:…`, `grpc:127.0.0.1:41234`."""
         ...
 
     def close(self) -> None:
-        """Stop accepting, hang up on every caller, join every thread."""
+        """Stop accepting, close every connection, and join every thread."""
         ...
 
 

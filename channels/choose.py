@@ -1,4 +1,4 @@
-"""From an address to a channel, and from a host's addresses to the best one."""
+"""Opens the channel of an address, and chooses among the addresses of a host."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from errors import ChannelError, ConfigError
 _log = logging.getLogger(__name__)
 
 KINDS: Final = ("local", "shm", "collective", "grpc")
-# What each is made of, from the nearest on: with a GPU at both ends, rows need not leave it. Rows between
-# ranks are not encrypted, and gloo's are for those who say so; a host with certificates offers none.
+# The schemes of each kind, the nearest first: with a GPU at both ends, rows need not leave it. Rows between
+# ranks are not encrypted, and gloo is used only where the configuration says so; a host with certificates
+# offers none.
 _MADE_OF: Final = {
     "auto": ("local", "cuda", "nccl", "shm", "grpc"),
     "local": ("local",),
@@ -26,19 +27,19 @@ _MADE_OF: Final = {
 }
 
 _BETWEEN_GPUS: Final = ("cuda:", "nccl:")
-_FORMING: Final = 30.0  # seconds for one of these, after which there are others
+_FORMING: Final = 30.0  # seconds for one of these to form, after which the next way is tried
 
 
 def connect(address: str, *, timeout: float = 30.0, device: torch.device | None = None) -> Channel:
     """Open a channel to a server's address, `<kind>:<rest>`, within `timeout` seconds.
 
     Args:
-        device: the GPU that the caller computes on, where rows shall stay on GPUs.
+        device: The caller's GPU, if rows stay on GPUs.
 
     Raises:
-        ConfigError: the address names no known kind.
-        ChannelTimeout: nobody answered in time.
-        ChannelError: nobody listens there, or it cannot be reached from here.
+        ConfigError: The address names no known kind.
+        ChannelTimeout: There was no answer in time.
+        ChannelError: No server listens there, or it cannot be reached from here.
     """
     kind = address.partition(":")[0]
     # Imported on use: a process that never leaves its machine need not load gRPC.
@@ -73,16 +74,16 @@ def connect(address: str, *, timeout: float = 30.0, device: torch.device | None 
 
 
 def reach(kind: str, addresses: Mapping[str, str], *, timeout: float, device: torch.device) -> Channel:
-    """Open the nearest channel to a host that can be opened, see `ways`.
+    """Open the nearest channel to a host, see `ways`.
 
-    Where a channel between GPUs fails, which needs more than a network, the next one is tried.
+    A channel between GPUs needs more than a network; where it fails, the next one is tried.
 
     Args:
-        timeout: seconds.
-        device: that the caller's rows are on.
+        timeout: Seconds.
+        device: Of the caller's rows.
 
     Raises:
-        ConfigError, ChannelError: see `ways` and `connect`.
+        ConfigError, ChannelError: See `ways` and `connect`.
     """
     gpu = None
     if device.type == "cuda":
@@ -110,15 +111,17 @@ def ways(
 ) -> list[str]:
     """The addresses to connect to, the nearest first, of those that a host offers (kind -> address).
 
-    `auto` takes what both ends share: local within a process, cuda within a GPU, nccl between two GPUs, shm
-    within a machine, else grpc. The two flags are read from the addresses unless they are given.
+    `auto` chooses by what both ends share: local within a process, cuda within a GPU, nccl between two GPUs,
+    shm within a machine, else grpc.
 
     Args:
-        gpu: that the caller computes on, as `channels.cuda.channel.gpu_place` names it; None for a CPU.
+        gpu: The caller's GPU, as `channels.cuda.channel.gpu_place` names it; None for a CPU.
+        same_process, same_machine: Whether the host shares them with the caller; None reads it from the
+            addresses.
 
     Raises:
         ConfigError: `kind` is unknown.
-        ChannelError: the host does not offer it, or it cannot be reached that way from here.
+        ChannelError: The host does not offer this kind, or cannot be reached with it from here.
     """
     if kind not in _MADE_OF:
         raise ConfigError(f"cluster.channel: unknown kind {kind!r}; use one of auto, {', '.join(KINDS)}")
@@ -130,7 +133,7 @@ def ways(
     reachable = {
         "local": same_process,
         "cuda": gpu is not None and theirs == gpu,
-        # Which refuses two ranks on one card, also where they do not share a machine's name.
+        # NCCL refuses two ranks on one card, even if their machines' names differ.
         "nccl": gpu is not None and _card(theirs) != _card(gpu),
         "shm": same_machine,
         "collective": True,
@@ -151,10 +154,10 @@ def ways(
 
 
 def taken(kind: str, addresses: Mapping[str, str]) -> str:
-    """The kinds of channels to a host that callers take, from the nearest on: for people.
+    """The schemes of channels that callers open to a host, the nearest first, for status reports.
 
     Args:
-        kind: as for `pick`.
+        kind: As for `ways`.
     """
     return "/".join(one for one in _MADE_OF[kind] if one in addresses and one != "local") or "none"
 
@@ -165,7 +168,7 @@ def _card(place: str | None) -> str:
 
 
 def _place(address: str | None) -> str | None:
-    """The place that a local or shm address names, `<kind>:<place>/<name>`."""
+    """The place in a local or shm address, `<kind>:<place>/<name>`."""
     return None if address is None else address.partition(":")[2].partition("/")[0]
 
 

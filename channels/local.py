@@ -1,7 +1,7 @@
-"""The channel within a process: a call of the handler. Also the test double of the others.
+"""The channel within a process: a call of the handler. Also the test double of the other channels.
 
-It keeps the wire's promises: what the handler gets carries no autograd history, errors arrive as they
-would from afar, and what the caller gets is its own.
+It keeps the promises of a wire: the handler's tensors have no autograd history, errors arrive as from another
+process, and the caller owns the tensors of a reply.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _numbers: Final = itertools.count()
 
 
 class LocalServer:
-    """A handler that channels of this process can find by its address."""
+    """A handler that channels of this process find by its address."""
 
     def __init__(self, handler: Handler) -> None:
         self.handler: Handler | None = handler
@@ -31,62 +31,62 @@ class LocalServer:
 
     @property
     def address(self) -> str:
-        """`local:<process>/<number>`, of use within this process alone."""
+        """`local:<process>/<number>`, valid within this process only."""
         return self._address
 
     def close(self) -> None:
-        """Hang up on every caller."""
+        """Refuse all later requests."""
         _servers.pop(self._address, None)
         self.handler = None
 
 
 class LocalTicket:
-    """A reply that is there already."""
+    """A reply, or the error in its place."""
 
     def __init__(self, outcome: tuple[torch.Tensor, ...] | Exception) -> None:
         self._outcome = outcome
 
     def result(self, timeout: float | None = None) -> tuple[torch.Tensor, ...]:
-        """Return the reply or raise its error; never waits."""
+        """The reply; raises its error; never waits."""
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
 
 
 class LocalChannel:
-    """Calls the handler in the caller's thread, at `submit`."""
+    """Calls the handler in the caller's thread, within `submit`."""
 
     def __init__(self, server: LocalServer) -> None:
         self._server = server
         self._closed: str | None = None
 
     def submit(self, request: Request) -> LocalTicket:
-        """Call the handler; its error comes with the ticket."""
+        """Call the handler; the ticket raises its error."""
         handler = self._server.handler
         if self._closed or handler is None:
             raise ChannelError(f"{self._server.address} {self._closed or 'is closed; connect again'}")
-        headers.request_text(request.id, headers.layout(request.tensors))  # refuses what the wire would
+        headers.request_text(request.id, headers.layout(request.tensors))  # raises what a wire would
         bare = tuple(tensor.detach() for tensor in request.tensors)
         try:
             reply = handler(Request(id=request.id, tensors=bare))
-            # The handler may use its buffers again, and the caller may write into what it gets.
+            # The handler may reuse its buffers, and the caller may write into the reply.
             return LocalTicket(tuple(tensor.detach().clone() for tensor in reply))
         except Exception as error:
             return LocalTicket(_as_from_afar(error))
 
     def takes(self, device: torch.device) -> bool:
-        """Of any: nothing is copied on the way."""
+        """True for every device: tensors are not copied on the way."""
         return True
 
     def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox | None:
         return None
 
     def cut(self, why: str) -> None:
-        """Refuse what comes from now on; a call of the handler cannot be woken from."""
+        """Refuse later requests; a call of the handler cannot be interrupted."""
         self._closed = f"is cut: {why}"
 
     def close(self) -> None:
-        """Hang up."""
+        """Refuse later requests."""
         self._closed = self._closed or "is closed; connect again"
 
 
@@ -99,7 +99,7 @@ def _as_from_afar(error: Exception) -> Exception:
 
 
 def serve(handler: Handler) -> LocalServer:
-    """Let channels of this process reach `handler`."""
+    """Serve `handler` to channels of this process."""
     return LocalServer(handler)
 
 
@@ -107,7 +107,7 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
     """Open a channel to a server of this process.
 
     Raises:
-        ChannelError: no such server in this process.
+        ChannelError: There is no such server in this process.
     """
     server = _servers.get(address)
     if server is None:

@@ -1,4 +1,4 @@
-"""Who shares a process or a machine with whom, told by names that can be compared, never guessed."""
+"""Names of this process and this machine, equal where they are shared."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @cache
 def machine_id() -> str:
-    """Equal for two processes that can reach one another's abstract sockets.
+    """The machine's name, equal for two processes that can reach each other's abstract sockets.
 
-    Made of the kernel's boot id and the network namespace: two containers of one machine share the
-    first and not the second. Where the system has neither, the host's name.
+    Made of the kernel's boot id and the network namespace: two containers of one machine share the first and
+    not the second. On a system with neither, it is made of the host's name.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -25,7 +25,7 @@ def machine_id() -> str:
 
 
 def process_id() -> str:
-    """Equal only within one process (a pid may come back after a restart, so its start time counts)."""
+    """The process's name; holds the start time too, as a pid may come back after a restart."""
     pid = os.getpid()  # not cached: a fork is another process
     try:
         started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]

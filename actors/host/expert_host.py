@@ -18,7 +18,7 @@ from actors.host.host_state import HostState
 from actors.host.request_payload import local_experts, payload
 from actors.messages.host_control import HostStats
 from channels.base import Phase, Request, RequestId
-from channels.shm.mailbox import HostBox
+from channels.shm.mailbox import HostMailbox
 from errors import ProtocolError, RaymoeError, StaleEpoch
 from kernels.experts import mix_experts
 from model.experts.grouped_swiglu import experts_backward, experts_forward
@@ -31,7 +31,7 @@ class ExpertHost(HostState):
     All methods may be called from several threads at once.
     """
 
-    def answer(self, box: HostBox) -> None:
+    def answer(self, box: HostMailbox) -> None:
         """Answer a request in a mailbox; what cannot be is refused, and comes again to `handle`."""
         epoch, index = box.call
         version = self._versions.held.get(epoch)

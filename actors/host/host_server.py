@@ -61,8 +61,8 @@ class ExpertHostServer:
     def hang_up(self) -> None:
         """End every connection of a router that is open now; they may come again."""
         for server in self._accepting:
-            server.hang_up()
-        self._grpc.hang_up()
+            server.disconnect_all()
+        self._grpc.disconnect_all()
 
     def close(self) -> None:
         """Hang up on every caller."""

@@ -13,7 +13,8 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from channels.framing import codec
+from channels.framing import frame_codec
+from channels.framing.buffers import plain
 from errors import ProtocolError
 from protos import expert_pb2
 
@@ -30,7 +31,7 @@ def frames(tensors: Iterable[Tensor], intact: Callable[[], None]) -> Iterator[by
     pieces: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        flat = codec.plain(tensor).view(-1)
+        flat = plain(tensor).view(-1)
         most = FRAME_BYTES // flat.element_size()
         for start in range(0, flat.numel(), most):
             piece = flat[start : start + most]
@@ -44,7 +45,7 @@ def frames(tensors: Iterable[Tensor], intact: Callable[[], None]) -> Iterator[by
 
 
 def _frame(pieces: Sequence[Tensor], intact: Callable[[], None]) -> bytes:
-    frame = codec.encode_reply(pieces)
+    frame = frame_codec.encode_reply(pieces)
     intact()
     return frame
 
@@ -69,7 +70,7 @@ class Inflow:
             RaymoeError: from `frames`.
         """
         for frame in frames:
-            for piece in codec.decode_reply(frame):
+            for piece in frame_codec.decode_reply(frame):
                 self._take(piece)
         if self.at < len(self._targets):
             raise ProtocolError(f"a stream of {len(self._targets)} tensors ended within number {self.at}")

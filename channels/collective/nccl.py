@@ -25,13 +25,13 @@ from torch import Tensor
 
 from channels.base import Channel, Handler
 from channels.collective import channel as collective
-from channels.collective.channel import CollectiveServer, End
-from channels.collective.rendezvous import Meeting
+from channels.collective.channel import CollectiveServer
+from channels.collective.rendezvous import Rendezvous
 from channels.framing import header as headers
-from channels.framing.codec import address_of, buffer_of, tensor_at
-from channels.framing.header import MAX_MESSAGE, Layout, Placement
-from channels.framing.line import Head, Line, remaining
-from channels.framing.pipe import Reply
+from channels.framing.buffers import address_of, buffer_of, tensor_at
+from channels.framing.header import MAX_MESSAGE, Layout, TensorSpan
+from channels.framing.message_socket import Head, MessageSocket, remaining
+from channels.framing.ordered_channel import Reply
 from errors import ChannelError, ChannelTimeout, ProtocolError
 
 KIND: Final = "nccl"
@@ -46,7 +46,7 @@ _SLOWEST: Final = 1e8
 _LOOK: Final = 5e-6  # seconds between two looks at whether rows have come
 
 
-class Group(Protocol):
+class OneWayGroup(Protocol):
     """One direction: its sender and its receiver, in order."""
 
     @property
@@ -75,12 +75,12 @@ class Group(Protocol):
         ...
 
 
-MakeGroup = Callable[[Meeting, int, str, str, float], Group]
+MakeGroup = Callable[[Rendezvous, int, str, str, float], OneWayGroup]
 """(meeting, rank, name, interface, seconds) -> a group of this name."""
 
 
-class DeviceEnd(End):
-    """One end of a connection between GPUs.
+class NcclEnd:
+    """A `RankEnd` between GPUs.
 
     Args:
         rank: 0 for the caller, 1 for the host.
@@ -107,10 +107,10 @@ class DeviceEnd(End):
         self.caller = peer
         self._ended = threading.Event()
         # Only a caller's messages carry much of the CPU's, and a host reads those whatever it writes.
-        self._line = Line(connection, peer, inline=MAX_MESSAGE)
-        meeting = Meeting(self._line, time.monotonic() + timeout)
-        form = make or partial(_Nccl, device=device)
-        both: list[Group] = []
+        self._line = MessageSocket(connection, peer, inline=MAX_MESSAGE)
+        meeting = Rendezvous(self._line, time.monotonic() + timeout)
+        form = make or partial(NcclGroup, device=device)
+        both: list[OneWayGroup] = []
         try:
             for name in ("there", "back"):
                 both.append(form(meeting, rank, name, interface, timeout))
@@ -131,11 +131,9 @@ class DeviceEnd(End):
         self._left = self._received = 0  # payloads with tensors of the GPU
 
     def takes(self, device: torch.device) -> bool:
-        """See `channels.base.Channel`."""
         return device == self._out.device
 
     def send(self, text: bytes, payload: Layout, tensors: Sequence[Tensor]) -> None:
-        """See `End.send`."""
         headers.require_fit(payload.size)
         there = [tensor.device == self._out.device for tensor in tensors]
         mask = sum(1 << at for at, far in enumerate(there) if far)
@@ -151,7 +149,6 @@ class DeviceEnd(End):
                 raise ChannelError(f"{self.caller} hung up; has its process ended?") from error
 
     def head(self, deadline: float | None = None) -> Head:
-        """See `End.head`."""
         head = self._line.read(deadline)
         while self._leaving and self._left < head.received:
             self._leaving.popleft()
@@ -161,13 +158,12 @@ class DeviceEnd(End):
         self._mask = int.from_bytes(head.text[:_MASK], "little")
         return head._replace(text=head.text[_MASK:])
 
-    def payload(self, placed: tuple[Placement, ...], head: Head, deadline: float | None) -> Reply:
-        """See `End.payload`."""
-        near = [(at, where) for at, where in enumerate(placed) if not self._mask >> at & 1]
+    def payload(self, spans: tuple[TensorSpan, ...], head: Head, deadline: float | None) -> Reply:
+        near = [(at, where) for at, where in enumerate(spans) if not self._mask >> at & 1]
         sizes = [where.end - where.offset for _, where in near]
         if sum(sizes) != len(head.inline):
             raise ProtocolError(f"{len(head.inline)} bytes came with a header of {sum(sizes)}")
-        found: list[Any] = [None] * len(placed)
+        found: list[Any] = [None] * len(spans)
         memory = torch.frombuffer(head.inline, dtype=torch.uint8).numpy() if head.inline else None
         start = 0
         for (at, where), size in zip(near, sizes, strict=True):
@@ -178,29 +174,27 @@ class DeviceEnd(End):
             piece = memory[start : start + size].copy()
             found[at] = tensor_at(piece, address_of(piece), where._replace(offset=0, end=size))
             start += size
-        for at, where in enumerate(placed):
+        for at, where in enumerate(spans):
             if found[at] is None:
                 tensor = torch.empty(where.shape, dtype=where.dtype, device=self._in.device)
                 limit = _LATE + tensor.nbytes / _SLOWEST
                 left = limit if deadline is None else min(limit, self._remaining(deadline))
                 found[at] = self._receive(tensor, self._in, left) if tensor.numel() else tensor
-        self._received += any(self._mask >> at & 1 for at in range(len(placed)))
+        self._received += any(self._mask >> at & 1 for at in range(len(spans)))
         return tuple(found)
 
     def shut(self) -> None:
-        """See `End.shut`."""
         self._ended.set()
         self._line.shut()
 
     def close(self) -> None:
-        """See `End.close`."""
         self.shut()
         self._line.close()
         for group in (self._out, self._in):
             group.end()
         self._leaving.clear()
 
-    def _receive(self, tensor: Tensor, group: Group, limit: float) -> Tensor:
+    def _receive(self, tensor: Tensor, group: OneWayGroup, limit: float) -> Tensor:
         try:
             group.receive(tensor, limit, self._ended.is_set)
             return tensor
@@ -239,12 +233,12 @@ def _raising() -> Iterator[None]:
                 os.environ[_BLOCKING] = before
 
 
-class _Nccl:
-    """See `Group`."""
+class NcclGroup:
+    """See `OneWayGroup`."""
 
     def __init__(
         self,
-        meeting: Meeting,
+        meeting: Rendezvous,
         rank: int,
         name: str,
         interface: str,
@@ -292,7 +286,7 @@ def serve(handler: Handler, device: torch.device, *, bind: str = "127.0.0.1:0") 
         ResourceError: TLS is asked for.
         ChannelError: `bind` is taken or not of this machine.
     """
-    return CollectiveServer(handler, bind=bind, end=partial(DeviceEnd, device=device), kind=KIND)
+    return CollectiveServer(handler, bind=bind, end=partial(NcclEnd, device=device), kind=KIND)
 
 
 def connect(address: str, *, timeout: float = 30.0, device: torch.device | None = None) -> Channel:
@@ -302,8 +296,8 @@ def connect(address: str, *, timeout: float = 30.0, device: torch.device | None 
         ChannelTimeout: the server does not answer in time.
         ChannelError: nobody listens there, no group forms, or this process computes on no GPU.
     """
-    end = partial(DeviceEnd, device=device)
+    end = partial(NcclEnd, device=device)
     return collective.connect(address, timeout=timeout, end=end, kind=KIND)
 
 
-__all__ = ["DeviceEnd", "Group", "MakeGroup", "connect", "serve"]
+__all__ = ["MakeGroup", "NcclEnd", "OneWayGroup", "connect", "serve"]

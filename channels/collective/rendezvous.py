@@ -8,21 +8,21 @@ from typing import Any, Final
 
 import torch.distributed
 
-from channels.framing.line import Head, Line
+from channels.framing.message_socket import Head, MessageSocket
 from errors import ProtocolError
 
 _dist: Any = torch.distributed  # whose stubs do not know the classes below its functions
 _MAX_TOLD: Final = 64  # for a group of two takes a handful
 
 
-class Meeting(_dist.Store):  # type: ignore[misc]
+class Rendezvous(_dist.Store):  # type: ignore[misc]
     """What the two ends of a line tell each other for a group to form: a store without a port of its own.
 
     Args:
         deadline: of `time.monotonic`, for the group to form.
     """
 
-    def __init__(self, line: Line, deadline: float) -> None:
+    def __init__(self, line: MessageSocket, deadline: float) -> None:
         super().__init__()
         self._line, self._deadline = line, deadline
         self._known: dict[str, bytes] = {}
@@ -66,4 +66,4 @@ class Meeting(_dist.Store):  # type: ignore[misc]
             self._over = True
 
 
-__all__ = ["Meeting"]
+__all__ = ["Rendezvous"]

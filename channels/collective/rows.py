@@ -17,10 +17,10 @@ from typing import Any, Final
 import torch
 import torch.distributed
 
-from channels.collective.rendezvous import Meeting
-from channels.framing.codec import plain
-from channels.framing.header import Placement
-from channels.framing.line import Line, remaining
+from channels.collective.rendezvous import Rendezvous
+from channels.framing.buffers import plain
+from channels.framing.header import TensorSpan
+from channels.framing.message_socket import MessageSocket, remaining
 from channels.framing.scratch import Scratch, rounded
 from errors import ChannelError, ChannelTimeout
 
@@ -52,11 +52,11 @@ class Rows:
         ChannelError: it does not form.
     """
 
-    def __init__(self, line: Line, rank: int, peer: str, interface: str, timeout: float) -> None:
+    def __init__(self, line: MessageSocket, rank: int, peer: str, interface: str, timeout: float) -> None:
         self._peer, self._name = 1 - rank, peer
         options = _dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout / _ATTEMPTS)  # waits for rows have limits of their own
-        meeting = Meeting(line, time.monotonic() + timeout)
+        meeting = Rendezvous(line, time.monotonic() + timeout)
         try:
             options._devices = [_dist.ProcessGroupGloo.create_device(hostname=interface)]
             self._group = _dist.ProcessGroupGloo(meeting, rank, 2, options)
@@ -112,22 +112,22 @@ class Rows:
         for inlet in list(self._in):
             inlet.ask_ahead()
 
-    def receive(self, placed: Sequence[Placement], deadline: float | None) -> list[torch.Tensor]:
+    def receive(self, spans: Sequence[TensorSpan], deadline: float | None) -> list[torch.Tensor]:
         """The tensors of a payload, in memory that stays as it is while something is a view of it.
 
         Args:
-            placed: each at the beginning of memory of its own.
+            spans: each at the beginning of memory of its own.
 
         Raises:
             ChannelTimeout: not until `deadline`.
             ChannelError: the peer hung up.
         """
-        while len(self._in) < len(placed):
+        while len(self._in) < len(spans):
             self._in.append(_Inlet(self, len(self._in)))
-        inlets = self._in[: len(placed)]
-        if self._closed or len(inlets) < len(placed):  # by another thread
+        inlets = self._in[: len(spans)]
+        if self._closed or len(inlets) < len(spans):  # by another thread
             raise ChannelError(f"{self._name}: the channel was closed")
-        found = [inlet.receive(where, deadline) for inlet, where in zip(inlets, placed, strict=True)]
+        found = [inlet.receive(where, deadline) for inlet, where in zip(inlets, spans, strict=True)]
         self.received += 1
         return found
 
@@ -202,7 +202,7 @@ class _Inlet:
             memory = self._scratch.take(room)
             self._coming.append((self._rows.ask(memory[:room], self._tag), memory))
 
-    def receive(self, where: Placement, deadline: float | None) -> torch.Tensor:
+    def receive(self, where: TensorSpan, deadline: float | None) -> torch.Tensor:
         """See `Rows.receive`."""
         size, room = where.end, self._asked.take(where.end)
         coming = self._coming.popleft()

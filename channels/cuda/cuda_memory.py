@@ -43,7 +43,7 @@ class CudaMemory:
                 told = [*shared._share_cuda_(), *(bytes(event.ipc_handle()) for event in events)]
         except RuntimeError as error:  # it is full, or the driver shares none
             raise ResourceError(f"no {capacity} bytes of the GPU's memory to share: {error}") from None
-        return _Segment(memory, *events), packed(told)
+        return CudaSegment(memory, *events), packed(told)
 
     def open(self, handle: bytes, capacity: int) -> DeviceSegment:
         """See `DeviceMemory.open`."""
@@ -60,10 +60,10 @@ class CudaMemory:
             raise ProtocolError(f"the peer's device memory cannot be opened: {error}") from None
         if memory.numel() != capacity:
             raise ProtocolError(f"the peer's device memory has not the {capacity} bytes that it says")
-        return _Segment(memory, *events)
+        return CudaSegment(memory, *events)
 
 
-class _Segment:
+class CudaSegment:
     """See `DeviceSegment`."""
 
     def __init__(self, memory: Tensor, written: torch.cuda.Event, read: torch.cuda.Event) -> None:

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from channels.shm.pool import Pool
+from channels.shm.segments import SegmentPool
 
 MAX_SEGMENTS: Final = 64
 _GRAIN: Final = 1 << 16
@@ -66,7 +66,7 @@ class DeviceMemory(Protocol):
         ...
 
 
-class DevicePool(Pool[DeviceSegment, bytes]):
+class DevicePool(SegmentPool[DeviceSegment, bytes]):
     """The segments that this end writes. What a peer has open is given back when that closes it; if it was
     killed, not before the end of this process."""
 

@@ -69,13 +69,13 @@ class AcceptingServer(Generic[C]):
             threads = [thread for thread, _ in self._open.values()]
         with suppress(OSError):  # there is nobody to wake
             self._listener.shutdown(socket.SHUT_RDWR)
-        self.hang_up()
+        self.disconnect_all()
         self._accepting.join()
         self._listener.close()
         for thread in threads:
             thread.join()
 
-    def hang_up(self) -> None:
+    def disconnect_all(self) -> None:
         """End every connection that is open now; callers may come again."""
         with self._guard:
             connections = [(connection, found) for connection, (_, found) in self._open.items()]

@@ -36,7 +36,7 @@ _TORCH_DTYPE: Final = {int(wire): dtype for dtype, wire in _WIRE_DTYPE.items()}
 _PHASES: Final = {int(phase): phase for phase in Phase}
 
 
-class Placement(NamedTuple):
+class TensorSpan(NamedTuple):
     """Where a tensor lies within a payload; `shape` as torch has it, `offset` and `end` in bytes."""
 
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Placement(NamedTuple):
 class Layout(NamedTuple):
     """Where tensors of some dtypes and shapes lie, the payload's size, and a header's text that says so."""
 
-    placed: tuple[Placement, ...]
+    spans: tuple[TensorSpan, ...]
     size: int
     text: bytes
 
@@ -61,8 +61,8 @@ _OK: Final = expert_pb2.Header(status=expert_pb2.Status()).SerializeToString()
 _ID_TAG: Final = b"\x0a"  # field 1 of a header, length-delimited
 
 _layouts: dict[tuple[tuple[torch.dtype, torch.Size], ...], Layout] = {}
-_read_layouts: dict[tuple[int, ...], tuple[tuple[Placement, ...], int]] = {}
-_read_replies: dict[bytes, tuple[tuple[Placement, ...], int]] = {}
+_read_layouts: dict[tuple[int, ...], tuple[tuple[TensorSpan, ...], int]] = {}
+_read_replies: dict[bytes, tuple[tuple[TensorSpan, ...], int]] = {}
 
 
 _MAX_KEY: Final = 64  # numbers of a layout, which a peer chooses, that is worth remembering
@@ -87,7 +87,7 @@ def layout(tensors: Sequence[torch.Tensor]) -> Layout:
 
 
 def _lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
-    placed = []
+    spans = []
     numbers: list[int] = []
     end = 0
     for index, tensor in enumerate(tensors):
@@ -99,9 +99,9 @@ def _lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
         count = tensor.numel()
         end = offset + count * tensor.element_size()
         shape = tuple(tensor.shape)
-        placed.append(Placement(tensor.dtype, shape, count, offset, end))
+        spans.append(TensorSpan(tensor.dtype, shape, count, offset, end))
         numbers += (wire, len(shape), *shape, offset)
-    return Layout(tuple(placed), end, expert_pb2.Header(layout=numbers).SerializeToString())
+    return Layout(tuple(spans), end, expert_pb2.Header(layout=numbers).SerializeToString())
 
 
 def require_fit(size: int) -> None:
@@ -167,7 +167,7 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def read_request(text: bytes, size: int) -> tuple[RequestId, tuple[Placement, ...]]:
+def read_request(text: bytes, size: int) -> tuple[RequestId, tuple[TensorSpan, ...]]:
     """The id of a request, and what its header says of a payload of `size` bytes.
 
     Raises:
@@ -184,10 +184,10 @@ def read_request(text: bytes, size: int) -> tuple[RequestId, tuple[Placement, ..
             f"a request has unknown phase {wire.phase}; this host knows 0 to {len(_PHASES) - 1}"
         )
     name = RequestId(wire.run, wire.epoch, wire.step, wire.microbatch, wire.layer, phase, wire.router)
-    return name, _placements(header, size)[0]
+    return name, _spans(header, size)[0]
 
 
-def read_reply(text: bytes, size: int) -> tuple[Placement, ...]:
+def read_reply(text: bytes, size: int) -> tuple[TensorSpan, ...]:
     """What a reply's header says of a payload of `size` bytes.
 
     Raises:
@@ -205,7 +205,7 @@ def read_reply(text: bytes, size: int) -> tuple[Placement, ...]:
         raise StaleEpoch(status.message, epoch=status.epoch)
     if status.code != expert_pb2.CODE_OK:
         raise RemoteError(f"{status.type or 'error'}: {status.message}")
-    found = _placements(header, size)
+    found = _spans(header, size)
     return (_remember(_read_replies, text, found) if len(header.layout) <= _MAX_KEY else found)[0]
 
 
@@ -216,19 +216,19 @@ def _parse(text: bytes) -> expert_pb2.Header:
         raise ProtocolError(f"a header of {len(text)} bytes cannot be read: {error}") from error
 
 
-def _placements(header: expert_pb2.Header, size: int) -> tuple[tuple[Placement, ...], int]:
+def _spans(header: expert_pb2.Header, size: int) -> tuple[tuple[TensorSpan, ...], int]:
     """The places that a header names, checked against a payload of `size` bytes, and where the last ends."""
     numbers = tuple(header.layout)
     known = _read_layouts.get(numbers)
     if known is not None and known[1] <= size:
         return known
-    placed = _read_layout(numbers, size)
-    found = (placed, max((where.end for where in placed), default=0))
+    spans = _read_layout(numbers, size)
+    found = (spans, max((where.end for where in spans), default=0))
     return _remember(_read_layouts, numbers, found) if len(numbers) <= _MAX_KEY else found
 
 
-def _read_layout(layout: tuple[int, ...], size: int) -> tuple[Placement, ...]:
-    found: list[Placement] = []
+def _read_layout(layout: tuple[int, ...], size: int) -> tuple[TensorSpan, ...]:
+    found: list[TensorSpan] = []
     at = 0
     while at < len(layout):
         dimensions = layout[at + 1] if at + 1 < len(layout) else 0
@@ -251,7 +251,7 @@ def _read_layout(layout: tuple[int, ...], size: int) -> tuple[Placement, ...]:
             raise ProtocolError(
                 f"tensor {len(found)} of the payload ends at byte {end}, but the payload has {size} bytes"
             )
-        found.append(Placement(dtype, shape, count, offset, end))
+        found.append(TensorSpan(dtype, shape, count, offset, end))
         at += dimensions + 3
     return tuple(found)
 
@@ -260,7 +260,7 @@ __all__ = [
     "ALIGNMENT",
     "MAX_MESSAGE",
     "Layout",
-    "Placement",
+    "TensorSpan",
     "error_text",
     "layout",
     "read_reply",

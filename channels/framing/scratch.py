@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from channels.framing.codec import Memory, tensor_at
-from channels.framing.header import Placement
+from channels.framing.buffers import OwnedBuffer, tensor_at
+from channels.framing.header import TensorSpan
 
 _LEAST: Final = 1 << 16
 
@@ -37,13 +37,13 @@ class Scratch:
         """Nobody looks at it any more. Any thread, in the middle of anything: takes no lock."""
         self._spare.append(memory)
 
-    def lend(self, memory: torch.Tensor, where: Placement) -> torch.Tensor:
+    def lend(self, memory: torch.Tensor, where: TensorSpan) -> torch.Tensor:
         """The tensor that lies in the memory, which is given back when nothing is a view of it any more."""
-        loan = _Loan(self, memory)
+        loan = ScratchLoan(self, memory)
         return tensor_at(np.asarray(loan), memory.data_ptr(), where)
 
 
-class _Loan(Memory):
+class ScratchLoan(OwnedBuffer):
     __slots__ = ("_memory", "_scratch")
 
     def __init__(self, scratch: Scratch, memory: torch.Tensor) -> None:

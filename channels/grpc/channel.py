@@ -16,12 +16,12 @@ from typing import Any, Final
 import grpc
 
 from channels.base import Channel, Handler, Request
-from channels.framing import codec
+from channels.framing import frame_codec
 from channels.framing.header import MAX_MESSAGE, require_fit
-from channels.framing.pipe import Pipe, Reply, call
+from channels.framing.ordered_channel import OrderedChannel, Reply, call
 from channels.grpc import tls
 from channels.grpc.guard import Guard
-from channels.watchdog import Watchdog
+from channels.grpc.watchdog import Watchdog
 from errors import ChannelError, ChannelTimeout, ProtocolError
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 )
 
 
-class GrpcChannel(Pipe):
+class GrpcChannel(OrderedChannel):
     """The router's end: requests go in through a queue, replies are read by the caller's thread."""
 
     def __init__(self, name: str, channel: grpc.Channel) -> None:
@@ -68,7 +68,7 @@ class GrpcChannel(Pipe):
         self._replies: Any = exchange(iter(self._requests.get, None))
 
     def _send(self, request: Request) -> None:
-        self._requests.put(_fitting(codec.encode_request(request)))
+        self._requests.put(_fitting(frame_codec.encode_request(request)))
 
     def _receive(self, deadline: float | None) -> Reply:
         if deadline is not None:
@@ -81,7 +81,7 @@ class GrpcChannel(Pipe):
             raise self._failure(error) from error
         finally:
             self._watchdog.disarm()
-        return codec.decode_reply(frame)
+        return frame_codec.decode_reply(frame)
 
     def _failure(self, error: Any) -> ChannelError | ProtocolError:
         if self._late:
@@ -95,7 +95,7 @@ class GrpcChannel(Pipe):
         self._late = True
         self._replies.cancel()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         self._requests.put(None)  # lets gRPC's sending thread end
         self._replies.cancel()
         self._channel.close()
@@ -156,7 +156,7 @@ class GrpcServer:
                 self._server.stop(grace=None).wait()
                 self._threads.shutdown(wait=True)
 
-    def hang_up(self) -> None:
+    def disconnect_all(self) -> None:
         """End every stream of frames that is open now; callers may come again."""
         for context in list(self._streams):
             context.cancel()
@@ -169,7 +169,7 @@ class GrpcServer:
         try:
             for frame in frames:
                 try:
-                    request = codec.decode_request(frame)
+                    request = frame_codec.decode_request(frame)
                 except ProtocolError as error:
                     _log.warning("%s: hung up on %s: %s", self._address, context.peer(), error)
                     context.set_code(grpc.StatusCode.INVALID_ARGUMENT)
@@ -191,11 +191,11 @@ def _fitting(frame: bytes) -> bytes:
 
 def _encode(outcome: Reply | Exception) -> bytes:
     if isinstance(outcome, Exception):
-        return codec.encode_error(outcome)
+        return frame_codec.encode_error(outcome)
     try:
-        return _fitting(codec.encode_reply(outcome))
+        return _fitting(frame_codec.encode_reply(outcome))
     except ProtocolError as error:  # what the handler returned cannot travel
-        return codec.encode_error(error)
+        return frame_codec.encode_error(error)
 
 
 def serve(

@@ -19,14 +19,14 @@ import numpy as np
 from channels.base import Channel, Handler, Request
 from channels.framing import header as headers
 from channels.framing.accepting import AcceptingServer
-from channels.framing.codec import Memory, tensor_at
-from channels.framing.header import Placement
-from channels.framing.pipe import Pipe, Reply, call
+from channels.framing.buffers import OwnedBuffer, tensor_at
+from channels.framing.header import TensorSpan
+from channels.framing.ordered_channel import OrderedChannel, Reply, call
 from channels.locality import machine_id
 from channels.shm.abstract_sockets import dial, listen
 from channels.shm.doorbell import Doorbell
-from channels.shm.mailbox import HostBox, Mailbox, Postman
-from channels.shm.segments import Segment
+from channels.shm.mailbox import HostMailbox, MailboxHandler, ShmMailbox
+from channels.shm.segments import ShmSegment
 from errors import ChannelError, ProtocolError, RemoteError
 from kernels.mailbox import MAIL, PACKET
 
@@ -41,12 +41,12 @@ _MAX_LENT: Final = 8
 """Replies lent at a time by one channel; a caller who keeps more gets copies, so that segments end."""
 
 
-class _Loan(Memory):
+class SegmentLoan(OwnedBuffer):
     """A reply's memory, given back when the last tensor of it dies."""
 
     __slots__ = ("_channel", "_segment")
 
-    def __init__(self, channel: ShmChannel, segment: Segment, size: int) -> None:
+    def __init__(self, channel: ShmChannel, segment: ShmSegment, size: int) -> None:
         super().__init__(segment, segment.address, size)
         self._channel = channel
         self._segment = segment
@@ -55,7 +55,7 @@ class _Loan(Memory):
         self._channel.give_back(self._segment)
 
 
-class ShmChannel(Pipe):
+class ShmChannel(OrderedChannel):
     """The router's end."""
 
     def __init__(self, name: str, connection: socket.socket) -> None:
@@ -63,7 +63,7 @@ class ShmChannel(Pipe):
         self._bell = Doorbell(connection)
         self._written: deque[int | None] = deque()
         self._lent = 0
-        self._back: deque[Segment] = deque()  # loans that have ended
+        self._back: deque[ShmSegment] = deque()  # loans that have ended
 
     def _send(self, request: Request) -> None:
         self._take_back()
@@ -79,25 +79,25 @@ class ShmChannel(Pipe):
             raise ProtocolError(f"{self.name} replies to a request that nobody made")
         self._bell.reusable(self._written.popleft())
         try:
-            placed = headers.read_reply(packet.text, packet.size)
+            spans = headers.read_reply(packet.text, packet.size)
         except RemoteError:
             self._bell.done_with(segment)
             raise
         if segment is None:
-            return packet.tensors(placed)
-        size = max((where.end for where in placed), default=0)
+            return packet.tensors(spans)
+        size = max((where.end for where in spans), default=0)
         if size >= _LEND_FROM and self._lent < _MAX_LENT:
-            return self._lend(segment, placed, size)
-        reply = tuple([view.clone() for view in packet.tensors(placed)])
+            return self._lend(segment, spans, size)
+        reply = tuple([view.clone() for view in packet.tensors(spans)])
         self._bell.done_with(segment)
         return reply
 
-    def _lend(self, segment: Segment, placed: Sequence[Placement], size: int) -> Reply:
+    def _lend(self, segment: ShmSegment, spans: Sequence[TensorSpan], size: int) -> Reply:
         self._lent += 1
-        memory: np.ndarray[Any, Any] = np.asarray(_Loan(self, segment, size))
-        return tuple([tensor_at(memory, segment.address, where) for where in placed])
+        memory: np.ndarray[Any, Any] = np.asarray(SegmentLoan(self, segment, size))
+        return tuple([tensor_at(memory, segment.address, where) for where in spans])
 
-    def give_back(self, segment: Segment) -> None:
+    def give_back(self, segment: ShmSegment) -> None:
         """A lent segment is free again. Any thread, in the middle of anything: takes no lock."""
         self._back.append(segment)
 
@@ -106,11 +106,11 @@ class ShmChannel(Pipe):
             self._bell.done_with(self._back.popleft())
             self._lent -= 1
 
-    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox:
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> ShmMailbox:
         """See `Doorbell.open_mailbox`."""
         return self._bell.open_mailbox(width, pairs, dtype)
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         self._bell.close()
 
     def _wake(self) -> None:
@@ -120,7 +120,7 @@ class ShmChannel(Pipe):
 class ShmServer(AcceptingServer[Doorbell]):
     """The host's end."""
 
-    def __init__(self, handler: Handler, postman: Postman | None = None) -> None:
+    def __init__(self, handler: Handler, postman: MailboxHandler | None = None) -> None:
         self._handler = handler
         self._postman = postman
         listener, name = listen()
@@ -136,7 +136,7 @@ class ShmServer(AcceptingServer[Doorbell]):
                 self._deliver(found.box, self._postman)
             self._answer(found)
 
-    def _deliver(self, box: HostBox, postman: Postman) -> None:
+    def _deliver(self, box: HostMailbox, postman: MailboxHandler) -> None:
         """Answer what comes into a box, until there is a packet to read or nothing comes for a while."""
         last = time.monotonic()
         while True:
@@ -155,8 +155,8 @@ class ShmServer(AcceptingServer[Doorbell]):
             if self._postman is not None:
                 bell.box.open()
             return
-        name, placed = headers.read_request(packet.text, packet.size)
-        outcome = call(self._handler, Request(name, packet.tensors(placed)))
+        name, spans = headers.read_request(packet.text, packet.size)
+        outcome = call(self._handler, Request(name, packet.tensors(spans)))
         if isinstance(outcome, Exception):
             bell.send(headers.error_text(outcome), _EMPTY)
             return
@@ -168,7 +168,7 @@ class ShmServer(AcceptingServer[Doorbell]):
         bell.send(headers.reply_text(payload), payload, outcome)
 
 
-def serve(handler: Handler, postman: Postman | None = None) -> ShmServer:
+def serve(handler: Handler, postman: MailboxHandler | None = None) -> ShmServer:
     """Let processes of this machine and user reach `handler`, which runs in one thread a connection.
 
     Args:

@@ -20,10 +20,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from channels.framing.codec import COPIED_BELOW, plain, tensor_at
-from channels.framing.header import Layout, Placement
-from channels.shm.mailbox import HostBox, Mailbox, size_of
-from channels.shm.segments import Segment, SegmentMirror, SegmentPool, new_segment, sealed_segment
+from channels.framing.buffers import COPIED_BELOW, plain, tensor_at
+from channels.framing.header import Layout, TensorSpan
+from channels.shm.mailbox import HostMailbox, ShmMailbox, size_of
+from channels.shm.segments import SegmentMirror, ShmSegment, new_segment, sealed_segment, shm_pool
 from errors import ChannelError, ChannelTimeout, ProtocolError
 
 _HEAD: Final = struct.Struct("<4sIQQI")  # magic, segment, capacity if it is new, size, segments released
@@ -48,7 +48,7 @@ _SPIN: Final = 200e-6
 woken costs about 50 µs at each end; waits longer than this are the peer computing, who wants the core."""
 
 
-def _write(segment: Segment, where: Placement, tensor: torch.Tensor) -> None:
+def _write(segment: ShmSegment, where: TensorSpan, tensor: torch.Tensor) -> None:
     size = where.end - where.offset
     if size < COPIED_BELOW:
         flat = plain(tensor)
@@ -62,14 +62,14 @@ class Packet(NamedTuple):
 
     text: bytes
     size: int
-    segment: Segment | None
+    segment: ShmSegment | None
     note: bool = False
 
-    def tensors(self, placed: tuple[Placement, ...]) -> tuple[torch.Tensor, ...]:
+    def tensors(self, spans: tuple[TensorSpan, ...]) -> tuple[torch.Tensor, ...]:
         """Views of the segment."""
         if self.segment is None:
-            return tuple(torch.empty(where.shape, dtype=where.dtype) for where in placed)
-        return self.segment.views(placed)
+            return tuple(torch.empty(where.shape, dtype=where.dtype) for where in spans)
+        return self.segment.views(spans)
 
 
 class Doorbell:
@@ -81,15 +81,15 @@ class Doorbell:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._pool = SegmentPool()
+        self._pool = shm_pool()
         self._mirror = SegmentMirror()
         self._read: deque[int] = deque()
         self._buffer = bytearray(_MAX_PACKET)
         self._patience = 0.0
         self._brief = False  # the wait before was short
         self._shut = False
-        self._posted: Mailbox | None = None
-        self.box: HostBox | None = None  # that the peer has opened
+        self._posted: ShmMailbox | None = None
+        self.box: HostMailbox | None = None  # that the peer has opened
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.peer, user, _ = _CREDENTIALS.unpack(credentials)
         if user != os.geteuid():
@@ -112,26 +112,26 @@ class Doorbell:
         if not size:
             self._ring(text, None, 0, 0, None)
             return None
-        segment, descriptor = self._pool.acquire(size)
+        number, segment, descriptor = self._pool.take(size)
         try:
             try:
-                for tensor, where in zip(tensors, payload.placed, strict=True):
+                for tensor, where in zip(tensors, payload.spans, strict=True):
                     _write(segment, where, tensor)
             except BaseException:
                 # The peer has not heard of it: a new segment is nobody's, an old one is free again.
                 if descriptor is None:
-                    self._pool.release(segment.index)
+                    self._pool.release(number)
                 else:
-                    self._pool.forget(segment.index)
+                    self._pool.forget(number)
                 raise
             self._ring(text, segment, segment.capacity if descriptor is not None else 0, size, descriptor)
         finally:
             if descriptor is not None:
                 os.close(descriptor)
-        return segment.index
+        return number
 
     def _ring(
-        self, text: bytes, segment: Segment | None, capacity: int, size: int, descriptor: int | None
+        self, text: bytes, segment: ShmSegment | None, capacity: int, size: int, descriptor: int | None
     ) -> None:
         waiting = self._read
         read = [waiting.popleft() for _ in range(min(len(waiting), _MAX_RELEASED))]
@@ -189,7 +189,7 @@ class Doorbell:
             raise ChannelError(f"pid {self.peer} hung up: {error}") from error
         raise ChannelError(f"pid {self.peer} hung up")
 
-    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox:
+    def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> ShmMailbox:
         """A mailbox that the peer is told of; it says itself when the peer looks into it.
 
         Raises:
@@ -198,7 +198,7 @@ class Doorbell:
         """
         memory, descriptor = new_segment(_MAILBOX, size_of(width, pairs, dtype))
         try:
-            mailbox = Mailbox(memory.memory, width, pairs, dtype, knock=self.knock, alive=self.check_peer)
+            mailbox = ShmMailbox(memory.memory, width, pairs, dtype, knock=self.knock, alive=self.check_peer)
             self._send(_HEAD.pack(_MAGIC, _MAILBOX, memory.capacity, 0, 0), descriptor)
         finally:
             os.close(descriptor)
@@ -261,7 +261,9 @@ class Doorbell:
             for released in struct.unpack_from(f"<{n_released}I", packet, _HEAD.size):
                 self._pool.release(released)
         if index == _MAILBOX:
-            self.box = HostBox(sealed_segment(index, descriptors[0], capacity).memory) if capacity else None
+            self.box = (
+                HostMailbox(sealed_segment(index, descriptors[0], capacity).memory) if capacity else None
+            )
             return Packet(b"", 0, None)
         if self.box is not None:
             self.box.packet_came()
@@ -272,7 +274,7 @@ class Doorbell:
         segment = self._mirror.get(index, size) if size else None
         return Packet(bytes(packet[text:]), size, segment)
 
-    def done_with(self, segment: Segment | None) -> None:
+    def done_with(self, segment: ShmSegment | None) -> None:
         """Nothing reads `segment` any more; the peer hears of it with the next packet. Any thread."""
         if segment is not None:
             self._read.append(segment.index)

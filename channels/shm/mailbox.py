@@ -64,7 +64,7 @@ def _places(
     return found
 
 
-class Mailbox:
+class ShmMailbox:
     """The client's end, used by one thread at a time.
 
     Args:
@@ -162,7 +162,7 @@ class Mailbox:
         words_of.store(words, words_of.RING, int(words[words_of.RING]) + 1)
 
 
-class HostBox:
+class HostMailbox:
     """The host's end, used by one thread.
 
     Args:
@@ -232,10 +232,10 @@ class HostBox:
         self._packets += 1
 
 
-class Postman(Protocol):
-    """What a server calls for each request in a box; it answers with `HostBox.reply`, and never raises."""
+class MailboxHandler(Protocol):
+    """Answers a request in a mailbox with `HostMailbox.reply`; never raises."""
 
-    def __call__(self, box: HostBox, /) -> None: ...
+    def __call__(self, box: HostMailbox, /) -> None: ...
 
 
-__all__ = ["HostBox", "Mailbox", "Postman", "box_at", "size_of"]
+__all__ = ["HostMailbox", "MailboxHandler", "ShmMailbox", "box_at", "size_of"]

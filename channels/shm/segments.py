@@ -10,14 +10,14 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from channels.framing.codec import address_of, tensor_at
-from channels.framing.header import Placement
-from channels.shm.pool import Pool
+from channels.framing.buffers import address_of, tensor_at
+from channels.framing.header import TensorSpan
 from errors import ProtocolError, ResourceError
 
 MAX_SEGMENTS: Final = 256
@@ -26,7 +26,78 @@ _GRAIN: Final = 1 << 16
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class Segment:
+S = TypeVar("S")
+H = TypeVar("H")
+
+
+class SegmentPool(Generic[S, H]):
+    """The segments of memory that this end of a connection writes, which are used again.
+
+    Args:
+        make: (number, bytes) -> a new segment, and what the peer opens it with.
+        capacity: bytes of a segment.
+        most: segments that there may be.
+    """
+
+    def __init__(
+        self, make: Callable[[int, int], tuple[S, H]], capacity: Callable[[S], int], most: int
+    ) -> None:
+        self._make, self._capacity, self._most = make, capacity, most
+        self._segments: dict[int, S] = {}
+        self._free: set[int] = set()
+
+    def take(self, size: int) -> tuple[int, S, H | None]:
+        """A free segment of at least `size` bytes, with its number, and its handle if it is new.
+
+        Raises:
+            ResourceError: there is no memory for it.
+            ProtocolError: the peer holds on to every segment there may be.
+        """
+        fitting = [number for number in self._free if self._capacity(self._segments[number]) >= size]
+        if fitting:
+            number = fitting[0] if len(fitting) == 1 else min(fitting, key=self._size)
+            self._free.remove(number)
+            return number, self._segments[number], None
+        # A free one that is too small makes way, so that a pool follows its largest payloads.
+        number = next(iter(self._free)) if self._free else self._unused()
+        # Room for a quarter more: rows differ from call to call, and a new segment costs.
+        segment, handle = self._make(number, size + size // 4)
+        self._free.discard(number)
+        self._segments[number] = segment
+        return number, segment, handle
+
+    def forget(self, number: int) -> None:
+        """Drop a segment that the peer has never heard of."""
+        self._segments.pop(number, None)
+        self._free.discard(number)
+
+    def release(self, number: int) -> None:
+        """The peer is done with a segment.
+
+        Raises:
+            ProtocolError: it was not in use.
+        """
+        if number not in self._segments or number in self._free:
+            raise ProtocolError(f"the peer gave back segment {number}, which it did not have")
+        self._free.add(number)
+
+    def clear(self) -> None:
+        """Drop what nobody reads."""
+        self._free.clear()
+        self._segments.clear()
+
+    def _unused(self) -> int:
+        """A number for a new segment; those of forgotten ones are free."""
+        for number in range(self._most):
+            if number not in self._segments:
+                return number
+        raise ProtocolError(f"the peer holds on to {self._most} segments of memory; release results")
+
+    def _size(self, number: int) -> int:
+        return self._capacity(self._segments[number])
+
+
+class ShmSegment:
     """One mapping. Views of `memory` keep it alive."""
 
     __slots__ = ("_placed", "_views", "address", "capacity", "index", "memory")
@@ -38,18 +109,18 @@ class Segment:
         mapped = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.memory: np.ndarray[Any, Any] = np.frombuffer(mapped, np.uint8)
         self.address = address_of(self.memory)
-        self._placed: tuple[Placement, ...] = ()
+        self._placed: tuple[TensorSpan, ...] = ()
         self._views: tuple[torch.Tensor, ...] = ()
 
-    def views(self, placed: tuple[Placement, ...]) -> tuple[torch.Tensor, ...]:
+    def views(self, spans: tuple[TensorSpan, ...]) -> tuple[torch.Tensor, ...]:
         """The tensors that lie there. The last ones are remembered: payloads of one layout come in a row."""
-        if placed is not self._placed:
-            self._views = tuple([tensor_at(self.memory, self.address, where) for where in placed])
-            self._placed = placed
+        if spans is not self._placed:
+            self._views = tuple([tensor_at(self.memory, self.address, where) for where in spans])
+            self._placed = spans
         return self._views
 
 
-def new_segment(index: int, size: int) -> tuple[Segment, int]:
+def new_segment(index: int, size: int) -> tuple[ShmSegment, int]:
     """A segment of at least `size` bytes, zeros, and its descriptor, which the caller closes.
 
     Raises:
@@ -61,7 +132,7 @@ def new_segment(index: int, size: int) -> tuple[Segment, int]:
         try:
             os.ftruncate(descriptor, capacity)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            return Segment(index, descriptor, capacity), descriptor
+            return ShmSegment(index, descriptor, capacity), descriptor
         except BaseException:
             os.close(descriptor)
             raise
@@ -69,7 +140,7 @@ def new_segment(index: int, size: int) -> tuple[Segment, int]:
         raise ResourceError(f"no {capacity} bytes of shared memory: {error}") from error
 
 
-def sealed_segment(index: int, descriptor: int, capacity: int) -> Segment:
+def sealed_segment(index: int, descriptor: int, capacity: int) -> ShmSegment:
     """Map a segment of the peer's; the caller closes the descriptor.
 
     Raises:
@@ -82,32 +153,21 @@ def sealed_segment(index: int, descriptor: int, capacity: int) -> Segment:
             raise ProtocolError(f"segment {index} has not the {capacity} bytes that the peer says")
         if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise ProtocolError(f"segment {index} is not sealed against cutting")
-        return Segment(index, descriptor, capacity)
+        return ShmSegment(index, descriptor, capacity)
     except (OSError, ValueError) as error:
         raise ProtocolError(f"segment {index} cannot be mapped: {error}") from error
 
 
-class SegmentPool(Pool[Segment, int]):
-    """The segments that this end writes; handles are descriptors, which whoever takes a new one closes."""
-
-    def __init__(self) -> None:
-        super().__init__(new_segment, _capacity, MAX_SEGMENTS)
-
-    def acquire(self, size: int) -> tuple[Segment, int | None]:
-        """A free segment of at least `size` bytes, and its descriptor if it is new; see `Pool.take`."""
-        _, segment, descriptor = self.take(size)
-        return segment, descriptor
-
-
-def _capacity(segment: Segment) -> int:
-    return segment.capacity
+def shm_pool() -> SegmentPool[ShmSegment, int]:
+    """A pool of shared memory; handles are descriptors, which the caller of `take` closes."""
+    return SegmentPool(new_segment, lambda segment: segment.capacity, MAX_SEGMENTS)
 
 
 class SegmentMirror:
     """The segments that the peer writes and this end reads."""
 
     def __init__(self) -> None:
-        self._segments: dict[int, Segment] = {}
+        self._segments: dict[int, ShmSegment] = {}
 
     def attach(self, index: int, descriptor: int, capacity: int) -> None:
         """Map a new segment; the caller closes the descriptor.
@@ -119,7 +179,7 @@ class SegmentMirror:
             raise ProtocolError(f"the peer sends segment {index}, {MAX_SEGMENTS} at most")
         self._segments[index] = sealed_segment(index, descriptor, capacity)
 
-    def get(self, index: int, size: int) -> Segment:
+    def get(self, index: int, size: int) -> ShmSegment:
         """The segment of a message with `size` bytes.
 
         Raises:
@@ -138,9 +198,10 @@ class SegmentMirror:
 __all__ = [
     "MAX_CAPACITY",
     "MAX_SEGMENTS",
-    "Segment",
     "SegmentMirror",
     "SegmentPool",
+    "ShmSegment",
     "new_segment",
     "sealed_segment",
+    "shm_pool",
 ]

@@ -15,17 +15,17 @@ from torch import Tensor
 from channels.base import Channel, Server
 from channels.collective import channel as collective
 from channels.collective import nccl
-from channels.collective.rendezvous import Meeting
+from channels.collective.rendezvous import Rendezvous
 
 _dist: Any = torch.distributed
 
 
 class GlooGroup:
-    """See `channels.collective.nccl.Group`."""
+    """See `channels.collective.nccl.OneWayGroup`."""
 
     device = torch.device("cpu")
 
-    def __init__(self, meeting: Meeting, rank: int, name: str, interface: str, timeout: float) -> None:
+    def __init__(self, meeting: Rendezvous, rank: int, name: str, interface: str, timeout: float) -> None:
         options = _dist.ProcessGroupGloo._Options()
         options._devices = [_dist.ProcessGroupGloo.create_device(hostname=interface)]
         options._timeout = timedelta(seconds=timeout)
@@ -48,7 +48,7 @@ class GlooGroup:
         """gloo's ends with its memory."""
 
 
-_end: Any = partial(nccl.DeviceEnd, make=GlooGroup)
+_end: Any = partial(nccl.NcclEnd, make=GlooGroup)
 
 
 def serve(handler: Callable[..., Any]) -> Server:

@@ -21,7 +21,7 @@ from channels.collective import channel as collective
 from channels.cuda import channel as cuda
 from channels.cuda.device_memory import DeviceSegment
 from channels.framing import header as headers
-from channels.framing.line import Head, Line
+from channels.framing.message_socket import Head, MessageSocket
 from channels.grpc import channel as grpc
 from channels.shm import channel as shm
 from errors import (
@@ -331,7 +331,7 @@ def test_a_group_is_not_told_more_than_it_takes() -> None:
     server = collective.serve(handle)
     host, _, port = server.address.removeprefix("collective:").rpartition(":")
     with socket.create_connection((host, int(port)), 30) as bad:
-        line = Line(bad, "the server")
+        line = MessageSocket(bad, "the server")
         with pytest.raises(ChannelError):
             for at in range(100_000):
                 line.write(Head(b"key %d" % at, 1 << 14, bytes(1 << 14)))
@@ -346,7 +346,7 @@ def test_a_channel_closed_while_rows_are_awaited_is_a_channel_error() -> None:
     rows = channel._end._rows
     channel.close()
     with pytest.raises(ChannelError, match="was closed"):
-        rows.receive([headers.layout((torch.empty(1 << 16),)).placed[0]] * 2, None)
+        rows.receive([headers.layout((torch.empty(1 << 16),)).spans[0]] * 2, None)
     server.close()
 
 

@@ -17,11 +17,12 @@ import torch
 from channels import choose
 from channels.base import Phase, Request, RequestId, Server
 from channels.cuda import channel as cuda
+from channels.cuda.cuda_end import TRIAL_BYTES
 from channels.cuda.cuda_memory import CudaMemory, packed, unpacked
-from channels.framing.pipe import MAX_IN_FLIGHT
+from channels.framing.ordered_channel import MAX_IN_FLIGHT
 from channels.grpc import channel as grpc
 from channels.shm import channel as shm
-from channels.shm.segments import SegmentMirror, SegmentPool
+from channels.shm.segments import SegmentMirror, shm_pool
 from errors import ChannelError, ProtocolError
 from protos import expert_pb2, expert_pb2_grpc
 from support.device_memory import PretendedMemory
@@ -45,7 +46,7 @@ def header(**placed: Any) -> bytes:
 
 def memory(size: int, *, sealed: bool) -> int:
     if sealed:
-        _, descriptor = SegmentPool().acquire(size - size // 4)
+        _, _, descriptor = shm_pool().take(size - size // 4)
         assert descriptor is not None
         return descriptor
     descriptor = os.memfd_create("test")
@@ -87,7 +88,7 @@ def open_files() -> set[tuple[str, str]]:
 
 
 def honest_size() -> int:
-    _, descriptor = SegmentPool().acquire(1024)
+    _, _, descriptor = shm_pool().take(1024)
     assert descriptor is not None
     size = os.fstat(descriptor).st_size
     os.close(descriptor)
@@ -98,7 +99,7 @@ def test_an_honest_packet_by_hand_is_answered(server: Server) -> None:
     """Without this, the refusals below would prove nothing."""
     size = honest_size()
     packet = HEAD.pack(b"rmo1", 0, size, 1024, 0) + header(shape=[256])
-    _, descriptor = SegmentPool().acquire(1024)
+    _, _, descriptor = shm_pool().take(1024)
     assert descriptor is not None
     assert not refused(server, packet, [descriptor])
 
@@ -142,8 +143,8 @@ def test_a_packet_that_lies_closes_its_connection_alone(
 
 
 def test_a_segment_given_back_twice_is_refused() -> None:
-    pool = SegmentPool()
-    segment, descriptor = pool.acquire(10)
+    pool = shm_pool()
+    _, segment, descriptor = pool.take(10)
     assert descriptor is not None
     os.close(descriptor)
     pool.release(segment.index)
@@ -152,9 +153,9 @@ def test_a_segment_given_back_twice_is_refused() -> None:
 
 
 def test_segments_are_used_again_and_follow_the_largest_payload() -> None:
-    pool, mirror = SegmentPool(), SegmentMirror()
+    pool, mirror = shm_pool(), SegmentMirror()
     for size in (10, 70_000, 5000, 1 << 20, 1 << 20):
-        segment, descriptor = pool.acquire(size)
+        _, segment, descriptor = pool.take(size)
         if descriptor is not None:
             mirror.attach(segment.index, descriptor, segment.capacity)
             os.close(descriptor)
@@ -162,7 +163,7 @@ def test_segments_are_used_again_and_follow_the_largest_payload() -> None:
         assert int(mirror.get(segment.index, size).memory[:size].sum()) == 7 * size
         assert segment.index == 0
         pool.release(0)
-    assert pool.acquire(1 << 20)[1] is None
+    assert pool.take(1 << 20)[2] is None
 
 
 def test_a_stream_of_garbage_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -324,7 +325,7 @@ def test_notes_that_lie(text: bytes, greets: bool) -> None:
     opened = cuda.CudaServer(echo, PretendedMemory(), "here")
     good = cuda.open_channel(opened.address, PretendedMemory(), "here")
     begin = HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0)
-    greeting = begin + PretendedMemory().make(cuda._TRIAL)[1] if greets else b""
+    greeting = begin + PretendedMemory().make(TRIAL_BYTES)[1] if greets else b""
     try:
         assert refused(opened, begin + text, [], greeting=greeting)
         (reply,) = good.submit(Request(NAME, (torch.ones(3),))).result(30)

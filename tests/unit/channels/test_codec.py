@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from channels.base import Phase, Request, RequestId
-from channels.framing import codec
+from channels.framing import frame_codec
 from errors import ConfigError, ProtocolError, RemoteError, StaleEpoch
 from protos import expert_pb2, tensor_pb2
 
@@ -58,7 +58,7 @@ def offsets(header: expert_pb2.Header) -> list[int]:
 @settings(max_examples=200, deadline=None)
 def test_a_request_comes_out_as_it_went_in(items: list[torch.Tensor], run: str) -> None:
     sent = request(*items, run=run)
-    got = codec.decode_request(codec.encode_request(sent))
+    got = frame_codec.decode_request(frame_codec.encode_request(sent))
     assert got.id == sent.id
     assert len(got.tensors) == len(items)
     assert all(map(same, got.tensors, items))
@@ -67,7 +67,7 @@ def test_a_request_comes_out_as_it_went_in(items: list[torch.Tensor], run: str) 
 @given(st.lists(tensors(), max_size=5))
 @settings(max_examples=100, deadline=None)
 def test_generated_code_reads_and_writes_frames(items: list[torch.Tensor]) -> None:
-    message = expert_pb2.Frame.FromString(codec.encode_request(request(*items)))
+    message = expert_pb2.Frame.FromString(frame_codec.encode_request(request(*items)))
     assert message.header.id.layer == 61 and message.header.id.phase == expert_pb2.PHASE_BACKWARD
     for offset, item in zip(offsets(message.header), items, strict=True):
         raw = message.payload[offset : offset + item.numel() * item.element_size()]
@@ -81,15 +81,15 @@ def test_generated_code_reads_and_writes_frames(items: list[torch.Tensor]) -> No
         foreign.header.layout.extend([dtype, item.ndim, *item.shape, len(payload)])
         payload += item.reshape(-1).view(torch.uint8).numpy().tobytes()
     foreign.payload = payload
-    got = codec.decode_request(foreign.SerializeToString())
+    got = frame_codec.decode_request(foreign.SerializeToString())
     assert all(map(same, got.tensors, items))
 
 
 def test_tensors_are_views_of_the_frame_and_aligned() -> None:
     rows, index = torch.randn(64, 256), torch.arange(7, dtype=torch.int32)
-    frame = codec.encode_reply((index, rows))
-    _, got = codec.decode_reply(frame)
-    _, again = codec.decode_reply(frame)
+    frame = frame_codec.encode_reply((index, rows))
+    _, got = frame_codec.decode_reply(frame)
+    _, again = frame_codec.decode_reply(frame)
     assert got.data_ptr() == again.data_ptr()
     message = expert_pb2.Frame.FromString(frame)
     assert all(offset % 64 == 0 for offset in offsets(message.header))
@@ -97,35 +97,35 @@ def test_tensors_are_views_of_the_frame_and_aligned() -> None:
 
 
 def test_results_outlive_the_frame_and_can_be_written() -> None:
-    (got,) = codec.decode_reply(codec.encode_reply((torch.zeros(1000),)))
+    (got,) = frame_codec.decode_reply(frame_codec.encode_reply((torch.zeros(1000),)))
     got += 1
     assert got.sum() == 1000
 
 
 def test_other_layouts_of_memory_travel_by_value() -> None:
     rows = torch.randn(6, 8, requires_grad=True)
-    got = codec.decode_reply(codec.encode_reply((rows.t(), rows[:, ::2], rows[2:3])))
+    got = frame_codec.decode_reply(frame_codec.encode_reply((rows.t(), rows[:, ::2], rows[2:3])))
     assert all(map(same, got, (rows.t(), rows[:, ::2], rows[2:3])))
     assert not any(item.requires_grad for item in got)
 
 
 def test_errors_travel_as_status() -> None:
     with pytest.raises(StaleEpoch, match="table moved") as stale:
-        codec.decode_reply(codec.encode_error(StaleEpoch("table moved", epoch=7)))
+        frame_codec.decode_reply(frame_codec.encode_error(StaleEpoch("table moved", epoch=7)))
     assert stale.value.epoch == 7
     with pytest.raises(RemoteError, match="ConfigError: no such layer"):
-        codec.decode_reply(codec.encode_error(ConfigError("no such layer")))
+        frame_codec.decode_reply(frame_codec.encode_error(ConfigError("no such layer")))
     with pytest.raises(RemoteError, match="ZeroDivisionError: by zero"):
-        codec.decode_reply(codec.encode_error(ZeroDivisionError("by zero")))
+        frame_codec.decode_reply(frame_codec.encode_error(ZeroDivisionError("by zero")))
     with pytest.raises(RemoteError, match="ValueError: bad \\?"):
-        codec.decode_reply(codec.encode_error(ValueError("bad \ud800")))
+        frame_codec.decode_reply(frame_codec.encode_error(ValueError("bad \ud800")))
 
 
 def test_what_the_wire_cannot_carry_is_named() -> None:
     with pytest.raises(ProtocolError, match=r"tensor 1 is torch\.bool; the wire carries float32"):
-        codec.encode_reply((torch.zeros(1), torch.zeros(1, dtype=torch.bool)))
+        frame_codec.encode_reply((torch.zeros(1), torch.zeros(1, dtype=torch.bool)))
     with pytest.raises(ProtocolError, match="does not fit the wire"):
-        codec.encode_request(request(run="\ud800"))
+        frame_codec.encode_request(request(run="\ud800"))
 
 
 def frame_of(*layout: int, payload: bytes = b"") -> bytes:
@@ -162,7 +162,7 @@ F32 = tensor_pb2.DTYPE_FLOAT32
 )
 def test_a_malformed_frame_is_refused(frame: bytes, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        codec.decode_request(frame)
+        frame_codec.decode_request(frame)
 
 
 @given(st.binary(max_size=200))
@@ -170,20 +170,20 @@ def test_a_malformed_frame_is_refused(frame: bytes, message: str) -> None:
 @settings(max_examples=500, deadline=None)
 def test_no_bytes_crash_the_decoder(frame: bytes) -> None:
     with contextlib.suppress(ProtocolError):
-        codec.decode_request(frame)
+        frame_codec.decode_request(frame)
     with contextlib.suppress(ProtocolError, RemoteError):
-        codec.decode_reply(frame)
+        frame_codec.decode_reply(frame)
 
 
 @given(st.data())
 @settings(max_examples=500, deadline=None)
 def test_no_flipped_byte_crashes_the_decoder(data: st.DataObject) -> None:
-    whole = codec.encode_request(request(torch.zeros(3, 5), torch.arange(4), torch.zeros(0, 2)))
+    whole = frame_codec.encode_request(request(torch.zeros(3, 5), torch.arange(4), torch.zeros(0, 2)))
     frame = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
     for _ in range(data.draw(st.integers(1, 3)) if frame else 0):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     try:
-        got = codec.decode_request(bytes(frame))
+        got = frame_codec.decode_request(bytes(frame))
     except ProtocolError:
         return
     for item in got.tensors:  # what was accepted lies within the frame: reading it is safe

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from channels.collective import channel as collective
-from channels.collective.rendezvous import Meeting
+from channels.collective.rendezvous import Rendezvous
 from errors import ChannelError
 
 pytestmark = pytest.mark.slow
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.slow
 
 def _host(pipe: Connection, name: str, nth: int) -> None:
     """A server whose process stops right after so many operations of the rendezvous."""
-    original: Any = getattr(Meeting, name)
+    original: Any = getattr(Rendezvous, name)
     calls = 0
 
-    def counted(self: Meeting, *given: Any) -> Any:
+    def counted(self: Rendezvous, *given: Any) -> Any:
         nonlocal calls
         found = original(self, *given)
         calls += 1
@@ -32,7 +32,7 @@ def _host(pipe: Connection, name: str, nth: int) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return found
 
-    setattr(Meeting, name, counted)
+    setattr(Rendezvous, name, counted)
     pipe.send(collective.serve(lambda request: request.tensors).address)
     pipe.recv()
 

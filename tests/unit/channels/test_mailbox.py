@@ -16,7 +16,7 @@ from actors.router.mailbox_call import MailboxCall
 from channels.base import Channel
 from channels.shm import channel as shm
 from channels.shm.channel import ShmServer
-from channels.shm.mailbox import HostBox, Mailbox, size_of
+from channels.shm.mailbox import HostMailbox, ShmMailbox, size_of
 from cluster import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError
 from kernels import mailbox as words_of
@@ -190,13 +190,13 @@ def test_what_is_abandoned_is_not_mistaken_for_what_follows(cluster: Mailed) -> 
     assert torch.equal(lane.dispatch(LAYERS[0], rows, idx, gates).combine(), expected)
 
 
-def pair(width: int = 4, pairs: int = 8) -> tuple[Mailbox, HostBox, np.ndarray]:
+def pair(width: int = 4, pairs: int = 8) -> tuple[ShmMailbox, HostMailbox, np.ndarray]:
     memory = np.zeros(size_of(width, pairs, FLOAT64), np.uint8)
-    mailbox = Mailbox(memory, width, pairs, FLOAT64, knock=lambda: None, alive=lambda: None)
-    return mailbox, HostBox(memory), memory
+    mailbox = ShmMailbox(memory, width, pairs, FLOAT64, knock=lambda: None, alive=lambda: None)
+    return mailbox, HostMailbox(memory), memory
 
 
-def posted(mailbox: Mailbox) -> None:
+def posted(mailbox: ShmMailbox) -> None:
     idx, gates = np.array([[0, 2]]), np.ones((1, 2))
     assert mailbox.post(np.ones((1, 4)), idx, gates, np.zeros((1, 3), np.int64), 0, (3, 0, 1)) == 1
 
@@ -279,6 +279,6 @@ def test_a_box_of_an_absurd_shape_is_none(word: int, value: int) -> None:
     _, _, memory = pair()
     memory.view(np.int64)[word] = value
     with pytest.raises(ProtocolError, match="mailbox"):
-        HostBox(memory)
+        HostMailbox(memory)
     with pytest.raises(ProtocolError, match="mailbox"):
-        HostBox(memory[:100])
+        HostMailbox(memory[:100])

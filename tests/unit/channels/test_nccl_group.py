@@ -43,7 +43,7 @@ def test_a_failed_receive_is_an_error_and_the_variable_is_as_it_was(
         monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", before)
     monkeypatch.setattr(nccl, "_dist", SimpleNamespace(ProcessGroupNCCL=Group, PrefixStore=lambda *_: None))
     meeting: Any = None
-    made = nccl._Nccl(meeting, 0, "there", "127.0.0.1", 1.0, device=torch.device("cuda", 0))
+    made = nccl.NcclGroup(meeting, 0, "there", "127.0.0.1", 1.0, device=torch.device("cuda", 0))
     assert made._group.blocking == "1"
     assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == before
     with pytest.raises(RuntimeError, match="aborted"):

@@ -20,7 +20,7 @@ from actors.host.host_server import ExpertHostServer
 from actors.rpc.host_client import HostClient
 from channels import choose
 from channels.base import Phase, Request, RequestId
-from channels.framing import codec
+from channels.framing import frame_codec
 from channels.grpc import channel as grpc
 from channels.grpc import tls
 from jobs.tools.certs import make_certificates
@@ -62,7 +62,7 @@ class Attacker:
         self.source = random.Random(seed)
         self.target = address.removeprefix("grpc:")
         self.channel = tls.dial(self.target, grpc.OPTIONS)
-        self.frame = codec.encode_request(request())
+        self.frame = frame_codec.encode_request(request())
         self.order = expert_pb2.AssembleRequest(
             epoch=3, experts=[expert_pb2.LayerExperts(layer=LAYERS[0], experts=[0, 1])], base=0, step=0
         ).SerializeToString()

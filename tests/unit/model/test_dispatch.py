@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from channels.base import MAX_MAILBOX_ROWS
-from channels.shm.mailbox import Mailbox, size_of
+from channels.shm.mailbox import ShmMailbox, size_of
 from model.dispatch import _sorted, plan_dispatch
 from model.experts.grouped_swiglu import ExpertShard, experts_forward
 
@@ -137,7 +137,7 @@ def test_every_pair_goes_once_to_the_holder_whose_turn_it_is(case: Replicated) -
                 assert torch.equal(getattr(one, name), getattr(other, name)), name
     for host, part in enumerate(slices):
         memory = np.zeros(size_of(2, MAX_MAILBOX_ROWS * top_k, np.dtype(np.float64)), np.uint8)
-        box = Mailbox(
+        box = ShmMailbox(
             memory, 2, MAX_MAILBOX_ROWS * top_k, np.dtype(np.float64), knock=lambda: None, alive=lambda: None
         )
         rows = torch.arange(2.0 * len(idx), dtype=torch.float64).view(-1, 2)

@@ -24,7 +24,7 @@ from channels.base import Channel, Request
 from channels.collective import channel as collective
 from channels.grpc import channel as grpc
 from channels.shm import channel as shm
-from channels.shm.mailbox import HostBox
+from channels.shm.mailbox import HostMailbox
 from cluster import HostInfo, RoutingTable, experts_held
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError
 from support.coordinator_tables import Tables, check
@@ -61,7 +61,7 @@ class Site:
         self._maybe_fail()
         return self.host.handle(request)
 
-    def answer(self, box: HostBox) -> None:
+    def answer(self, box: HostMailbox) -> None:
         try:
             self._maybe_fail()
         except RaymoeError:

@@ -19,16 +19,16 @@ MAX_IN_FLIGHT: Final = 32
 two ends never wait for one another with both directions full."""
 
 
-class PipeTicket:
+class OrderedTicket:
     """A reply that is on its way through a pipe."""
 
     __slots__ = ("_outcome", "_pipe")
 
-    def __init__(self, pipe: Pipe) -> None:
+    def __init__(self, pipe: OrderedChannel) -> None:
         self._pipe = pipe
         self._outcome: Reply | RaymoeError | None = None
 
-    def settle(self, outcome: Reply | RaymoeError) -> None:
+    def resolve(self, outcome: Reply | RaymoeError) -> None:
         """The reply, or why there will be none; the first one counts."""
         if self._outcome is None:
             self._outcome = outcome
@@ -45,12 +45,12 @@ class PipeTicket:
         return outcome
 
     @property
-    def settled(self) -> bool:
+    def resolved(self) -> bool:
         """Whether `result` returns at once."""
         return self._outcome is not None
 
 
-class Pipe:
+class OrderedChannel:
     """The client's end. A subclass sends, receives and hangs up; this keeps order and failures.
 
     Attributes:
@@ -59,12 +59,12 @@ class Pipe:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._flying: deque[PipeTicket] = deque()
+        self._flying: deque[OrderedTicket] = deque()
         self._broken: RaymoeError | None = None
         self._why: str | None = None  # it was cut
-        self._settling = threading.Lock()
+        self._resolving = threading.Lock()
 
-    def submit(self, request: Request) -> PipeTicket:
+    def submit(self, request: Request) -> OrderedTicket:
         """See `channels.base.Channel`."""
         if len(self._flying) >= MAX_IN_FLIGHT:
             self.wait_for(self._flying[0], None)
@@ -72,7 +72,7 @@ class Pipe:
             raise ChannelError(f"{self._broken}; connect again")
         if self._why is not None:
             raise ChannelError(f"{self.name}: {self._why}")
-        ticket = PipeTicket(self)
+        ticket = OrderedTicket(self)
         self._flying.append(ticket)
         try:
             self._send(request)
@@ -87,28 +87,28 @@ class Pipe:
             raise
         return ticket
 
-    def wait_for(self, ticket: PipeTicket, timeout: float | None) -> None:
+    def wait_for(self, ticket: OrderedTicket, timeout: float | None) -> None:
         """Settle every ticket up to `ticket`; a failure settles all, and closes the pipe."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not ticket.settled and self._broken is None:
+        while not ticket.resolved and self._broken is None:
             try:
                 outcome: Reply | RaymoeError = self._receive(deadline)
             except RemoteError as error:
                 outcome = error
             except ChannelTimeout:
                 late = ChannelTimeout(f"{self.name}: no reply within {timeout} s; connect and send again")
-                ticket.settle(late)
+                ticket.resolve(late)
                 self._fail(ChannelError(f"{self.name}: closed after a reply was late"))
                 return
             except (ChannelError, ProtocolError) as error:
                 self._fail(error)
                 break
             # A close from another thread may be emptying the queue: this is a reply to none of what is left.
-            with self._settling:
+            with self._resolving:
                 if self._broken is None:
-                    self._flying.popleft().settle(outcome)
+                    self._flying.popleft().resolve(outcome)
         if self._broken is not None:
-            ticket.settle(self._broken)
+            ticket.resolve(self._broken)
 
     def takes(self, device: torch.device) -> bool:
         """See `channels.base.Channel`."""
@@ -128,13 +128,13 @@ class Pipe:
     def _fail(self, error: RaymoeError) -> None:
         if self._why is not None:
             error = ChannelError(f"{self.name}: {self._why}")
-        with self._settling:
+        with self._resolving:
             if self._broken is not None:
                 return
             self._broken = error
-        self._hang_up()
+        self._disconnect()
         while self._flying:
-            self._flying.popleft().settle(error)
+            self._flying.popleft().resolve(error)
 
     def _send(self, request: Request) -> None:
         raise NotImplementedError
@@ -148,7 +148,7 @@ class Pipe:
         """
         raise NotImplementedError
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         raise NotImplementedError
 
     def _wake(self) -> None:
@@ -164,4 +164,4 @@ def call(handler: Handler, request: Request) -> Reply | Exception:
         return error
 
 
-__all__ = ["MAX_IN_FLIGHT", "Pipe", "PipeTicket", "Reply", "call"]
+__all__ = ["MAX_IN_FLIGHT", "OrderedChannel", "OrderedTicket", "Reply", "call"]

@@ -39,7 +39,7 @@ class Head(NamedTuple):
     received: int = 0
 
 
-class Line:
+class MessageSocket:
     """One end; one thread writes, one thread reads.
 
     Args:
@@ -148,4 +148,4 @@ def remaining(deadline: float | None) -> float | None:
     return left
 
 
-__all__ = ["INLINE", "Head", "Line", "remaining"]
+__all__ = ["INLINE", "Head", "MessageSocket", "remaining"]

@@ -16,7 +16,8 @@ import torch
 
 from channels.base import Request
 from channels.framing import header as headers
-from channels.framing.header import ALIGNMENT, Layout, Placement, varint
+from channels.framing.buffers import COPIED_BELOW, OwnedBuffer, address_of, buffer_of, tensor_at
+from channels.framing.header import ALIGNMENT, Layout, TensorSpan, varint
 from errors import ProtocolError
 
 _HEADER_TAG: Final = b"\x0a"  # field 1, length-delimited
@@ -24,18 +25,6 @@ _PADDING_TAG: Final = b"\x72"  # field 14
 _PAYLOAD_TAG: Final = b"\x7a"  # field 15
 _FIXED_SIZE: Final = {1: 8, 5: 4}
 _ZEROS: Final = bytes(2 * ALIGNMENT)
-
-_NUMPY_DTYPE: Final[dict[torch.dtype, np.dtype[Any]]] = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: np.dtype(np.int16),  # numpy has none
-    torch.int32: np.dtype(np.int32),
-    torch.int64: np.dtype(np.int64),
-}
-
-COPIED_BELOW: Final = 1 << 14
-"""Bytes below which a tensor is copied rather than viewed: a view costs more than so short a copy."""
 
 
 def encode_request(request: Request) -> bytes:
@@ -66,8 +55,8 @@ def decode_request(frame: bytes) -> Request:
         ProtocolError: the frame is malformed.
     """
     text, size, start = _split(frame)
-    name, placed = headers.read_request(text, size)
-    return Request(name, _views(frame, placed, size, start))
+    name, spans = headers.read_request(text, size)
+    return Request(name, _views(frame, spans, size, start))
 
 
 def decode_reply(frame: bytes) -> tuple[torch.Tensor, ...]:
@@ -90,30 +79,13 @@ def _encode(text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> by
     padding = -(len(head) + 2 + len(tail)) % ALIGNMENT
     parts: list[Any] = [head, _PADDING_TAG, bytes((padding,)), _ZEROS[:padding], tail]
     end = 0
-    for tensor, where in zip(tensors, payload.placed, strict=True):
+    for tensor, where in zip(tensors, payload.spans, strict=True):
         if where.offset != end:
             parts.append(_ZEROS[: where.offset - end])
         if where.elements:
             parts.append(buffer_of(tensor))
         end = where.end
     return b"".join(parts)
-
-
-def buffer_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor as an object with the buffer protocol, without a copy where it is contiguous."""
-    flat = plain(tensor)
-    if flat.dtype is torch.bfloat16:  # numpy has none
-        flat = flat.view(torch.int16)
-    return flat.numpy()
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, contiguous and without history; itself where it is so already."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if not tensor.is_cpu:
-        tensor = tensor.cpu()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
@@ -161,62 +133,19 @@ def _split(frame: bytes) -> tuple[bytes, int, int]:
     return texts[0] if len(texts) == 1 else b"".join(texts), size, start
 
 
-class Memory:
-    """Memory that tensors are views of, as numpy wants to be told of it; keeps its owner alive.
-
-    Writable even when a bytes object owns it: a frame belongs to its decoder alone, so that its tensors
-    may be changed by who gets them (torch would warn of a read-only buffer instead).
-    """
-
-    __slots__ = ("__array_interface__", "_owner")
-
-    def __init__(self, owner: object, address: int, size: int) -> None:
-        self._owner = owner
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, False),
-            "shape": (size,),
-            "typestr": "|u1",
-        }
-
-
-def address_of(memory: np.ndarray[Any, Any]) -> int:
-    """Where an array begins."""
-    return int(memory.__array_interface__["data"][0])
-
-
-def tensor_at(memory: np.ndarray[Any, Any], address: int, where: Placement) -> torch.Tensor:
-    """The tensor that lies in `memory` (uint8, writable, beginning at `address`): a view if it is aligned."""
-    dtype, shape, count, offset, end = where
-    if not count:
-        return torch.empty(shape, dtype=dtype)
-    if (address + offset) % dtype.itemsize:
-        memory, offset = memory[offset:end].copy(), 0
-    # By way of numpy, which takes the shape at once: a third of what torch.frombuffer and a view take, and
-    # the interpreter's lock is kept, which a thread that lets it go may wait for.
-    tensor = torch.from_numpy(np.ndarray(shape, _NUMPY_DTYPE[dtype], memory, offset))
-    return tensor.view(dtype) if dtype is torch.bfloat16 else tensor
-
-
-def _views(frame: bytes, placed: Sequence[Placement], size: int, start: int) -> tuple[torch.Tensor, ...]:
+def _views(frame: bytes, spans: Sequence[TensorSpan], size: int, start: int) -> tuple[torch.Tensor, ...]:
     if size < COPIED_BELOW:
         memory, address = np.frombuffer(frame, np.uint8, size, start).copy(), 0
     else:
         address = address_of(np.frombuffer(frame, np.uint8)) + start
-        memory = np.asarray(Memory(frame, address, size))
-    return tuple([tensor_at(memory, address, where) for where in placed])
+        memory = np.asarray(OwnedBuffer(frame, address, size))
+    return tuple([tensor_at(memory, address, where) for where in spans])
 
 
 __all__ = [
-    "COPIED_BELOW",
-    "Memory",
-    "address_of",
-    "buffer_of",
     "decode_reply",
     "decode_request",
     "encode_error",
     "encode_reply",
     "encode_request",
-    "plain",
-    "tensor_at",
 ]

@@ -1,4 +1,4 @@
-"""A deadline for a call that has none of its own."""
+"""Deadlines for calls that have no timeout of their own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Calls `bark` in a thread of its own when an armed deadline passes.
+    """Calls `expired` in a thread of its own when an armed deadline passes.
 
-    Arming costs two attribute accesses: the thread sleeps until the deadline it knew last, and looks
-    then whether there is a later one. It starts with the first deadline.
+    Arming costs two attribute accesses: the thread sleeps until the last deadline that it has read, and then
+    looks for a later one. It starts with the first deadline.
     """
 
-    def __init__(self, bark: Callable[[], None]) -> None:
-        self._bark = bark
+    def __init__(self, expired: Callable[[], None]) -> None:
+        self._expired = expired
         self._deadline: float | None = None
         self._wakes_at = float("inf")
         self._closed = False
@@ -23,7 +23,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def arm(self, deadline: float) -> None:
-        """Bark at `deadline` (of `time.monotonic`) unless disarmed before."""
+        """Call `expired` at `deadline` (of `time.monotonic`) unless disarmed before."""
         self._deadline = deadline
         if deadline >= self._wakes_at:
             return
@@ -34,7 +34,7 @@ class Watchdog:
             self._changed.notify()
 
     def disarm(self) -> None:
-        """The call is over."""
+        """Forget the deadline: the call is over."""
         self._deadline = None
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class Watchdog:
     def _watch(self) -> None:
         with self._changed:
             while not self._closed:
-                # Announced before the deadline is read: whoever arms after that sees it and notifies.
+                # Written before the deadline is read: a thread that arms after that sees it and notifies.
                 self._wakes_at = float("inf")
                 deadline = self._deadline
                 if deadline is None:
@@ -60,7 +60,7 @@ class Watchdog:
                     self._changed.wait(remaining)
                     continue
                 self._deadline = None
-                self._bark()
+                self._expired()
 
 
 __all__ = ["Watchdog"]
