@@ -1,10 +1,10 @@
-"""The channel of torch.distributed: counts over a socket, then rows between the two ranks of a process group.
+"""The channel of torch.distributed: headers over a socket, rows between the two ranks of a process group.
 
 Each channel has a group of its own, of caller (rank 0) and host (rank 1), which lives as long as the
-connection: a new placement, a host more or one less touches no other pair's. The connection carries the
-group's rendezvous, then a header ahead of each payload, so the receiver waits without a time limit while
-nothing comes, and hears at once of a peer that died. Small tensors come with the header, large ones by the
-group (`channels.collective.rows`).
+connection: a new placement, or one host more or less, affects no other pair. The connection carries the
+group's rendezvous, then a header ahead of each payload, so the receiver waits without a timeout while nothing
+comes, and learns at once of a peer that died. `RankEnd` is one end: between CPUs in
+`channels.collective.gloo_end`, between GPUs in `channels.collective.nccl`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from errors import ChannelError, ChannelTimeout, ProtocolError, ResourceError
 KIND: Final = "collective"
 _CALLER, _HOST = 0, 1
 _FORMING: Final = 30.0
-"""Seconds that a host gives a caller for the group to form."""
+"""Seconds that a host waits for the group to form."""
 
 
 class RankEnd(Protocol):
@@ -107,12 +107,12 @@ class CollectiveServer(AcceptingServer[RankEnd]):
     """The host's end.
 
     Args:
-        end: makes its end of each connection; None takes that of CPUs.
-        kind: that its address begins with.
+        end: Makes its end of each connection; None makes a `GlooEnd`.
+        kind: The scheme of its address.
 
     Raises:
-        ResourceError: TLS is asked for, which rows between ranks have not.
-        ChannelError: the interface cannot be listened on.
+        ResourceError: TLS is configured, and rows between ranks are not encrypted.
+        ChannelError: The server cannot listen on the interface.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class CollectiveServer(AcceptingServer[RankEnd]):
         self._handler: Handler = handler
         self._end: EndMaker = end or GlooEnd
         host, _, port = bind.rpartition(":")
-        bare = host.strip("[]")  # which an address of IPv6 has
+        bare = host.strip("[]")  # an IPv6 address has brackets
         family = socket.AF_INET6 if ":" in bare else socket.AF_INET
         try:
             listener = socket.create_server((bare, int(port)), family=family, backlog=BACKLOG)
@@ -149,16 +149,19 @@ class CollectiveServer(AcceptingServer[RankEnd]):
             try:
                 payload = headers.layout(outcome)
                 found.send(headers.reply_text(payload), payload, outcome)
-            except ProtocolError as error:  # what the handler returned cannot travel
+            except ProtocolError as error:  # the wire cannot carry the handler's reply
                 found.send(headers.error_text(error), headers.layout(()), ())
 
 
 def serve(handler: Handler, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
-    """Let any process that reaches `bind` call `handler`, which runs in one thread a connection.
+    """Serve `handler` to processes of any machine, in one thread per connection.
+
+    Args:
+        bind: `host:port`; port 0 takes a free one.
 
     Raises:
-        ResourceError: TLS is asked for.
-        ChannelError: `bind` is taken or not of this machine.
+        ResourceError: TLS is configured.
+        ChannelError: `bind` is taken, or is not an address of this machine.
     """
     return CollectiveServer(handler, bind=bind)
 
@@ -167,12 +170,12 @@ def connect(address: str, *, timeout: float = 30.0, end: EndMaker | None = None,
     """Open a channel to a server of any machine.
 
     Args:
-        end: makes this end; None takes that of CPUs.
-        kind: that the address begins with.
+        end: Makes this end; None makes a `GlooEnd`.
+        kind: The scheme of the address.
 
     Raises:
-        ChannelTimeout: the server does not answer in time.
-        ChannelError: nobody listens there, or no group forms.
+        ChannelTimeout: The server does not answer in time.
+        ChannelError: No server listens there, or no group forms.
     """
     host, _, port = address.removeprefix(f"{kind}:").rpartition(":")
     deadline = time.monotonic() + timeout

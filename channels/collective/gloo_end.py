@@ -24,12 +24,13 @@ from errors import ProtocolError
 
 
 class _Parts(NamedTuple):
-    """What goes which way of a payload's tensors.
+    """The tensors of a payload, by the way that they are sent.
 
     Attributes:
-        small: that come with the header: which, and where within its bytes.
-        large: that come by the group: which, and where each lies in memory of its own.
-        inline, bytes: of the small ones, and of all.
+        small: Indices of the tensors that come with the header, and their spans within its bytes.
+        large: Indices of the tensors that come by the group, and their spans, each in memory of its own.
+        inline: Bytes of the small tensors.
+        bytes: Bytes of all tensors.
     """
 
     small: tuple[tuple[int, TensorSpan], ...]
@@ -40,7 +41,7 @@ class _Parts(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _parts(spans: tuple[TensorSpan, ...]) -> _Parts:
-    """Small are tensors, in their order, as long as they find room. Calls of a size follow one another."""
+    """Tensors are small, in their order, as long as there is room; cached, as calls of one size repeat."""
     small, large, at = [], [], 0
     for index, where in enumerate(spans):
         size = where.end - where.offset
@@ -63,7 +64,6 @@ class GlooEnd:
         self._rows = Rows(self._line, rank, peer, interface, timeout)
 
     def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> None:
-        """A message, whose tensors stay as they are until it is answered, or until the next one comes."""
         headers.require_fit(payload.size)
         parts = _parts(payload.spans)
         near: list[Any] = [buffer_of(tensors[at]) for at, where in parts.small if where.elements]
@@ -75,17 +75,12 @@ class GlooEnd:
             self._line.write(head)
 
     def head(self, deadline: float | None = None) -> Head:
-        self._rows.ask_ahead()
+        self._rows.post_ahead()
         head = self._line.read(deadline)
         self._rows.arrived(head.received)
         return head
 
     def payload(self, spans: tuple[TensorSpan, ...], head: Head, deadline: float | None) -> Reply:
-        """The tensors of the message whose head was read.
-
-        Raises:
-            ProtocolError: the header and what came with it do not agree.
-        """
         parts = _parts(spans)
         if parts.bytes > head.size:
             raise ProtocolError(f"tensors of {parts.bytes} bytes lie in a payload of {head.size}")
@@ -96,7 +91,7 @@ class GlooEnd:
         found: list[Any] = [None] * len(spans)
         near = np.frombuffer(head.inline, np.uint8)
         address = address_of(near)
-        for at, where in parts.small:  # while the large ones are on their way
+        for at, where in parts.small:  # while the large tensors are on their way
             found[at] = tensor_at(near, address, where)
         if parts.large:
             come = self._rows.receive([where for _, where in parts.large], deadline)

@@ -1,9 +1,9 @@
 """The collective channel between two GPUs: tensors of the CPU come with the header, those of a GPU by NCCL.
 
-NCCL does what it is told in the order in which it is told, and each direction has a group of its own: in one,
-a request that nobody has asked for yet would be in the way of the reply that its receiver waits to send. So
-a lane has two communicators with each host, with their memory: many hosts are better reached otherwise.
-Whoever waits for rows waits with a limit, and then ends the group: NCCL itself would wait for ever.
+NCCL works in the order of its calls, so each direction has a group of its own: in a single one, a request
+whose receive is not posted yet would block the reply that its receiver has to send. A lane thus has two
+communicators with each host, and their memory: many hosts are better reached by another channel. A wait for
+rows has a timeout, after which it ends the group: NCCL itself would wait without a limit.
 """
 
 from __future__ import annotations
@@ -37,46 +37,46 @@ from errors import ChannelError, ChannelTimeout, ProtocolError
 KIND: Final = "nccl"
 _dist: Any = torch.distributed
 _CALLER: Final = 0
-_MASK: Final = 8  # bytes ahead of a header's text: which of the message's tensors are on the GPU
-_PATIENCE: Final = timedelta(days=1)  # of a group; waits have limits of their own
+_MASK: Final = 8  # bytes ahead of a header's text: a bit for each tensor that is on the GPU
+_PATIENCE: Final = timedelta(days=1)  # a group's timeout; waits have timeouts of their own
 _LATE: Final = 5.0
-"""Seconds that a payload takes after its header at most, and one more for every"""
+"""Seconds to wait for a payload after its header, beside the time that its bytes take."""
 _SLOWEST: Final = 1e8
-"""bytes."""
-_LOOK: Final = 5e-6  # seconds between two looks at whether rows have come
+"""Least bytes per second of a payload."""
+_LOOK: Final = 5e-6  # seconds between two checks of whether rows have come
 
 
 class OneWayGroup(Protocol):
-    """One direction: its sender and its receiver, in order."""
+    """A process group for one direction: tensors are received in the order in which they were sent."""
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         ...
 
     def send(self, tensor: Tensor) -> Any:
-        """Begin to send; what is given back is held on to until the peer has had it."""
+        """Begin to send; the result has to be kept until the peer has received the tensor."""
         ...
 
     def receive(self, tensor: Tensor, limit: float, ended: Callable[[], bool]) -> None:
-        """Fill a tensor, within `limit` seconds.
+        """Receive into a tensor, within `limit` seconds.
 
         Args:
-            ended: whether the rows are waited for no longer.
+            ended: Whether the wait has to end.
 
         Raises:
-            TimeoutError: not in time; the group is of no use any more.
-            RuntimeError: the peer is gone.
+            TimeoutError: It did not come in time; the group cannot be used any more.
+            RuntimeError: The peer is gone.
         """
         ...
 
     def end(self) -> None:
-        """Whatever is under way ends. Any thread."""
+        """End all operations of the group. Any thread."""
         ...
 
 
 MakeGroup = Callable[[Rendezvous, int, str, str, float], OneWayGroup]
-"""(meeting, rank, name, interface, seconds) -> a group of this name."""
+"""(rendezvous, rank, name, interface, seconds) -> a group of this name."""
 
 
 class NcclEnd:
@@ -84,13 +84,13 @@ class NcclEnd:
 
     Args:
         rank: 0 for the caller, 1 for the host.
-        peer: who is at the other end, for messages.
-        interface: of this machine, to talk over.
-        timeout: seconds for the groups to form.
-        make: forms one; None: of NCCL, on `device`.
+        peer: The peer's address, for messages.
+        interface: Address of this machine to communicate over.
+        timeout: Seconds for the groups to form.
+        make: Forms a group; None makes an `NcclGroup` on `device`.
 
     Raises:
-        ChannelError: they do not form.
+        ChannelError: The groups do not form.
     """
 
     def __init__(
@@ -106,15 +106,17 @@ class NcclEnd:
     ) -> None:
         self.caller = peer
         self._ended = threading.Event()
-        # Only a caller's messages carry much of the CPU's, and a host reads those whatever it writes.
+        # Only a caller's messages have large tensors of the CPU, and a host reads them whatever it is
+        # writing.
         self._line = MessageSocket(connection, peer, inline=MAX_MESSAGE)
-        meeting = Rendezvous(self._line, time.monotonic() + timeout)
+        rendezvous = Rendezvous(self._line, time.monotonic() + timeout)
         form = make or partial(NcclGroup, device=device)
         both: list[OneWayGroup] = []
         try:
             for name in ("there", "back"):
-                both.append(form(meeting, rank, name, interface, timeout))
-            # Groups form at their first use, over the meeting; afterwards the line is for messages alone.
+                both.append(form(rendezvous, rank, name, interface, timeout))
+            # Groups form at their first use, over the rendezvous; afterwards the connection carries messages
+            # only.
             for group, sends in zip(both, (rank == _CALLER, rank != _CALLER), strict=True):
                 hello = torch.zeros(1, device=group.device)
                 self._hello = group.send(hello) if sends else self._receive(hello, group, timeout)
@@ -125,7 +127,7 @@ class NcclEnd:
                 said = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ChannelError(f"no process group with {peer}: {said}") from None
             raise
-        meeting.end()
+        rendezvous.end()
         self._out, self._in = both if rank == _CALLER else reversed(both)
         self._leaving: deque[tuple[list[Any], list[Tensor]]] = deque()
         self._left = self._received = 0  # payloads with tensors of the GPU
@@ -146,7 +148,7 @@ class NcclEnd:
             try:
                 self._leaving.append(([self._out.send(one) for one in far_ones if one.numel()], far_ones))
             except RuntimeError as error:
-                raise ChannelError(f"{self.caller} hung up; has its process ended?") from error
+                raise ChannelError(f"{self.caller} closed the connection; has its process ended?") from error
 
     def head(self, deadline: float | None = None) -> Head:
         head = self._line.read(deadline)
@@ -170,7 +172,7 @@ class NcclEnd:
             if memory is None or not size:
                 found[at] = torch.empty(where.shape, dtype=where.dtype)
                 continue
-            # A copy: where it lies may not be aligned.
+            # A copy: its place may not be aligned.
             piece = memory[start : start + size].copy()
             found[at] = tensor_at(piece, address_of(piece), where._replace(offset=0, end=size))
             start += size
@@ -201,7 +203,7 @@ class NcclEnd:
         except TimeoutError:
             raise ChannelTimeout(f"{self.caller} does not answer") from None
         except RuntimeError as error:
-            raise ChannelError(f"{self.caller} hung up or stalled; has its process ended?") from error
+            raise ChannelError(f"{self.caller} stalled or is gone; has its process ended?") from error
 
     def _remaining(self, deadline: float) -> float:
         try:
@@ -216,10 +218,10 @@ _BLOCKING: Final = "TORCH_NCCL_BLOCKING_WAIT"
 
 @contextmanager
 def _raising() -> Iterator[None]:
-    """A group that is made in here raises from `wait` what has failed.
+    """Surrounds the making of a group whose `wait` raises the errors of operations.
 
-    Others hear nothing of it there, and their watchdog ends the whole process; torch has no other way to say
-    which is wanted.
+    Otherwise `wait` raises nothing, and NCCL's watchdog ends the whole process. Torch takes this choice from
+    the environment only.
     """
     with _making:
         before = os.environ.get(_BLOCKING)
@@ -234,11 +236,11 @@ def _raising() -> Iterator[None]:
 
 
 class NcclGroup:
-    """See `OneWayGroup`."""
+    """A `OneWayGroup` of NCCL."""
 
     def __init__(
         self,
-        meeting: Rendezvous,
+        rendezvous: Rendezvous,
         rank: int,
         name: str,
         interface: str,
@@ -250,12 +252,12 @@ class NcclGroup:
             raise ChannelError("nccl is between GPUs, and this process computes on none; use auto")
         self.device = torch.device("cuda", device.index or 0)
         self._peer = 1 - rank
-        self._meeting = meeting  # which the group's own thread looks at for as long as there is one
+        self._rendezvous = rendezvous  # the group's own thread reads it for as long as the group lives
         options = _dist.ProcessGroupNCCL.Options()
-        # NCCL's watchdog ends the process when one passes; a request may wait for its host for long.
+        # NCCL's watchdog ends the process when it passes, and a request may wait long for its host.
         options._timeout = _PATIENCE
         with _raising():
-            self._group = _dist.ProcessGroupNCCL(_dist.PrefixStore(name, meeting), rank, 2, options)
+            self._group = _dist.ProcessGroupNCCL(_dist.PrefixStore(name, rendezvous), rank, 2, options)
 
     def send(self, tensor: Tensor) -> Any:
         return self._group.send([tensor], self._peer, 0)
@@ -265,26 +267,27 @@ class NcclGroup:
         deadline = time.monotonic() + limit
         while not work.is_completed():
             if ended():
-                raise RuntimeError("it is waited for no longer")
+                raise RuntimeError("the wait was ended")
             if time.monotonic() > deadline:
                 self.end()
                 raise TimeoutError
             time.sleep(_LOOK)
-        work.wait()  # what is queued from here on finds the rows; raises if it was completed by a failure
+        work.wait()  # work that is queued from here on finds the rows; raises if a failure has completed it
 
     def end(self) -> None:
         self._group.abort()
 
 
 def serve(handler: Handler, device: torch.device, *, bind: str = "127.0.0.1:0") -> CollectiveServer:
-    """Let processes with a GPU of their own that reach `bind` call `handler`.
+    """Serve `handler` to processes of any machine that compute on another GPU.
 
     Args:
-        device: this process's.
+        device: This process's GPU.
+        bind: `host:port`; port 0 takes a free one.
 
     Raises:
-        ResourceError: TLS is asked for.
-        ChannelError: `bind` is taken or not of this machine.
+        ResourceError: TLS is configured.
+        ChannelError: `bind` is taken, or is not an address of this machine.
     """
     return CollectiveServer(handler, bind=bind, end=partial(NcclEnd, device=device), kind=KIND)
 
@@ -293,8 +296,8 @@ def connect(address: str, *, timeout: float = 30.0, device: torch.device | None 
     """Open a channel to a server of any machine.
 
     Raises:
-        ChannelTimeout: the server does not answer in time.
-        ChannelError: nobody listens there, no group forms, or this process computes on no GPU.
+        ChannelTimeout: The server does not answer in time.
+        ChannelError: No server listens there, no group forms, or this process computes on no GPU.
     """
     end = partial(NcclEnd, device=device)
     return collective.connect(address, timeout=timeout, end=end, kind=KIND)

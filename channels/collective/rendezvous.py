@@ -1,4 +1,4 @@
-"""The rendezvous of a process group of two, over the line between them."""
+"""The rendezvous of a process group of two, over the connection between them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from channels.framing.message_socket import Head, MessageSocket
 from errors import ProtocolError
 
 _dist: Any = torch.distributed  # whose stubs do not know the classes below its functions
-_MAX_TOLD: Final = 64  # for a group of two takes a handful
+_MAX_KEYS: Final = 64  # a group of two sets a handful
 
 
 class Rendezvous(_dist.Store):  # type: ignore[misc]
-    """What the two ends of a line tell each other for a group to form: a store without a port of its own.
+    """A key-value store for a process group to form, over a connection instead of a port of its own.
 
     Args:
-        deadline: of `time.monotonic`, for the group to form.
+        deadline: Of `time.monotonic`, for the group to form.
     """
 
     def __init__(self, line: MessageSocket, deadline: float) -> None:
@@ -30,7 +30,7 @@ class Rendezvous(_dist.Store):  # type: ignore[misc]
         self._over = False
 
     def set(self, key: str, value: Any) -> None:
-        """Tell both ends."""
+        """Set a key at both ends."""
         told = value.encode() if isinstance(value, str) else bytes(value)
         with self._guard:
             self._known[key] = told
@@ -38,7 +38,7 @@ class Rendezvous(_dist.Store):  # type: ignore[misc]
                 self._line.write(Head(key.encode(), len(told), told))
 
     def get(self, key: str) -> bytes:
-        """Wait for what either end tells."""
+        """Wait for the value of a key, set by either end."""
         with self._guard:
             while key not in self._known:
                 if self._over:
@@ -46,22 +46,22 @@ class Rendezvous(_dist.Store):  # type: ignore[misc]
                 told = self._line.read(self._deadline)
                 if told.size != len(told.inline):
                     raise ProtocolError(f"{told.size} bytes for a group to form")
-                if len(self._known) >= _MAX_TOLD:
-                    raise ProtocolError(f"more than {_MAX_TOLD} things for a group to form")
+                if len(self._known) >= _MAX_KEYS:
+                    raise ProtocolError(f"more than {_MAX_KEYS} things for a group to form")
                 self._known[told.text.decode("utf-8", "replace")] = bytes(told.inline)
             return self._known[key]
 
     def wait(self, keys: Sequence[str], timeout: Any = None) -> None:
-        """Until all are told."""
+        """Wait for all keys."""
         for key in keys:
             self.get(key)
 
     def check(self, keys: Sequence[str]) -> bool:
-        """Whether all have been told, as far as this end knows."""
+        """Whether this end has the values of all keys."""
         return all(key in self._known for key in keys)
 
     def end(self) -> None:
-        """The group has formed: the line is for messages from now on."""
+        """Stop: the group has formed, and the connection carries messages from now on."""
         with self._guard:
             self._over = True
 

@@ -1,9 +1,9 @@
-"""Payloads between the two ranks of a process group, whose rendezvous goes over the line between the two.
+"""Payloads between the two ranks of a process group of gloo.
 
-Each tensor of a payload is a message, sent as it lies. Its receiver has asked for it in advance: gloo's
-receive says so to the sender, who would otherwise wait for that once the rows are due. It asks for the next
-two, and while it waits for a header, when nobody waits for it. How much has been asked for follows from the
-payloads before the last one, which both ends know; what is beyond comes as a second message.
+Each tensor of a payload is a message, sent without a copy. Its receiver posts the receive in advance, while
+it waits for a header: gloo's sender would otherwise wait for that when the rows are due. Receives are posted
+for the next two payloads. Their sizes follow from the payloads before, which both ends know; the rest of a
+larger tensor comes as a second message.
 """
 
 from __future__ import annotations
@@ -24,69 +24,72 @@ from channels.framing.message_socket import MessageSocket, remaining
 from channels.framing.scratch import Scratch, rounded
 from errors import ChannelError, ChannelTimeout
 
-_dist: Any = torch.distributed  # whose stubs do not know the classes below its functions
+_dist: Any = torch.distributed  # its stubs lack the classes below its functions
 
 _SPARE: Final = 2
 _AHEAD: Final = 2
-"""Payloads that are asked for in advance."""
+"""Payloads for which receives are posted in advance."""
 _MAX_ROOM: Final = 1 << 23
-"""Bytes asked for at a time, at most: a connection holds twice as much for each large tensor of a payload."""
+"""Most bytes of one posted receive; a connection holds twice as much for each large tensor of a payload."""
 _ATTEMPTS: Final = 5
-"""That gloo makes to connect a group, with a group's time limit for each."""
+"""Attempts of gloo to connect a group, each with the group's timeout."""
 _LATE: Final = 5.0
-"""Seconds that a payload takes after its header at most, and one more for every"""
+"""Seconds to wait for a payload after its header, beside the time that its bytes take."""
 _SLOWEST: Final = 1e7
-"""bytes. Who waits for rows cannot be woken, and a peer may be stopped in the middle of them."""
+"""Least bytes per second of a payload. A wait for rows cannot be interrupted, and a peer may stop."""
 
 
 class Rows:
     """One rank of a process group of two (gloo, between CPUs).
 
     Args:
+        connection: For the rendezvous.
         rank: 0 or 1.
-        peer: who is at the other end, for messages.
-        interface: address of this machine to talk over.
-        timeout: seconds for the group to form.
+        peer: The peer's address, for messages.
+        interface: Address of this machine to communicate over.
+        timeout: Seconds for the group to form.
 
     Raises:
-        ChannelError: it does not form.
+        ChannelError: The group does not form.
     """
 
-    def __init__(self, line: MessageSocket, rank: int, peer: str, interface: str, timeout: float) -> None:
+    def __init__(
+        self, connection: MessageSocket, rank: int, peer: str, interface: str, timeout: float
+    ) -> None:
         self._peer, self._name = 1 - rank, peer
         options = _dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout / _ATTEMPTS)  # waits for rows have limits of their own
-        meeting = Rendezvous(line, time.monotonic() + timeout)
+        options._timeout = timedelta(seconds=timeout / _ATTEMPTS)  # waits for rows have timeouts of their own
+        rendezvous = Rendezvous(connection, time.monotonic() + timeout)
         try:
             options._devices = [_dist.ProcessGroupGloo.create_device(hostname=interface)]
-            self._group = _dist.ProcessGroupGloo(meeting, rank, 2, options)
+            self._group = _dist.ProcessGroupGloo(rendezvous, rank, 2, options)
         except RuntimeError as error:
             raise ChannelError(f"no process group with {peer}: {_first_line(error)}") from None
-        self._out: list[_Asked] = []  # of the tensors of a payload, what the peer has asked for
-        self._in: list[_Inlet] = []
+        self._out: list[_PostedSizes] = []  # the peer's posted receives, for each tensor of a payload
+        self._in: list[_Receiver] = []
         self._leaving: deque[tuple[list[Any], Sequence[torch.Tensor]]] = deque()
-        self._left = 0  # payloads that the peer has
+        self._left = 0  # payloads that the peer has received
         self._closed = False
         self.received = 0
-        """Payloads that have come."""
+        """Payloads that have been received."""
 
     def send(self, tensors: Sequence[torch.Tensor], announce: Callable[[], None]) -> None:
-        """Begin to send a payload, whose tensors stay as they are until the peer says that it has come.
+        """Begin to send a payload; its tensors stay as they are until the peer has received it.
 
         Args:
-            announce: tells the peer of it, who wakes up and makes ready while the rows are on their way.
+            announce: Sends the header; the peer wakes up and prepares while the rows are on their way.
 
         Raises:
-            ChannelError: the peer hung up.
+            ChannelError: The peer closed the connection.
         """
         while len(self._out) < len(tensors):
-            self._out.append(_Asked())
+            self._out.append(_PostedSizes())
         whole = [plain(tensor) for tensor in tensors]
         announce()
         works, beyond = [], []
-        for place, (tensor, asked) in enumerate(zip(whole, self._out, strict=False)):
+        for place, (tensor, posted) in enumerate(zip(whole, self._out, strict=False)):
             size = tensor.nbytes
-            room = asked.take(size)
+            room = posted.take(size)
             if size <= room:
                 works.append(self._send(tensor, 2 * place))
                 continue
@@ -98,54 +101,54 @@ class Rows:
         works += [self._send(part, tag) for part, tag in beyond]
 
     def arrived(self, payloads: int) -> None:
-        """The peer says how many it has: gloo itself does not tell what has left."""
+        """Free the payloads that the peer has received: gloo itself does not report what was sent."""
         while self._leaving and self._left < payloads:
             self._leaving.popleft()
             self._left += 1
 
-    def ask_ahead(self) -> None:
-        """Ask for the payloads after those that have come; to be called before each header is waited for.
+    def post_ahead(self) -> None:
+        """Post receives for the next payloads; to be called before each wait for a header.
 
         Raises:
-            ChannelError: the peer hung up.
+            ChannelError: The peer closed the connection.
         """
-        for inlet in list(self._in):
-            inlet.ask_ahead()
+        for receiver in list(self._in):
+            receiver.post_ahead()
 
     def receive(self, spans: Sequence[TensorSpan], deadline: float | None) -> list[torch.Tensor]:
-        """The tensors of a payload, in memory that stays as it is while something is a view of it.
+        """The tensors of a payload, in memory that is not reused while something is a view of it.
 
         Args:
-            spans: each at the beginning of memory of its own.
+            spans: Each at the beginning of memory of its own.
 
         Raises:
-            ChannelTimeout: not until `deadline`.
-            ChannelError: the peer hung up.
+            ChannelTimeout: They did not come until `deadline`.
+            ChannelError: The peer closed the connection.
         """
         while len(self._in) < len(spans):
-            self._in.append(_Inlet(self, len(self._in)))
-        inlets = self._in[: len(spans)]
-        if self._closed or len(inlets) < len(spans):  # by another thread
+            self._in.append(_Receiver(self, len(self._in)))
+        receivers = self._in[: len(spans)]
+        if self._closed or len(receivers) < len(spans):  # by another thread
             raise ChannelError(f"{self._name}: the channel was closed")
-        found = [inlet.receive(where, deadline) for inlet, where in zip(inlets, spans, strict=True)]
+        found = [receiver.receive(where, deadline) for receiver, where in zip(receivers, spans, strict=True)]
         self.received += 1
         return found
 
     def close(self) -> None:
-        """Hang up: what has been asked for, and not come, is forgotten."""
+        """Forget the posted receives."""
         self._closed = True
-        self._in.clear()  # each knows this, which would be there until the collector comes
+        self._in.clear()  # each refers to this object: a cycle would live until the collector runs
         self._leaving.clear()
 
-    def ask(self, memory: torch.Tensor, tag: int) -> Any:
-        """Ask the peer for its next tensor with this tag: gloo's work, to hold on to."""
+    def post(self, memory: torch.Tensor, tag: int) -> Any:
+        """Post a receive for the next tensor with this tag; gloo's work, which has to be kept."""
         try:
             return self._group.recv([memory], self._peer, tag)
         except RuntimeError as error:
-            raise ChannelError(f"{self._name} hung up; has its process ended?") from error
+            raise ChannelError(f"{self._name} closed the connection; has its process ended?") from error
 
     def wait(self, work: Any, size: int, deadline: float | None) -> None:
-        """Until a tensor of so many bytes is there; see `receive`."""
+        """Wait for a tensor of `size` bytes; raises as `receive` does."""
         limit = _LATE + size / _SLOWEST
         try:
             if deadline is not None:
@@ -156,70 +159,68 @@ class Rows:
         except RuntimeError as error:
             if deadline is not None and time.monotonic() >= deadline:
                 raise ChannelTimeout(f"{self._name} does not answer") from None
-            raise ChannelError(f"{self._name} hung up or stalled; has its process ended?") from error
+            raise ChannelError(f"{self._name} stalled or is gone; has its process ended?") from error
 
     def _send(self, part: torch.Tensor, tag: int) -> Any:
         try:
             return self._group.send([part], self._peer, tag)
         except RuntimeError as error:
-            raise ChannelError(f"{self._name} hung up; has its process ended?") from error
+            raise ChannelError(f"{self._name} closed the connection; has its process ended?") from error
 
 
-class _Asked:
-    """What a receiver has asked for of the tensors of one place within a payload, by the sizes that came.
+class _PostedSizes:
+    """Sizes of the posted receives for the tensors at one place of a payload, from the sizes of those before.
 
-    The two ends of a connection have one each, which say the same.
+    Both ends of a connection compute the same sizes.
     """
 
     __slots__ = ("_rooms", "latest")
 
     def __init__(self) -> None:
         self.latest = 0
-        """Bytes that are asked for once the last payload has come."""
+        """Bytes of the next receive that is posted."""
         self._rooms = deque([0] * _AHEAD)
 
     def take(self, size: int) -> int:
-        """Bytes that had been asked for of a payload that has so many."""
+        """Bytes of the receive that was posted for a tensor of `size` bytes."""
         self.latest = max(self.latest, min(_MAX_ROOM, rounded(size)))
         self._rooms.append(self.latest)
         return self._rooms.popleft()
 
 
-class _Inlet:
-    """Where the tensors of one place within a payload come in, the next of which have been asked for."""
+class _Receiver:
+    """Receives the tensors at one place of a payload, with receives posted for the next ones."""
 
     def __init__(self, rows: Rows, place: int) -> None:
         self._rows, self._tag = rows, 2 * place
         self._scratch = Scratch(_SPARE)
-        self._asked = _Asked()
-        # gloo's work, and where it comes; None: nothing has been asked for
+        self._posted = _PostedSizes()
+        # gloo's work and its memory; None if no receive was posted
         self._coming: deque[tuple[Any, torch.Tensor] | None] = deque([None] * _AHEAD)
 
-    def ask_ahead(self) -> None:
-        """See `Rows.ask_ahead`."""
+    def post_ahead(self) -> None:
         while len(self._coming) < _AHEAD:
-            room = self._asked.latest
+            room = self._posted.latest
             memory = self._scratch.take(room)
-            self._coming.append((self._rows.ask(memory[:room], self._tag), memory))
+            self._coming.append((self._rows.post(memory[:room], self._tag), memory))
 
     def receive(self, where: TensorSpan, deadline: float | None) -> torch.Tensor:
-        """See `Rows.receive`."""
-        size, room = where.end, self._asked.take(where.end)
+        size, room = where.end, self._posted.take(where.end)
         coming = self._coming.popleft()
         if coming is None:
             memory = self._scratch.take(size)
-            self._rows.wait(self._rows.ask(memory[:size], self._tag + 1), size, deadline)
+            self._rows.wait(self._rows.post(memory[:size], self._tag + 1), size, deadline)
             return self._scratch.lend(memory, where)
         work, memory = coming
         if size <= room:
-            tensor = self._scratch.lend(memory, where)  # made while the rows are on their way
+            tensor = self._scratch.lend(memory, where)  # while the rows are on their way
             self._rows.wait(work, size, deadline)
             return tensor
         whole = self._scratch.take(size)
         self._rows.wait(work, room, deadline)
         whole[:room].copy_(memory[:room])
         self._scratch.give(memory)
-        self._rows.wait(self._rows.ask(whole[room:size], self._tag + 1), size - room, deadline)
+        self._rows.wait(self._rows.post(whole[room:size], self._tag + 1), size - room, deadline)
         return self._scratch.lend(whole, where)
 
 

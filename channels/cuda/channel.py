@@ -26,7 +26,7 @@ from channels.shm.doorbell import Doorbell
 from errors import ChannelError, ProtocolError, ResourceError
 
 _FORMING: Final = 30.0
-"""Seconds that a host gives a caller to greet it."""
+"""Seconds that a host waits for a caller's greeting."""
 
 
 class CudaChannel(OrderedChannel):
@@ -38,7 +38,6 @@ class CudaChannel(OrderedChannel):
         self._written: deque[TakenSegments] = deque()
 
     def takes(self, device: torch.device) -> bool:
-        """See `channels.base.Channel`."""
         return device.type == "cpu" or self._end.memory.takes(device)
 
     def _send(self, request: Request) -> None:
@@ -98,7 +97,7 @@ class CudaServer(AcceptingServer[CudaEnd]):
                 try:
                     found.send(headers.reply_text, outcome)
                     continue
-                except (ProtocolError, ResourceError) as error:  # what the handler returned cannot travel
+                except (ProtocolError, ResourceError) as error:  # the wire cannot carry the handler's reply
                     outcome = error
             found.send(partial(_failure, outcome), ())
 
@@ -109,12 +108,12 @@ def _failure(error: Exception, _: Layout) -> bytes:
 
 @cache
 def gpu_place(device: torch.device) -> str:
-    """Equal for processes that compute on the same GPU of the same machine, `<machine>-<GPU>`."""
+    """The place of a GPU, `<machine>-<GPU>`, equal for processes that compute on it."""
     return f"{machine_id()}-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def serve(handler: Handler, device: torch.device) -> CudaServer:
-    """Let processes on this GPU reach `handler`, which runs in one thread a connection."""
+    """Serve `handler` to processes on this GPU, in one thread per connection."""
     return CudaServer(handler, CudaMemory(device), gpu_place(device))
 
 
@@ -122,8 +121,8 @@ def connect(address: str, *, timeout: float = 30.0, device: torch.device | None 
     """Open a channel to a server on this GPU.
 
     Raises:
-        ChannelTimeout: the server does not accept in time.
-        ChannelError: it is on another GPU, gone, or of another user.
+        ChannelTimeout: The server does not accept in time.
+        ChannelError: The server is on another GPU, gone, or of another user.
     """
     if device is None:
         raise ChannelError(f"{address} is on a GPU, and this process computes on none; use auto")
@@ -131,10 +130,13 @@ def connect(address: str, *, timeout: float = 30.0, device: torch.device | None 
 
 
 def open_channel(address: str, memory: DeviceMemory, here: str, *, timeout: float = 30.0) -> CudaChannel:
-    """The same for memory of a place.
+    """Open a channel over some device memory.
+
+    Args:
+        here: The place of the memory's device, see `gpu_place`.
 
     Raises:
-        ChannelTimeout, ChannelError: see `connect`.
+        ChannelTimeout, ChannelError: See `connect`.
     """
     there, _, name = address.removeprefix("cuda:").partition("/")
     if there != here:

@@ -24,12 +24,12 @@ from channels.shm.doorbell import Doorbell, Packet
 from errors import ChannelError, ProtocolError, ResourceError
 
 _NOTE: Final = struct.Struct("<IQHHH")
-"""Segment, its capacity if it is new, bytes of its handle, segments done with, tensors."""
-TRIAL_BYTES: Final = 1 << 16  # bytes of a segment that nothing is sent in
+"""Segment, its capacity if it is new, bytes of its handle, number of released segments, number of tensors."""
+TRIAL_BYTES: Final = 1 << 16  # bytes of the segment of a greeting
 
 
 class DeviceTensors(NamedTuple):
-    """Tensors of a message that are on the GPU: which of the message's, and where they lie."""
+    """The tensors of a message that are on the GPU: their segment, indices and spans."""
 
     number: int
     segment: DeviceSegment
@@ -37,7 +37,7 @@ class DeviceTensors(NamedTuple):
     spans: tuple[TensorSpan, ...]
 
     def into(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A message's tensors with views of these in the places of empty ones."""
+        """The message's tensors, with views of these in the places of the empty ones."""
         whole = list(tensors)
         for at, where in zip(self.places, self.spans, strict=True):
             if at >= len(whole):
@@ -47,33 +47,33 @@ class DeviceTensors(NamedTuple):
 
 
 class TakenSegments(NamedTuple):
-    """Of the CPU's memory and of the GPU's, that a message took; None where it took none."""
+    """Numbers of the segments that a message uses, of the CPU's memory and of the GPU's; None for none."""
 
     cpu: int | None
     device: int | None
 
 
 class CudaEnd:
-    """One end of a connection; one thread uses it at a time."""
+    """One end of a connection, used by one thread at a time."""
 
     def __init__(self, bell: Doorbell, memory: DeviceMemory) -> None:
         self.bell = bell
         self.memory = memory
         self.caller = bell.caller
         self._pool = DevicePool(memory)
-        self._open: dict[int, DeviceSegment] = {}  # the peer's
-        self._done: deque[int] = deque()  # of these, with which ones this end is done
+        self._open: dict[int, DeviceSegment] = {}  # segments of the peer
+        self._done: deque[int] = deque()  # of these, the ones that this end has released
         self._tried: DeviceSegment | None = None
 
     def greet(self, *, first: bool, deadline: float | None = None) -> None:
-        """Find out whether each end can open what the other makes: drivers and containers may not let it.
+        """Check that each end can open the other's memory, which drivers and containers may prevent.
 
         Args:
-            first: whether this end begins.
+            first: Whether this end sends first.
 
         Raises:
-            ChannelTimeout: the deadline passed.
-            ChannelError: it cannot.
+            ChannelTimeout: The deadline passed.
+            ChannelError: It cannot.
         """
         try:
             if first:
@@ -94,11 +94,11 @@ class CudaEnd:
         self.bell.note(handle)
 
     def send(self, text: Callable[[Layout], bytes], tensors: Sequence[Tensor]) -> TakenSegments:
-        """Send a message; which segments it took.
+        """Send a message; the segments that it uses.
 
         Raises:
-            ProtocolError, ResourceError: it cannot be written, and nothing has left.
-            ChannelError: the peer is gone, or has had a part of it.
+            ProtocolError, ResourceError: It cannot be written, and nothing was sent.
+            ChannelError: The peer is gone, or has received a part of it.
         """
         places = [at for at, tensor in enumerate(tensors) if self.memory.takes(tensor.device)]
         of_cpu = list(tensors)
@@ -135,12 +135,12 @@ class CudaEnd:
         return number
 
     def receive(self, deadline: float | None = None) -> tuple[Packet, DeviceTensors | None]:
-        """The next message, and what of it is on the GPU.
+        """Wait for the next message, and its tensors on the GPU, if it has some.
 
         Raises:
-            ChannelTimeout: the deadline passed.
-            ChannelError: the peer is gone.
-            ProtocolError: what came is none of ours.
+            ChannelTimeout: The deadline passed.
+            ChannelError: The peer is gone.
+            ProtocolError: A packet is malformed.
         """
         packet = self.bell.receive(deadline)
         if not packet.note:
@@ -175,10 +175,10 @@ class CudaEnd:
         return DeviceTensors(number, segment, tuple(numbers[n_done:]), spans)
 
     def read(self, there: DeviceTensors | None, *, keeps: bool) -> None:
-        """All reads of a message's tensors have been queued.
+        """Release a message's tensors, all reads of which have been queued.
 
         Args:
-            keeps: the peer takes its segment back of itself, when it has the answer.
+            keeps: Whether the peer reuses its segment without being told, once it has the reply.
         """
         if there is not None:
             with _calls():
@@ -187,17 +187,17 @@ class CudaEnd:
                 self._done.append(there.number)
 
     def reusable(self, taken: TakenSegments) -> None:
-        """The peer has answered the message that took these."""
+        """Reuse the segments of a message that the peer has answered."""
         self.bell.reusable(taken.cpu)
         if taken.device is not None:
             self._pool.release(taken.device)
 
     def shut(self) -> None:
-        """Wake whoever waits at either end, with an error. Any thread."""
+        """End the waits at both ends with an error. Any thread."""
         self.bell.shut()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free the connection and all segments."""
         self.bell.close()
         self._pool.clear()
         self._open.clear()
@@ -206,7 +206,7 @@ class CudaEnd:
 
 @contextmanager
 def _calls() -> Iterator[None]:
-    """Around calls of the device: what they fail with, as on events of a peer that is gone, ends the pipe."""
+    """Surrounds calls of the device: their errors, as on events of a peer that is gone, end the channel."""
     try:
         yield
     except RuntimeError as error:

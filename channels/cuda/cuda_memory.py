@@ -1,4 +1,4 @@
-"""Memory of one GPU that processes share by CUDA's handles, and events that order what they do with it."""
+"""Memory of one GPU that processes share by CUDA's handles, and the events that order their work on it."""
 
 from __future__ import annotations
 
@@ -12,47 +12,44 @@ from channels.cuda.device_memory import DeviceSegment
 from errors import ProtocolError, ResourceError
 
 _STORAGE: Final = 8
-"""Values that torch tells of a storage for another process (`torch.multiprocessing.reductions`)."""
+"""Number of values of torch's handle of a storage (`torch.multiprocessing.reductions`)."""
 _BYTES, _INT, _BOOL = 0, 1, 2
 
 
 class CudaMemory:
-    """See `DeviceMemory`.
+    """The `DeviceMemory` of a GPU.
 
     Args:
-        device: the GPU.
+        device: The GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", device.index or 0)
 
     def takes(self, device: torch.device) -> bool:
-        """See `DeviceMemory.takes`."""
         return device == self._device
 
     def make(self, capacity: int) -> tuple[DeviceSegment, bytes]:
-        """See `DeviceMemory.make`."""
         made: Any = torch.cuda.Event
         try:
             with torch.cuda.device(self._device):
                 memory = torch.empty(capacity, dtype=torch.uint8, device=self._device)
                 events = [made(interprocess=True) for _ in range(2)]
                 for event in events:
-                    event.record()  # a handle is of an event that has been recorded
+                    event.record()  # an event has a handle once it has been recorded
                 shared: Any = memory.untyped_storage()
                 told = [*shared._share_cuda_(), *(bytes(event.ipc_handle()) for event in events)]
-        except RuntimeError as error:  # it is full, or the driver shares none
+        except RuntimeError as error:  # the memory is full, or the driver cannot share it
             raise ResourceError(f"no {capacity} bytes of the GPU's memory to share: {error}") from None
         return CudaSegment(memory, *events), packed(told)
 
     def open(self, handle: bytes, capacity: int) -> DeviceSegment:
-        """See `DeviceMemory.open`."""
         made: Any = torch.cuda.Event
         try:
             told = unpacked(handle)
             if len(told) != _STORAGE + 2:
                 raise ValueError(f"it tells of {len(told)} things")
-            storage = [self._device.index, *told[1:_STORAGE]]  # the peer's number of the GPU may be another
+            storage = [self._device.index, *told[1:_STORAGE]]  # the peer may number the GPUs differently
             opened = torch.UntypedStorage._new_shared_cuda(*storage)
             memory = torch.empty(0, dtype=torch.uint8, device=self._device).set_(opened)[:capacity]
             events = [made.from_ipc_handle(self._device, one) for one in told[_STORAGE:]]
@@ -64,7 +61,7 @@ class CudaMemory:
 
 
 class CudaSegment:
-    """See `DeviceSegment`."""
+    """A `DeviceSegment` of a GPU, with an event for each end's last use."""
 
     def __init__(self, memory: Tensor, written: torch.cuda.Event, read: torch.cuda.Event) -> None:
         self.memory, self._written, self._read = memory, written, read
@@ -87,7 +84,7 @@ class CudaSegment:
 
 
 def packed(values: list[Any]) -> bytes:
-    """Integers, booleans and bytes, each with its kind."""
+    """Encode integers, booleans and bytes, each with its kind."""
     parts = []
     for value in values:
         if isinstance(value, bool):
@@ -100,10 +97,10 @@ def packed(values: list[Any]) -> bytes:
 
 
 def unpacked(packed: bytes) -> list[Any]:
-    """The inverse of `packed`.
+    """Decode the bytes of `packed`.
 
     Raises:
-        struct.error, ValueError: it is none.
+        struct.error, ValueError: They are malformed.
     """
     values: list[Any] = []
     at = 0

@@ -1,7 +1,7 @@
-"""Memory of a device that two processes share, in segments which one writes and the other reads.
+"""Memory of a device that two processes share, in segments that one writes and the other reads.
 
-Neither end waits: each tells the device when it has queued its last use of a segment, and has the device wait
-for the other's before its own next one.
+No end waits for the device: each records an event after its last use of a segment, and lets the device wait
+for the other end's event before its own next use.
 """
 
 from __future__ import annotations
@@ -26,49 +26,52 @@ class DeviceSegment(Protocol):
         ...
 
     def before_writing(self) -> None:
-        """What is queued from here on runs after all that the reader had queued when it called `read`."""
+        """Let later work run after all work that the reader had queued when it called `read`."""
         ...
 
     def written(self) -> None:
-        """The writer has queued its last write for now."""
+        """Record that the writer has queued its last write of this message."""
         ...
 
     def before_reading(self) -> None:
-        """What is queued from here on runs after all that the writer had queued when it called `written`."""
+        """Let later work run after all work that the writer had queued when it called `written`."""
         ...
 
     def read(self) -> None:
-        """The reader has queued its last read for now."""
+        """Record that the reader has queued its last read of this message."""
         ...
 
 
 class DeviceMemory(Protocol):
-    """Makes segments, and opens those of other processes."""
+    """Makes segments of a device's memory, and opens those of other processes."""
 
     def takes(self, device: torch.device) -> bool:
-        """Whether tensors of a device go through it."""
+        """Whether this is the memory of a device."""
         ...
 
     def make(self, capacity: int) -> tuple[DeviceSegment, bytes]:
-        """A segment, and what another process opens it with.
+        """A new segment, and the handle for another process to open it.
 
         Raises:
-            ResourceError: the device gives no memory, or none that can be shared.
+            ResourceError: The device gives no memory, or none that can be shared.
         """
         ...
 
     def open(self, handle: bytes, capacity: int) -> DeviceSegment:
-        """Another process's segment.
+        """Open another process's segment.
 
         Raises:
-            ProtocolError: the handle is none, or of another device.
+            ProtocolError: The handle is malformed, or of another device.
         """
         ...
 
 
 class DevicePool(SegmentPool[DeviceSegment, bytes]):
-    """The segments that this end writes. What a peer has open is given back when that closes it; if it was
-    killed, not before the end of this process."""
+    """The segments that this end writes.
+
+    A segment that the peer has open is freed when the peer closes it; if the peer was killed, at the end of
+    this process.
+    """
 
     def __init__(self, memory: DeviceMemory) -> None:
         def make(_: int, size: int) -> tuple[DeviceSegment, bytes]:

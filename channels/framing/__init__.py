@@ -1,3 +1,3 @@
-"""What channels over a byte stream share: headers, frames, requests in flight."""
+"""Framing that the channels share: headers, frames, tensors as bytes, requests in flight, servers."""
 
 from __future__ import annotations

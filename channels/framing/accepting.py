@@ -18,28 +18,28 @@ _PAUSE: Final = 0.1  # seconds after an accept that failed
 
 
 class Conversation(Protocol):
-    """The host's end of a connection."""
+    """The host's end of one connection."""
 
     @property
     def caller(self) -> str:
-        """Who is at the other end, for logs."""
+        """The peer's name, for logs."""
 
     def shut(self) -> None:
-        """Whoever waits on it, here or there, waits no longer. Any thread."""
+        """End the waits on the connection at both ends. Any thread."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free the connection's resources."""
 
 
 C = TypeVar("C", bound=Conversation)
 
 
 class AcceptingServer(Generic[C]):
-    """Accepts connections until it is closed; a subclass says how to talk on one.
+    """Accepts connections until it is closed; subclasses implement the conversation on one.
 
     Args:
-        listener: a listening socket.
-        address: what `connect` takes.
+        listener: A listening socket.
+        address: The address for `connect`.
     """
 
     def __init__(self, listener: socket.socket, address: str) -> None:
@@ -52,22 +52,22 @@ class AcceptingServer(Generic[C]):
         self._accepting = threading.Thread(target=self._accept, name=f"{self._kind}-accept", daemon=True)
 
     def start(self) -> None:
-        """Accept from now on."""
+        """Start to accept connections."""
         self._accepting.start()
 
     @property
     def address(self) -> str:
-        """What `connect` takes."""
+        """The address for `connect`."""
         return self._address
 
     def close(self) -> None:
-        """Hang up on every caller and join every thread; a handler at work is waited for."""
+        """Close every connection and join every thread, once running handlers have returned."""
         with self._guard:
             if self._closed:
                 return
             self._closed = True
             threads = [thread for thread, _ in self._open.values()]
-        with suppress(OSError):  # there is nobody to wake
+        with suppress(OSError):  # it is shut already
             self._listener.shutdown(socket.SHUT_RDWR)
         self.disconnect_all()
         self._accepting.join()
@@ -76,7 +76,7 @@ class AcceptingServer(Generic[C]):
             thread.join()
 
     def disconnect_all(self) -> None:
-        """End every connection that is open now; callers may come again."""
+        """Close every connection that is open now; callers may connect again."""
         with self._guard:
             connections = [(connection, found) for connection, (_, found) in self._open.items()]
         for connection, found in connections:
@@ -87,19 +87,19 @@ class AcceptingServer(Generic[C]):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def _begin(self, connection: socket.socket) -> C:
-        """Make a connection's end; in its own thread, so the peer may be waited for.
+        """Make the end of a connection, in the connection's own thread, which may wait for the peer.
 
         Raises:
-            ChannelError, ProtocolError, OSError: it is of no use.
+            ChannelError, ProtocolError, OSError: The connection is refused.
         """
         raise NotImplementedError
 
     def _talk(self, found: C) -> None:
-        """Answer requests until the caller hangs up.
+        """Answer requests until the caller closes the connection.
 
         Raises:
-            ChannelError, OSError: the caller hung up.
-            ProtocolError: what came is none of ours.
+            ChannelError, OSError: The caller closed the connection.
+            ProtocolError: A message is malformed.
         """
         raise NotImplementedError
 
@@ -111,7 +111,7 @@ class AcceptingServer(Generic[C]):
                 if self._closed:
                     return
                 _log.warning("%s: cannot accept: %s", self._address, error)
-                time.sleep(_PAUSE)  # of descriptors there may be none for a while
+                time.sleep(_PAUSE)  # the process may have no free descriptors for a while
                 continue
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name=f"{self._kind}-serve", daemon=True
@@ -134,7 +134,8 @@ class AcceptingServer(Generic[C]):
                 self._talk(found)
         except ProtocolError as error:
             caller = "a caller" if found is None else found.caller
-            # Its text: a log that keeps the error would keep the frames it came through, and their memory.
+            # The text only: a log record that keeps the error would keep its traceback's frames and their
+            # memory.
             _log.warning("%s: hung up on %s: %s", self._address, caller, str(error))
         except (ChannelError, OSError) as error:
             if found is None and not self._closed:

@@ -23,7 +23,7 @@ COPIED_BELOW: Final = 1 << 14
 
 
 def buffer_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor as an object with the buffer protocol, without a copy where it is contiguous."""
+    """The bytes of a tensor as an object with the buffer protocol; without a copy if it is contiguous."""
     flat = plain(tensor)
     if flat.dtype is torch.bfloat16:  # numpy has none
         flat = flat.view(torch.int16)
@@ -31,7 +31,7 @@ def buffer_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, contiguous and without history; itself where it is so already."""
+    """The tensor on the CPU, contiguous and without autograd history; itself if it is so already."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if not tensor.is_cpu:
@@ -40,10 +40,10 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class OwnedBuffer:
-    """Memory that tensors are views of, as numpy wants to be told of it; keeps its owner alive.
+    """Memory for numpy to make views of; keeps its owner alive.
 
-    Writable even when a bytes object owns it: a frame belongs to its decoder alone, so that its tensors
-    may be changed by who gets them (torch would warn of a read-only buffer instead).
+    Writable even if a bytes object owns it: a frame belongs to its decoder alone, so that its tensors may be
+    changed (torch would warn of a read-only buffer).
     """
 
     __slots__ = ("__array_interface__", "_owner")
@@ -59,19 +59,19 @@ class OwnedBuffer:
 
 
 def address_of(memory: np.ndarray[Any, Any]) -> int:
-    """Where an array begins."""
+    """The address of an array's first byte."""
     return int(memory.__array_interface__["data"][0])
 
 
 def tensor_at(memory: np.ndarray[Any, Any], address: int, where: TensorSpan) -> torch.Tensor:
-    """The tensor that lies in `memory` (uint8, writable, beginning at `address`): a view if it is aligned."""
+    """The tensor at a span of `memory` (uint8, writable, beginning at `address`): a view if it is aligned."""
     dtype, shape, count, offset, end = where
     if not count:
         return torch.empty(shape, dtype=dtype)
     if (address + offset) % dtype.itemsize:
         memory, offset = memory[offset:end].copy(), 0
-    # By way of numpy, which takes the shape at once: a third of what torch.frombuffer and a view take, and
-    # the interpreter's lock is kept, which a thread that lets it go may wait for.
+    # By way of numpy, which takes the shape at once: a third of the time of torch.frombuffer and a view, and
+    # without releasing the interpreter's lock, which a thread may have to wait for afterwards.
     tensor = torch.from_numpy(np.ndarray(shape, _NUMPY_DTYPE[dtype], memory, offset))
     return tensor.view(dtype) if dtype is torch.bfloat16 else tensor
 

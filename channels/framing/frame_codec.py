@@ -1,9 +1,9 @@
-"""The frame of a byte stream: at once a protobuf message and a buffer that is read in place.
+"""Frames of a byte stream: each is a protobuf message and a buffer that is read in place.
 
-A frame is `raymoe.v1.Frame { header = 1; padding = 14; payload = 15 }`. Protobuf's own code would copy
-the payload into the message and again into the frame, and once more to read it; so tag and length are
-written by hand (one join is the only copy) and read by hand (tensors are views of the frame). A foreign
-client does it with its generated code, in any order of the fields.
+A frame is `raymoe.v1.Frame { header = 1; padding = 14; payload = 15 }`. Protobuf's own code would copy the
+payload into the message and again into the frame, and once more to read it; so tag and length are written by
+hand (one join is the only copy) and read by hand (tensors are views of the frame). Other clients use their
+generated code, with the fields in any order.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ def encode_request(request: Request) -> bytes:
     """The frame of a request.
 
     Raises:
-        ProtocolError: an id or a dtype that the wire cannot carry.
+        ProtocolError: The wire cannot carry the id or a dtype.
     """
     payload = headers.layout(request.tensors)
     return _encode(headers.request_text(request.id, payload), payload, request.tensors)
 
 
 def encode_reply(tensors: Sequence[torch.Tensor]) -> bytes:
-    """The frame of a reply that went well."""
+    """The frame of a reply without an error."""
     payload = headers.layout(tensors)
     return _encode(headers.reply_text(payload), payload, tensors)
 
 
 def encode_error(error: Exception) -> bytes:
-    """The frame of a reply that says how the call failed."""
+    """The frame of a reply with an error."""
     return _encode(headers.error_text(error), headers.layout(()), ())
 
 
 def decode_request(frame: bytes) -> Request:
-    """Read a request; large tensors are views of `frame`, which must not be used otherwise.
+    """Read a request; large tensors are views of `frame`, which must not be used for anything else.
 
     Raises:
-        ProtocolError: the frame is malformed.
+        ProtocolError: The frame is malformed.
     """
     text, size, start = _split(frame)
     name, spans = headers.read_request(text, size)
@@ -60,11 +60,11 @@ def decode_request(frame: bytes) -> Request:
 
 
 def decode_reply(frame: bytes) -> tuple[torch.Tensor, ...]:
-    """Read a reply; large tensors are views of `frame`, which must not be used otherwise.
+    """Read a reply; large tensors are views of `frame`, which must not be used for anything else.
 
     Raises:
-        RemoteError: the reply tells of an error (StaleEpoch stays itself).
-        ProtocolError: the frame is malformed.
+        RemoteError: The reply is an error (StaleEpoch stays a StaleEpoch).
+        ProtocolError: The frame is malformed.
     """
     text, size, start = _split(frame)
     return _views(frame, headers.read_reply(text, size), size, start)
@@ -89,7 +89,7 @@ def _encode(text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> by
 
 
 def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
-    """The varint at byte `at` and the place after it."""
+    """The varint at byte `at`, and the index of the byte after it."""
     if at < len(frame) and frame[at] < 0x80:
         return frame[at], at + 1
     value = shift = 0
@@ -104,7 +104,7 @@ def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
 
 
 def _split(frame: bytes) -> tuple[bytes, int, int]:
-    """The header's text, size of the payload, and its first byte within the frame."""
+    """The header's text, the size of the payload, and the index of its first byte."""
     texts = []
     size = start = at = 0
     while at < len(frame):
@@ -126,7 +126,7 @@ def _split(frame: bytes) -> tuple[bytes, int, int]:
         if (field in (1, 14, 15) and wire != 2) or not field:
             raise ProtocolError(f"field {field} of a frame has wire type {wire}; it is not one of ours")
         if field == 1:
-            texts.append(frame[at : at + length])  # as protobuf has it: occurrences of a message merge
+            texts.append(frame[at : at + length])  # as in protobuf: occurrences of a message merge
         elif field == 15:
             size, start = length, at
         at += length

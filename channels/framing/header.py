@@ -1,7 +1,7 @@
-"""Headers: what a payload means, who calls, and how a call went.
+"""Headers of requests and replies: the id of a call, its outcome, and the layout of its payload.
 
-A header is the protobuf message `raymoe.v1.Header` on every kind of wire; where the payload's bytes
-lie is the wire's own business. Everything read from a peer is checked here against the payload's size.
+A header is the protobuf message `raymoe.v1.Header` on every kind of wire; each wire places the payload's
+bytes in its own way. Everything that is read from a peer is checked here against the payload's size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PHASES: Final = {int(phase): phase for phase in Phase}
 
 
 class TensorSpan(NamedTuple):
-    """Where a tensor lies within a payload; `shape` as torch has it, `offset` and `end` in bytes."""
+    """The place of a tensor within a payload; `shape` as in torch, `offset` and `end` in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class TensorSpan(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where tensors of some dtypes and shapes lie, the payload's size, and a header's text that says so."""
+    """The spans of tensors within a payload, the payload's size, and the header's text for both."""
 
     spans: tuple[TensorSpan, ...]
     size: int
@@ -65,11 +65,11 @@ _read_layouts: dict[tuple[int, ...], tuple[tuple[TensorSpan, ...], int]] = {}
 _read_replies: dict[bytes, tuple[tuple[TensorSpan, ...], int]] = {}
 
 
-_MAX_KEY: Final = 64  # numbers of a layout, which a peer chooses, that is worth remembering
+_MAX_KEY: Final = 64  # most numbers of a layout that is remembered: a peer chooses it
 
 
 def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
-    """Calls of one size follow one another, layer by layer: what was worked out once is kept, in bounds."""
+    """Cache a result, in bounds: calls of one size follow each other, layer by layer."""
     if len(known) >= _MAX_REMEMBERED:
         known.clear()
     known[key] = value
@@ -77,10 +77,10 @@ def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
 
 
 def layout(tensors: Sequence[torch.Tensor]) -> Layout:
-    """Lay `tensors` out one after the other, aligned.
+    """Lay tensors out one after the other, aligned.
 
     Raises:
-        ProtocolError: a dtype that the wire does not know.
+        ProtocolError: The wire does not know a dtype.
     """
     kinds = tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
     return _layouts.get(kinds) or _remember(_layouts, kinds, _lay_out(tensors))
@@ -105,10 +105,10 @@ def _lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
 
 
 def require_fit(size: int) -> None:
-    """Refuse to send what the peer would refuse.
+    """Check that a message is not longer than the peer accepts.
 
     Raises:
-        ProtocolError: more than `MAX_MESSAGE` bytes.
+        ProtocolError: It has more than `MAX_MESSAGE` bytes.
     """
     if size > MAX_MESSAGE:
         mib = 1 << 20
@@ -119,10 +119,10 @@ def require_fit(size: int) -> None:
 
 
 def request_text(name: RequestId, payload: Layout) -> bytes:
-    """The header of a request, whose parts protobuf merges when it reads them.
+    """The header of a request, in two parts, which protobuf merges when it reads them.
 
     Raises:
-        ProtocolError: a field of the id does not fit the wire (int64, text).
+        ProtocolError: A field of the id does not fit the wire (int64, text).
     """
     try:
         id = expert_pb2.RequestId(
@@ -140,12 +140,12 @@ def request_text(name: RequestId, payload: Layout) -> bytes:
 
 
 def reply_text(payload: Layout) -> bytes:
-    """The header of a reply that went well."""
+    """The header of a reply without an error."""
     return _OK + payload.text
 
 
 def error_text(error: Exception) -> bytes:
-    """The header of a reply that says how the call failed."""
+    """The header of a reply with an error."""
     text = str(error)[:MAX_TEXT].encode("utf-8", "replace").decode()
     status = expert_pb2.Status(code=expert_pb2.CODE_FAILED, message=text, type=type(error).__name__)
     if isinstance(error, StaleEpoch):
@@ -156,7 +156,7 @@ def error_text(error: Exception) -> bytes:
 
 
 def varint(value: int) -> bytes:
-    """A number of a protobuf message."""
+    """A number as protobuf encodes it."""
     if value < 0x80:
         return bytes((value,))
     out = bytearray()
@@ -168,11 +168,11 @@ def varint(value: int) -> bytes:
 
 
 def read_request(text: bytes, size: int) -> tuple[RequestId, tuple[TensorSpan, ...]]:
-    """The id of a request, and what its header says of a payload of `size` bytes.
+    """The id of a request, and the spans of its tensors in a payload of `size` bytes.
 
     Raises:
-        ProtocolError: these bytes are no request's header, its phase is unknown, or what it says of the
-            payload cannot be: an unknown dtype, an absurd shape, bytes outside of it.
+        ProtocolError: The header is malformed, its phase is unknown, or the payload cannot have this layout:
+            an unknown dtype, an absurd shape, bytes outside of the payload.
     """
     header = _parse(text)
     if not header.HasField("id"):
@@ -188,11 +188,11 @@ def read_request(text: bytes, size: int) -> tuple[RequestId, tuple[TensorSpan, .
 
 
 def read_reply(text: bytes, size: int) -> tuple[TensorSpan, ...]:
-    """What a reply's header says of a payload of `size` bytes.
+    """The spans of a reply's tensors in a payload of `size` bytes.
 
     Raises:
-        RemoteError: the reply tells of an error (StaleEpoch stays itself).
-        ProtocolError: these bytes are no reply's header, or what it says of the payload cannot be.
+        RemoteError: The reply is an error (StaleEpoch stays a StaleEpoch).
+        ProtocolError: The header is malformed, or the payload cannot have this layout.
     """
     known = _read_replies.get(text)
     if known is not None and known[1] <= size:
@@ -217,7 +217,7 @@ def _parse(text: bytes) -> expert_pb2.Header:
 
 
 def _spans(header: expert_pb2.Header, size: int) -> tuple[tuple[TensorSpan, ...], int]:
-    """The places that a header names, checked against a payload of `size` bytes, and where the last ends."""
+    """The spans in a header, checked against a payload of `size` bytes, and the end of the last one."""
     numbers = tuple(header.layout)
     known = _read_layouts.get(numbers)
     if known is not None and known[1] <= size:
@@ -240,7 +240,7 @@ def _read_layout(layout: tuple[int, ...], size: int) -> tuple[TensorSpan, ...]:
         shape = layout[at + 2 : at + 2 + dimensions]
         offset = layout[at + 2 + dimensions]
         count = math.prod(shape)
-        # A tensor without elements has strides nevertheless, which must not overflow.
+        # A tensor without elements still has strides, which must not overflow.
         bound = count or math.prod(extent or 1 for extent in shape)
         if dimensions > _MAX_DIMENSIONS or bound > _MAX_ELEMENTS:
             raise ProtocolError(

@@ -1,4 +1,4 @@
-"""A stream socket of messages: a header's text, and the part of the payload that is small."""
+"""Messages over a stream socket: the text of a header, and the small tensors of its payload."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from channels.framing.header import MAX_MESSAGE
 from errors import ChannelError, ChannelTimeout, ProtocolError
 
 INLINE: Final = 1 << 14
-"""Bytes of a payload that come with the header at most. All that may be in flight fits the sockets' buffers,
-so that the two ends never wait for one another with both directions full."""
+"""Most bytes of a payload that come with the header. All that may be in flight fits the sockets' buffers, so
+that the two ends never wait for each other with both directions full."""
 _BUFFER: Final = 1 << 19
 _MAX_HEADER: Final = 1 << 16
 _HEAD: Final = struct.Struct("!IIQQ")
-"""Bytes of the header, of the small tensors, of the whole payload; payloads that have come the other way."""
+"""Bytes of the header, of the small tensors and of the payload; number of payloads received by the sender."""
 _CHUNK: Final = 1 << 16
-_LOOK: Final = 1.0  # seconds between two looks at a deadline
+_LOOK: Final = 1.0  # seconds between two checks of a deadline
 _TIME: Final = struct.Struct("@ll")  # seconds and microseconds
 
 
 class Head(NamedTuple):
-    """What comes ahead of a payload.
+    """The part of a message ahead of its payload.
 
     Attributes:
-        text: of the header.
-        size: of the payload.
-        inline: what is small of the payload.
-        received: payloads that the sender has had from the other end so far, whose memory is free again.
+        text: The header's text.
+        size: Bytes of the payload.
+        inline: The payload's small tensors.
+        received: Number of payloads that the sender has received so far, whose memory is free again.
     """
 
     text: bytes
@@ -40,11 +40,11 @@ class Head(NamedTuple):
 
 
 class MessageSocket:
-    """One end; one thread writes, one thread reads.
+    """One end of a connection; one thread writes, one thread reads.
 
     Args:
-        peer: who is at the other end, for messages.
-        inline: bytes of a payload that may come with a header.
+        peer: The peer's address, for messages.
+        inline: Most bytes of a payload that come with the header.
     """
 
     def __init__(self, connection: socket.socket, peer: str, *, inline: int = INLINE) -> None:
@@ -53,16 +53,16 @@ class MessageSocket:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.settimeout(None)
         self._socket = connection
-        self._wait = 0.0  # seconds, the socket's own limit; 0 for none
+        self._wait = 0.0  # seconds, the socket's own timeout; 0 for none
         self._peer, self._inline = peer, inline
-        self._come = bytearray(_CHUNK)  # what has come and has not been read: from _at to _end
+        self._come = bytearray(_CHUNK)  # received and not read yet: from _at to _end
         self._at = self._end = 0
 
     def write(self, head: Head) -> None:
         """Send a message.
 
         Raises:
-            ChannelError: the peer hung up.
+            ChannelError: The peer closed the connection.
         """
         text, size, inline, received = head
         try:
@@ -74,9 +74,9 @@ class MessageSocket:
         """The next message.
 
         Raises:
-            ChannelTimeout: nothing came until `deadline`, of `time.monotonic`.
-            ChannelError: the peer hung up.
-            ProtocolError: what came is no message.
+            ChannelTimeout: Nothing came until `deadline`, of `time.monotonic`.
+            ChannelError: The peer closed the connection.
+            ProtocolError: The message is malformed.
         """
         self._have(_HEAD.size, deadline)
         length, small, size, received = _HEAD.unpack_from(self._come, self._at)
@@ -89,7 +89,7 @@ class MessageSocket:
         return Head(bytes(self._come[text:inline]), size, self._come[inline:end], received)
 
     def _have(self, count: int, deadline: float | None) -> None:
-        """Wait for so many bytes after `_at`; as many as have come are taken from the socket at once."""
+        """Wait for `count` bytes after `_at`; reads all that have come from the socket at once."""
         lacking = count - (self._end - self._at)
         if lacking <= 0:
             return
@@ -104,7 +104,7 @@ class MessageSocket:
                 self._limit(remaining(deadline))
                 try:
                     got = self._socket.recv_into(view[self._end :])
-                except BlockingIOError:  # the socket's own limit, which is shorter than ours may be
+                except BlockingIOError:  # the socket's own timeout, which may be shorter
                     continue
                 if not got:
                     raise ChannelError(f"{self._peer} hung up; has its process ended?")
@@ -115,7 +115,7 @@ class MessageSocket:
             raise ChannelError(f"{self._peer} hung up ({error})") from None
 
     def _limit(self, seconds: float | None) -> None:
-        """How long the system lets a read wait. Set where it changes, as it costs a call of the system."""
+        """Set the socket's timeout, if it has changed: that costs a system call."""
         wait = 0.0 if seconds is None else min(seconds, _LOOK)
         if wait != self._wait:
             self._wait = wait
@@ -124,21 +124,21 @@ class MessageSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def shut(self) -> None:
-        """Whoever waits on the socket, here or there, finds it ended. Any thread."""
+        """End the waits on the socket at both ends. Any thread."""
         with suppress(OSError):  # it has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Close the socket."""
         self.shut()
         self._socket.close()
 
 
 def remaining(deadline: float | None) -> float | None:
-    """Seconds until then, never 0, which would mean not to wait at all.
+    """Seconds until a deadline, never 0, which would mean not to wait at all; None for no deadline.
 
     Raises:
-        TimeoutError: it has passed.
+        TimeoutError: The deadline has passed.
     """
     if deadline is None:
         return None

@@ -1,4 +1,4 @@
-"""What channels over a wire share: requests in flight, whose replies come in order."""
+"""The router's end of channels over a wire: requests in flight, whose replies come in order."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, Rem
 
 Reply = tuple[torch.Tensor, ...]
 MAX_IN_FLIGHT: Final = 32
-"""Requests that a channel leaves unread; the next `submit` first reads the oldest reply, so that the
-two ends never wait for one another with both directions full."""
+"""Requests without a reply in one channel; the next `submit` first reads the oldest reply, so that the two
+ends never wait for each other with both directions full."""
 
 
 class OrderedTicket:
-    """A reply that is on its way through a pipe."""
+    """The ticket of an `OrderedChannel`."""
 
-    __slots__ = ("_outcome", "_pipe")
+    __slots__ = ("_channel", "_outcome")
 
-    def __init__(self, pipe: OrderedChannel) -> None:
-        self._pipe = pipe
+    def __init__(self, channel: OrderedChannel) -> None:
+        self._channel = channel
         self._outcome: Reply | RaymoeError | None = None
 
     def resolve(self, outcome: Reply | RaymoeError) -> None:
-        """The reply, or why there will be none; the first one counts."""
+        """Set the reply, or the error in its place; only the first one counts."""
         if self._outcome is None:
             self._outcome = outcome
 
     def result(self, timeout: float | None = None) -> Reply:
-        """See `channels.base.Ticket`."""
         if self._outcome is None:
-            self._pipe.wait_for(self, timeout)
+            self._channel.wait_for(self, timeout)
         outcome = self._outcome
         if outcome is None:
-            raise ChannelError(f"{self._pipe.name}: the reply was not waited for to its end")
+            raise ChannelError(f"{self._channel.name}: the reply was not waited for to its end")
         if isinstance(outcome, RaymoeError):
             raise outcome
         return outcome
@@ -51,21 +50,22 @@ class OrderedTicket:
 
 
 class OrderedChannel:
-    """The client's end. A subclass sends, receives and hangs up; this keeps order and failures.
+    """Base of channels over a wire: keeps the order of replies, timeouts and failures.
+
+    Subclasses send, receive and close.
 
     Attributes:
-        name: the peer's address, for messages.
+        name: The peer's address, for messages.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._flying: deque[OrderedTicket] = deque()
         self._broken: RaymoeError | None = None
-        self._why: str | None = None  # it was cut
+        self._why: str | None = None  # why it was cut
         self._resolving = threading.Lock()
 
     def submit(self, request: Request) -> OrderedTicket:
-        """See `channels.base.Channel`."""
         if len(self._flying) >= MAX_IN_FLIGHT:
             self.wait_for(self._flying[0], None)
         if self._broken is not None:
@@ -79,16 +79,16 @@ class OrderedChannel:
         except ChannelError as error:
             self._fail(error)
             raise
-        except (ProtocolError, ResourceError):  # nothing has left: it could not be written
+        except (ProtocolError, ResourceError):  # nothing was sent: the request could not be written
             self._flying.pop()
             raise
-        except BaseException as error:  # nobody knows whether it has: no reply could be told from another
+        except BaseException as error:  # part of it may have been sent: replies could not be told apart
             self._fail(ChannelError(f"{self.name}: closed in the middle of a request ({error!r})"))
             raise
         return ticket
 
     def wait_for(self, ticket: OrderedTicket, timeout: float | None) -> None:
-        """Settle every ticket up to `ticket`; a failure settles all, and closes the pipe."""
+        """Resolve every ticket up to `ticket`; a failure resolves all of them, and closes the channel."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not ticket.resolved and self._broken is None:
             try:
@@ -103,7 +103,7 @@ class OrderedChannel:
             except (ChannelError, ProtocolError) as error:
                 self._fail(error)
                 break
-            # A close from another thread may be emptying the queue: this is a reply to none of what is left.
+            # After a close from another thread, the reply belongs to none of the remaining tickets.
             with self._resolving:
                 if self._broken is None:
                     self._flying.popleft().resolve(outcome)
@@ -111,7 +111,6 @@ class OrderedChannel:
             ticket.resolve(self._broken)
 
     def takes(self, device: torch.device) -> bool:
-        """See `channels.base.Channel`."""
         return device.type == "cpu"
 
     def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> Mailbox | None:
@@ -122,7 +121,6 @@ class OrderedChannel:
         self._wake()
 
     def close(self) -> None:
-        """See `channels.base.Channel`."""
         self._fail(ChannelError(f"{self.name}: the channel was closed"))
 
     def _fail(self, error: RaymoeError) -> None:
@@ -137,27 +135,34 @@ class OrderedChannel:
             self._flying.popleft().resolve(error)
 
     def _send(self, request: Request) -> None:
+        """Send a request.
+
+        Raises:
+            ProtocolError, ResourceError: It cannot be written, and nothing was sent.
+            ChannelError: The channel cannot be used any more.
+        """
         raise NotImplementedError
 
     def _receive(self, deadline: float | None) -> Reply:
         """Wait for one reply until `deadline` (of `time.monotonic`).
 
         Raises:
-            RemoteError: the reply is an error; the pipe goes on.
-            ChannelTimeout, ChannelError, ProtocolError: the pipe is of no use any more.
+            RemoteError: The reply is an error; the channel stays open.
+            ChannelTimeout, ChannelError, ProtocolError: The channel cannot be used any more.
         """
         raise NotImplementedError
 
     def _disconnect(self) -> None:
+        """Close the connection."""
         raise NotImplementedError
 
     def _wake(self) -> None:
-        """Let `_receive` in another thread end with a ChannelError, and every later one."""
+        """End `_receive` in another thread with a ChannelError, and every later one."""
         raise NotImplementedError
 
 
 def call(handler: Handler, request: Request) -> Reply | Exception:
-    """Call a handler for a peer, who is to hear of any failure."""
+    """Call a handler; its reply, or the exception that is to be sent to the peer."""
     try:
         return handler(request)
     except Exception as error:

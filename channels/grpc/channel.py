@@ -1,7 +1,7 @@
 """The channel between machines: one bidirectional gRPC stream of frames.
 
-gRPC is handed finished bytes (identity serializers); `codec` makes and reads them. A stream takes one
-thread at the server for as long as it lasts.
+gRPC transports finished bytes (identity serializers), which `channels.framing.frame_codec` encodes and
+decodes. A stream uses one thread of the server for as long as it lasts.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _log = logging.getLogger(__name__)
 SERVICE: Final = "raymoe.v1.Expert"
 METHOD: Final = "Exchange"
 MAX_STREAMS: Final = 1024
-"""Streams of frames that a server takes at a time; one more is refused, never kept waiting unseen."""
+"""Most streams of frames of a server at a time; one more is refused, instead of waiting without a sign."""
 MAX_CALLS: Final = 64
-"""Control calls beside them: a host with however many streams answers whoever asks after it."""
+"""Threads for control calls, which a host answers whatever its number of streams."""
 
 _ASKING: Final = 1.0  # seconds
 
 OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_receive_message_length", MAX_MESSAGE),
-    # A peer whose machine is gone says nothing: ask after it.
+    # A peer whose machine is gone is detected by pings.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
-    # One that comes back is found soon.
+    # A peer that comes back is found soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Each channel has a connection of its own, so that lanes do not share one's flow control.
+    # Each channel has a connection of its own, so that lanes do not share flow control.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
     ("grpc.so_reuseport", 0),
@@ -56,7 +56,7 @@ OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 
 
 class GrpcChannel(OrderedChannel):
-    """The router's end: requests go in through a queue, replies are read by the caller's thread."""
+    """The router's end: requests go through a queue, replies are read by the caller's thread."""
 
     def __init__(self, name: str, channel: grpc.Channel) -> None:
         super().__init__(name)
@@ -129,9 +129,9 @@ class GrpcServer:
         )
         for register in services:
             register(self._server)
-        # After the services: a servicer made from expert.proto brings an Exchange of its own, which
-        # reads frames by protobuf's code; the last one registered is the one that is called.
-        registered: Any = self._server  # the stubs of grpc do not know this method of its interface
+        # After the services: a servicer made from expert.proto has an Exchange of its own, which decodes
+        # frames with protobuf's code; the last method that is registered is the one that is called.
+        registered: Any = self._server  # grpc's stubs lack this method of its interface
         registered.add_registered_method_handlers(
             SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(self._exchange)}
         )
@@ -149,7 +149,7 @@ class GrpcServer:
         return self._address
 
     def close(self) -> None:
-        """Stop accepting, hang up on every caller, join every thread."""
+        """Stop accepting, close every connection, and join every thread."""
         with self._closing:
             if not self._closed:
                 self._closed = True
@@ -157,13 +157,15 @@ class GrpcServer:
                 self._threads.shutdown(wait=True)
 
     def disconnect_all(self) -> None:
-        """End every stream of frames that is open now; callers may come again."""
+        """Close every stream of frames that is open now; callers may connect again."""
         for context in list(self._streams):
             context.cancel()
 
     def _exchange(self, frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         if len(self._streams) >= MAX_STREAMS:
-            text = f"{MAX_STREAMS} streams are open, and no more are taken; who never hangs up?"
+            text = (
+                f"{MAX_STREAMS} streams are open, and no more are taken; is there a client that closes none?"
+            )
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._streams.add(context)
         try:
@@ -176,10 +178,10 @@ class GrpcServer:
                     context.set_details(str(error))
                     return
                 outcome = call(self._handler, request)
-                del request, frame  # their memory goes before the next one comes
+                del request, frame  # frees their memory before the next request comes
                 yield _encode(outcome)
         except grpc.RpcError:
-            return  # the caller hung up
+            return  # the caller closed the stream
         finally:
             self._streams.discard(context)
 
@@ -194,7 +196,7 @@ def _encode(outcome: Reply | Exception) -> bytes:
         return frame_codec.encode_error(outcome)
     try:
         return _fitting(frame_codec.encode_reply(outcome))
-    except ProtocolError as error:  # what the handler returned cannot travel
+    except ProtocolError as error:  # the wire cannot carry the handler's reply
         return frame_codec.encode_error(error)
 
 
@@ -205,16 +207,16 @@ def serve(
     advertise: str | None = None,
     services: tuple[Callable[[Any], None], ...] = (),
 ) -> GrpcServer:
-    """Let any process that reaches `bind` call `handler`, which runs in one thread a stream.
+    """Serve `handler` to processes of any machine, in one thread per stream.
 
     Args:
-        bind: `host:port` (port 0: a free one) or a `unix:` target.
-        advertise: the host's name in `address`, where `bind` is a wildcard such as `0.0.0.0:0`.
-        services: each is called with the gRPC server to add control calls to it, for example
+        bind: `host:port` (port 0 takes a free one) or a `unix:` target.
+        advertise: The host's name in `address`, if `bind` is a wildcard such as `0.0.0.0:0`.
+        services: Functions that add control calls to the gRPC server, for example
             `lambda server: add_ExpertServicer_to_server(servicer, server)`.
 
     Raises:
-        ChannelError: `bind` is taken or not of this machine.
+        ChannelError: `bind` is taken, or is not an address of this machine.
     """
     return GrpcServer(handler, bind=bind, advertise=advertise, services=services)
 
@@ -223,8 +225,8 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
     """Open a channel to a server of any machine.
 
     Raises:
-        ChannelError: nobody listens there.
-        ChannelTimeout: nobody answers in time.
+        ChannelError: No server listens there.
+        ChannelTimeout: There is no answer in time.
     """
     channel = tls.dial(address.removeprefix("grpc:"), OPTIONS)
     decided, found = threading.Event(), [grpc.ChannelConnectivity.IDLE]
@@ -254,12 +256,12 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
 
 
 def _why(channel: grpc.Channel) -> str:
-    """Of a channel that could not connect: gRPC tells it to calls alone. Empty if it can now."""
+    """Why a channel could not connect, which gRPC tells to calls only; empty if it can now."""
     try:
         channel.unary_unary(f"/{SERVICE}/Ping", None, None)(b"", timeout=_ASKING)
     except grpc.RpcError as error:
         call: Any = error
-        if call.code() is not grpc.StatusCode.UNIMPLEMENTED:  # else somebody has answered
+        if call.code() is not grpc.StatusCode.UNIMPLEMENTED:  # that would be an answer
             return str(call.details())
     return ""
 

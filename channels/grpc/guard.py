@@ -1,7 +1,7 @@
-"""What a gRPC server of ours lets in: calls that it can parse, and from one address only so many a second.
+"""Protection of gRPC servers: a limit of calls per second and address, and parsing that frees its memory.
 
-Requests of control calls are parsed here and not by gRPC: a call that gRPC's own deserializer refuses costs
-the server about 17 KB for good (grpcio 1.85), so a peer that sends garbage would fill its memory.
+Requests of control calls are parsed here and not by gRPC: each call that gRPC's own deserializer refuses
+leaks about 17 KB of the server's memory (grpcio 1.85), which a peer that sends garbage would fill.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from errors import ProtocolError
 _log = logging.getLogger(__name__)
 
 CALLS_PER_SECOND: Final = 2000.0
-"""Control calls from one address, on average; a step of training makes a handful to each host."""
+"""Average limit of control calls from one address; a step of training makes a handful to each host."""
 BURST: Final = 4000.0
 _MAX_ADDRESSES: Final = 4096
 
@@ -29,9 +29,9 @@ class Rate:
     """A token bucket for each address.
 
     Args:
-        per_second: tokens that come back.
-        burst: tokens that an address begins with, and its most.
-        clock: seconds, monotonic.
+        per_second: Tokens that are added per second.
+        burst: Tokens that an address begins with, and the most that it has.
+        clock: Seconds, monotonic.
     """
 
     def __init__(
@@ -41,24 +41,24 @@ class Rate:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.per_second, self._burst, self._clock = per_second, burst, clock
-        self._left: dict[str, tuple[float, float]] = {}  # tokens, and when they were counted
+        self._left: dict[str, tuple[float, float]] = {}  # tokens, and the time at which they were counted
         self._lock = threading.Lock()
 
     def admits(self, address: str) -> bool:
-        """Take a token, if the address has one."""
+        """Take a token of an address; whether it had one."""
         now = self._clock()
         with self._lock:
             left, then = self._left.pop(address, (self._burst, now))
             left = min(self._burst, left + (now - then) * self.per_second)
             admitted = left >= 1.0
-            self._left[address] = (left - admitted, now)  # the latest comes last
+            self._left[address] = (left - admitted, now)  # the latest address is the last
             if len(self._left) > _MAX_ADDRESSES:
                 del self._left[next(iter(self._left))]
         return admitted
 
 
 class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the stubs alone
-    """Hands gRPC handlers without a deserializer, which count a call and parse it before they act."""
+    """Replaces handlers by ones without a deserializer, which check the rate and then parse the request."""
 
     def __init__(self, rate: Rate | None = None) -> None:
         self._rate = rate or Rate()
@@ -67,7 +67,7 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # it is generic 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """The handler of a call; None where nothing serves it."""
+        """The handler of a call; None if the method is not served."""
         method = handler_call_details.method
         found = self._handlers.get(method)
         if found is None:
@@ -106,7 +106,7 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # it is generic 
 
 
 def _address(peer: str) -> str:
-    """`ipv4:10.0.0.1:4711`, without its port."""
+    """An address such as `ipv4:10.0.0.1:4711`, without its port."""
     return peer.rpartition(":")[0]
 
 

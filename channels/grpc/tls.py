@@ -1,8 +1,8 @@
-"""Mutual TLS on every port: who this process is and whom it trusts, read from a directory that may change.
+"""Mutual TLS on every port, with certificates from a directory whose files may be replaced.
 
-The directory is named by the environment, as Ray names its own certificates, so that it holds for every
-process of a node. Both ends show a certificate that the same authority has signed for `NAME`; addresses are
-not in it, since hosts come and go. Files that are replaced count from the next handshake on.
+An environment variable names the directory, as for Ray's own certificates, so that it holds for every process
+of a node. Both ends present a certificate for `NAME` that the same authority has signed; it has no addresses,
+since hosts come and go. Replaced files are used from the next handshake on.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 VARIABLE: Final = "RAYMOE_TLS_DIR"
 NAME: Final = "raymoe"
 CA, CERTIFICATE, KEY = "ca.crt", "tls.crt", "tls.key"
-"""Files of the directory, as a Kubernetes secret of type kubernetes.io/tls has them."""
+"""Names of the files, as in a Kubernetes secret of type kubernetes.io/tls."""
 
-_TRIES: Final = 5  # at reading files while they are being replaced
+_TRIES: Final = 5  # attempts to read the files while they are being replaced
 _BETWEEN: Final = 0.02
-"""Seconds between them: a file is replaced after another."""
-_MISTRUST: Final = ("handshake failed", "Socket closed", "Connection reset")  # in gRPC's words
+"""Seconds between the attempts: the files are replaced one after the other."""
+_MISTRUST: Final = ("handshake failed", "Socket closed", "Connection reset")  # texts of gRPC
 _MAKES: Final = "`raymoe certs` makes such a directory"
 
 Options = Sequence[tuple[str, Any]]
@@ -39,13 +39,13 @@ Signature = tuple[tuple[int, int, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a process shows, and what it checks others by; PEM.
+    """A process's own certificate, and those that it trusts; PEM.
 
     Attributes:
-        ca: certificates of the authorities.
-        certificate: own, with those between it and the authority.
-        key: of the certificate.
-        signature: of the files.
+        ca: Certificates of the authorities.
+        certificate: This process's certificate, with those between it and the authority.
+        key: Private key of the certificate.
+        signature: Times, inodes and sizes of the files, to detect that they were replaced.
     """
 
     ca: bytes
@@ -55,16 +55,16 @@ class Identity:
 
 
 def directory() -> Path | None:
-    """Where the files are; None for a job without TLS."""
+    """The directory of the files; None without TLS."""
     named = os.environ.get(VARIABLE)
     return Path(named) if named else None
 
 
 def identity(folder: Path) -> Identity:
-    """The files as they are now; a set of which only some have been replaced is read again.
+    """Read the files; a set of which only some have been replaced is read again.
 
     Raises:
-        ConfigError: one is missing or empty, is no PEM, or the key is not the certificate's.
+        ConfigError: A file is missing, empty or not PEM, or the key does not belong to the certificate.
     """
     for last in (*[False] * (_TRIES - 1), True):
         try:
@@ -81,12 +81,12 @@ def identity(folder: Path) -> Identity:
 
 
 def require_pair(ca: bytes, certificate: bytes, key: bytes) -> None:
-    """See that PEM files can be read and belong together; gRPC itself only says that a handshake failed.
+    """Check that PEM files can be read and belong together; gRPC itself only reports a failed handshake.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: Names the file.
     """
-    from cryptography import x509  # the work of jobs without TLS begins without it
+    from cryptography import x509  # imported on use: jobs without TLS do not need it
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -105,19 +105,19 @@ def require_pair(ca: bytes, certificate: bytes, key: bytes) -> None:
 
 
 def mistrust(details: str) -> str:
-    """What to look at if gRPC says that it could not connect since one end does not trust the other."""
-    connecting = details.startswith("failed to connect")  # else a connection ended that had been good
+    """Advice to append to gRPC's error if one end does not trust the other; empty otherwise."""
+    connecting = details.startswith("failed to connect")  # otherwise an established connection ended
     if not connecting or not any(sign in details for sign in _MISTRUST):
         return ""
     return f"; if it lives, both ends need certificates of one authority, or neither: compare {VARIABLE}"
 
 
 def listen(server: Any, target: str) -> int:
-    """Open a port of a gRPC server, plain or asynchronous: with TLS where there is an identity.
+    """Open a port of a gRPC server, synchronous or asynchronous; with TLS if it is configured.
 
     Raises:
-        RuntimeError: the target is taken, or not of this machine.
-        ConfigError: from `identity`.
+        RuntimeError: The target is taken, or is not an address of this machine.
+        ConfigError: See `identity`.
     """
     folder = directory()
     if folder is None or target.startswith("unix"):
@@ -133,7 +133,7 @@ def listen(server: Any, target: str) -> int:
         try:
             return _shows(identity(folder))
         except ConfigError as error:
-            _log.warning("%s; what was shown before is shown further", error)
+            _log.warning("%s; the previous certificate stays in use", error)
             return None
 
     credentials = grpc.dynamic_ssl_server_credentials(
@@ -143,10 +143,10 @@ def listen(server: Any, target: str) -> int:
 
 
 def dial(target: str, options: Options) -> grpc.Channel:
-    """A gRPC channel; with TLS as the files are now, where there are some.
+    """Open a gRPC channel; with TLS if it is configured, by the files as they are now.
 
     Raises:
-        ConfigError: from `identity`.
+        ConfigError: See `identity`.
     """
     folder = directory()
     if folder is None or target.startswith("unix"):
@@ -155,7 +155,7 @@ def dial(target: str, options: Options) -> grpc.Channel:
 
 
 def dial_async(target: str, options: Options) -> grpc.aio.Channel:
-    """The same for asyncio."""
+    """Open a gRPC channel for asyncio, see `dial`."""
     folder = directory()
     if folder is None or target.startswith("unix"):
         return grpc.aio.insecure_channel(target, options=options)
@@ -163,18 +163,19 @@ def dial_async(target: str, options: Options) -> grpc.aio.Channel:
 
 
 def lasting(target: str, options: Options) -> grpc.Channel:
-    """A channel that is kept for long: what is called after files have been replaced shows the new ones."""
+    """Open a long-lived channel: calls use the new files after they have been replaced."""
     if directory() is None:
         return dial(target, options)
     return Renewing(lambda: dial(target, options), _current)
 
 
 class Renewing(grpc.Channel):
-    """Stands for the newest of several channels; those before end with it, as calls may be under way there.
+    """A channel that delegates to the newest of several; older ones may have calls under way, and close with
+    it.
 
     Args:
-        open: makes a channel.
-        state: makes a new one necessary when it changes; None where it is not known at the moment.
+        open: Opens a channel.
+        state: When its value changes, a new channel is opened; None if the state is not known at the moment.
     """
 
     def __init__(self, open: Callable[[], grpc.Channel], state: Callable[[], object]) -> None:
@@ -187,7 +188,7 @@ class Renewing(grpc.Channel):
         """The channel for a new call."""
         state = self._state()
         if state is not None and state != self._seen and not self._closed:
-            self._seen = state  # looked at once: the next change is that of the file that does not fit yet
+            self._seen = state  # tried once for each change: a file that does not fit yet changes again
             with suppress(ConfigError):
                 self._channels.append(self._open())
         return self._channels[-1]
@@ -271,7 +272,7 @@ def _signature(folder: Path) -> Signature:
         raise ConfigError(
             f"{VARIABLE}: {error.filename} cannot be read ({error.strerror}); {_MAKES}"
         ) from error
-    # The third for a file that could not be read at first and was given to us since.
+    # The time of the last status change too, for a file that has become readable since.
     return tuple((one.st_mtime_ns, one.st_ino, one.st_ctime_ns, one.st_size) for one in stats)
 
 

@@ -1,4 +1,4 @@
-"""Abstract Unix sockets of packets, which leave nothing behind: how they are listened on and connected to."""
+"""Abstract Unix sockets of packets: they have no file, and end with their processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from errors import ChannelError, ChannelTimeout
 
 
 def listen() -> tuple[socket.socket, str]:
-    """A listening socket, and its name."""
+    """Open a listening socket; the socket and its name."""
     name = f"raymoe-{os.getpid()}-{secrets.token_hex(8)}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind("\0" + name)
@@ -23,11 +23,11 @@ def dial(name: str, address: str, timeout: float) -> socket.socket:
     """Connect to a listener.
 
     Args:
-        address: for messages.
+        address: The channel's address, for messages.
 
     Raises:
-        ChannelTimeout: nobody accepts in time.
-        ChannelError: nobody listens.
+        ChannelTimeout: The listener does not accept in time.
+        ChannelError: No process listens.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:

@@ -1,9 +1,9 @@
-"""The channel within a machine: payloads in shared memory, a doorbell over a Unix socket.
+"""The channel within a machine: payloads in shared memory, packets over a Unix socket
+(`channels.shm.doorbell`).
 
-A request is written once, into a segment, and read there by the handler; a reply likewise. Small
-replies are copied out, large ones are lent to the caller: their segment is used again when the caller
-has dropped the tensors. Sockets are abstract and memory is nameless: nothing is left behind by a
-process that dies.
+A request is written once, into a segment, and read there by the handler; a reply likewise. Small replies are
+copied, large ones are lent to the caller: their segment is reused when the caller has dropped the tensors.
+Sockets are abstract and memory has no name, so a process that dies leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from errors import ChannelError, ProtocolError, RemoteError
 from kernels.mailbox import MAIL, PACKET
 
 _LEND_FROM: Final = 1 << 18
-"""Bytes from which a reply is lent and not copied: below, the copy is the cheaper one."""
+"""Bytes from which a reply is lent and not copied: below, a copy is cheaper."""
 _EMPTY: Final = headers.layout(())
-_LOOKS: Final = 1000  # into a mailbox between two looks at the clock
+_LOOKS: Final = 1000  # reads of a mailbox between two reads of the clock
 _RESTLESS: Final = 2e-3
-"""Seconds without mail after which a host sleeps: longer than between two layers of a token, so that it
-sleeps between requests and not within them."""
+"""Seconds without a request in its mailbox after which a host sleeps: longer than between two layers of a
+token, so that it sleeps between tokens and not within one."""
 _MAX_LENT: Final = 8
-"""Replies lent at a time by one channel; a caller who keeps more gets copies, so that segments end."""
+"""Most replies lent at a time by one channel; further ones are copied, to bound the number of segments."""
 
 
 class SegmentLoan(OwnedBuffer):
-    """A reply's memory, given back when the last tensor of it dies."""
+    """The memory of a lent reply; the segment comes back when the last tensor in it is collected."""
 
     __slots__ = ("_channel", "_segment")
 
@@ -63,7 +63,7 @@ class ShmChannel(OrderedChannel):
         self._bell = Doorbell(connection)
         self._written: deque[int | None] = deque()
         self._lent = 0
-        self._back: deque[ShmSegment] = deque()  # loans that have ended
+        self._back: deque[ShmSegment] = deque()  # segments whose loans have ended
 
     def _send(self, request: Request) -> None:
         self._take_back()
@@ -98,7 +98,7 @@ class ShmChannel(OrderedChannel):
         return tuple([tensor_at(memory, segment.address, where) for where in spans])
 
     def give_back(self, segment: ShmSegment) -> None:
-        """A lent segment is free again. Any thread, in the middle of anything: takes no lock."""
+        """Take a lent segment back. Any thread, within a finalizer too: takes no lock."""
         self._back.append(segment)
 
     def _take_back(self) -> None:
@@ -107,7 +107,6 @@ class ShmChannel(OrderedChannel):
             self._lent -= 1
 
     def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> ShmMailbox:
-        """See `Doorbell.open_mailbox`."""
         return self._bell.open_mailbox(width, pairs, dtype)
 
     def _disconnect(self) -> None:
@@ -120,9 +119,9 @@ class ShmChannel(OrderedChannel):
 class ShmServer(AcceptingServer[Doorbell]):
     """The host's end."""
 
-    def __init__(self, handler: Handler, postman: MailboxHandler | None = None) -> None:
+    def __init__(self, handler: Handler, answer: MailboxHandler | None = None) -> None:
         self._handler = handler
-        self._postman = postman
+        self._answer_mail = answer
         listener, name = listen()
         super().__init__(listener, f"shm:{machine_id()}/{name}")
         self.start()
@@ -132,18 +131,18 @@ class ShmServer(AcceptingServer[Doorbell]):
 
     def _talk(self, found: Doorbell) -> None:
         while True:
-            if found.box is not None and self._postman is not None:
-                self._deliver(found.box, self._postman)
+            if found.box is not None and self._answer_mail is not None:
+                self._deliver(found.box, self._answer_mail)
             self._answer(found)
 
-    def _deliver(self, box: HostMailbox, postman: MailboxHandler) -> None:
-        """Answer what comes into a box, until there is a packet to read or nothing comes for a while."""
+    def _deliver(self, box: HostMailbox, answer: MailboxHandler) -> None:
+        """Answer requests in a mailbox, until there is a packet to read, or no request for a while."""
         last = time.monotonic()
         while True:
             found = box.watch(_LOOKS)
             if found == MAIL:
-                postman(box)
-                if self._closed:  # the socket says so, which nobody looks at while mail comes
+                answer(box)
+                if self._closed:  # the socket, which is not read while requests come, would end the thread
                     return
                 last = time.monotonic()
             elif found == PACKET or (time.monotonic() - last > _RESTLESS and box.rest()):
@@ -151,8 +150,8 @@ class ShmServer(AcceptingServer[Doorbell]):
 
     def _answer(self, bell: Doorbell) -> None:
         packet = bell.receive()
-        if bell.box is not None and not packet.text:  # a knock, or it has just been opened
-            if self._postman is not None:
+        if bell.box is not None and not packet.text:  # a wake-up, or a mailbox that has just been opened
+            if self._answer_mail is not None:
                 bell.box.open()
             return
         name, spans = headers.read_request(packet.text, packet.size)
@@ -162,27 +161,27 @@ class ShmServer(AcceptingServer[Doorbell]):
             return
         try:
             payload = headers.layout(outcome)
-        except ProtocolError as error:  # what the handler returned cannot travel: its fault, not the wire's
+        except ProtocolError as error:  # the wire cannot carry the handler's reply
             bell.send(headers.error_text(error), _EMPTY)
             return
         bell.send(headers.reply_text(payload), payload, outcome)
 
 
-def serve(handler: Handler, postman: MailboxHandler | None = None) -> ShmServer:
-    """Let processes of this machine and user reach `handler`, which runs in one thread a connection.
+def serve(handler: Handler, answer: MailboxHandler | None = None) -> ShmServer:
+    """Serve `handler` to processes of this machine and user, in one thread per connection.
 
     Args:
-        postman: answers what comes into mailboxes; without one callers use none.
+        answer: Answers requests in mailboxes; None for a server that reads none.
     """
-    return ShmServer(handler, postman)
+    return ShmServer(handler, answer)
 
 
 def connect(address: str, *, timeout: float = 30.0) -> Channel:
     """Open a channel to a server of this machine.
 
     Raises:
-        ChannelTimeout: the server does not accept in time.
-        ChannelError: it is on another machine, gone, or of another user.
+        ChannelTimeout: The server does not accept in time.
+        ChannelError: The server is on another machine, gone, or of another user.
     """
     place, _, name = address.removeprefix("shm:").partition("/")
     if place != machine_id():

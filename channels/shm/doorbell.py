@@ -1,7 +1,7 @@
-"""The doorbell of the shared memory channel: one packet on a Unix socket for each request and reply.
+"""Packets of the shared memory channel: one on a Unix socket for each request and reply.
 
-A packet is a fixed head, the numbers of the segments that its sender has done with, and a protobuf
-`Header`; a new segment's descriptor travels beside it.
+A packet is a fixed head, the numbers of the segments that its sender has released, and a protobuf `Header`; a
+new segment's descriptor travels with it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _HEAD: Final = struct.Struct("<4sIQQI")  # magic, segment, capacity if it is new
 _MAGIC: Final = b"rmo1"
 _NO_SEGMENT: Final = 0xFFFFFFFF
 _MAILBOX: Final = 0xFFFFFFFE
-"""In a segment's place: the descriptor beside it is that of a mailbox, see `channels.shm.mailbox`."""
+"""In place of a segment: the packet has the descriptor of a mailbox, see `channels.shm.mailbox`."""
 _NOTE: Final = 0xFFFFFFFD
-"""In a segment's place: the packet is no message, but goes with the next one."""
+"""In place of a segment: the packet is a note, which belongs to the message after it."""
 _MAX_PACKET: Final = 1 << 16
 _MAX_RELEASED: Final = 64
 _CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # plain numbers: an enum's operators are slow
@@ -44,8 +44,8 @@ _WHEN_IT_COMES: Final = int(socket.MSG_CMSG_CLOEXEC)
 _AT_ONCE: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _LONGEST: Final = 1e9  # seconds that a socket takes as a time-out
 _SPIN: Final = 200e-6
-"""Seconds that a receive polls before it sleeps, where the wait before was short. To fall asleep and be
-woken costs about 50 µs at each end; waits longer than this are the peer computing, who wants the core."""
+"""Seconds that a receive polls before it sleeps, if the wait before was short. To sleep and wake up costs
+about 50 µs at each end; in longer waits the peer computes, and needs the core."""
 
 
 def _write(segment: ShmSegment, where: TensorSpan, tensor: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ def _write(segment: ShmSegment, where: TensorSpan, tensor: torch.Tensor) -> None
 
 
 class Packet(NamedTuple):
-    """What came: a header's text and the segment that holds the payload of `size` bytes; or a note."""
+    """A received packet: a header's text, and the segment with the payload of `size` bytes; or a note."""
 
     text: bytes
     size: int
@@ -66,17 +66,17 @@ class Packet(NamedTuple):
     note: bool = False
 
     def tensors(self, spans: tuple[TensorSpan, ...]) -> tuple[torch.Tensor, ...]:
-        """Views of the segment."""
+        """The tensors of the payload, as views of the segment."""
         if self.segment is None:
             return tuple(torch.empty(where.shape, dtype=where.dtype) for where in spans)
         return self.segment.views(spans)
 
 
 class Doorbell:
-    """One end of a connection: both directions' segments and the socket. Used by one thread at a time.
+    """One end of a connection: its socket, and the segments of both directions; used by one thread at a time.
 
     Raises:
-        ChannelError: the process at the other end belongs to another user.
+        ChannelError: The peer's process belongs to another user.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -88,8 +88,8 @@ class Doorbell:
         self._patience = 0.0
         self._brief = False  # the wait before was short
         self._shut = False
-        self._posted: ShmMailbox | None = None
-        self.box: HostMailbox | None = None  # that the peer has opened
+        self._mailbox: ShmMailbox | None = None
+        self.box: HostMailbox | None = None  # opened by the peer
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.peer, user, _ = _CREDENTIALS.unpack(credentials)
         if user != os.geteuid():
@@ -99,12 +99,12 @@ class Doorbell:
             )
 
     def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor] = ()) -> int | None:
-        """Write the tensors to a segment and ring; returns the segment's number, if one was needed.
+        """Write the tensors to a segment and send its packet; the segment's number, if one was needed.
 
         Raises:
-            ProtocolError: the header is too long.
-            ResourceError: the system gives no memory or descriptor.
-            ChannelError: the peer is gone.
+            ProtocolError: The header is too long.
+            ResourceError: The system gives no memory or descriptor.
+            ChannelError: The peer is gone.
         """
         size = payload.size
         if len(text) > _MAX_PACKET - _HEAD.size - 4 * _MAX_RELEASED:
@@ -118,7 +118,7 @@ class Doorbell:
                 for tensor, where in zip(tensors, payload.spans, strict=True):
                     _write(segment, where, tensor)
             except BaseException:
-                # The peer has not heard of it: a new segment is nobody's, an old one is free again.
+                # The peer has not been told: a new segment is dropped, an old one is free again.
                 if descriptor is None:
                     self._pool.release(number)
                 else:
@@ -143,8 +143,8 @@ class Doorbell:
         self._send(packet, descriptor)
 
     def _send(self, packet: bytes, descriptor: int | None) -> None:
-        if self._posted is not None:
-            self._posted.rang()
+        if self._mailbox is not None:
+            self._mailbox.count_packet()
         try:
             if descriptor is None:
                 self._socket.send(packet, socket.MSG_NOSIGNAL)
@@ -153,32 +153,32 @@ class Doorbell:
         except OSError as error:
             raise ChannelError(f"pid {self.peer} hung up: {error}") from error
 
-    def knock(self) -> None:
-        """Wake the peer, with a packet that says nothing.
+    def wake_peer(self) -> None:
+        """Wake the peer with an empty packet.
 
         Raises:
-            ChannelError: the peer is gone.
+            ChannelError: The peer is gone.
         """
         self._ring(b"", None, 0, 0, None)
 
     def note(self, text: bytes) -> None:
-        """Send what goes with the next message.
+        """Send a note, which belongs to the next message.
 
         Raises:
-            ProtocolError: it is too long.
-            ChannelError: the peer is gone.
+            ProtocolError: It is too long.
+            ChannelError: The peer is gone.
         """
         if len(text) > _MAX_PACKET - _HEAD.size:
             raise ProtocolError(f"a note of {len(text)} bytes does not fit a packet")
         self._send(_HEAD.pack(_MAGIC, _NOTE, 0, 0, 0) + text, None)
 
     def check_peer(self) -> None:
-        """See that the peer has not hung up.
+        """Check that the peer has not closed the connection.
 
         Raises:
-            ChannelError: it has, or this end was shut.
+            ChannelError: It has, or this end was shut.
         """
-        if self._shut:  # what came before that can still be read
+        if self._shut:  # packets from before that can still be read
             raise ChannelError(f"the connection to pid {self.peer} was shut")
         try:
             if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
@@ -190,28 +190,30 @@ class Doorbell:
         raise ChannelError(f"pid {self.peer} hung up")
 
     def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> ShmMailbox:
-        """A mailbox that the peer is told of; it says itself when the peer looks into it.
+        """Open a mailbox and send its memory to the peer; its `ready` says when the peer reads it.
 
         Raises:
-            ResourceError: the system gives no memory or descriptor.
-            ChannelError: the peer is gone.
+            ResourceError: The system gives no memory or descriptor.
+            ChannelError: The peer is gone.
         """
         memory, descriptor = new_segment(_MAILBOX, size_of(width, pairs, dtype))
         try:
-            mailbox = ShmMailbox(memory.memory, width, pairs, dtype, knock=self.knock, alive=self.check_peer)
+            mailbox = ShmMailbox(
+                memory.memory, width, pairs, dtype, wake=self.wake_peer, alive=self.check_peer
+            )
             self._send(_HEAD.pack(_MAGIC, _MAILBOX, memory.capacity, 0, 0), descriptor)
         finally:
             os.close(descriptor)
-        self._posted = mailbox  # the peer counts packets from the next one on
+        self._mailbox = mailbox  # the peer counts packets from the next one on
         return mailbox
 
     def receive(self, deadline: float | None = None) -> Packet:
         """Wait for a packet.
 
         Raises:
-            ChannelTimeout: the deadline (of `time.monotonic`) passed.
-            ChannelError: the peer is gone.
-            ProtocolError: the packet is malformed.
+            ChannelTimeout: The deadline (of `time.monotonic`) passed.
+            ChannelError: The peer is gone.
+            ProtocolError: The packet is malformed.
         """
         self._set_patience(deadline)
         try:
@@ -235,7 +237,7 @@ class Doorbell:
                 os.close(descriptor)
 
     def _wait(self) -> tuple[int, list[tuple[int, int, bytes]], int, Any]:
-        """The next packet into the buffer: polled for if the wait before was short, else slept for."""
+        """Receive the next packet into the buffer; polls first, if the wait before was short."""
         began = time.perf_counter()
         receive, into = self._socket.recvmsg_into, [self._buffer]
         if self._brief:
@@ -266,7 +268,7 @@ class Doorbell:
             )
             return Packet(b"", 0, None)
         if self.box is not None:
-            self.box.packet_came()
+            self.box.count_received()
         if index == _NOTE and not capacity:
             return Packet(bytes(packet[text:]), 0, None, note=True)
         if capacity:
@@ -275,12 +277,12 @@ class Doorbell:
         return Packet(bytes(packet[text:]), size, segment)
 
     def done_with(self, segment: ShmSegment | None) -> None:
-        """Nothing reads `segment` any more; the peer hears of it with the next packet. Any thread."""
+        """Release a segment of the peer, which learns of it with the next packet. Any thread."""
         if segment is not None:
             self._read.append(segment.index)
 
     def reusable(self, index: int | None) -> None:
-        """The peer has answered, so that the segment it read may be written again."""
+        """Reuse the segment of a message that the peer has answered."""
         if index is not None:
             self._pool.release(index)
 
@@ -300,20 +302,20 @@ class Doorbell:
 
     @property
     def caller(self) -> str:
-        """Who is at the other end, for logs."""
+        """The peer's name, for logs."""
         return f"pid {self.peer}"
 
     def shut(self) -> None:
-        """Wake whoever waits at either end, with an error. Any thread."""
+        """End the waits at both ends with an error. Any thread."""
         self._shut = True
-        posted = self._posted
-        if posted is not None:
-            posted.end()
+        mailbox = self._mailbox
+        if mailbox is not None:
+            mailbox.end()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Hang up, and unmap all memory but what tensors are views of."""
+        """Close the socket, and unmap all memory except what tensors are views of."""
         self.shut()
         self._socket.close()
         self._pool.clear()

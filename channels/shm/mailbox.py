@@ -1,8 +1,9 @@
-"""Mailboxes: small requests of inference through memory alone, beside a channel's socket.
+"""Mailboxes: small requests of inference through shared memory alone, beside a channel's socket.
 
-A router's lane has one box for each expert host of its machine, with room for one request of few rows and
-its reply. What a box cannot take, or the host refuses, goes over the channel, whose errors say why. A host
-that has had no mail for a while sleeps on the socket, and the next sender knocks.
+A router's lane has one mailbox for each expert host of its machine, with room for one request of few rows and
+its reply. A request that has no room, or that the host refuses, goes over the channel, whose errors give the
+reason. A host that has had no request in its mailbox for a while sleeps on the socket, and the next sender
+wakes it.
 
 The layout of the memory is `kernels.mailbox`'s words, then row_ptr, experts, gates, rows and replies.
 """
@@ -21,21 +22,21 @@ from kernels import mailbox as words_of
 from kernels.mailbox import Box
 
 _ALIGNMENT: Final = 64
-_WIDTH, _PAIRS, _SIZE = 48, 49, 50  # words that say what a box is, written once
-_READY = 51  # the host's word that it looks into the box
+_WIDTH, _PAIRS, _SIZE = 48, 49, 50  # words with the mailbox's shape, written once
+_READY = 51  # word that the host sets when it reads the mailbox
 _LOOKS: Final = 1000
-"""Looks between which a waiting client makes sure that the host lives: about half a millisecond."""
-_RESTLESS: Final = 20e-3  # seconds after which a client that waits sleeps between looks
+"""Reads of the mailbox between two checks of whether the host lives: about half a millisecond."""
+_RESTLESS: Final = 20e-3  # seconds after which a waiting client sleeps between reads
 _DTYPES: Final[dict[int, np.dtype[Any]]] = {4: np.dtype(np.float32), 8: np.dtype(np.float64)}
 
 
 def size_of(width: int, pairs: int, dtype: np.dtype[Any]) -> int:
-    """Bytes of a box for rows of `width` numbers and so many (row, expert) pairs."""
+    """Bytes of a mailbox for rows of `width` numbers and `pairs` (row, expert) pairs."""
     return _places(width, pairs, dtype)[-1][1]
 
 
 def box_at(memory: Array, width: int, pairs: int, dtype: np.dtype[Any]) -> Box:
-    """The box that lies at the start of `memory` (bytes)."""
+    """The arrays of the mailbox at the start of `memory` (bytes)."""
     parts = [
         memory[start:end].view(kind).reshape(shape)
         for start, end, kind, shape in _places(width, pairs, dtype)
@@ -46,7 +47,7 @@ def box_at(memory: Array, width: int, pairs: int, dtype: np.dtype[Any]) -> Box:
 def _places(
     width: int, pairs: int, dtype: np.dtype[Any]
 ) -> list[tuple[int, int, np.dtype[Any], tuple[int, ...]]]:
-    """Start, end, dtype and shape of each part."""
+    """Start, end, dtype and shape of each array."""
     parts: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...] = (
         (np.dtype(np.int64), (words_of.WORDS,)),
         (np.dtype(np.int32), (MAX_MAILBOX_ROWS + 1,)),
@@ -65,15 +66,15 @@ def _places(
 
 
 class ShmMailbox:
-    """The client's end, used by one thread at a time.
+    """The client's end of a mailbox, used by one thread at a time.
 
     Args:
-        memory: zeros, of `size_of` bytes at least, which the host sees too.
-        width: numbers of a row.
-        pairs: room for (row, expert) pairs.
+        memory: Zeros, of `size_of` bytes at least, shared with the host.
+        width: Numbers of a row.
+        pairs: Room for (row, expert) pairs.
         dtype: float32 or float64.
-        knock: wakes the host.
-        alive: raises a ChannelError when the host has hung up.
+        wake: Wakes the host.
+        alive: Raises a ChannelError if the host has closed the connection.
     """
 
     def __init__(
@@ -83,18 +84,17 @@ class ShmMailbox:
         pairs: int,
         dtype: np.dtype[Any],
         *,
-        knock: Callable[[], object],
+        wake: Callable[[], object],
         alive: Callable[[], object],
     ) -> None:
         self._box = box_at(memory, width, pairs, dtype)
         self._box.words[[_WIDTH, _PAIRS, _SIZE]] = width, pairs, dtype.itemsize
         self._token = np.zeros(MAX_MAILBOX_ROWS, np.int64)
-        self._knock, self._alive = knock, alive
+        self._wake, self._alive = wake, alive
         self._number = self._rows = 0
 
     @property
     def ready(self) -> bool:
-        """Whether the host has said that it looks into this box."""
         return bool(words_of.load(self._box.words, _READY))
 
     def post(
@@ -107,16 +107,6 @@ class ShmMailbox:
         call: tuple[int, int, int],
         shift: int = 0,
     ) -> int:
-        """Send what rows x [N, D] want of a host; the reply to the last request must have been collected.
-
-        Args:
-            idx, gates: [N, K].
-            host_of: [R, E], and which of its values is this host; token n goes by row (n + shift) % R.
-            call: epoch, step and layer.
-
-        Returns:
-            Rows sent; with none there is nothing to collect.
-        """
         box = self._box
         sent, asleep = words_of.post(
             tuple(box), self._token, (x, idx, gates), (host_of, host, shift), (*call, self._number + 1)
@@ -125,18 +115,10 @@ class ShmMailbox:
             self._number += 1
             self._rows = sent
             if asleep:
-                self._knock()
+                self._wake()
         return int(sent)
 
     def collect(self, out: Array, timeout: float | None) -> bool:
-        """Wait for the reply and add its rows to `out` [N, D]; whether the host has answered.
-
-        Where it has refused, nothing is added: the same call over the channel tells why.
-
-        Raises:
-            ChannelTimeout: no reply within so many seconds (None waits for ever).
-            ChannelError: the host has hung up.
-        """
         box, began = self._box, 0.0
         while True:
             found = words_of.collect(
@@ -153,23 +135,23 @@ class ShmMailbox:
                 time.sleep(1e-3)
 
     def end(self) -> None:
-        """Let a wait look at once whether the host lives: many looks take long where others want the core."""
+        """Let a wait check at once whether the host lives, instead of after many more reads."""
         words_of.store(self._box.words, words_of.ENDED, 1)
 
-    def rang(self) -> None:
-        """A packet is about to be sent on the socket."""
+    def count_packet(self) -> None:
+        """Count a packet that is about to be sent on the socket."""
         words = self._box.words
         words_of.store(words, words_of.RING, int(words[words_of.RING]) + 1)
 
 
 class HostMailbox:
-    """The host's end, used by one thread.
+    """The host's end of a mailbox, used by one thread.
 
     Args:
-        memory: bytes that a client may write at any time.
+        memory: Bytes that a client may write at any time.
 
     Raises:
-        ProtocolError: it is no box.
+        ProtocolError: The memory has not the shape of a mailbox.
     """
 
     def __init__(self, memory: Array) -> None:
@@ -189,7 +171,7 @@ class HostMailbox:
         self._asked = self._answered = self._packets = 0
 
     def open(self) -> None:
-        """Tell the client that requests will be answered."""
+        """Tell the client that the host reads this mailbox."""
         words_of.store(self.box.words, _READY, 1)
 
     @property
@@ -199,9 +181,10 @@ class HostMailbox:
         return int(words[words_of.EPOCH]), int(words[words_of.LAYER])
 
     def watch(self, looks: int) -> int:
-        """`kernels.mailbox.watch` for this box; with mail, the next `reply` is to the request there is now.
+        """`kernels.mailbox.watch` for this mailbox; the next `reply` answers the request that is there now.
 
-        A client that has given one up may send another at any time, for which that reply must not pass.
+        A client that has given up a request may write another one at any time, which that reply must not
+        answer.
         """
         found, asked = words_of.watch(self.box.words, self._answered, self._packets, looks)
         if found == words_of.MAIL:
@@ -209,31 +192,31 @@ class HostMailbox:
         return int(found)
 
     def accept(self, local_of: Array) -> tuple[int, int]:
-        """Rows and pairs of the request, checked into `row_ptr` and `expert`; none where it cannot be."""
+        """Check the request and copy it into `row_ptr` and `expert`; its rows and pairs, none if invalid."""
         box = self.box
         n, pairs = words_of.accept(box.words, box.row_ptr, box.expert, local_of, self.row_ptr, self.expert)
         return int(n), int(pairs)
 
     def reply(self, *, answered: bool) -> None:
-        """The reply is in the box, or there is none."""
+        """Answer the request with the rows in the mailbox, or refuse it."""
         words = self.box.words
         self._answered = self._asked
         words[words_of.STATUS] = words_of.ANSWERED if answered else words_of.REFUSED
         words_of.store(words, words_of.REPLY, self._answered)
 
     def rest(self) -> bool:
-        """Ask to be woken; whether nothing has come in the meantime."""
+        """Ask to be woken before sleeping; whether no request has come in the meantime."""
         words_of.store(self.box.words, words_of.ASLEEP, 1)
         return self.watch(0) == words_of.NOTHING
 
-    def packet_came(self) -> None:
-        """A packet has been read from the socket."""
+    def count_received(self) -> None:
+        """Count a packet that has been read from the socket."""
         words_of.store(self.box.words, words_of.ASLEEP, 0)
         self._packets += 1
 
 
 class MailboxHandler(Protocol):
-    """Answers a request in a mailbox with `HostMailbox.reply`; never raises."""
+    """A host's answer to a request in a mailbox, given with `HostMailbox.reply`; never raises."""
 
     def __call__(self, box: HostMailbox, /) -> None: ...
 

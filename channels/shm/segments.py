@@ -1,8 +1,8 @@
-"""Shared memory without names: sealed memfds, mapped once at each end and used again and again.
+"""Segments of shared memory: sealed memfds without names, mapped once at each end and reused.
 
-Each direction of a connection has a pool at its writer and a mirror of it at its reader. A segment's
-file descriptor travels with the first message that uses it and lives as long as its mapping (Python's
-mmap keeps a duplicate); both die with the processes, so that nothing is left behind whoever dies.
+Each direction of a connection has a pool of segments at its writer and a mirror of it at its reader. A
+segment's file descriptor travels with the first message that uses it and lives as long as its mapping
+(Python's mmap keeps a duplicate); both end with their processes, so that nothing is left behind.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class SegmentPool(Generic[S, H]):
     """The segments of memory that this end of a connection writes, which are used again.
 
     Args:
-        make: (number, bytes) -> a new segment, and what the peer opens it with.
-        capacity: bytes of a segment.
-        most: segments that there may be.
+        make: (number, bytes) -> a new segment, and the handle for the peer to open it.
+        capacity: Returns the bytes of a segment.
+        most: Most segments.
     """
 
     def __init__(
@@ -50,44 +50,44 @@ class SegmentPool(Generic[S, H]):
         """A free segment of at least `size` bytes, with its number, and its handle if it is new.
 
         Raises:
-            ResourceError: there is no memory for it.
-            ProtocolError: the peer holds on to every segment there may be.
+            ResourceError: There is no memory for it.
+            ProtocolError: The peer has released none of the segments.
         """
         fitting = [number for number in self._free if self._capacity(self._segments[number]) >= size]
         if fitting:
             number = fitting[0] if len(fitting) == 1 else min(fitting, key=self._size)
             self._free.remove(number)
             return number, self._segments[number], None
-        # A free one that is too small makes way, so that a pool follows its largest payloads.
+        # A free one that is too small is replaced, so that a pool follows its largest payloads.
         number = next(iter(self._free)) if self._free else self._unused()
-        # Room for a quarter more: rows differ from call to call, and a new segment costs.
+        # Room for a quarter more: payloads differ from call to call, and a new segment is expensive.
         segment, handle = self._make(number, size + size // 4)
         self._free.discard(number)
         self._segments[number] = segment
         return number, segment, handle
 
     def forget(self, number: int) -> None:
-        """Drop a segment that the peer has never heard of."""
+        """Drop a segment that the peer has not been told of."""
         self._segments.pop(number, None)
         self._free.discard(number)
 
     def release(self, number: int) -> None:
-        """The peer is done with a segment.
+        """Free a segment, which the peer has released.
 
         Raises:
-            ProtocolError: it was not in use.
+            ProtocolError: It was not in use.
         """
         if number not in self._segments or number in self._free:
             raise ProtocolError(f"the peer gave back segment {number}, which it did not have")
         self._free.add(number)
 
     def clear(self) -> None:
-        """Drop what nobody reads."""
+        """Drop all segments; memory that tensors are views of lives on."""
         self._free.clear()
         self._segments.clear()
 
     def _unused(self) -> int:
-        """A number for a new segment; those of forgotten ones are free."""
+        """The number for a new segment: the first that is not in use."""
         for number in range(self._most):
             if number not in self._segments:
                 return number
@@ -98,25 +98,25 @@ class SegmentPool(Generic[S, H]):
 
 
 class ShmSegment:
-    """One mapping. Views of `memory` keep it alive."""
+    """One mapped segment; views of `memory` keep it alive."""
 
-    __slots__ = ("_placed", "_views", "address", "capacity", "index", "memory")
+    __slots__ = ("_spans", "_views", "address", "capacity", "index", "memory")
 
     def __init__(self, index: int, descriptor: int, capacity: int) -> None:
         self.index = index
         self.capacity = capacity
-        # Page faults are paid for here, once, and not within a call.
+        # Page faults happen here, once, and not within a call.
         mapped = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.memory: np.ndarray[Any, Any] = np.frombuffer(mapped, np.uint8)
         self.address = address_of(self.memory)
-        self._placed: tuple[TensorSpan, ...] = ()
+        self._spans: tuple[TensorSpan, ...] = ()
         self._views: tuple[torch.Tensor, ...] = ()
 
     def views(self, spans: tuple[TensorSpan, ...]) -> tuple[torch.Tensor, ...]:
-        """The tensors that lie there. The last ones are remembered: payloads of one layout come in a row."""
-        if spans is not self._placed:
+        """The tensors at some spans; the last ones are cached, as payloads of one layout repeat."""
+        if spans is not self._spans:
             self._views = tuple([tensor_at(self.memory, self.address, where) for where in spans])
-            self._placed = spans
+            self._spans = spans
         return self._views
 
 
@@ -124,7 +124,7 @@ def new_segment(index: int, size: int) -> tuple[ShmSegment, int]:
     """A segment of at least `size` bytes, zeros, and its descriptor, which the caller closes.
 
     Raises:
-        ResourceError: the system gives no memory or descriptor.
+        ResourceError: The system gives no memory or descriptor.
     """
     capacity = -(-size // _GRAIN) * _GRAIN
     try:
@@ -141,10 +141,10 @@ def new_segment(index: int, size: int) -> tuple[ShmSegment, int]:
 
 
 def sealed_segment(index: int, descriptor: int, capacity: int) -> ShmSegment:
-    """Map a segment of the peer's; the caller closes the descriptor.
+    """Map a segment of the peer; the caller closes the descriptor.
 
     Raises:
-        ProtocolError: it is not what the peer says, or could be cut short while it is read.
+        ProtocolError: It differs from the peer's description, or could be truncated while it is read.
     """
     if not 0 < capacity <= MAX_CAPACITY:
         raise ProtocolError(f"the peer sends segment {index} of {capacity} bytes, beyond every limit")
@@ -164,7 +164,7 @@ def shm_pool() -> SegmentPool[ShmSegment, int]:
 
 
 class SegmentMirror:
-    """The segments that the peer writes and this end reads."""
+    """The peer's segments, which this end reads."""
 
     def __init__(self) -> None:
         self._segments: dict[int, ShmSegment] = {}
@@ -173,7 +173,7 @@ class SegmentMirror:
         """Map a new segment; the caller closes the descriptor.
 
         Raises:
-            ProtocolError: it is not what the peer says, or could be cut short while it is read.
+            ProtocolError: It differs from the peer's description, or could be truncated while it is read.
         """
         if index >= MAX_SEGMENTS:
             raise ProtocolError(f"the peer sends segment {index}, {MAX_SEGMENTS} at most")
@@ -183,7 +183,7 @@ class SegmentMirror:
         """The segment of a message with `size` bytes.
 
         Raises:
-            ProtocolError: there is none, or it is smaller.
+            ProtocolError: There is none, or it is smaller.
         """
         segment = self._segments.get(index)
         if segment is None or segment.capacity < size:
@@ -191,7 +191,7 @@ class SegmentMirror:
         return segment
 
     def clear(self) -> None:
-        """Unmap what nobody reads."""
+        """Unmap all segments except those that tensors are views of."""
         self._segments.clear()
 
 

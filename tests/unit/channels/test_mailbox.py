@@ -192,7 +192,7 @@ def test_what_is_abandoned_is_not_mistaken_for_what_follows(cluster: Mailed) -> 
 
 def pair(width: int = 4, pairs: int = 8) -> tuple[ShmMailbox, HostMailbox, np.ndarray]:
     memory = np.zeros(size_of(width, pairs, FLOAT64), np.uint8)
-    mailbox = ShmMailbox(memory, width, pairs, FLOAT64, knock=lambda: None, alive=lambda: None)
+    mailbox = ShmMailbox(memory, width, pairs, FLOAT64, wake=lambda: None, alive=lambda: None)
     return mailbox, HostMailbox(memory), memory
 
 

@@ -138,7 +138,7 @@ def test_every_pair_goes_once_to_the_holder_whose_turn_it_is(case: Replicated) -
     for host, part in enumerate(slices):
         memory = np.zeros(size_of(2, MAX_MAILBOX_ROWS * top_k, np.dtype(np.float64)), np.uint8)
         box = ShmMailbox(
-            memory, 2, MAX_MAILBOX_ROWS * top_k, np.dtype(np.float64), knock=lambda: None, alive=lambda: None
+            memory, 2, MAX_MAILBOX_ROWS * top_k, np.dtype(np.float64), wake=lambda: None, alive=lambda: None
         )
         rows = torch.arange(2.0 * len(idx), dtype=torch.float64).view(-1, 2)
         arrays = (rows.numpy(), idx.numpy(), gates.numpy())
