@@ -1,8 +1,8 @@
-"""A timeline of some training steps: who computes when, who waits for whom.
+"""A timeline of some training steps: when each process computes, and when it waits.
 
-Each process writes spans of its own into a file, in the trace event format that Chrome's and Perfetto's
-viewers take, by the machine's wall clock; files of one run are merged into one picture. Spans of different
-machines lie as right as their clocks.
+Each process writes its spans into a file, in the trace event format of Chrome's and Perfetto's viewers; the
+files of a run are merged into one. Times are wall-clock times: spans of different machines are as accurate as
+their clocks.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from typing import Any, Final
 FOLDER: Final = "profile"
 MERGED: Final = "timeline.json"
 WARM_UP: Final = 2
-"""Steps of a process that are not worth looking at: memory is mapped, channels are opened."""
+"""First steps of a process that are not recorded: memory is mapped, channels are opened."""
 
 
 class Timeline:
-    """Spans of one process; any thread.
+    """Spans of one process, recorded by any thread.
 
     Args:
-        process: its name in the picture, unique within the run.
-        steps: that are recorded.
-        folder: to write to, when the last of them is done.
+        process: The process's name in the viewer, unique within the run.
+        steps: The steps to record.
+        folder: Gets the file, after the last of these steps.
     """
 
     def __init__(self, process: str, steps: range, folder: Path) -> None:
         self._process, self._steps, self._folder = process, steps, folder
-        self._pid = zlib.crc32(process.encode()) >> 1  # a number, which the format wants
+        self._pid = zlib.crc32(process.encode()) >> 1  # the format requires a number
         self._events: list[dict[str, Any]] = []
         self._tracks: dict[str, int] = {}
         self._guard = threading.Lock()
 
     @contextmanager
     def span(self, step: int, name: str, track: str = "", **details: int) -> Iterator[None]:
-        """What happens within this belongs together; nothing is recorded of other steps.
+        """Record what happens within this context as one span, if the step is recorded.
 
         Args:
-            track: the row in the picture; the thread's own if it is empty.
-            details: shown when the span is chosen.
+            track: The row in the viewer; the thread's own if it is empty.
+            details: Shown when the span is selected.
         """
         if step not in self._steps:
             yield
@@ -69,24 +69,24 @@ class Timeline:
                 )
 
     def done(self, step: int) -> None:
-        """A step is over: after the last one that is recorded, the file is written."""
+        """End a step; after the last one to record, write the file."""
         if not self._steps or step != self._steps[-1]:
             return
         with self._guard:
             names = [_name("process_name", self._pid, 0, self._process)]
             names += [_name("thread_name", self._pid, row, track) for track, row in self._tracks.items()]
             _write(self._folder / f"{self._process}.json", [*names, *self._events])
-            self._events.clear()  # a run that goes back records the step again
+            self._events.clear()  # a run that goes back to an earlier step records it again
 
 
 def profiled(first: int, count: int, last: int) -> range:
-    """The steps to record: `count` of them after a warm-up, of a run from step `first` to before `last`."""
+    """The steps to record: `count` of them after a warm-up, of a run of steps `first` to `last` - 1."""
     begin = first + WARM_UP
     return range(begin, max(begin, min(begin + count, last)))
 
 
 def merge(folder: Path) -> Path | None:
-    """One file of all that the processes of a run have written there; None if there is nothing."""
+    """Merge the files that the processes of a run have written; None if there are none."""
     files = sorted(file for file in folder.glob("*.json") if file.name != MERGED)
     if not files:
         return None

@@ -1,4 +1,4 @@
-"""An engine's two ways to its experts, for the two halves of a large step."""
+"""The two lanes of an engine, for the two halves of a large step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class EngineLanes:
     """Implements `Experts`, `ArrayExperts` and `PairedExperts`; one thread uses it at a time.
 
     Args:
-        router: has two lanes, which are the engine's alone.
+        router: With two lanes, which no other thread uses.
     """
 
     def __init__(self, router: Router) -> None:
@@ -22,29 +22,26 @@ class EngineLanes:
 
     @property
     def pair(self) -> tuple[Experts, Experts]:
-        """See `model.experts.protocols.PairedExperts`."""
         return self._lanes
 
     @property
     def lanes(self) -> tuple[Lane, Lane]:
-        """The two, the first of which takes steps that are not halved."""
+        """Both lanes; the first one takes steps that are not halved."""
         return self._lanes
 
     def begin(self, step: int) -> None:
-        """Start a step of the engine: calls from here on carry its number."""
+        """Start a step of the engine: later calls carry its number."""
         for half, lane in enumerate(self._lanes):
             lane.begin(step, half)
 
     def dispatch(self, layer: int, rows: Tensor, idx: Tensor, gates: Tensor) -> Pending:
-        """See `Lane.dispatch`."""
         return self._lanes[0].dispatch(layer, rows, idx, gates)
 
     def dispatch_arrays(self, layer: int, rows: Array, idx: Array, gates: Array) -> MailboxCall | None:
-        """See `Lane.dispatch_arrays`."""
         return self._lanes[0].dispatch_arrays(layer, rows, idx, gates)
 
     def abandon(self) -> None:
-        """See `Lane.abandon`."""
+        """Abandon the open calls of both lanes after an error."""
         for lane in self._lanes:
             lane.abandon()
 

@@ -1,4 +1,4 @@
-"""A router by itself: for callers that hold hidden states and want a MoE layer's routed experts applied.
+"""A router with the gates, for callers that have hidden states and no trunk.
 
 Shapes: N tokens, D hidden, K experts per token, E experts.
 """
@@ -18,13 +18,13 @@ from model.routing import affinity, gate_values, select_experts
 
 
 class GateRouter:
-    """The gates of all MoE layers, and the way to the experts.
+    """Gates of all MoE layers, and a router to their experts.
 
     Args:
-        config: the model.
-        gates: model layer index -> weight `[E, D]` and bias `[E]` (float32) of its gate.
-        router: with one lane or more; calls beyond their number wait for a free one.
-        lanes: how many lanes the router has.
+        config: The model.
+        gates: Model layer index -> weight `[E, D]` and bias `[E]` (float32) of its gate.
+        router: Calls wait for one of its lanes.
+        lanes: Number of the router's lanes.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class GateRouter:
         """The routed experts' sum [N, D] for hidden [N, D], and the experts chosen [N, K].
 
         Raises:
-            ProtocolError: a layer without routed experts, or hidden states of another width.
-            ChannelError: a host cannot be reached.
+            ProtocolError: The layer has no routed experts, or the hidden states have another width.
+            ChannelError: A host cannot be reached.
         """
         if layer not in self._gates:
             raise ProtocolError(f"layer {layer} has no routed experts; these have: {sorted(self._gates)}")
@@ -86,12 +86,12 @@ class GateRouter:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Hang up on the hosts."""
+        """Close all channels."""
         self._router.close()
 
 
 def gates_of(config: ModelConfig, trunk: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """The gates' weights and biases out of a trunk's tensors (`WeightSource.trunk`)."""
+    """Weights and biases of the gates from a trunk's tensors (`WeightSource.trunk`)."""
     prefix = "model.layers.{}.mlp.gate.{}"
     return {
         layer: (

@@ -1,4 +1,4 @@
-"""The gRPC service of a router that runs by itself."""
+"""The gRPC service of a `GateRouter`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from protos import (
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):
-    """MoE layers for callers outside; an error ends only its own request, not the stream."""
+    """Applies MoE layers for callers outside; an error ends its own request only, not the stream."""
 
     def __init__(self, router: GateRouter) -> None:
         self._router = router
