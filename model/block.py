@@ -20,7 +20,7 @@ from model.mlp import SwiGLU
 from model.moe import MoE
 from model.norm import RMSNorm
 from model.rope import Rotation
-from model.trace import Trace
+from model.routing_trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import split_by_host
-from model.transfer import to_cpu, to_device
+from model.device_copies import to_cpu, to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.experts.protocols import Experts
 from model.mlp import SwiGLU
 from model.routing import affinity, gate_values, select_experts
-from model.trace import Trace
+from model.routing_trace import Trace
 
 
 class Gate(nn.Module):

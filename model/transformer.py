@@ -20,7 +20,7 @@ from model.moe import Gate
 from model.mtp import MTPModule
 from model.norm import RMSNorm
 from model.rope import rotation
-from model.trace import Trace
+from model.routing_trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,8 @@ from channels.base import Phase, Request, RequestId
 from channels.shm.mailbox import HostMailbox
 from errors import ProtocolError, RaymoeError, StaleEpoch
 from kernels.experts import mix_experts
+from model.device_copies import to_cpu
 from model.experts.grouped_swiglu import experts_backward, experts_forward
-from model.transfer import to_cpu
 
 
 class ExpertHost(HostState):

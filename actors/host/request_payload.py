@@ -9,7 +9,7 @@ from actors.host.expert_layers import Layer
 from channels.base import Request
 from errors import ProtocolError
 from kernels.dispatch import FOREIGN, MALFORMED, localize
-from model.transfer import to_device
+from model.device_copies import to_device
 
 
 def payload(request: Request, n: int, device: torch.device) -> tuple[Tensor, ...]:

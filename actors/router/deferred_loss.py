@@ -20,8 +20,8 @@ from actors.router.connections import LaneCounters
 from actors.router.lane import Lane, needs_gradient
 from actors.router.training_call import TwoWay, dispatched
 from errors import RaymoeError, gives_way
+from model.device_copies import to_cpu
 from model.experts.protocols import Pending
-from model.transfer import to_cpu
 
 T = TypeVar("T")
 

@@ -21,8 +21,8 @@ from actors.router.reroute import Reroute
 from actors.router.routing import Routing
 from actors.router.training_call import TrainingCall, dispatched
 from channels.base import MAX_MAILBOX_ROWS
+from model.device_copies import to_cpu
 from model.experts.protocols import Pending
-from model.transfer import to_cpu
 
 Array = npt.NDArray[Any]
 

@@ -25,7 +25,7 @@ from actors.router.routing import Routing
 from channels.base import Phase
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, StaleEpoch
-from model.transfer import to_cpu, to_device
+from model.device_copies import to_cpu, to_device
 
 _MAX_REPEATS: Final = 3
 """Times that a request is repeated, each over a new channel."""

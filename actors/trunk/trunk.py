@@ -25,11 +25,11 @@ from actors.trunk.lanes import LaneThreads, StepLane
 from actors.trunk.parameters import TrunkParameters
 from actors.trunk.step_inputs import Microbatch, StepInputs
 from errors import RaymoeError, gives_way
+from model.device_copies import to_device
 from model.experts.protocols import Experts
 from model.losses.training_losses import Evaluation, Losses, LossWeights, evaluation_loss, training_loss
 from model.optimizers.adamw import value_dtype
-from model.trace import Trace
-from model.transfer import to_device
+from model.routing_trace import Trace
 from model.transformer import Transformer
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.transfer import to_device
+from model.device_copies import to_device
 
 _ALIGNED = 16
 

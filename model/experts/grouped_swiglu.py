@@ -23,8 +23,8 @@ from torch import Tensor
 
 from kernels.constants import FEW_ROWS
 from kernels.experts import mix_experts
+from model.device_copies import to_device
 from model.experts.grouped_products import Groups, group
-from model.transfer import to_device
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}  # what compiled functions take
 

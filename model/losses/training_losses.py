@@ -18,7 +18,7 @@ from model.block import Pass
 from model.experts.protocols import Experts
 from model.losses.cross_entropy import IGNORE, greedy, linear_cross_entropy
 from model.mtp import MTPModule, draft_acceptance
-from model.trace import Trace
+from model.routing_trace import Trace
 from model.transformer import Hidden, Transformer
 
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import MtpCache
 
 from model.balance_loss import BalanceWeights
 from model.losses.training_losses import LossWeights, drafts, training_loss
-from model.trace import Trace
+from model.routing_trace import Trace
 from support.reference_models import TOLERANCE, ours, random_tokens, their_modules, theirs, tiny
 
 YARN = {

@@ -25,6 +25,7 @@ from engine.runner import Runner
 from engine.weights import TrunkWeights
 from jobs.config.presets import preset
 from model.balance_loss import BalanceWeights
+from model.device_copies import to_cpu, to_device
 from model.dispatch import HostSlice, OutgoingRows, combine_rows
 from model.experts.grouped_products import InOneKernel, group
 from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
@@ -32,8 +33,7 @@ from model.experts.local import LocalExperts
 from model.experts.protocols import CompletedPending, Experts, Pending
 from model.losses.training_losses import LossWeights, training_loss
 from model.optimizers.adamw import AdamW
-from model.trace import Trace
-from model.transfer import to_cpu, to_device
+from model.routing_trace import Trace
 from model.transformer import Transformer
 
 DEVICE = "toy"

@@ -28,7 +28,7 @@ from model.losses.training_losses import (
 )
 from model.mtp import MTPModule, draft_acceptance
 from model.routing import affinity
-from model.trace import Trace
+from model.routing_trace import Trace
 from support.small_config import SMALL
 
 NO_BALANCE = BalanceWeights()
