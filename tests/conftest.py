@@ -10,14 +10,15 @@ import torch
 
 from support.soak_parts import soak_part
 
-# What a shell starts in the background is deaf to Ctrl-C, and so would be all that the tests interrupt.
+# A shell starts background jobs with SIGINT ignored, which the processes under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The models are tiny: a second thread only waits, and on a busy machine it waits long.
+# The models are tiny: a second thread would only wait for the first.
 torch.set_num_threads(1)
 
-# Ray would give its workers way to every other process of the machine, as the tests of another process are.
+# By default Ray's workers have a lower priority than other processes, and the tests of another process would
+# starve them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 # Modules that take long come first, so that all processes end at about the same time. Modules that share a

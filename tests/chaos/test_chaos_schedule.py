@@ -58,7 +58,7 @@ ACTORS = [
     actor("_CoordinatorProcess", 10, job="04", node="n1"),  # of another job, with the same process id
     actor("ServeReplica:mine:experts", 50),
     actor("ServeReplica:other:experts", 51),
-    actor("_CoordinatorProcess", 11),  # stands by
+    actor("_CoordinatorProcess", 11),  # a standby
     actor("_CoordinatorProcess", 12, job="03"),
     actor("_ExpertHostProcess", 20),
     actor("ServeReplica:mine:trunk", 31, node="n1"),

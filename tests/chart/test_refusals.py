@@ -263,7 +263,7 @@ def test_is_refused_in_a_sentence(version: str, settings: tuple[str, ...], why: 
 @pytest.mark.parametrize("version", HELMS)
 @pytest.mark.parametrize(("setting", "name"), UNFIT)
 def test_what_the_schema_refuses_is_named(version: str, setting: str, name: str) -> None:
-    # One helm writes a name with dots, the other with slashes.
+    # helm 3 and helm 4 write names differently, with dots or with slashes.
     assert name in refusal(version, *SERVE, setting).replace("/", ".")
 
 

@@ -23,7 +23,7 @@ from building import build, exists, fetch_wheels, make_base, size
 from containers import Containers
 
 TOOLS = ("debootstrap", "buildah", "podman", "runc")
-HEAD, WORKER = "127.0.0.2", "127.0.0.3"  # Ray would put this machine's address in place of 127.0.0.1
+HEAD, WORKER = "127.0.0.2", "127.0.0.3"  # Ray replaces 127.0.0.1 by this machine's address
 PORT = 6379
 DASHBOARD = "http://127.0.0.1:8265"
 SERVED = "http://127.0.0.1:8000"

@@ -256,7 +256,7 @@ def test_a_killed_host_is_an_error_at_once(hosts: Hosts) -> None:
         lane.abandon()
         router.close()
     report = StepReport(worker=0, step=0, loads=torch.zeros(len(LAYERS), 8, dtype=torch.int64))
-    with pytest.raises(Interrupted):  # that it is lost, or that all have gone back since
+    with pytest.raises(Interrupted):  # the host is lost, or all have rolled back since
         coordinator.report(report)
     resume = coordinator.join(0, 1, 0, "host-1 is gone")
     assert (resume.attempt, resume.step) == (1, 0)

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 PROMPT = "def add_argument(self"
-# Four experts of two groups: the one relation for which transformers judges groups as the paper does.
+# With four experts of two groups alone, transformers scores groups as the paper does.
 SHAPE = {"model__n_routed_experts": 16, "model__num_experts_per_tok": 4}
 runner = CliRunner()
 

@@ -22,7 +22,7 @@ LONGEST = 128
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    # As many rows as tokens: transformers counts in rows that stand for no token, the server does not.
+    # As many rows as tokens: transformers scores rows without a token, the server does not.
     model = tiny_model(vocab_size=tiny_tokenizer()[0].get_vocab_size())
     directory = save_model(model, tmp_path_factory.mktemp("served") / "tiny")
     with running(model, directory, tmp_path_factory.mktemp("log") / "serve.log") as server:
@@ -109,7 +109,7 @@ def test_scores_and_samples_are_those_of_transformers(server: Server, tasks: Pat
     )
     reference, theirs = evaluate(
         "hf",
-        # Its cache of logits mixes up documents of which one's context is another's with its continuation.
+        # Its cache of logits confuses documents whose context is another's context with continuation.
         f"pretrained={server.directory},tokenizer={server.directory},dtype=float64,"
         f"experts_implementation=eager,max_length={LONGEST},logits_cache=False",
         tasks,

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-# Every node's agent would take the same port, and so would that of any other cluster of this machine.
+# By default every node's agent, of any cluster on this machine, takes the same port.
 FREE_PORTS = {"dashboard_agent_listen_port": 0}
 
 

@@ -68,7 +68,7 @@ def test_a_node_is_lost_while_serving(cluster: Cluster, tmp_path: Path) -> None:
         "cluster.expert_hosts": 3,
         "cluster.replicas": 2,
         "cluster.dead_after": 2.0,
-        "serving.replicas": 2,  # else all streams wait for another one when the only one was on that node
+        "serving.replicas": 2,  # a single replica could be on the removed node
         "serving.cpus_per_replica": 0.5,
     }
     options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]

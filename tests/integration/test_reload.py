@@ -158,7 +158,7 @@ def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
     assert len(answers) > 50
     for _, _, result in reloads:
         assert (result["replicas"], result["expert_hosts"]) == (2, 3)
-    # Between two reloads there is one version; during one, an answer is of either, or goes over.
+    # Between two reloads there is one version; during one, an answer has either version or changes over.
     calm = [(0.0, reloads[0][0], OLD)]
     calm += [
         (ended, following, result["version"].split("-")[0])
@@ -312,7 +312,7 @@ def test_a_pool_that_crashes_comes_back_with_the_checkpoint_of_the_deployment(
     assert len(pool) == 1
     kill(pool)
     text, version = answer_in_time(server)
-    while not version.startswith(f"{OLD}-"):  # a replica may answer until it has heard of the new pool
+    while not version.startswith(f"{OLD}-"):  # a replica may answer until it knows the new pool
         text, version = answer_in_time(server)
     assert text == expected[OLD][PROMPT]
     reloaded(server, directories["new"])

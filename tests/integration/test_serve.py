@@ -194,7 +194,7 @@ def kept_by_hosts(server: Server) -> list[int]:
 def test_expert_hosts_of_an_embedded_cluster_listen_on_the_loopback(server: Server) -> None:
     hosts = server.hosts()
     assert len(hosts) == 2
-    # Ray's own ports apart: each host has one that is ours, for gRPC.
+    # Beside Ray's ports, each host has a gRPC port of raymoe.
     for host in hosts:
         listening = {c.laddr.ip for c in host.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
         assert any(address.endswith("127.0.0.1") for address in listening)

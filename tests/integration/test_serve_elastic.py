@@ -100,7 +100,7 @@ def test_a_host_that_hangs_is_given_up(server: Server, admin: AdminClient, undis
     load = under_load(server, undisturbed, lambda: hung.send_signal(signal.SIGSTOP), STREAMS * 10)
     print(f"stopped: longest gap {load.gap:.2f} s")
     settled(admin, HOSTS)
-    hung.wait(60)  # it was ended, and does not come back
+    hung.wait(60)  # it was killed and is not restarted
 
 
 def test_a_killed_coordinator_is_not_missed(

@@ -49,7 +49,7 @@ def text(replies: list[GenerateReply]) -> str:
 def test_the_same_tokens_as_the_model_and_as_over_http(server: Server, channel: grpc.Channel) -> None:
     replies = list(call(channel, max_tokens=24, ignore_eos=True, model="tiny"))
     assert [token for reply in replies for token in reply.token_ids] == server.greedy(24)
-    assert len(replies) > 1  # they come as the tokens do
+    assert len(replies) > 1  # streamed
     assert replies[-1].finish_reason == "length"
     assert replies[-1].usage.completion_tokens == 24
     whole = server.client.completions.create(

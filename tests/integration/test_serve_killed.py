@@ -209,4 +209,4 @@ def test_answers_in_one_piece_and_conversations_survive_as_well(server: Server) 
     calm = asyncio.run(ask_all())
     kill = True
     assert asyncio.run(ask_all()) == calm
-    all_there(server)  # the end of the server would wait for a replica that is being started
+    all_there(server)  # stopping the server would wait for a replica that is starting

@@ -89,7 +89,7 @@ def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
     assert {answer.choices[0].text for answer in answers} == {tokenizer.decode(server.greedy(20))}
     assert len({answer.system_fingerprint for answer in answers}) == 1
     assert sum(metric(server, "request_success_total").values()) - answered == REQUESTS
-    # Both replicas have had requests of their own, and have none any more.
+    # Both replicas have had requests, and have none any more.
     taken = {of: count - had[of] for of, count in metric(server, "engine_requests").items()}
     assert len(taken) == 2
     assert sum(taken.values()) == REQUESTS
@@ -100,7 +100,7 @@ def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
 
 
 def test_autoscaling_is_handed_to_serve(directory: Path) -> None:
-    from ray.serve import Application  # Ray's warnings are let pass in tests alone
+    from ray.serve import Application  # here, where Ray's warnings are ignored
 
     from jobs.serving.deployment import build_application
 

@@ -25,7 +25,7 @@ LOAD = 0.8
 MIB = 1 << 20
 # Half of the requests are sampled, and one in ten clients hangs up in the middle.
 MIX = RequestMix(temperatures=(0.0, 0.9), drops=0.1, seed=1)
-# Small enough for the load to fill it many times over: pages go round, and prefixes are given up.
+# Small enough for the load to fill it many times, so that pages are reused and prefixes evicted.
 OPTIONS = ("--set=cluster.expert_hosts=2", "--set=serving.cache_tokens=8192")
 
 

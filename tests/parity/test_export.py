@@ -15,7 +15,7 @@ from model.causal_lm import CausalLM
 from model.checkpoints.pretrained import RandomSource, save_pretrained
 
 transformers = pytest.importorskip("transformers")
-# Four experts of two groups: the one relation for which transformers judges groups as the paper does.
+# With four experts of two groups alone, transformers scores groups as the paper does.
 CONFIG = load_config(
     preset_name="tiny", overrides=["model.n_routed_experts=16", "model.num_experts_per_tok=4"]
 ).model

@@ -56,7 +56,8 @@ HOSTS, CHANNELS = (0, 1, 2, 4), ("shm", "collective", "grpc")
 ALL = [
     (model, settings, hosts, channel)
     for model, settings, hosts, channel in itertools.product(MODELS, SETTINGS, HOSTS, CHANNELS)
-    if (hosts or channel == CHANNELS[0]) and (hosts or "overlap" not in settings)  # without, nothing is away
+    if (hosts or channel == CHANNELS[0])
+    and (hosts or "overlap" not in settings)  # only hosts give the halves something to wait for
 ]
 COVERING = [
     *(("random", settings, 0, "shm") for settings in SETTINGS if "overlap" not in settings),
@@ -97,7 +98,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
                 else random_prompts(model.config, LENGTHS, EACH)
             )
             expected = generated_by_transformers(model, prompts, NEW)
-            assert len({token for tokens in expected for token in tokens}) > 20  # no one says one word alone
+            assert len({token for tokens in expected for token in tokens}) > 20  # not one token over and over
             made[name] = Case(model, prompts, expected)
         return made[name]
 
@@ -114,7 +115,7 @@ def check(case: Case, settings: str, hosts: int, channel: str, *, learned: bool)
         assert (engine.scheduler.preemptions > 0) == ("preemption" in settings)
         drafting = SETTINGS[settings].drafts != 0
         assert (engine.stats.proposed[0] > 0) == drafting
-        if learned and drafting:  # so that what is tested is right drafts as well as wrong ones
+        if learned and drafting:  # so that some drafts are right and some are wrong
             assert 0.1 < engine.stats.accepted[0] / engine.stats.proposed[0] < 1
 
 
@@ -153,7 +154,7 @@ def test_a_known_prefix_changes_no_token(case_of: Callable[[str], Case], model: 
         again = greedily(engine, case.prompts, NEW)
         assert said(again) == case.expected
         assert_known(again)
-        # What was said is known as well as what was asked.
+        # Generated tokens are in the prefix cache as well as prompts.
         half = NEW // 2
         longer = [[*prompt, *told[:half]] for prompt, told in zip(case.prompts, case.expected, strict=True)]
         rest = greedily(engine, longer, NEW - half)

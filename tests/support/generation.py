@@ -43,7 +43,7 @@ def random_model(config: ModelConfig) -> CausalLM:
 def trained_model(output: Path, *, steps: int, modules: int) -> CausalLM:
     """A tiny model with MTP modules, trained on a Python source, in float64."""
     config = tiny_run(
-        # Four experts of two groups: the one relation for which transformers judges groups as the paper does.
+        # With four experts of two groups alone, transformers scores groups as the paper does.
         model={"n_routed_experts": 16, "num_experts_per_tok": 4, "num_nextn_predict_layers": modules},
         training={"steps": steps, "learning_rate": 6e-3, "eval_interval": 0, "tensorboard": False},
         checkpoint={"interval": 0},

@@ -39,7 +39,7 @@ from jobs.training.worker_assembly import assemble_worker
 from protos import coordinator_pb2_grpc
 from support.training_job import Corpus, Outcome, weights_of
 
-_PATIENCE = 60.0  # seconds for whatever has to come
+_PATIENCE = 60.0  # seconds to wait for any result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,7 +191,7 @@ def test_models_health_and_metrics(served: Served) -> None:
         assert f"raymoe_{name}" in text
     assert 'raymoe_request_success_total{finished_reason="length",model_name="tiny"}' in text
     assert 'raymoe_expert_hosts_wanted{model_name="tiny"} 3.0' in text
-    assert "raymoe_expert_balancedness{" not in text  # nothing is known of it yet
+    assert "raymoe_expert_balancedness{" not in text  # not known yet
 
 
 def test_keys_and_a_full_queue() -> None:

@@ -186,7 +186,7 @@ def test_who_stops_listening_stops_the_generation(served: Served) -> None:
         replies = Methods(served).Generate(request, grpc_context=Context())
         await anext(replies)
         await replies.aclose()
-        await asyncio.wrap_future(served.service.call(lambda: None))  # the engine has heard of it
+        await asyncio.wrap_future(served.service.call(lambda: None))  # the engine has processed it
         assert served.engine.pool.held == 0
 
     asyncio.run(leave())

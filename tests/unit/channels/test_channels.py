@@ -171,19 +171,19 @@ def test_close_leaves_no_thread_and_no_descriptor(kind: str) -> None:
         channels = [CONNECT.get(kind, choose.connect)(server.address) for _ in range(3)]
         for opened in channels:
             opened.submit(request(torch.ones(300, 300))).result(30)
-        for opened in channels[:2]:  # the third is hung up on by the server
+        for opened in channels[:2]:  # the server closes the third
             opened.close()
         server.close()
         channels[2].close()
 
-    once()  # what a first use opens for good, as gRPC's own pollers
+    once()  # files that a first use opens for good, such as gRPC's pollers
     threads, files = set(threading.enumerate()), _open_files()
     for _ in range(5):
         once()
     for thread in set(threading.enumerate()) - threads:
-        thread.join(30)  # gRPC's own end in their own time, ours have been joined by close
+        thread.join(30)  # gRPC's threads end later; ours have been joined by close
         assert not thread.is_alive(), thread.name
-    assert _open_files() <= files + 2  # gRPC closes its sockets in its own time
+    assert _open_files() <= files + 2  # gRPC closes its sockets later
     assert not [name for name in os.listdir("/dev/shm") if "raymoe" in name]
 
 
@@ -208,7 +208,7 @@ def test_nobody_listening_is_said() -> None:
         choose.connect(server.address)
     with pytest.raises(ChannelError, match="nobody listens at grpc:"):
         choose.connect("grpc:127.0.0.1:1", timeout=60.0)
-    with socket.socket() as deaf:  # takes connections, and says nothing
+    with socket.socket() as deaf:  # accepts connections and never answers
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         with pytest.raises(ChannelTimeout, match=r"within 0\.3 s"):

@@ -307,11 +307,11 @@ def note(
     [
         b"",
         b"\xff" * 200,
-        note(),  # of a segment that nobody has told of
+        note(),  # of an unknown segment
         note(number=7),
         note(capacity=CAPACITY, handle=b"/etc/passwd"),
         note(capacity=CAPACITY, handle=b""),
-        note(done=1),  # gives back what it never had
+        note(done=1),  # gives back a segment that it never had
         note(places=2),
         note(places=60000)[:9000],
         note(text=b"\xff\xff"),

@@ -72,7 +72,7 @@ def test_generated_code_reads_and_writes_frames(items: list[torch.Tensor]) -> No
     for offset, item in zip(offsets(message.header), items, strict=True):
         raw = message.payload[offset : offset + item.numel() * item.element_size()]
         assert raw == item.reshape(-1).view(torch.uint8).numpy().tobytes()
-    # A foreign client lays its payload out as it likes: here without padding, at odd offsets.
+    # Another client may lay its payload out differently: here without padding, at odd offsets.
     foreign = expert_pb2.Frame(header=message.header)
     del foreign.header.layout[:]
     payload = b"?"
@@ -186,5 +186,5 @@ def test_no_flipped_byte_crashes_the_decoder(data: st.DataObject) -> None:
         got = frame_codec.decode_request(bytes(frame))
     except ProtocolError:
         return
-    for item in got.tensors:  # what was accepted lies within the frame: reading it is safe
+    for item in got.tensors:  # an accepted tensor lies within the frame, so it can be read
         item.double().sum()

@@ -54,7 +54,7 @@ def test_a_host_that_stops_while_the_group_forms_is_not_waited_for(name: str, nt
     try:
         address = ours.recv()
         threading.Thread(target=connect, daemon=True).start()
-        assert done.wait(20)  # seconds: ten times as long as was said
+        assert done.wait(20)  # seconds: ten times the timeout
     finally:
         host.kill()
         host.join()

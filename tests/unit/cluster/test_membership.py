@@ -200,7 +200,7 @@ def test_starts_that_fail_are_tried_less_and_less_often() -> None:
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     made.register(info(9), now)
     assert made.orders(0, now).start == 0
-    made.lose("host-9", "out of memory", now)  # to register is not to work
+    made.lose("host-9", "out of memory", now)  # it has registered, not worked
     assert made.orders(0, now + 29.0).start == 0
     made.register(info(10), now + 30.0)
     settle(made, now + 30.0)

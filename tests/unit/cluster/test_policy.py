@@ -91,7 +91,7 @@ def test_load_with_noise_within_the_tolerance_comes_to_rest(
     random = np.random.default_rng(seed)
     changes = simulate(chosen, hosts, (work * random.uniform(1 - noise, 1 + noise, 600)).tolist(), 0)
     ups = [after > before for _, before, after in changes]
-    # A peak in the moment of a decision may bring one host too many, which goes again; that is all.
+    # A peak at the time of a decision may add one host too many, which is removed again.
     assert sum(one != other for one, other in pairwise(ups)) <= 1
 
 

@@ -224,7 +224,7 @@ def test_who_was_away_itself_takes_nobody_for_dead() -> None:
     health = FailureDetector(cluster.roster, 4.0, clock=lambda: cluster.now)
     health.look()
     slow = cluster.world["host-1"]
-    slow.hung = True  # as all hosts of a machine that was stopped
+    slow.hung = True  # as if the machine had been stopped
     cluster.now += 60.0
     health.look()
     assert len(cluster.membership.members) == 2

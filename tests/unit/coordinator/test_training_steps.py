@@ -176,7 +176,7 @@ def test_without_hosts_the_workers_experts_count_once() -> None:
 
 
 def test_who_has_not_joined_since_the_last_interruption_is_not_counted(run: Run) -> None:
-    attempt = run.join(0).attempt  # began anew: the process before is gone
+    attempt = run.join(0).attempt  # a restarted process
     assert attempt == 1
     with pytest.raises(Interrupted, match="worker 1 has not joined since"):
         run.steps.report(report(1))

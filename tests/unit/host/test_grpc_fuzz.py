@@ -28,7 +28,7 @@ from protos import expert_pb2
 from support.tiny_cluster import CONFIG, LAYERS, SeededSource
 
 MIB = 1 << 20
-# Not Retain: in thousands of them one is a proper order to go on with another epoch.
+# Not Retain: among thousands of calls one would be a valid order to use another epoch.
 UNARY = ("Prepare", "Seal", "Commit", "Assemble", "Snapshot", "Inventory", "Ping", "Status")
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 

@@ -243,7 +243,7 @@ def test_requests_are_answered_while_experts_come(made: Any) -> None:
     assert all(torch.equal(x, y) for x, y in zip(before, cluster.infer(), strict=True))
     with pytest.raises(StaleEpoch):  # not half of it
         cluster.hosts["a"].handle(Request(cluster.id(LAYERS[0], Phase.INFER)._replace(epoch=1)))
-    cluster.hosts["a"].retain(0)  # nobody waits for it
+    cluster.hosts["a"].retain(0)  # no peer needs it any more
     go_on.set()
     thread.join()
     assert cluster.hosts["a"].epochs == (0, 1)

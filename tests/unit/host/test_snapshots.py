@@ -305,7 +305,7 @@ def test_a_blob_over_grpc(made: Any) -> None:
             client.get("trunk", 4)
         with pytest.raises(ProtocolError, match=r"x is torch\.bool, which does not travel"):
             client.put(Blob(name="trunk", step=7, tensors={"x": torch.ones(1, dtype=torch.bool)}))
-        client.put(Blob(name="trunk", step=3, tensors={}))  # older than two others
+        client.put(Blob(name="trunk", step=3, tensors={}))  # older than two other snapshots
         client.put(Blob(name="trunk", step=6, tensors={"y": torch.ones(2)}))
     assert entries(cluster, "a") == [("trunk", "trunk", 5), ("trunk", "trunk", 6)]
     assert list(cluster.hosts["a"].get("trunk", 6).tensors) == ["y"]

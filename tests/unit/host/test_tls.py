@@ -127,13 +127,13 @@ def test_files_that_are_replaced_count_from_the_next_handshake(folder: Path, tmp
     client = HostClient(server.info, timeout=20)
     client.ping(20)
     before = grpc.connect(server.info.addresses["grpc"])
-    # Another authority altogether: nothing that was shown before is of any worth.
+    # A different authority: certificates of the first one are worthless.
     make_certificates(tmp_path / "new", days=1, ca_days=1)
     for name in (tls.CA, tls.KEY, tls.CERTIFICATE):
         os.replace(tmp_path / "new" / name, folder / name)
     client.ping(20)  # over a new connection, with the new certificate
     grpc.connect(server.info.addresses["grpc"]).close()
-    before.close()  # had gone on, as it had shown itself
+    before.close()  # an open connection goes on
     client.close()
     server.close()
 

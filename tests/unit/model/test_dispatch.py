@@ -127,7 +127,7 @@ def test_every_pair_goes_once_to_the_holder_whose_turn_it_is(case: Replicated) -
                 assert expert == int(idx.view(-1)[pair])
                 assert host == int(host_of[(pair // top_k + shift) % len(host_of), expert])
     assert sorted(seen) == list(range(idx.numel()))
-    # Other devices' way, and mail, choose the same.
+    # Devices other than the CPU, and mailboxes, choose the same.
     way = (torch.arange(len(idx)) + shift) % len(host_of)
     by_sorting = _sorted(idx.view(-1), gates.view(-1), host_of[way[:, None], idx].view(-1), len(idx), n_hosts)
     for one, other in zip(slices, by_sorting, strict=True):

@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int, int]:
     n_experts = n_group * draw(st.integers(1, 4))
     topk_group = draw(st.integers(1, n_group))
     top_k = draw(st.integers(1, n_experts // n_group * topk_group))
-    # Quarters are exact in binary, so sums are too; so few of them give ties galore.
+    # Quarters and their sums are exact in binary; so few values give many ties.
     quarters = st.integers(0, 4).map(lambda q: q / 4)
     scores = draw(
         st.lists(st.lists(quarters, min_size=n_experts, max_size=n_experts), min_size=1, max_size=5)

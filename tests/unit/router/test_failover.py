@@ -33,7 +33,7 @@ from support.tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, loca
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 KINDS = ["local", "shm", "mail", "collective", "grpc"]
-REMOTE = KINDS[1:]  # whose peers can be silent: a call within a process is over when it returns
+REMOTE = KINDS[1:]  # whose peers can be silent; a call within a process ends when it returns
 LONG = 600.0
 """Seconds, more than the time limit of a test: a test that ends has not waited for what takes as long."""
 
@@ -189,7 +189,7 @@ def test_a_host_that_never_answers_is_gone_around(made: Callable[..., Cluster], 
     cluster.sites[0].silent.set()
     check(lane)
     assert cluster.tables.suspects == ["host-0"]
-    cluster.sites[0].go_on.set()  # its late answers are nobody's
+    cluster.sites[0].go_on.set()  # its late answers are dropped
     for seed in range(4):
         check(lane, seed)
 

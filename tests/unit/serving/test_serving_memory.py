@@ -156,7 +156,7 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     assert machine.free == 1000
     machine.group("", memory__max="800\n")
     assert machine.free == 100
-    # The page cache is given up when there is need.
+    # The page cache can be reclaimed.
     machine.group("", memory__stat="anon 5\nactive_file 50\ninactive_file 20\n")
     assert machine.free == 170
     machine.group("", memory__max="500\n")

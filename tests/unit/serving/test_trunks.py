@@ -55,7 +55,7 @@ class Fake(TrunkServicer):
         self.cancelled = 0
         self.version = "v1"
         self.unwell = ""
-        self.answered = 0  # questions of how it is
+        self.answered = 0  # number of status calls answered
 
     async def Generate(self, request: TrunkRequest, context: Any) -> None:  # type: ignore[override]
         self.asked.append(request)
@@ -193,7 +193,7 @@ def test_a_request_goes_on_wherever_its_replica_is_lost(at: int, what: str) -> N
             assert {delta.cached for delta in deltas} == {2}
             again = scene.fakes[1].asked[0]
             assert list(again.output) == expected(PROMPT)[: max(0, at)]
-            # A request that had been taken is not refused for others that wait.
+            # An accepted request is not refused because others wait.
             assert again.HasField("limit") == (at < 0)
             assert trunks.resumed == 1
             assert (scene.lost_ones, scene.given_back) == (["lease-1"], ["lease-2"])
@@ -223,11 +223,11 @@ def test_a_replica_that_hangs_is_given_up_and_all_its_requests_go_on() -> None:
             assert tokens(await heard(trunks)) == expected(PROMPT)
             assert 0.4 < asyncio.get_running_loop().time() - began < 5
             assert scene.fakes[0].cancelled == 1
-            # Picked again while it hangs, it is passed over.
+            # A hung replica that is picked again is skipped.
             scene.picks = 0
             assert tokens(await heard(trunks)) == expected(PROMPT)
             assert len(scene.fakes[0].asked) == 1
-            # And it is taken back when it answers.
+            # It is used again when it answers.
             scene.fakes[0].hung.clear()
             scene.picks = 0
             assert tokens(await heard(trunks)) == expected(PROMPT)
@@ -403,7 +403,7 @@ def test_a_lease_lasts_as_long_as_its_requests(monkeypatch: pytest.MonkeyPatch) 
             await asyncio.sleep(0)
             assert not end.done()
         assert await end is None
-        with leases.using("a"):  # nobody counts this one, and nothing goes wrong
+        with leases.using("a"):  # after the lease has ended, without an error
             pass
         early = leases.hold("b", "there")  # a request that ends before Serve asks for more
         assert await anext(early) == "there"

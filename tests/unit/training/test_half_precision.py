@@ -39,7 +39,7 @@ def test_steps_are_those_of_float32(scale: float) -> None:
             torch.manual_seed(step)
             for gradient in optimizer.gradients.values():
                 gradient.copy_(torch.randn(gradient.shape))
-            optimizer.step(1e-4, scale)  # far below what a weight of bfloat16 would notice
+            optimizer.step(1e-4, scale)  # far below the resolution of a bfloat16 weight
     assert mine.squared_norm() == reference.squared_norm()
     for name, value in mine.values().items():
         assert torch.equal(value, full[name])
@@ -105,7 +105,7 @@ def config(dtype: str, workers: int = 1) -> RunConfig:
             "tensorboard": False,
             "batch_size": 4,
             "microbatch_size": 2,
-            # Lanes add to one buffer in whichever order they come.
+            # Lanes add to one buffer in any order.
             "microbatches_in_flight": 1,
         },
         checkpoint={"interval": STOP},

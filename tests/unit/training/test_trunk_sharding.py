@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 def config(sharding: str = "fsdp", *, workers: int = 2, **training: Any) -> RunConfig:
     hosts, interval = training.pop("hosts", 2), training.pop("interval", STOP)
-    # Without it, gates have gradients by way of the experts alone, which a host's loss takes away.
+    # Without it, gates have gradients through the experts alone, which are lost with a host.
     weight = training.pop("sequence_weight", 0.0)
     return tiny(
         training={
