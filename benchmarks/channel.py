@@ -213,6 +213,13 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
         ours.close()
         process.join()
         meeting.cleanup()
+    return _figures(small, mebibyte, large)
+
+
+def _figures(
+    small: dict[str, float], mebibyte: dict[str, float], large: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Figures from the seconds of a call of each kind, by the size of its rows."""
     ratios = {"1 row": small["grpc"] / small["bare"], "1 MiB": mebibyte["grpc"] / mebibyte["bare"]}
     both_ways = 2 * LARGE * WIDTH * 4
     return {

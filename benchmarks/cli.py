@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.serving import options as serve_options
 from errors import ConfigError
 from jobs.cli.options import ConfigFile, Debug, Json, Overrides, Preset, Result
 from jobs.console import finish, say, surfaced
@@ -149,46 +150,24 @@ def bench_overlap(
 @bench.command("serve")
 @surfaced
 def bench_serve(
-    url: Annotated[
-        str | None, typer.Argument(metavar="[URL]", help="Of a server; without it, one just for this run.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="What the server of its own serves; by default bench-20m with random weights."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", help="YAML for the server of its own."),
-    ] = None,
+    url: serve_options.Url = None,
+    checkpoint: serve_options.ServedCheckpoint = None,
+    config: serve_options.ServerConfig = None,
     overrides: Overrides = None,
-    rate: Annotated[
-        str, typer.Option(help="Requests per second, or auto: --load of the capacity, measured first.")
-    ] = "auto",
-    share: Annotated[float, typer.Option("--load", min=0.01, max=10, help="With --rate auto.")] = 0.8,
-    requests: Annotated[int | None, typer.Option(min=1, help="Requests to send.")] = None,
-    duration: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds to send for; 30 without --requests.")
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt on each line.")] = None,
-    prompt_tokens: Annotated[
-        str | None, typer.Option(metavar="A:B", help="Length of random prompts, in place of the mix.")
-    ] = None,
-    output_tokens: Annotated[
-        str | None, typer.Option(metavar="A:B", help="Tokens to ask for, in place of the mix.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the sampling.")] = 0.0,
-    drops: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of requests whose client hangs up in the middle.")
-    ] = 0.0,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Let requests have all of their tokens.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 0,
-    probe_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Of each level when the capacity is measured.")
-    ] = 10.0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
-    api_key: Annotated[str | None, typer.Option(help="To send along.")] = None,
+    rate: serve_options.Rate = "auto",
+    share: serve_options.LoadShare = 0.8,
+    requests: serve_options.Requests = None,
+    duration: serve_options.Duration = None,
+    prompts: serve_options.Prompts = None,
+    prompt_tokens: serve_options.PromptTokens = None,
+    output_tokens: serve_options.OutputTokens = None,
+    temperature: serve_options.Temperature = 0.0,
+    drops: serve_options.Drops = 0.0,
+    ignore_eos: serve_options.IgnoreEos = True,
+    seed: serve_options.Seed = 0,
+    probe_seconds: serve_options.ProbeSeconds = 10.0,
+    timeout: serve_options.Timeout = 600.0,
+    api_key: serve_options.ApiKey = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -44,20 +44,56 @@ def bench_experts(
     place = compute_device(float(device == "cuda"), "--device cuda")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     each = rows or _ROWS[device]
-    n = each * experts
-    made: dict[str, Any] = {"device": place, "dtype": dtype}
     torch.manual_seed(0)
-    shard = ExpertShard(
+    shard = _random_shard(experts, hidden, width, device=place, dtype=dtype)
+    rates = _rates(_computations(shard, each), _flops(shard, each), rounds, place)
+    dense_rates = rates.pop("dense")
+    ratios = {
+        f"{name}_over_dense": [a / b for a, b in zip(values, dense_rates, strict=True)]
+        for name, values in rates.items()
+    }
+    return {
+        **{name: statistics.median(values) for name, values in ratios.items()},
+        "dense_tflops": statistics.median(dense_rates) / 1e12,
+        "spreads": {name: [min(values), max(values)] for name, values in ratios.items()},
+        "shape": f"{experts} experts of {hidden} x {width}, {each} rows each, {dtype}",
+        "rounds": rounds,
+        "machine": machine(place),
+    }
+
+
+def _random_shard(
+    experts: int, hidden: int, width: int, *, device: torch.device, dtype: torch.dtype
+) -> ExpertShard:
+    """Experts with random weights and zero gradients."""
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
+    return ExpertShard(
         torch.randn(experts, 2 * width, hidden, **made) / hidden**0.5,
         torch.randn(experts, hidden, width, **made) / width**0.5,
-        torch.zeros(experts, 2 * width, hidden, device=place),
-        torch.zeros(experts, hidden, width, device=place),
+        torch.zeros(experts, 2 * width, hidden, device=device),
+        torch.zeros(experts, hidden, width, device=device),
     )
+
+
+def _flops(shard: ExpertShard, rows: int) -> float:
+    """Operations of a forward pass with so many rows for each expert."""
+    return 2.0 * rows * (shard.w13.numel() + shard.w2.numel())
+
+
+def _computations(shard: ExpertShard, rows: int) -> dict[str, tuple[Callable[[], Any], float]]:
+    """The timed computations by name, each with the number of its operations.
+
+    Args:
+        rows: Number of rows for each expert.
+    """
+    experts, width, hidden = shard.w13.shape[0], shard.w13.shape[1] // 2, shard.w13.shape[2]
+    n = rows * experts
+    flops = _flops(shard, rows)
+    made: dict[str, Any] = {"device": shard.w13.device, "dtype": shard.w13.dtype}
     x, gate = torch.randn(n, hidden, **made), torch.rand(n, **made)
-    expert = torch.arange(experts, dtype=torch.int32).repeat(each)
+    expert = torch.arange(experts, dtype=torch.int32).repeat(rows)
     row_ptr = torch.arange(n + 1, dtype=torch.int32)
     dense = shard.w13.flatten(0, 1)[: 2 * width].t()
-    flops = _PRODUCTS * 2 * n * hidden * width
 
     def product() -> None:
         for _ in range(_PRODUCTS):
@@ -68,32 +104,26 @@ def bench_experts(
 
     partial, saved = forward()
     assert saved is not None
-    works: dict[str, tuple[Callable[[], Any], float]] = {
+    return {
         "dense": (product, 2 * flops),  # of each product 2·n·D·2I
         "forward": (forward, flops),
         "backward": (lambda: experts_backward(shard, saved, partial), 2 * flops),
     }
+
+
+def _rates(
+    works: dict[str, tuple[Callable[[], Any], float]], flops: float, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Operations per second of each work, and of forward and backward together, in each round."""
     rates: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
     for _ in range(rounds + 1):
         for name, (work, arithmetic) in works.items():
-            seconds[name] = _timed(work, place)
+            seconds[name] = _timed(work, device)
             rates.setdefault(name, []).append(arithmetic / seconds[name])
         both = 3 * flops / (seconds["forward"] + seconds["backward"])
         rates.setdefault("both", []).append(both)
-    rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
-    ratios = {
-        f"{name}_over_dense": [a / b for a, b in zip(rates[name], rates["dense"], strict=True)]
-        for name in ("forward", "backward", "both")
-    }
-    return {
-        **{name: statistics.median(values) for name, values in ratios.items()},
-        "dense_tflops": statistics.median(rates["dense"]) / 1e12,
-        "spreads": {name: [min(values), max(values)] for name, values in ratios.items()},
-        "shape": f"{experts} experts of {hidden} x {width}, {each} rows each, {dtype}",
-        "rounds": rounds,
-        "machine": machine(place),
-    }
+    return {name: values[1:] for name, values in rates.items()}  # the first round warms up
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:

@@ -63,22 +63,7 @@ def bench_train(config: RunConfig, *, steps: int, device: str = "cpu") -> dict[s
         for _ in range(max(1, -(-steps // _PER_ROUND))):
             for name, contender in {**contenders, "matmul": peak}.items():
                 rounds.setdefault(name, []).append(statistics.median(contender.steps(_PER_ROUND)))
-    training = config.training
-    tokens = training.batch_size * training.sequence_length
-    flops = tokens * flops_per_token(local.model, training.sequence_length)
-    figures: dict[str, list[float]] = {
-        f"{name}_tokens_per_second": [tokens / seconds for seconds in rounds.get(name, ())]
-        for name in ("local", "remote", "transformers")
-    }
-    figures |= {
-        "local_over_transformers": _ratio(rounds, "transformers", "local"),
-        "remote_over_local": _ratio(rounds, "local", "remote"),
-        "matmul_peak_gflops": [1e-9 / seconds for seconds in rounds["matmul"]],
-        "fraction_of_matmul_peak": [
-            flops * per_flop / seconds
-            for per_flop, seconds in zip(rounds["matmul"], rounds["local"], strict=True)
-        ],
-    }
+    figures = _figures(local, rounds)
     counts = summary(config)
     return {
         **{name: statistics.median(values) if values else None for name, values in figures.items()},
@@ -86,11 +71,39 @@ def bench_train(config: RunConfig, *, steps: int, device: str = "cpu") -> dict[s
         "load_before": load,
         "rounds": len(rounds["local"]),
         "steps_per_round": _PER_ROUND,
-        "tokens_per_step": tokens,
+        "tokens_per_step": _tokens(config),
         "total_parameters": counts["total_parameters"],
         "active_parameters": counts["active_parameters"],
         "expert_hosts": remote.cluster.expert_hosts,
         "machine": machine(place),
+    }
+
+
+def _tokens(config: RunConfig) -> int:
+    """Tokens of a step."""
+    return config.training.batch_size * config.training.sequence_length
+
+
+def _figures(local: RunConfig, rounds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Speeds and their ratios, one value a round.
+
+    Args:
+        rounds: seconds of a step of each contender, one value a round.
+    """
+    tokens = _tokens(local)
+    flops = tokens * flops_per_token(local.model, local.training.sequence_length)
+    figures: dict[str, list[float]] = {
+        f"{name}_tokens_per_second": [tokens / seconds for seconds in rounds.get(name, ())]
+        for name in ("local", "remote", "transformers")
+    }
+    return figures | {
+        "local_over_transformers": _ratio(rounds, "transformers", "local"),
+        "remote_over_local": _ratio(rounds, "local", "remote"),
+        "matmul_peak_gflops": [1e-9 / seconds for seconds in rounds["matmul"]],
+        "fraction_of_matmul_peak": [
+            flops * per_flop / seconds
+            for per_flop, seconds in zip(rounds["matmul"], rounds["local"], strict=True)
+        ],
     }
 
 

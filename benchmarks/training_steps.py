@@ -30,8 +30,10 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
     from jobs.data.held_out import HeldOut
     from jobs.fleet.expert_hosts import connector
     from jobs.training.actor_builders import build_coordinator
-    from jobs.training.run_start import RunStart, compute_threads
-    from jobs.training.worker_assembly import assemble_worker
+    from jobs.training.run_settings import compute_threads
+    from jobs.training.run_start import RunStart
+    from jobs.training.worker_assembly import HostAccess, assemble_worker
+    from jobs.training.worker_group import WorkerGroup
 
     torch.set_num_threads(compute_threads(config))
     rows = _random_rows(config)
@@ -48,17 +50,18 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
             values = {"config": config.to_dict(), "cores": list(host_cores)}
             coordinator.register_host(stack.enter_context(host_process(_serve_host, values, index)))
         steps, device = coordinator.steps, worker_device(config)
+        hosts = None
         if config.cluster.expert_hosts:
             coordinator.place_experts()
+            hosts = HostAccess(table=coordinator.table(), connect=connector(config.cluster, device))
         made = assemble_worker(
             config,
             data,
-            rank=0,
+            group=WorkerGroup(workers=config.training.workers),
             start=begin,
             output=Path(output),
             coordinator=steps,
-            table=coordinator.table() if config.cluster.expert_hosts else None,
-            connect=connector(config.cluster, device),
+            hosts=hosts,
         )
         stack.callback(made.close)
         made.trunk.agreement.attempt = steps.join(0, 1, -1, "").attempt

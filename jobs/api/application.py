@@ -102,18 +102,22 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
         backend.check_model(request.model)
         return await _chat(backend, request)
 
+    _describe_without_422(api)
+    return api
+
+
+def _describe_without_422(api: FastAPI) -> None:
+    """Remove status 422 from the OpenAPI document: FastAPI lists it, and our handlers answer 400 instead."""
     document = api.openapi
 
-    def truthful() -> dict[str, Any]:
-        """The document without 422, which FastAPI writes down and our handlers answer as 400."""
+    def without_422() -> dict[str, Any]:
         made = document()
         for operations in made["paths"].values():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
         return made
 
-    api.openapi = truthful  # type: ignore[method-assign]  # FastAPI's own way to change the document
-    return api
+    api.openapi = without_422  # type: ignore[method-assign]  # FastAPI's own way to change the document
 
 
 def _card(backend: Backend) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -19,9 +19,6 @@ from engine.weights import TrunkWeights
 from errors import ResourceError
 from model.config import ModelConfig
 from model.transformer import Transformer
-
-if TYPE_CHECKING:
-    pass
 
 _GIB = 1 << 30
 _UNLIMITED = 1 << 60  # what cgroups of version 1 say when there is no limit is above this

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from errors import ConfigError, ResourceError
-
-if TYPE_CHECKING:
-    from jobs.config.run_config import RunConfig
+from jobs.config.run_config import RunConfig
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 

@@ -136,6 +136,44 @@ def bench_20m() -> RunConfig:
     )
 
 
+_DEEPSEEK_V3: dict[str, Any] = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "max_position_embeddings": 163840,
+    "initializer_range": 0.006,
+    "num_nextn_predict_layers": 1,
+}
+"""DeepSeek-V3's config.json."""
+
+
 def deepseek_v3() -> RunConfig:
     """DeepSeek-V3 with its MTP module, trained as in arXiv 2412.19437, section 4.2; to plan with.
 
@@ -144,41 +182,7 @@ def deepseek_v3() -> RunConfig:
     tokens_per_step = 15360 * 4096
     return RunConfig.from_dict(
         {
-            "model": {
-                "vocab_size": 129280,
-                "hidden_size": 7168,
-                "intermediate_size": 18432,
-                "moe_intermediate_size": 2048,
-                "num_hidden_layers": 61,
-                "first_k_dense_replace": 3,
-                "num_attention_heads": 128,
-                "q_lora_rank": 1536,
-                "kv_lora_rank": 512,
-                "qk_nope_head_dim": 128,
-                "qk_rope_head_dim": 64,
-                "v_head_dim": 128,
-                "n_routed_experts": 256,
-                "n_shared_experts": 1,
-                "num_experts_per_tok": 8,
-                "n_group": 8,
-                "topk_group": 4,
-                "norm_topk_prob": True,
-                "routed_scaling_factor": 2.5,
-                "rms_norm_eps": 1e-6,
-                "rope_theta": 10000.0,
-                "rope_scaling": {
-                    "type": "yarn",
-                    "factor": 40.0,
-                    "original_max_position_embeddings": 4096,
-                    "beta_fast": 32.0,
-                    "beta_slow": 1.0,
-                    "mscale": 1.0,
-                    "mscale_all_dim": 1.0,
-                },
-                "max_position_embeddings": 163840,
-                "initializer_range": 0.006,
-                "num_nextn_predict_layers": 1,
-            },
+            "model": _DEEPSEEK_V3,
             "balance": {
                 "update_rate": [
                     {"step": 0, "value": 1e-3},

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from jobs.checkpoints.memory_need import MemoryNeed, check_memory, free_memory, serving_need
+from jobs.serving.config import ServeConfig
 from model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from jobs.serving.config import ServeConfig
 
 
 def check_serving(

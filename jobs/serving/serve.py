@@ -78,22 +78,7 @@ def serve(
     Raises:
         RaymoeError: with the text of whatever failed.
     """
-    check_transport(config.cluster)
-    directory = find_weights(checkpoint).resolve()
-    # What can be found wrong is found before anything starts.
-    source = PretrainedSource(directory)
-    source.check()
-    model = source.config
-    load_tokenizer(directory, model.vocab_size)
-    if config.cluster.expert_hosts > model.n_routed_experts:
-        raise ConfigError(
-            f"cluster.expert_hosts ({config.cluster.expert_hosts}) is more than the model's "
-            f"{model.n_routed_experts} routed experts: a host would own none; lower it"
-        )
-    if embeds(address):
-        check_serving(config, model, serving_dtype(config, directory))
-        if grpc_port is not None:
-            _check_free(grpc_port)
+    directory = _checked(config, checkpoint, address=address, grpc_port=grpc_port)
     if not debug:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_session(_needs(config), address=address, debug=debug) as embedded:
@@ -112,21 +97,47 @@ def serve(
             signal.signal(number, lambda *_: stop.set())
         try:
             _run(config, directory, loopback=_is_loopback(host))
-            shown = "127.0.0.1" if host == "0.0.0.0" else host
             if grpc_port is not None:
                 _check_answers(grpc_port)
-            ready(
-                Endpoints(
-                    url=f"http://{shown}:{port}",
-                    grpc=None if grpc_port is None else f"{shown}:{grpc_port}",
-                    ray=ray.get_runtime_context().gcs_address,
-                    coordinator=_coordinator(),
-                )
-            )
+            ready(_endpoints(host, port, grpc_port))
             stop.wait()
         finally:
             with suppress(TimeoutError):  # Serve's controller goes on with it, if the cluster stays
                 ray_serve.delete(NAME)
+
+
+def _endpoints(host: str, port: int, grpc_port: int | None) -> Endpoints:
+    shown = "127.0.0.1" if host == "0.0.0.0" else host
+    return Endpoints(
+        url=f"http://{shown}:{port}",
+        grpc=None if grpc_port is None else f"{shown}:{grpc_port}",
+        ray=ray.get_runtime_context().gcs_address,
+        coordinator=_coordinator(),
+    )
+
+
+def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, grpc_port: int | None) -> Path:
+    """The directory to serve, after every check that can be made before anything starts.
+
+    Raises:
+        RaymoeError: The configuration, the checkpoint or this machine does not allow to serve the model.
+    """
+    check_transport(config.cluster)
+    directory = find_weights(checkpoint).resolve()
+    source = PretrainedSource(directory)
+    source.check()
+    model = source.config
+    load_tokenizer(directory, model.vocab_size)
+    if config.cluster.expert_hosts > model.n_routed_experts:
+        raise ConfigError(
+            f"cluster.expert_hosts ({config.cluster.expert_hosts}) is more than the model's "
+            f"{model.n_routed_experts} routed experts: a host would own none; lower it"
+        )
+    if embeds(address):
+        check_serving(config, model, serving_dtype(config, directory))
+        if grpc_port is not None:
+            _check_free(grpc_port)
+    return directory
 
 
 def _coordinator() -> str | None:

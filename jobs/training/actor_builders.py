@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from actors.coordinator.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.coordinator.placement_controller import PlacementController
@@ -21,19 +20,10 @@ from jobs.checkpoints.checkpoint_store import CheckpointStore, read_state
 from jobs.config.device_and_dtype import compute_device, resolve_dtype
 from jobs.config.run_config import RunConfig
 from jobs.fleet.expert_hosts import host_threads, placement_spec
-from jobs.training.run_start import (
-    RunStart,
-    moment_source,
-    optimizer_settings,
-    timeline,
-    training_plan,
-    weight_source,
-)
+from jobs.training.run_settings import optimizer_settings, timeline, training_plan
+from jobs.training.run_start import RunStart, moment_source, weight_source
 from model.checkpoints.pretrained import WeightSource
 from model.checkpoints.sources import gate_biases
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_host(

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from errors import DataError
+from jobs.training.held_out_evaluation import VALIDATION_FILE
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
-from jobs.training.worker import VALIDATION_FILE
 
 PLOT_FILE = "training.png"
 _TRAIN, _VALIDATION, _MTP = "#2a6f97", "#c1121f", "#8d99ae"

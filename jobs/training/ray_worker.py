@@ -24,8 +24,10 @@ from jobs.config.device_and_dtype import worker_device
 from jobs.config.run_config import RunConfig
 from jobs.data.corpus import PreparedData
 from jobs.fleet.expert_hosts import connector
-from jobs.training.run_start import RunStart, compute_threads
-from jobs.training.worker_assembly import assemble_worker
+from jobs.training.run_settings import compute_threads
+from jobs.training.run_start import RunStart
+from jobs.training.worker_assembly import HostAccess, assemble_worker
+from jobs.training.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -75,6 +77,13 @@ def _table(coordinator: CoordinatorClient, config: RunConfig) -> RoutingTable:
             time.sleep(_AGAIN_SECONDS)
 
 
+def _hosts(config: RunConfig, coordinator: CoordinatorClient, device: torch.device) -> HostAccess | None:
+    """How to reach the expert hosts; None where the experts are in the worker's process."""
+    if not config.cluster.expert_hosts:
+        return None
+    return HostAccess(table=_table(coordinator, config), connect=connector(config.cluster, device))
+
+
 def _device(config: RunConfig) -> torch.device:
     """What this worker computes on: workers of a machine see all GPUs of theirs, and each has one."""
     device = worker_device(config)  # says what is missing
@@ -104,15 +113,13 @@ def train_worker(settings: dict[str, Any]) -> None:
         made = assemble_worker(
             config,
             given.data,
-            rank=rank,
+            group=WorkerGroup(
+                rank=rank, workers=workers, reducer=reducer, mesh=_mesh(config, workers, device)
+            ),
             start=given.start,
             output=Path(given.output),
             coordinator=coordinator,
-            table=_table(coordinator, config) if config.cluster.expert_hosts else None,
-            connect=connector(config.cluster, device),
-            reducer=reducer,
-            workers=workers,
-            mesh=_mesh(config, workers, device),
+            hosts=_hosts(config, coordinator, device),
             device=device,
         )
         freeze_heap()

@@ -1,44 +1,35 @@
-"""Which way a worker holds the trunk's parameters: the one place that asks for `training.trunk_sharding`."""
+"""The trunk's parameters and lanes of a worker, whole or sharded as `training.trunk_sharding` says."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from actors.messages.steps import OptimizerSettings
 from actors.router import Router
 from actors.router.deferred_loss import DeferringLane
 from actors.trunk.lanes import StepLane
-from actors.trunk.parameters import Reducer, ReplicatedTrunk, TrunkParameters
+from actors.trunk.parameters import ReplicatedTrunk, TrunkParameters
 from errors import ResourceError
 from jobs.config.run_config import RunConfig
+from jobs.training.run_settings import optimizer_settings
+from jobs.training.worker_group import WorkerGroup
 from model.optimizers.adamw import AdamW
 from model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
 
 def trunk_parameters(
-    config: RunConfig,
-    *,
-    rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    settings: OptimizerSettings,
-    reducer: Reducer,
-    mesh: DeviceMesh | None,
+    config: RunConfig, group: WorkerGroup, *, dtype: torch.dtype, device: torch.device
 ) -> TrunkParameters:
-    """The trunk of worker `rank`, not yet filled with weights.
+    """The trunk of one worker, not yet filled with weights.
 
     Args:
-        dtype, device: to compute in and on.
-        mesh: of the workers; needed where they share the trunk out.
+        group: The worker's place among the workers.
+        dtype: The type that the trunk computes in.
+        device: The device that it computes on.
 
     Raises:
-        ResourceError: it is needed, and missing.
+        ResourceError: `training.trunk_sharding=fsdp` needs a process group, and there is none.
     """
+    settings = optimizer_settings(config)
     if config.training.trunk_sharding == "ddp":
         model = Transformer(config.model, dtype=dtype).to(device)
         flat = AdamW(
@@ -48,24 +39,24 @@ def trunk_parameters(
             epsilon=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
-        return ReplicatedTrunk(model, flat, reducer, stores=rank == 0)
-    if mesh is None:
+        return ReplicatedTrunk(model, flat, group.reducer, stores=group.rank == 0)
+    if group.mesh is None:
         raise ResourceError("training.trunk_sharding is fsdp, and there is no process group of the workers")
-    # Imported on use: half of what a worker's start would take.
+    # Imported on use: it would double the time that a worker takes to start.
     from actors.trunk.sharded_trunk import ShardedTrunk, shard
     from model.optimizers.sharded_adamw import ShardedAdamW
 
-    model, root = shard(config.model, mesh, dtype, device)
+    model, root = shard(config.model, group.mesh, dtype, device)
     optimizer = ShardedAdamW(
         model.named_parameters(),
-        rank=rank,
-        parts=mesh.size(),
+        rank=group.rank,
+        parts=group.mesh.size(),
         beta1=settings.beta1,
         beta2=settings.beta2,
         epsilon=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
-    return ShardedTrunk(model, root, optimizer, reducer)
+    return ShardedTrunk(model, root, optimizer, group.reducer)
 
 
 def step_lanes(config: RunConfig, router: Router) -> list[StepLane]:

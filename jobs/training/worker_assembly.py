@@ -1,53 +1,60 @@
-"""Puts a training worker together: weights, trunk, optimizer, and its way to the experts."""
+"""Builds a training worker: its trunk, optimizer, router, and parts of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from actors.host.expert_host import ExpertHost
+from actors.messages.timeline import Timeline
 from actors.router import Router, RouterSettings
 from actors.router.lane_turns import LaneWaits, Turns
 from actors.rpc.host_client import HostClient
 from actors.trunk import TrunkWorker
 from actors.trunk.agreement import WorkersAgreement
 from actors.trunk.lanes import LaneThreads
-from actors.trunk.parameters import Reducer, SingleWorker
+from actors.trunk.parameters import TrunkParameters
 from actors.trunk.snapshots import Keeper, TrunkSnapshots
 from channels import local
 from channels.base import Channel
 from cluster.topology import HostInfo, RoutingTable
-from jobs.checkpoints.trunk_checkpoint import load_trunk_moments, save_trunk
 from jobs.config.device_and_dtype import resolve_dtype, worker_device
 from jobs.config.run_config import RunConfig
 from jobs.data.corpus import PreparedData
 from jobs.fleet.expert_hosts import placement
-from jobs.training.run_start import (
-    RunStart,
-    lanes_at_once,
-    moment_source,
-    optimizer_settings,
-    timeline,
-    weight_source,
-)
+from jobs.training.run_settings import lanes_at_once, optimizer_settings, timeline
+from jobs.training.run_start import RunStart, moment_source, weight_source
+from jobs.training.step_coordinator import StepCoordinator
 from jobs.training.trunk_parameters import step_lanes, trunk_parameters
-from jobs.training.worker import StepCoordinator, TrainingWorker
-from model.checkpoints.pretrained import WeightSource
+from jobs.training.worker import TrainingWorker
+from jobs.training.worker_checkpoints import WorkerCheckpoints, load_trunk
+from jobs.training.worker_group import WorkerGroup
+from jobs.training.worker_recovery import WorkerRecovery
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-
-_PATIENCE = 5.0  # seconds in which an evaluation's call finds a host again whose connection was dropped
+_PATIENCE = 5.0  # seconds in which an evaluation's call reaches a host again after its connection ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assembled:
-    """A worker and what it stands on."""
+class HostAccess:
+    """How a worker reaches the expert hosts.
+
+    Attributes:
+        table: The routing table to start with.
+        connect: Opens a channel to a host.
+        reach: Opens a client for the snapshots that a host keeps.
+    """
+
+    table: RoutingTable
+    connect: Callable[[HostInfo], Channel]
+    reach: Callable[[HostInfo], Keeper] = HostClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssembledWorker:
+    """A worker, and the parts of it that have to be closed."""
 
     worker: TrainingWorker
     trunk: TrunkWorker
@@ -55,7 +62,7 @@ class Assembled:
     snapshots: TrunkSnapshots | None = None
 
     def close(self) -> None:
-        """End the lanes' threads and hang up on the hosts."""
+        """End the lanes' threads and close all connections to expert hosts."""
         if self.snapshots is not None:
             self.snapshots.close()
         self.trunk.close()
@@ -66,122 +73,132 @@ def assemble_worker(
     config: RunConfig,
     data: PreparedData,
     *,
-    rank: int,
+    group: WorkerGroup,
     start: RunStart,
     output: Path,
     coordinator: StepCoordinator,
-    table: RoutingTable | None,
-    connect: Callable[[HostInfo], Channel],
-    reducer: Reducer | None = None,
-    workers: int | None = None,
-    reach: Callable[[HostInfo], Keeper] = HostClient,
-    mesh: DeviceMesh | None = None,
+    hosts: HostAccess | None,
     device: torch.device | None = None,
-) -> Assembled:
-    """Build worker number `rank`.
+) -> AssembledWorker:
+    """Build one worker of a run.
 
     Args:
-        workers: that there are; None takes what the configuration says.
-        reach: opens a host's memory.
-        table: of the expert hosts; None keeps the experts in this process.
-        connect: opens a channel to a host.
-        mesh: of the workers, where they share the trunk out.
-        device: to compute on; None takes what the configuration reserves.
+        config, data: The run's configuration and documents.
+        group: The worker's place among the workers.
+        start, output: Where the run starts, and its directory.
+        coordinator: Decides the run's steps.
+        hosts: How to reach the expert hosts; None keeps the experts in this process.
+        device: The device to compute on; None takes the one that the configuration reserves.
 
     Raises:
-        CheckpointError: the weights do not fit the model.
+        CheckpointError: The weights do not fit the model.
     """
-    training, model_config = config.training, config.model
-    dtype = resolve_dtype(config)
-    source = weight_source(config, start)
     device = worker_device(config) if device is None else device
-    settings = optimizer_settings(config)
-    reducer = reducer or SingleWorker()
-    parameters = trunk_parameters(
-        config, rank=rank, dtype=dtype, device=device, settings=settings, reducer=reducer, mesh=mesh
+    parameters = trunk_parameters(config, group, dtype=resolve_dtype(config), device=device)
+    load_trunk(parameters, config, start)
+    experts = _experts_in_process(config, start, device) if hosts is None else None
+    access = hosts if experts is None else _access_in_process(config, experts)
+    assert access is not None
+    record = timeline(config, start, f"worker-{group.rank}", output)
+    turns = None if experts is not None else Turns(lanes_at_once(config))
+    router = _router(config, start, group, access, turns, record)
+    trunk = _trunk(config, group, parameters, router, experts, turns, record)
+    checkpoints = WorkerCheckpoints(
+        config,
+        data,
+        group=group,
+        start=start,
+        output=output,
+        trunk=trunk,
+        coordinator=coordinator,
+        experts=experts,
+    )
+    snapshots = recovery = None
+    if hosts is not None:
+        if config.cluster.snapshot_interval:
+            snapshots = TrunkSnapshots(parameters, hosts.reach, rank=group.rank)
+        recovery = WorkerRecovery(router=router, checkpoints=checkpoints, snapshots=snapshots)
+    worker = TrainingWorker(
+        config,
+        data,
+        group=group,
+        output=output,
+        trunk=trunk,
+        coordinator=coordinator,
+        checkpoints=checkpoints,
+        recovery=recovery,
+    )
+    return AssembledWorker(worker=worker, trunk=trunk, router=router, snapshots=snapshots)
+
+
+def _experts_in_process(config: RunConfig, start: RunStart, device: torch.device) -> ExpertHost:
+    """A host in this process that holds all experts."""
+    everything = range(config.model.n_routed_experts)
+    return ExpertHost(
+        "in-process",
+        config.model,
+        {layer: everything for layer in config.model.moe_layers},
+        weight_source(config, start),
+        optimizer=optimizer_settings(config),
+        moments=moment_source(start),
+        dtype=resolve_dtype(config),
+        step=start.step,
+        device=device,
     )
 
-    def begin_at(at: RunStart, source: WeightSource) -> None:
-        parameters.begin(source, at.step)
-        if at.moments and at.weights is not None:
-            load_trunk_moments(at.weights, parameters, step=at.step)
 
-    def begin_again(directory: str) -> None:
-        at = start.at(directory)
-        begin_at(at, weight_source(config, at))
+def _access_in_process(config: RunConfig, host: ExpertHost) -> HostAccess:
+    server = local.serve(host.handle)
+    table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(config.model, 0))
+    return HostAccess(table=table, connect=lambda _: local.connect(server.address))
 
-    begin_at(start, source)
 
-    host: ExpertHost | None = None
-    if table is None:
-        everything = range(model_config.n_routed_experts)
-        host = ExpertHost(
-            "in-process",
-            model_config,
-            {layer: everything for layer in model_config.moe_layers},
-            source,
-            optimizer=settings,
-            moments=moment_source(start),
-            dtype=dtype,
-            step=start.step,
-            device=device,
-        )
-        server = local.serve(host.handle)
-        table = RoutingTable(epoch=0, hosts=(HostInfo(id=host.id),), holders=placement(model_config, 0))
-
-        def connect(_: HostInfo) -> Channel:
-            return local.connect(server.address)
-
-    record = timeline(config, start, f"worker-{rank}", output)
-    turns = None if host is not None else Turns(lanes_at_once(config))
-    router = Router(
-        name=f"worker-{rank}",
+def _router(
+    config: RunConfig,
+    start: RunStart,
+    group: WorkerGroup,
+    access: HostAccess,
+    turns: Turns | None,
+    record: Timeline | None,
+) -> Router:
+    timeout = config.cluster.call_timeout
+    return Router(
+        name=f"worker-{group.rank}",
         run=start.run,
-        config=model_config,
-        table=table,
-        connect=connect,
+        config=config.model,
+        table=access.table,
+        connect=access.connect,
         settings=RouterSettings(
-            lanes=training.microbatches_in_flight,
-            timeout=config.cluster.call_timeout,
-            patience=min(_PATIENCE, config.cluster.call_timeout),
+            lanes=config.training.microbatches_in_flight,
+            timeout=timeout,
+            patience=min(_PATIENCE, timeout),
         ),
         waits=None if turns is None and record is None else LaneWaits(turns, record),
     )
-    trunk = TrunkWorker(
+
+
+def _trunk(
+    config: RunConfig,
+    group: WorkerGroup,
+    parameters: TrunkParameters,
+    router: Router,
+    experts: ExpertHost | None,
+    turns: Turns | None,
+    record: Timeline | None,
+) -> TrunkWorker:
+    return TrunkWorker(
         agreement=WorkersAgreement(
-            rank=rank,
-            workers=workers or training.workers,
-            reducer=reducer,
+            rank=group.rank,
+            workers=group.workers,
+            reducer=group.reducer,
             together=parameters.together,
         ),
         parameters=parameters,
         lanes=LaneThreads(step_lanes(config, router), turns),
-        experts=host,
+        experts=experts,
         timeline=record,
-        recompute=training.recompute,
+        recompute=config.training.recompute,
     )
-    snapshots = None
-    if host is None and config.cluster.snapshot_interval:
-        snapshots = TrunkSnapshots(parameters, reach, rank=rank)
-    worker = TrainingWorker(
-        config,
-        data,
-        rank=rank,
-        workers=workers or training.workers,
-        first_step=start.step,
-        output=output,
-        trunk=trunk,
-        coordinator=coordinator,
-        save_trunk=lambda directory: save_trunk(directory, parameters),
-        save_experts=None if host is None else lambda directory: host.save(str(directory)),
-        router=None if host is not None else router,
-        snapshots=snapshots,
-        begin_again=begin_again if host is None else None,
-        reducer=reducer,
-        patience=config.cluster.start_timeout,
-        begun_with=start.weights,
-    )
-    return Assembled(worker=worker, trunk=trunk, router=router, snapshots=snapshots)
 
 
-__all__ = ["Assembled", "assemble_worker"]
+__all__ = ["AssembledWorker", "HostAccess", "assemble_worker"]

@@ -35,7 +35,8 @@ from jobs.fleet.expert_hosts import connector
 from jobs.training.actor_builders import build_coordinator, build_host
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.run_start import RunStart
-from jobs.training.worker_assembly import assemble_worker
+from jobs.training.worker_assembly import HostAccess, assemble_worker
+from jobs.training.worker_group import WorkerGroup
 from protos import coordinator_pb2_grpc
 from support.training_job import Corpus, Outcome, weights_of
 
@@ -140,19 +141,23 @@ def _work(job: _Job) -> Share:
     if doom is not None:
         opened = connect
         connect = lambda host: _Watched(opened(host), doom)  # type: ignore[assignment,return-value]  # noqa: E731
+    hosts = None
+    if config.cluster.expert_hosts:
+        reach = partial(HostClient, timeout=_PATIENCE)
+        hosts = HostAccess(table=coordinator.table(), connect=connect, reach=reach)
     made = assemble_worker(
         config,
         job.corpus,  # type: ignore[arg-type]
-        rank=job.rank,
+        group=WorkerGroup(
+            rank=job.rank,
+            workers=job.workers,
+            reducer=ProcessGroupReducer(),
+            mesh=init_device_mesh("cpu", (job.workers,)) if sharded else None,
+        ),
         start=job.start,
         output=job.output,
         coordinator=coordinator,
-        table=coordinator.table() if config.cluster.expert_hosts else None,
-        connect=connect,
-        reducer=ProcessGroupReducer(),
-        workers=job.workers,
-        reach=partial(HostClient, timeout=_PATIENCE),
-        mesh=init_device_mesh("cpu", (job.workers,)) if sharded else None,
+        hosts=hosts,
     )
     share = Share()
     apply = made.trunk.apply

@@ -28,7 +28,8 @@ from jobs.data.packing import PackedCorpus, pack
 from jobs.training.actor_builders import build_coordinator, build_host
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.run_start import RunStart
-from jobs.training.worker_assembly import assemble_worker
+from jobs.training.worker_assembly import HostAccess, assemble_worker
+from jobs.training.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +179,13 @@ def train(
                 made = assemble_worker(
                     config,
                     corpus,  # type: ignore[arg-type]
-                    rank=rank,
+                    group=WorkerGroup(rank=rank, workers=workers, reducer=reducer.of(rank)),
                     start=start,
                     output=output,
                     coordinator=_Watched(coordinator.steps, hosts, on_step, stop_after),
-                    table=coordinator.table() if n_hosts else None,
-                    connect=open_channel,
-                    reducer=reducer.of(rank),
-                    reach=reach,
+                    hosts=HostAccess(table=coordinator.table(), connect=open_channel, reach=reach)
+                    if n_hosts
+                    else None,
                 )
                 try:
                     made.worker.run()

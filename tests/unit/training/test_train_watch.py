@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import jobs.training.train
+import jobs.training.run_watch
 from errors import ChannelError, RaymoeError
 
 
@@ -40,15 +40,15 @@ class Coordinator:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.training.train, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(jobs.training.train, "_STRAGGLER_SECONDS", 0.05)
+    monkeypatch.setattr(jobs.training.run_watch, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(jobs.training.run_watch, "_STRAGGLER_SECONDS", 0.05)
 
 
 @pytest.mark.timeout(30)
 def test_a_run_that_failed_ends_though_a_worker_waits_for_the_one_that_did() -> None:
     trainer = Trainer()
     said = Coordinator(None, ChannelError("away"), "worker 1: by mistake")
-    watch = jobs.training.train.RunWatch(trainer, said, 0, None)  # type: ignore[arg-type]
+    watch = jobs.training.run_watch.RunWatch(trainer, said, 0, None)  # type: ignore[arg-type]
     with pytest.raises(RaymoeError, match="worker 1: by mistake"):
         watch.until_done()
     assert not trainer.done.is_set()
@@ -58,6 +58,6 @@ def test_a_run_that_failed_ends_though_a_worker_waits_for_the_one_that_did() -> 
 @pytest.mark.timeout(30)
 def test_a_run_that_goes_on_is_waited_for() -> None:
     trainer = Trainer()
-    watch = jobs.training.train.RunWatch(trainer, Coordinator(None), 0, None)  # type: ignore[arg-type]
+    watch = jobs.training.run_watch.RunWatch(trainer, Coordinator(None), 0, None)  # type: ignore[arg-type]
     threading.Timer(0.3, trainer.done.set).start()
     assert watch.until_done() is False

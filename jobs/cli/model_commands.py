@@ -1,0 +1,174 @@
+"""The commands that need no Ray: `raymoe generate | eval | export | import | config`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from errors import DataError
+from jobs.cli.options import Checkpoint, ConfigFile, Debug, Json, Overrides, Result, Threads
+from jobs.console import finish, say, surfaced
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register these commands."""
+    commands: dict[str, Callable[..., None]] = {
+        "generate": generate,
+        "eval": evaluate,
+        "export": export_,
+        "import": import_,
+        "config": config_,
+    }
+    for name, command in commands.items():
+        app.command(name)(surfaced(command))
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to go on with; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the sampling.")] = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text."""
+    text = _stdin_text() if prompt == "-" else prompt
+
+    def compute() -> Result:
+        from jobs.tools.generate import generate as run
+
+        return run(
+            checkpoint, text, max_tokens=max_tokens, temperature=temperature, seed=seed, threads=threads
+        )
+
+    if as_json:
+        finish(compute, as_json=True)
+    else:
+        result = compute()
+        print(result["prompt"] + result["text"])
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="File, folder or glob, all of which is judged; without it, the run's held-out documents."
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field that holds the text (JSONL, Parquet).")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; by default that of the run.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows judged at once.")] = 4,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Judge a model on documents: loss, perplexity, bits per byte beside zlib's, draft acceptance."""
+
+    def compute() -> Result:
+        from jobs.tools.evaluate import evaluate as run
+
+        return run(
+            checkpoint,
+            data,
+            text_field=text_field,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            threads=threads,
+            note=say,
+        )
+
+    finish(compute, as_json=as_json)
+
+
+def export_(
+    checkpoint: Checkpoint,
+    target: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A new or empty directory.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; unchanged by default.")
+    ] = None,
+    mtp: Annotated[
+        bool, typer.Option("--mtp/--no-mtp", help="With the MTP modules, for engines that draft with them.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint as transformers and vLLM read it, without the training state."""
+
+    def compute() -> Result:
+        from jobs.tools.convert import export_checkpoint
+
+        return export_checkpoint(checkpoint, target, dtype=dtype, mtp=mtp)
+
+    finish(compute, as_json=as_json)
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="A DeepSeek-V3 model in Hugging Face form.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="CKPT", help="A new or empty directory.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; unchanged by default.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a Hugging Face model and write it as a checkpoint to train --init or generate from."""
+
+    def compute() -> Result:
+        from jobs.tools.convert import import_checkpoint
+
+        return import_checkpoint(source, target, dtype=dtype)
+
+    finish(compute, as_json=as_json)
+
+
+def config_(
+    preset: Annotated[
+        str | None, typer.Argument(help="tiny, demo (the default), bench-20m or deepseek-v3.")
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a complete configuration with comments; redirect it into a file for --config."""
+    from jobs.config.config_file import load_config
+    from jobs.config.presets import summary
+    from jobs.config.yaml_text import commented_yaml
+
+    chosen = load_config(path=config, preset_name=preset, overrides=overrides or ())
+    if as_json:
+        finish(lambda: {**chosen.to_dict(), "summary": summary(chosen)}, as_json=True)
+        return
+    counts = summary(chosen)
+    print(
+        f"# {counts['total_parameters']:,} parameters, {counts['active_parameters']:,} of them active; "
+        f"{counts['tokens']:,} tokens to train on"
+    )
+    print(commented_yaml(chosen), end="")
+
+
+def _stdin_text() -> str:
+    if sys.stdin is None:
+        raise DataError("--prompt - reads stdin, which is closed; give the text itself")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--prompt is not UTF-8 (byte {error.start} of stdin); convert it, for instance with iconv"
+        ) from None
+
+
+__all__ = ["add_to"]

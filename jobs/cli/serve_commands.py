@@ -1,0 +1,95 @@
+"""The commands that start and reload a served model: `raymoe serve | reload`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import Address, Checkpoint, Debug, Json, Overrides
+from jobs.console import announcing, finish, surfaced
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register these commands."""
+    for command in (serve, reload):
+        app.command()(surfaced(command))
+
+
+def serve(
+    checkpoint: Checkpoint,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML with serving and cluster.")] = None,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Interface that HTTP listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of HTTP.")] = 8000,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of gRPC; without it there is none.")
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to OpenAI clients, until Ctrl-C."""
+    if address is not None:
+        from jobs.fleet.ray_token import use_own_token
+
+        use_own_token()
+    from dataclasses import asdict
+
+    from jobs.serving.config import ServeConfig
+    from jobs.serving.serve import Endpoints
+    from jobs.serving.serve import serve as run
+
+    chosen = ServeConfig.load(config, overrides or [])
+
+    with announcing() as announce:
+
+        def ready(at: Endpoints) -> None:
+            if as_json:
+                announce(asdict(at))
+            else:
+                also = "" if at.grpc is None else f" and, by gRPC, {at.grpc}"
+                print(f"serving at {at.url}/v1{also}; Ctrl-C stops it", flush=True)
+
+        run(
+            chosen,
+            checkpoint,
+            host=host,
+            port=port,
+            grpc_port=grpc_port,
+            address=address,
+            ready=ready,
+            debug=debug,
+        )
+
+
+def reload(
+    checkpoint: Checkpoint,
+    address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster that serves; by default the one that runs on this machine."),
+    ] = None,
+    name: Annotated[str, typer.Option("--app", help="The Serve application.")] = "raymoe",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Change the weights of a model that is served, without a pause or a lost request."""
+    from jobs.fleet.ray_token import use_own_token
+
+    use_own_token()
+    from jobs.serving.reload import reload as run
+
+    done = run(checkpoint, address=address, name=name, debug=debug)
+    if as_json:
+        finish(lambda: done, as_json=True)
+    elif done["version"] == done["previous"]:
+        print(f"{done['version']} is served already")
+    else:
+        print(
+            f"{done['version']} in place of {done['previous']}, on {done['replicas']} replicas and "
+            f"{done['expert_hosts']} expert hosts, in {done['seconds']:.1f} s"
+        )
+
+
+__all__ = ["add_to"]

@@ -1,0 +1,143 @@
+"""Waits for a training run to end, shows its progress, and turns Ctrl-C into a last checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from ray.train.torch import TorchTrainer
+
+from actors.rpc.coordinator_client import CoordinatorClient
+from errors import RaymoeError
+from jobs.console import Progress
+
+_POLL_SECONDS = 0.5
+_STRAGGLER_SECONDS = 10.0
+"""Time in which the other workers of a failed run have to end by themselves."""
+
+
+class RunWatch:
+    """Waits for Ray Train in the main thread, shows progress, and turns Ctrl-C into a last checkpoint."""
+
+    def __init__(
+        self, trainer: TorchTrainer, coordinator: CoordinatorClient, step: int, progress: Progress | None
+    ) -> None:
+        self._coordinator = coordinator
+        self._shown = step - 1
+        self._progress = progress
+        self._error: BaseException | None = None
+        self._failed_at: float | None = None
+        self._interrupts = 0
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
+
+    def until_done(self) -> bool:
+        """Whether Ctrl-C ended it.
+
+        Raises:
+            RaymoeError: what ended the run otherwise.
+        """
+        with self._on_interrupt():
+            self._thread.start()
+            stopping = False
+            while self._thread.is_alive():
+                self._thread.join(_POLL_SECONDS)
+                if self._interrupts and not stopping:
+                    stopping = True
+                    self._note(
+                        "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
+                    )
+                if stopping:
+                    with suppress(
+                        RaymoeError
+                    ):  # again and again: a coordinator that was lost has not heard it
+                        self._coordinator.request_stop()
+                if self._interrupts > 1:
+                    raise KeyboardInterrupt
+                self._show()
+                self._give_up_on_stragglers()
+        self._show()
+        reason = self._reason()
+        if reason is not None:
+            raise reason from self._error
+        return stopping
+
+    def _give_up_on_stragglers(self) -> None:
+        """A worker that has failed for good ends; others may wait for it in a sum, for half an hour.
+
+        Raises:
+            RaymoeError: what the run has failed with a while ago.
+        """
+        try:
+            failure = self._coordinator.failure
+        except RaymoeError:  # it is away; or gone, and then the trainer ends
+            return
+        if failure is None:
+            self._failed_at = None
+        elif self._failed_at is None:
+            self._failed_at = time.monotonic()
+        elif time.monotonic() - self._failed_at > _STRAGGLER_SECONDS:
+            raise RaymoeError(failure)
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._error = error
+
+    def _show(self) -> None:
+        if self._progress is None:
+            return
+        try:
+            steps = self._coordinator.metrics(self._shown)
+        except RaymoeError:  # the run has failed: what Ray Train raises says why
+            return
+        for step in steps:
+            self._shown = step.step
+        if steps:
+            self._progress.update(
+                steps[-1].step + 1,
+                loss=steps[-1].loss,
+                tokens_per_second=sum(s.tokens for s in steps) / max(1e-9, sum(s.seconds for s in steps)),
+                max_violation=sum(steps[-1].max_violation) / max(1, len(steps[-1].max_violation)),
+            )
+
+    def _reason(self) -> RaymoeError | None:
+        """What ended the run; None when it came to its end."""
+        try:
+            failure = self._coordinator.failure
+        except RaymoeError as error:
+            return None if self._error is None else error
+        if failure is not None:
+            return RaymoeError(failure)
+        if self._error is None:
+            return None
+        text = str(self._error).strip().splitlines()
+        return RaymoeError(f"training failed: {text[-1] if text else type(self._error).__name__}")
+
+    def _note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
+
+    @contextmanager
+    def _on_interrupt(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def count(number: int, frame: FrameType | None) -> None:
+            self._interrupts += 1
+
+        # SIGTERM is how a job is stopped from outside.
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+__all__ = ["RunWatch"]
