@@ -29,7 +29,7 @@ class TrunkRequest(google.protobuf.message.Message):
     limit: builtins.int
     """Refuse with RESOURCE_EXHAUSTED if so many requests wait."""
     lease: builtins.str
-    """Name of the call by which Serve counts the request at this replica (jobs/serving/interface/routes.py)."""
+    """Name of the lease by which Ray Serve counts the request at this replica."""
     @property
     def prompt(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property

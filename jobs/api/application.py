@@ -24,9 +24,16 @@ from jobs.api.api_errors import (
 )
 from jobs.api.backend import Backend
 from jobs.api.body_limit import BodyLimit
-from jobs.api.completion_jobs import completion_work, shown
+from jobs.api.completion_jobs import completion_job
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
-from jobs.api.response_bodies import Choice, Envelope, Usage, chat_logprobs, completion_logprobs
+from jobs.api.response_bodies import (
+    Choice,
+    Envelope,
+    Usage,
+    chat_logprobs,
+    completion_logprobs,
+    visible_part,
+)
 
 Deltas = list[tuple[int, Delta]]
 _DONE = "data: [DONE]\n\n"
@@ -132,15 +139,15 @@ def _card(backend: Backend) -> dict[str, Any]:
 
 
 async def _complete(backend: Backend, request: CompletionRequest) -> Response:
-    work = completion_work(backend, request)
-    usage = Usage(prompt=work.prompt_tokens)
+    job = completion_job(backend, request)
+    usage = Usage(prompt=job.prompt_tokens)
     envelope = Envelope(kind="text_completion", model=backend.model, prefix="cmpl")
-    deltas = backend.generate(work.prompts, work.params)
-    choices = [Choice(prompt=prompt) for prompt in work.prompts]
+    deltas = backend.generate(job.prompts, job.params)
+    choices = [Choice(prompt=prompt) for prompt in job.prompts]
 
     def part(index: int, choice: Choice, *, first: bool) -> dict[str, Any]:
         """A choice, or what is new about it."""
-        seen = shown(backend, request, choice, first=first)
+        seen = visible_part(backend.tokenizer, request, choice, first=first)
         logprobs = None
         if request.logprobs is not None:
             logprobs = completion_logprobs(backend.tokenizer, seen.tokens, seen.logprobs)

@@ -1,4 +1,4 @@
-"""A completion request as the engine takes it, and as much of an answer as it asks for."""
+"""A completion request as prompts and sampling parameters for the engine."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.params import SamplingParams
-from engine.sequence import TokenLogprobs
 from errors import ConfigError
 from jobs.api.api_errors import invalid
 from jobs.api.backend import Backend
 from jobs.api.request_bodies import CompletionRequest
-from jobs.api.response_bodies import Choice
 
-MAX_CHOICES = 1024  # of one request: the queue counts requests that wait, before it takes one
+MAX_CHOICES = 1024  # of one request; the queue's limit is checked once for all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionJob:
-    """What the engine is to do.
+    """Prompts and parameters of all choices of one request.
 
     Attributes:
-        prompts: of each choice.
-        params: of each choice.
-        prompt_tokens: over all prompts, each counted once.
+        prompts: The prompt of each choice.
+        params: The sampling parameters of each choice.
+        prompt_tokens: Number of tokens of all prompts, each prompt counted once.
     """
 
     prompts: list[list[int]]
@@ -32,21 +30,11 @@ class CompletionJob:
     prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisibleChoice:
-    """What a client sees of a choice, or of what is new about it."""
-
-    text: str
-    tokens: Sequence[int]
-    logprobs: Sequence[TokenLogprobs | None]
-    finish_reason: str | None
-
-
-def completion_work(backend: Backend, request: CompletionRequest) -> CompletionJob:
-    """What a request asks for.
+def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJob:
+    """The prompts and parameters of a request.
 
     Raises:
-        ApiError: a prompt is too long, or parameters do not go together.
+        ApiError: A prompt is too long, or parameters contradict each other.
     """
     asked = len(request.prompt) if _several(request.prompt) else 1
     if asked * request.n > MAX_CHOICES:
@@ -54,7 +42,7 @@ def completion_work(backend: Backend, request: CompletionRequest) -> CompletionJ
     prompts = _prompts(backend, request.prompt)
     params: list[SamplingParams] = []
     for prompt in prompts:
-        # With echo alone nothing is to be generated, but the engine's steps always do.
+        # A request for an echo alone needs no token, but every step of the engine generates one.
         wanted = max(1, request.max_tokens) if request.max_tokens is not None else None
         room = backend.room(prompt, wanted, "max_tokens")
         for index in range(request.n):
@@ -73,34 +61,16 @@ def completion_work(backend: Backend, request: CompletionRequest) -> CompletionJ
     )
 
 
-def shown(backend: Backend, request: CompletionRequest, choice: Choice, *, first: bool) -> VisibleChoice:
-    """A choice, or what is new about it, with its prompt in front if that is asked for.
-
-    Args:
-        first: whether nothing of it has been shown yet.
-    """
-    text, tokens = choice.text, choice.tokens
-    logprobs: list[TokenLogprobs | None] = list(choice.logprobs)
-    reason = choice.finish_reason
-    if request.max_tokens == 0:
-        text, tokens, logprobs, reason = "", [], [], reason and "length"
-    if request.echo and first:
-        text = backend.tokenizer.decode(list(choice.prompt), skip_special_tokens=False) + text
-        tokens = [*choice.prompt, *tokens]
-        logprobs = [None, *choice.prompt_logprobs, *logprobs]
-    return VisibleChoice(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason)
-
-
 def _several(given: str | Sequence[Any]) -> bool:
-    """Whether there are several prompts, and not the text or the tokens of one."""
+    """Whether a `prompt` field holds several prompts, not the text or the tokens of one."""
     return bool(given) and not isinstance(given, str) and not isinstance(given[0], int)
 
 
 def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
-    """Every prompt as tokens; an empty one begins where a text begins."""
+    """Every prompt as tokens; an empty prompt becomes the end-of-text token, which precedes every text."""
     items = list(given) if _several(given) else [given]
     encoded = [backend.encode(item, "prompt") if isinstance(item, str) else list(item) for item in items]
     return [tokens or [backend.end_of_text] for tokens in encoded]
 
 
-__all__ = ["MAX_CHOICES", "CompletionJob", "VisibleChoice", "completion_work", "shown"]
+__all__ = ["MAX_CHOICES", "CompletionJob", "completion_job"]

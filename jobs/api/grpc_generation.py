@@ -15,9 +15,9 @@ from engine.sequence import TokenLogprobs
 from engine.service import Delta
 from jobs.api.api_errors import ApiError, of_validation
 from jobs.api.backend import Backend
-from jobs.api.completion_jobs import completion_work, shown
+from jobs.api.completion_jobs import completion_job
 from jobs.api.request_bodies import CompletionRequest
-from jobs.api.response_bodies import Choice, Usage
+from jobs.api.response_bodies import Choice, Usage, visible_part
 from protos import generation_pb2
 from protos.generation_pb2 import GenerateReply, GenerateRequest
 
@@ -33,21 +33,21 @@ async def generate(
     backend.check_key(authorization)
     request = completion_request(message)
     backend.check_model(request.model)
-    work = completion_work(backend, request)
+    job = completion_job(backend, request)
     id = f"cmpl-{uuid.uuid4().hex}"
-    usage = Usage(prompt=work.prompt_tokens)
+    usage = Usage(prompt=job.prompt_tokens)
     begun: set[int] = set()
-    left = len(work.prompts)
-    async with aclosing(backend.generate(work.prompts, work.params)) as deltas:
+    left = len(job.prompts)
+    async with aclosing(backend.generate(job.prompts, job.params)) as deltas:
         async for index, delta in _each(deltas):
             if delta.error is not None:
                 raise ApiError(503, delta.error, code="engine_failed")
-            news = Choice(prompt=work.prompts[index])
+            news = Choice(prompt=job.prompts[index])
             news.take(delta)
             left -= delta.finish_reason is not None
             usage.completion += len(delta.tokens) if request.max_tokens != 0 else 0
             usage.cached[index] = delta.cached
-            part = shown(backend, request, news, first=index not in begun)
+            part = visible_part(backend.tokenizer, request, news, first=index not in begun)
             begun.add(index)
             yield GenerateReply(
                 id=id,

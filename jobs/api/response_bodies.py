@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from engine.sequence import TokenLogprobs
 from engine.service import Delta
+from jobs.api.request_bodies import CompletionRequest
 
 
 @dataclass(slots=True)
@@ -79,6 +80,36 @@ class Envelope:
         return body
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisibleChoice:
+    """The part of a choice, or of its new tokens, that the client asked for."""
+
+    text: str
+    tokens: Sequence[int]
+    logprobs: Sequence[TokenLogprobs | None]
+    finish_reason: str | None
+
+
+def visible_part(
+    tokenizer: Tokenizer, request: CompletionRequest, choice: Choice, *, first: bool
+) -> VisibleChoice:
+    """The visible part of a choice, or of its new tokens; after its prompt if the request asks for an echo.
+
+    Args:
+        first: Whether this is the first part of the choice.
+    """
+    text, tokens = choice.text, choice.tokens
+    logprobs: list[TokenLogprobs | None] = list(choice.logprobs)
+    reason = choice.finish_reason
+    if request.max_tokens == 0:
+        text, tokens, logprobs, reason = "", [], [], reason and "length"
+    if request.echo and first:
+        text = tokenizer.decode(list(choice.prompt), skip_special_tokens=False) + text
+        tokens = [*choice.prompt, *tokens]
+        logprobs = [None, *choice.prompt_logprobs, *logprobs]
+    return VisibleChoice(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason)
+
+
 def completion_logprobs(
     tokenizer: Tokenizer,
     tokens: Sequence[int],
@@ -130,4 +161,12 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
     return text
 
 
-__all__ = ["Choice", "Envelope", "Usage", "chat_logprobs", "completion_logprobs"]
+__all__ = [
+    "Choice",
+    "Envelope",
+    "Usage",
+    "VisibleChoice",
+    "chat_logprobs",
+    "completion_logprobs",
+    "visible_part",
+]

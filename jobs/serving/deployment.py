@@ -27,8 +27,9 @@ from jobs.serving.config import ServeConfig
 from jobs.serving.interface.interface import Interface
 from jobs.serving.pool.pool import ExpertPool
 from jobs.serving.pool_link import PoolLink
+from jobs.serving.replica.held_leases import HeldLeases
 from jobs.serving.replica.replica import Replica
-from jobs.serving.replica.trunk_server import Leases, TrunkServer, TrunkService
+from jobs.serving.replica.trunk_server import TrunkServer, TrunkService
 from jobs.serving.version_follower import Follower
 from jobs.serving.versions import ReplicaState
 
@@ -72,7 +73,7 @@ class TrunkReplica:
             tables=None if client is None else CoordinatorTables(client),
         )
         self._closing.callback(self._replica.close)
-        self._leases = Leases()
+        self._leases = HeldLeases()
         service = TrunkService(self._replica.service, self._leases, self._replica.status)
         self._server = TrunkServer(service, host=listening_address(config.cluster.interface))
         await self._server.start()

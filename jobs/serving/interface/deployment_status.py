@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from errors import ChannelError
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures
-from jobs.serving.interface.trunks import Trunks
+from jobs.serving.interface.replicas import Replicas
 from protos.trunk_pb2 import TrunkStatus
 
 _POOL_SECONDS = 2.0
@@ -18,18 +18,18 @@ class DeploymentStatus:
     """Asks every replica.
 
     Args:
-        trunks: reaches them.
+        replicas: Connections to the replicas.
         where: asks the pool for their addresses by their names.
         hosts: asks the pool how the expert hosts stand.
     """
 
     def __init__(
         self,
-        trunks: Trunks,
+        replicas: Replicas,
         where: Callable[[], Awaitable[Mapping[str, str]]],
         hosts: Callable[[], Awaitable[ExpertFigures | None]],
     ) -> None:
-        self._trunks, self._where, self._hosts = trunks, where, hosts
+        self._replicas, self._where, self._hosts = replicas, where, hosts
         self._known: Mapping[str, str] = {}
 
     async def health(self) -> str | None:
@@ -69,7 +69,7 @@ class DeploymentStatus:
 
         async def one(address: str) -> TrunkStatus | None:
             try:
-                return await self._trunks.status(address, health=health)
+                return await self._replicas.status(address, health=health)
             except ChannelError:
                 return None
 

@@ -20,8 +20,9 @@ from jobs.serving.config import ServeConfig
 from jobs.serving.interface.chat_template_exchange import ChatTemplateExchange
 from jobs.serving.interface.deployment_status import DeploymentStatus
 from jobs.serving.interface.grpc_methods import GrpcMethods
-from jobs.serving.interface.routes import ServeRoutes
-from jobs.serving.interface.trunks import Trunks
+from jobs.serving.interface.replica_leases import ServeLeases
+from jobs.serving.interface.replicas import Replicas
+from jobs.serving.interface.resumable_requests import ResumableRequests
 from jobs.serving.pool_link import PoolLink
 from jobs.serving.version_follower import Exchanger, Follower
 from jobs.serving.versions import ReplicaState, WeightsVersion
@@ -68,26 +69,23 @@ class Interface(GrpcMethods):
         self._closing.callback(self._link.close)
         member = await self._link.enter()
         await self._link.report(ReplicaState(uses=member.version.epoch))
-        trunks = Trunks(
-            ServeRoutes(trunk),
-            self._link.trunks,
-            vocabulary=tokenizer.get_vocab_size(),
-            patience=config.serving.resume_timeout,
-            dead_after=config.cluster.dead_after,
+        replicas = Replicas(ServeLeases(trunk), self._link.trunks, dead_after=config.cluster.dead_after)
+        requests = ResumableRequests(
+            replicas, vocabulary=tokenizer.get_vocab_size(), patience=config.serving.resume_timeout
         )
-        overview = DeploymentStatus(trunks, self._link.trunks, self._link.experts)
+        deployment = DeploymentStatus(replicas, self._link.trunks, self._link.experts)
         self._backend = Backend(
             model=title,
             version=lambda: self._templates.version,
-            service=trunks,
+            service=requests,
             tokenizer=tokenizer,
             chat=ChatTemplate.beside(Path(member.version.directory)),
             longest=config.serving.engine_settings().longest(model.max_position_embeddings),
             end_of_text=end_of_text,
             limits=config.serving.limits(),
-            health=overview.health,
-            engines=overview.engines,
-            experts=overview.experts,
+            health=deployment.health,
+            engines=deployment.engines,
+            experts=deployment.experts,
             metrics=ServingMetrics(title),
         )
         self._templates = ChatTemplateExchange(self._backend, member.version.name)

@@ -1,12 +1,11 @@
-"""A trunk replica's gRPC service: the engine's deltas, a message for each step, to whoever asks for them."""
+"""The gRPC service of a trunk replica: sends the engine's deltas, one message for each step."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,79 +14,33 @@ from channels.grpc import tls
 from channels.grpc.channel import MAX_STREAMS, OPTIONS
 from engine.service import Delta, EngineService
 from errors import ConfigError, QueueFull, RaymoeError, ResourceError
+from jobs.serving.replica.held_leases import HeldLeases
 from jobs.serving.trunk_messages import delta_message, sampling_params
 from protos import trunk_pb2_grpc
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus, TrunkStatusRequest
 
-_UNUSED_SECONDS = 15.0  # before a lease's first request
-_IDLE_SECONDS = 1.0  # after one
-
-
-@dataclass(slots=True)
-class _Lease:
-    requests: int = 0
-    patience: float = _UNUSED_SECONDS
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class Leases:
-    """The calls by which Serve counts requests here: each lasts as long as a request does, and a bit longer.
-
-    Serve counts its own calls, to balance them, to scale, and to let a replica end when it has none. So there
-    is one of those for each request that is under way; one that comes soon after another takes its over.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[str, _Lease] = {}
-
-    async def hold(self, name: str, address: str) -> AsyncGenerator[str, None]:
-        """Gives the address, and lasts until no request has used the lease for a while."""
-        lease = self._open.setdefault(name, _Lease())
-        try:
-            yield address
-            while True:
-                lease.changed.clear()
-                async with asyncio.timeout(None if lease.requests else lease.patience):
-                    await lease.changed.wait()
-        except TimeoutError:
-            return
-        finally:
-            self._open.pop(name, None)
-
-    @contextmanager
-    def using(self, name: str) -> Iterator[None]:
-        """Around a request; its lease may have ended, then Serve does not count it."""
-        lease = self._open.get(name, _Lease())
-        lease.requests += 1
-        lease.changed.set()
-        try:
-            yield
-        finally:
-            lease.requests -= 1
-            lease.patience = _IDLE_SECONDS
-            lease.changed.set()
-
 
 class TrunkService(trunk_pb2_grpc.TrunkServicer):
-    """See trunk.proto.
+    """The service of trunk.proto, from one engine.
 
     Args:
-        service: generates.
-        leases: of the requests to come.
-        status: of the replica; asks the expert hosts when that is wanted, which may take a while.
+        service: Runs the engine.
+        leases: The leases on this replica.
+        status: Returns the replica's status; with True it also asks the expert hosts, which may take seconds.
     """
 
-    def __init__(self, service: EngineService, leases: Leases, status: Callable[[bool], TrunkStatus]) -> None:
+    def __init__(
+        self, service: EngineService, leases: HeldLeases, status: Callable[[bool], TrunkStatus]
+    ) -> None:
         self._service, self._leases, self._status = service, leases, status
         self._loop = asyncio.get_running_loop()
         self._heard: deque[tuple[asyncio.Queue[Delta], Delta]] = deque()
         self._waking = False
         self.closing = False
 
-    async def Generate(  # type: ignore[override]  # the stubs know generators alone
+    async def Generate(  # type: ignore[override]  # the stubs know only generators
         self, request: TrunkRequest, context: Any
     ) -> None:
-        """See trunk.proto."""
         with self._leases.using(request.lease):
             try:
                 async for message in self._deltas(request):
@@ -100,21 +53,20 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def Status(self, request: TrunkStatusRequest, context: Any) -> TrunkStatus:
-        """See trunk.proto."""
         if request.health:
             return await asyncio.to_thread(self._status, True)
         return self._status(False)
 
     def close(self) -> None:
-        """Requests that are cut off from now on are to go on elsewhere."""
+        """Answer requests that end with an error from now on so that another replica continues them."""
         self.closing = True
 
     async def _deltas(self, request: TrunkRequest) -> AsyncGenerator[TrunkDelta, None]:
-        """An empty one when the engine has the request, then what is ready.
+        """An empty message when the engine has accepted the request, then all deltas that are ready.
 
         Raises:
-            ConfigError, QueueFull: the engine does not take it.
-            RaymoeError: this replica ends.
+            ConfigError, QueueFull: The engine refuses the request.
+            RaymoeError: This replica ends.
         """
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
         next_: Delta | None = None
@@ -144,18 +96,18 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
                 yield delta_message(ready)
         finally:
             if not over:
-                with suppress(RaymoeError):  # it is closed: nothing is under way
+                with suppress(RaymoeError):  # the service is closed, and has no requests
                     self._service.cancel(request.id)
 
     def _hear(self, deltas: asyncio.Queue[Delta], delta: Delta) -> None:
-        """In the engine's thread, which wakes the loop once for all that a step brings, where it can."""
+        """Queue a delta in the engine's thread; wake the event loop once for a step's deltas if possible."""
         self._heard.append((deltas, delta))
         if not self._waking:
             self._waking = True
             self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        self._waking = False  # first: what is heard from now on wakes the loop again
+        self._waking = False  # first, so that a delta from now on wakes the loop again
         while self._heard:
             deltas, delta = self._heard.popleft()
             deltas.put_nowait(delta)
@@ -165,11 +117,11 @@ class TrunkServer:
     """The service on a port that the system chooses; made and used in one event loop.
 
     Args:
-        service: what is served.
-        host: the interface to listen on.
+        service: The service.
+        host: The network interface to listen on.
 
     Raises:
-        ResourceError: the interface cannot be listened on.
+        ResourceError: The interface cannot be listened on.
     """
 
     def __init__(self, service: TrunkService, *, host: str) -> None:
@@ -182,8 +134,8 @@ class TrunkServer:
         self.address = f"{host}:{port}"
 
     async def start(self) -> None:
-        """Listen."""
+        """Start to accept calls."""
         await self._server.start()
 
 
-__all__ = ["Leases", "TrunkServer", "TrunkService"]
+__all__ = ["TrunkServer", "TrunkService"]

@@ -18,9 +18,10 @@ from engine.service import Delta
 from errors import ConfigError, QueueFull
 from jobs.api.serving_metrics import ExpertFigures
 from jobs.serving.interface.deployment_status import DeploymentStatus
-from jobs.serving.interface.routes import ServeRoutes
-from jobs.serving.interface.trunks import Lease, Trunks
-from jobs.serving.replica.trunk_server import Leases
+from jobs.serving.interface.replica_leases import ReplicaLease, ServeLeases
+from jobs.serving.interface.replicas import Replicas
+from jobs.serving.interface.resumable_requests import ResumableRequests
+from jobs.serving.replica.held_leases import HeldLeases
 from jobs.serving.trunk_messages import delta_message, delta_of, sampling_message, sampling_params
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus
 from protos.trunk_pb2_grpc import TrunkServicer, add_TrunkServicer_to_server
@@ -130,21 +131,23 @@ class Scene:
     async def known(self) -> dict[str, str]:
         return {f"app#trunk#{i}": address for i, address in enumerate(self.addresses) if self.listed}
 
-    async def take(self) -> Lease:
+    async def take(self) -> ReplicaLease:
         if self.picks and self.absent:
             await asyncio.sleep(self.absent)
         at = min(self.picks, len(self.addresses) - 1)
         self.picks += 1
-        return Lease(name=f"lease-{self.picks}", address=self.addresses[at], began=0.0)
+        return ReplicaLease(name=f"lease-{self.picks}", address=self.addresses[at], began=0.0)
 
-    def give_back(self, lease: Lease) -> None:
+    def give_back(self, lease: ReplicaLease) -> None:
         self.given_back.append(lease.name)
 
-    def lost(self, lease: Lease) -> None:
+    def lost(self, lease: ReplicaLease) -> None:
         self.lost_ones.append(lease.name)
 
     @asynccontextmanager
-    async def running(self, *, patience: float = 20.0, dead_after: float = 20.0) -> AsyncIterator[Trunks]:
+    async def running(
+        self, *, patience: float = 20.0, dead_after: float = 20.0
+    ) -> AsyncIterator[ResumableRequests]:
         for plan in self.plans:
             fake = Fake(dict(plan))
             fake.server = grpc.aio.server()
@@ -152,7 +155,8 @@ class Scene:
             self.addresses.append(f"127.0.0.1:{fake.server.add_insecure_port('127.0.0.1:0')}")
             await fake.server.start()
             self.fakes.append(fake)
-        trunks = Trunks(self, self.known, vocabulary=VOCABULARY, patience=patience, dead_after=dead_after)
+        self.replicas = Replicas(self, self.known, dead_after=dead_after)
+        trunks = ResumableRequests(self.replicas, vocabulary=VOCABULARY, patience=patience)
         try:
             yield trunks
         finally:
@@ -161,7 +165,7 @@ class Scene:
                 await fake.stop()
 
 
-async def heard(trunks: Trunks, params: SamplingParams = PARAMS, **options: Any) -> list[Delta]:
+async def heard(trunks: ResumableRequests, params: SamplingParams = PARAMS, **options: Any) -> list[Delta]:
     deltas: asyncio.Queue[Delta] = asyncio.Queue()
     await trunks.submit("one", PROMPT, params, deltas.put_nowait, **options)
     found = [await deltas.get()]
@@ -389,10 +393,10 @@ def test_parameters_and_deltas_come_through_as_they_are() -> None:
 
 
 def test_a_lease_lasts_as_long_as_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.serving.replica.trunk_server._IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("jobs.serving.replica.held_leases._IDLE_SECONDS", 0.2)
 
     async def check() -> None:
-        leases = Leases()
+        leases = HeldLeases()
         lease = leases.hold("a", "there")
         assert await anext(lease) == "there"
         end = asyncio.create_task(anext(lease, None))
@@ -416,7 +420,7 @@ def test_a_lease_lasts_as_long_as_its_requests(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_lease_without_a_request_ends() -> None:
     async def check() -> None:
-        leases = Leases()
+        leases = HeldLeases()
         lease = leases.hold("a", "there")
         assert await anext(lease) == "there"
         leases._open["a"].patience = 0.1
@@ -463,7 +467,7 @@ def test_serve_is_asked_unless_a_request_has_just_ended() -> None:
     async def check() -> None:
         now = 0.0
         handle = Handle(["a:1", "b:1", "c:1", "d:1", "e:1"])
-        routes = ServeRoutes(handle, clock=lambda: now)  # type: ignore[arg-type]
+        routes = ServeLeases(handle, clock=lambda: now)  # type: ignore[arg-type]
         first, second = await routes.take(), await routes.take()
         assert (first.address, second.address) == ("a:1", "b:1")
         routes.give_back(first)
@@ -490,16 +494,16 @@ def test_serve_is_asked_unless_a_request_has_just_ended() -> None:
 
 
 def test_serve_is_asked_again_when_a_replica_is_gone_or_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.serving.interface.routes._ASK_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("jobs.serving.interface.replica_leases._ASK_AGAIN_SECONDS", 0.1)
 
     async def check() -> None:
         handle = Handle([RuntimeError("the actor died"), None, "a:1"])
-        routes = ServeRoutes(handle)  # type: ignore[arg-type]
+        routes = ServeLeases(handle)  # type: ignore[arg-type]
         assert (await routes.take()).address == "a:1"
         await asyncio.sleep(0)
         assert (handle.calls, handle.cancelled) == (3, 1)
         silent = Handle([None])
-        waiting = asyncio.create_task(ServeRoutes(silent).take())  # type: ignore[arg-type]
+        waiting = asyncio.create_task(ServeLeases(silent).take())  # type: ignore[arg-type]
         while silent.calls < 5:
             await asyncio.sleep(0.01)
         assert not waiting.done()
@@ -511,11 +515,11 @@ def test_serve_is_asked_again_when_a_replica_is_gone_or_silent(monkeypatch: pyte
 def test_serve_is_asked_again_however_many_asks_a_silent_replica_has_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("jobs.serving.interface.routes._ASK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("jobs.serving.interface.replica_leases._ASK_AGAIN_SECONDS", 0.01)
 
     async def check() -> None:
         handle = Handle([*[None] * 20, "a:1"])
-        assert (await ServeRoutes(handle).take()).address == "a:1"  # type: ignore[arg-type]
+        assert (await ServeLeases(handle).take()).address == "a:1"  # type: ignore[arg-type]
         await asyncio.sleep(0)
         assert (handle.calls, handle.cancelled) == (21, 20)
 
@@ -525,7 +529,7 @@ def test_serve_is_asked_again_however_many_asks_a_silent_replica_has_taken(
 def test_health_and_figures_are_those_of_all_replicas_that_answer() -> None:
     async def check() -> None:
         scene = Scene([{}, {}])
-        async with scene.running(dead_after=0.5) as trunks:
+        async with scene.running(dead_after=0.5):
             known = {f"app#trunk#{i}": address for i, address in enumerate(scene.addresses)}
 
             async def where() -> dict[str, str]:
@@ -534,7 +538,7 @@ def test_health_and_figures_are_those_of_all_replicas_that_answer() -> None:
             async def hosts() -> ExpertFigures | None:
                 raise RuntimeError("the pool is away")
 
-            overview = DeploymentStatus(trunks, where, hosts)
+            overview = DeploymentStatus(scene.replicas, where, hosts)
             assert await overview.experts() is None
             assert await overview.health() is None
             engines = await overview.engines()

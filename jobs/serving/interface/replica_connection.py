@@ -1,4 +1,4 @@
-"""A gRPC connection to one replica of the trunk, which says when the replica is gone or hangs."""
+"""A gRPC connection to one replica of the trunk, which finds out when the replica is gone or hangs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from errors import ChannelError, ConfigError, QueueFull
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus, TrunkStatusRequest
 from protos.trunk_pb2_grpc import TrunkStub
 
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
-_LOOKS = 4  # within `dead_after`
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
+_LOOKS = 4  # checks within `dead_after`
 
 
-class TrunkLink:
-    """A connection; in one event loop.
+class ReplicaConnection:
+    """A connection to one replica; used in one event loop.
 
     Args:
-        address: of the replica.
-        dead_after: seconds without an answer after which it counts as dead.
+        address: Address of the replica.
+        dead_after: Seconds without an answer after which the replica counts as dead.
+
+    Attributes:
+        used: When the last request ended, by `time.monotonic`.
+        lost: Why the connection is of no use any more; None while it works.
     """
 
     def __init__(self, address: str, *, dead_after: float) -> None:
@@ -41,15 +45,15 @@ class TrunkLink:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way."""
+        """Whether no request uses the connection."""
         return not self._calls
 
     async def generate(self, request: TrunkRequest) -> AsyncGenerator[TrunkDelta, None]:
-        """The replica's messages, the first of which is empty; whoever stops listening cancels the call.
+        """The replica's messages, the first of which is empty; closing the generator cancels the call.
 
         Raises:
-            ChannelError: the replica is gone or hangs, before the request has come to its end.
-            ConfigError, QueueFull: it does not take the request.
+            ChannelError: The replica is gone or hangs, and the request has not ended.
+            ConfigError, QueueFull: The replica refuses the request.
         """
         call = self._stub.Generate(request)
         self._calls.add(call)
@@ -77,10 +81,14 @@ class TrunkLink:
             self.used = time.monotonic()
 
     async def status(self, *, health: bool = False, timeout: float | None = None) -> TrunkStatus:
-        """How the replica stands.
+        """The replica's status.
+
+        Args:
+            health: Also ask the expert hosts.
+            timeout: Seconds to wait; None waits `dead_after`.
 
         Raises:
-            ChannelError: it does not say.
+            ChannelError: The replica does not answer.
         """
         try:
             status: TrunkStatus = await self._stub.Status(
@@ -95,20 +103,20 @@ class TrunkLink:
         return status
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.lost = self.lost or f"the connection to {self.address} is closed"
         if self._watching is not None:
             self._watching.cancel()
         await self._channel.close(None)
 
     def _raise_if_ours(self) -> None:
-        """A call that was cancelled here, and not by whoever waits for it, is one whose replica is lost."""
+        """Raise `ChannelError` if this connection cancelled the call, because its replica is lost."""
         task = asyncio.current_task()
         if self.lost is not None and not (task is not None and task.cancelling()):
             raise ChannelError(self.lost) from None
 
     async def _watch(self) -> None:
-        """As long as requests are under way: a replica that has said nothing is asked how it stands."""
+        """While requests run, ask a silent replica for its status; cancel them if it does not answer."""
         while self._calls:
             await asyncio.sleep(self._dead_after / _LOOKS)
             if time.monotonic() - self._heard < self._dead_after / _LOOKS:
@@ -123,4 +131,4 @@ class TrunkLink:
                 return
 
 
-__all__ = ["TrunkLink"]
+__all__ = ["ReplicaConnection"]
