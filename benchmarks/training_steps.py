@@ -38,9 +38,7 @@ def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]
     torch.set_num_threads(compute_threads(config))
     rows = _random_rows(config)
     held_out = HeldOut(rows=rows, documents=1, size=1, zlib_bits_per_byte=0.0)
-    data = PreparedData(
-        tokenizer="", end_of_text=0, train=rows, train_tokens=1, train_documents=1, held_out=held_out
-    )
+    data = PreparedData(tokenizer="", end_of_text=0, train=rows, train_documents=1, held_out=held_out)
     begin = RunStart(run="bench")
     with ExitStack() as stack:
         output = stack.enter_context(tempfile.TemporaryDirectory(prefix="raymoe-bench-"))

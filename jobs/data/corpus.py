@@ -55,7 +55,6 @@ class PreparedData:
         tokenizer: the text of its tokenizer.json.
         end_of_text: id of the token behind each document.
         train: rows to train on.
-        train_tokens: tokens of the training documents, with their ends.
         train_documents: how many documents those are.
         held_out: rows to evaluate on.
     """
@@ -63,7 +62,6 @@ class PreparedData:
     tokenizer: str
     end_of_text: int
     train: PackedCorpus
-    train_tokens: int
     train_documents: int
     held_out: HeldOut
 
@@ -115,7 +113,6 @@ def prepare(
         tokenizer=text,
         end_of_text=end_of_text,
         train=train,
-        train_tokens=packer.n_tokens,
         train_documents=packer.n_documents,
         held_out=HeldOut(
             rows=evaluation,

@@ -159,10 +159,6 @@ class PackedCorpus:
         found = [self.row(int(i)) for i in indices]
         return np.stack([tokens for tokens, _ in found]), np.stack([documents for _, documents in found])
 
-    def targets_in(self, index: int) -> int:
-        """Valid targets of the main model in one row."""
-        return int(self._targets.get()[index])
-
     def count_targets(self, indices: Iterable[int]) -> int:
         """Valid targets of the main model in some rows, as a global batch's `n_targets`."""
         return int(self._targets.get()[np.fromiter(indices, dtype=np.int64)].sum())

@@ -120,7 +120,7 @@ def test_rows_travel_to_a_worker_as_references(tmp_path: Path) -> None:
     tokens, writeable, targets = ray.get(read.remote(data.train))
     assert np.array_equal(tokens, data.train.row(1)[0])
     assert not writeable  # a view of the object store, no copy
-    assert targets == sum(data.train.targets_in(i) for i in range(data.train.n_rows))
+    assert targets == data.train.count_targets(range(data.train.n_rows))
 
 
 def test_a_given_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_padded_rows_score_every_token_but_each_documents_first_once(
     for r in range(corpus.n_rows):
         row, segments = corpus.row(r)
         valid = [i for i in range(length) if segments[i] == segments[i + 1] != PADDING]
-        assert corpus.targets_in(r) == len(valid)
+        assert corpus.count_targets([r]) == len(valid)
         for i in valid:
             scored[r * length + i + 1] += 1
             assert row[i + 1] == tokens[r * length + i + 1]
@@ -71,7 +71,7 @@ def test_the_size_of_blocks_does_not_show(texts: list[list[int]], length: int, d
 
 def test_targets_of_a_global_batch_add_up() -> None:
     corpus = pack([[1, 2, 3], [4], [5, 6]], sequence_length=2, depth=1, end_of_text=END)
-    assert [corpus.targets_in(i) for i in range(corpus.n_rows)] == [2, 1, 1]
+    assert [corpus.count_targets([i]) for i in range(corpus.n_rows)] == [2, 1, 1]
     assert corpus.count_targets([2, 0, 0]) == 5
     tokens, segments = corpus.rows([1, 0])
     assert tokens.tolist() == [[3, END, 4, END], [1, 2, 3, END]]
