@@ -1,4 +1,4 @@
-"""What a command shows: progress and notes on stderr, results on stdout, errors in one line each."""
+"""Output of commands: progress and notes on stderr, results on stdout, errors as one line each."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from errors import RaymoeError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
-_PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
+_INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, by convention of shells
+_PLAIN_SECONDS = 5.0  # between progress lines without a terminal
 
 
 class Progress:
-    """A run's progress: a bar on a terminal, a line every few seconds elsewhere.
+    """The progress of a run: a bar on a terminal, otherwise a line every few seconds.
 
     Args:
-        total: steps of the whole run.
-        console: where to; stderr by default.
-        clock: seconds, monotonic.
+        total: Number of steps of the whole run.
+        console: Where to print; by default stderr.
+        clock: Seconds, monotonic.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Progress:
     def update(
         self, step: int, *, loss: float, tokens_per_second: float, max_violation: float, note: str = ""
     ) -> None:
-        """Show where the run is.
+        """Show the state of the run.
 
         Args:
-            step: steps done.
-            loss: of the last step, nats per token.
-            tokens_per_second: trained on, over all workers.
+            step: Number of steps done.
+            loss: Loss of the last step, nats per token.
+            tokens_per_second: Training speed over all workers.
             max_violation: MaxVio, averaged over the layers; 0 is perfect balance.
-            note: anything else worth a few words, such as a validation loss.
+            note: Additional text, such as a validation loss.
         """
         self._done = step
         self._first = self._first or (step, self._clock())
@@ -92,14 +92,14 @@ class Progress:
         self._line(text)
 
     def seconds_left(self) -> float | None:
-        """At the pace since the first update; None until the second."""
+        """Estimated remaining seconds, from the speed since the first update; None before the second."""
         if self._first is None or self._done <= self._first[0]:
             return None
         step, start = self._first
         return (self._clock() - start) / (self._done - step) * (self._total - self._done)
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
+        """Stop updating, and leave the last state on the screen."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -115,22 +115,22 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, for a command without a progress."""
+    """Print a line on stderr, for a command without a `Progress`."""
     print(text, file=sys.stderr, flush=True)
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 file`, `1,200 files`."""
+    """A number with its noun: `1 file`, `1,200 files`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def own_error(error: BaseException) -> RaymoeError | None:
-    """The error of ours in what Ray wrapped around it on its way out of a task or an actor."""
+    """The `RaymoeError` inside the exceptions that Ray wraps around an error of a task or actor."""
     inner: BaseException | None = error
     for _ in range(16):
         if inner is None:
             break
-        # Ray's stand-in for an error of a task is one of ours too, with a traceback for its text.
+        # Ray's substitute for a task's error inherits from ours, with a traceback as its text.
         if isinstance(inner, RaymoeError) and not hasattr(inner, "as_instanceof_cause"):
             return inner
         inner = getattr(inner, "cause", None) or inner.__cause__
@@ -138,9 +138,9 @@ def own_error(error: BaseException) -> RaymoeError | None:
 
 
 def surfaced(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Run a command so that errors of ours end it with one line each and their exit code.
+    """Print a command's `RaymoeError` as one line per problem, and exit with its exit code.
 
-    With the command's `debug` they pass, traceback and all. Ctrl-C ends with 130.
+    With the command's `debug` it is raised, with its traceback. Ctrl-C exits with 130.
     """
 
     @functools.wraps(command)
@@ -162,7 +162,7 @@ def surfaced(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def finish(compute: Callable[[], Mapping[str, Any]], *, as_json: bool) -> None:
-    """Run a command's body and print its result: aligned lines, or one JSON object alone on stdout."""
+    """Run a command's body and print its result as aligned lines, or as one JSON object alone on stdout."""
     if not as_json:
         result = compute()
         width = max((len(name) for name in result), default=0)
@@ -176,7 +176,7 @@ def finish(compute: Callable[[], Mapping[str, Any]], *, as_json: bool) -> None:
 
 @contextmanager
 def announcing() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A way to print JSON objects on stdout while the command goes on, and nothing else there."""
+    """Yield a function that prints JSON objects on stdout; all other output goes to stderr."""
     with _stdout_to_stderr() as real:
 
         def announce(result: Mapping[str, Any]) -> None:
@@ -191,7 +191,7 @@ def announcing() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[int | None]:
-    """Whatever libraries and their subprocesses write to stdout goes to stderr; yields the real one."""
+    """Redirect stdout of libraries and subprocesses to stderr; yield the descriptor of the real stdout."""
     with redirect_stdout(sys.stderr):
         if sys.__stdout__ is None or sys.__stdout__.closed:
             yield None
@@ -207,7 +207,7 @@ def _stdout_to_stderr() -> Iterator[int | None]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON lacks, by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

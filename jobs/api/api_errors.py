@@ -12,14 +12,14 @@ from starlette.exceptions import HTTPException
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that is sent to the client.
 
     Args:
-        status: of HTTP.
-        message: for a person.
-        param: the parameter that is wrong.
-        code: for a program.
-        retry_after: seconds after which it may go better.
+        status: HTTP status.
+        message: Description for people.
+        param: Name of the wrong parameter.
+        code: Identifier for programs.
+        retry_after: Seconds after which the client may try again.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        """What the client gets."""
+        """The response body."""
         return {
             "error": {
                 "message": self.message,
@@ -47,13 +47,13 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """The same with status and headers."""
+        """The response with body, status and headers."""
         headers = None if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong."""
+    """Details of an error."""
 
     message: str
     type: str
@@ -62,24 +62,26 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every answer that is an error."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:
-    """A parameter that cannot be."""
+    """The error for an invalid parameter."""
     return ApiError(400, message, param=param, code="invalid_value")
 
 
 def of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, by the name of its parameter."""
+    """The first validation error of a request body, with the name of the wrong parameter."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     message = first["msg"].removeprefix("Value error, ")
     param = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
-    if param is None and first["type"] == "value_error":  # of fields that do not agree: names the first
+    if (
+        param is None and first["type"] == "value_error"
+    ):  # fields that contradict each other: the message starts with one of them
         param = message.split()[0]
         return invalid(message, param)
     if first["type"] == "extra_forbidden":
@@ -101,7 +103,7 @@ async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_validation_error(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's handler for bodies that do not fit the schema."""
+    """FastAPI's handler for bodies that do not match the schema."""
     assert isinstance(error, RequestValidationError)
     return of_validation(error).response()
 
@@ -109,7 +111,7 @@ async def answer_validation_error(request: Request, error: Exception) -> JSONRes
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 400:  # FastAPI's own, for what the JSON parser chokes on: depth, digits, bytes
+    if error.status_code == 400:  # FastAPI's own, if the JSON parser fails: depth, digits, bytes
         return ApiError(400, "the body cannot be read as JSON", code="invalid_json").response()
     answer = ApiError(error.status_code, str(error.detail)).response()
     answer.headers.update(error.headers or {})  # Allow, with 405
@@ -117,7 +119,7 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_failure(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's handler for what nobody meant to happen."""
+    """FastAPI's handler for unexpected exceptions."""
     return ApiError(500, f"{type(error).__name__}: {error}").response()
 
 

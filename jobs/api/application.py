@@ -1,4 +1,4 @@
-"""The routes of the OpenAI-compatible interface."""
+"""The HTTP routes of the OpenAI-compatible interface."""
 
 # No `from __future__ import annotations`: FastAPI could not read the routes' types, which are local here.
 import asyncio
@@ -54,7 +54,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_api(find: Callable[[], Backend]) -> FastAPI:
-    """The interface of the backend that `find` gives when a request comes."""
+    """The HTTP application of a served model.
+
+    Args:
+        find: Returns the backend of this process; called for every request.
+    """
     api = FastAPI(title="raymoe", description="OpenAI-compatible interface of a served model.")
     api.add_exception_handler(ApiError, answer_api_error)
     api.add_exception_handler(RequestValidationError, answer_validation_error)
@@ -71,7 +75,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
 
     @api.get("/health", responses={503: _ERRORS[503]})
     async def health() -> Response:
-        """200 when every expert has a live host, else 503 with the reason."""
+        """Return 200 if every expert has a live host, else 503 with the reason."""
         reason = await find().health()
         if reason is not None:
             return ApiError(503, reason, retry_after=1).response()
@@ -79,7 +83,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
 
     @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus' text format."""
         backend = find()
         backend.metrics.engines, backend.metrics.experts = await asyncio.gather(
             backend.engines(), backend.experts()
@@ -88,24 +92,24 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
 
     @api.get("/v1/models", responses=_ERRORS)
     def models(backend: Allowed) -> dict[str, Any]:
-        """The model that is served."""
+        """List the served model."""
         return {"object": "list", "data": [_card(backend)]}
 
     @api.get("/v1/models/{name:path}", responses=_ERRORS)
     def model(name: str, backend: Allowed) -> dict[str, Any]:
-        """One model."""
+        """Describe one model."""
         backend.check_model(name)
         return _card(backend)
 
     @api.post("/v1/completions", responses={**_STREAM, **_ERRORS})
     async def completions(request: CompletionRequest, backend: Allowed) -> Response:
-        """Go on with a text."""
+        """Continue a text."""
         backend.check_model(request.model)
         return await _complete(backend, request)
 
     @api.post("/v1/chat/completions", responses={**_STREAM, **_ERRORS})
     async def chat(request: ChatRequest, backend: Allowed) -> Response:
-        """Answer in a conversation."""
+        """Answer the last message of a conversation."""
         backend.check_model(request.model)
         return await _chat(backend, request)
 
@@ -146,7 +150,7 @@ async def _complete(backend: Backend, request: CompletionRequest) -> Response:
     choices = [Choice(prompt=prompt) for prompt in job.prompts]
 
     def part(index: int, choice: Choice, *, first: bool) -> dict[str, Any]:
-        """A choice, or what is new about it."""
+        """A choice, or its new part."""
         seen = visible_part(backend.tokenizer, request, choice, first=first)
         logprobs = None
         if request.logprobs is not None:
@@ -227,10 +231,10 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
 
 
 async def _gather(deltas: AsyncIterator[Deltas], choices: list[Choice], usage: Usage) -> str:
-    """Fill all choices; the version of the weights that the last token came from.
+    """Collect all deltas into the choices; the version of the weights that computed the last token.
 
     Raises:
-        ApiError: the engine failed.
+        ApiError: The engine failed.
     """
     version = ""
     async for ready in deltas:
@@ -254,12 +258,12 @@ async def _stream(
     *,
     include_usage: bool,
 ) -> AsyncIterator[str]:
-    """Server-sent events: chunks, a last one with the usage, and the end; or an error in their place."""
+    """Server-sent events: chunks, usage if it was asked for, and `[DONE]`; an error ends the stream."""
     begun: set[int] = set()
     pending: dict[str, Any] = {"usage": None} if include_usage else {}
     version = ""
     async for ready in deltas:
-        events: list[str] = []  # one write for all that is ready
+        events: list[str] = []  # one write for all deltas that are ready
         for index, delta in ready:
             if delta.error is not None:
                 events.append(_event(ApiError(503, delta.error, code="engine_failed").body()))
@@ -282,7 +286,7 @@ async def _stream(
 
 
 async def _streaming(events: AsyncIterator[str]) -> StreamingResponse:
-    """A stream, once its first event is there: what is refused at once is an error, and no stream."""
+    """The streamed response; an error before the first event is raised, and so gets its HTTP status."""
     first = await anext(events)
 
     async def all_events() -> AsyncIterator[str]:

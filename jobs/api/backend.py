@@ -1,4 +1,4 @@
-"""A served model as the interface sees it: who generates, its texts, its limits."""
+"""A served model as the interface sees it: generation service, tokenizer and limits."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _RETRY_SECONDS = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What is taken.
+    """Limits on requests.
 
     Attributes:
-        max_queue: requests that may wait at a replica; one more is told to come back.
-        max_prompt: tokens of a prompt; None takes what the model takes.
-        max_tokens: tokens that a request may ask for; None takes what the model takes.
-        api_keys: of which a request must carry one; none needed when empty.
+        max_queue: Requests that may wait at a replica; further ones get status 429.
+        max_prompt: Tokens of a prompt; None is the model's limit.
+        max_tokens: Tokens that a request may ask for; None is the model's limit.
+        api_keys: API keys, one of which every request must carry; if empty, no key is needed.
     """
 
     max_queue: int = 256
@@ -41,7 +41,7 @@ class Limits:
 
 
 class Service(Protocol):
-    """Generates: an engine in this process, or replicas of the trunk in others."""
+    """Generates tokens: an engine in this process, or trunk replicas in others."""
 
     def submit(
         self,
@@ -52,18 +52,18 @@ class Service(Protocol):
         *,
         limit: int | None = None,
     ) -> Future[None] | asyncio.Future[None]:
-        """Take a request; `listener` hears every delta, in whatever thread.
+        """Start a request; `listener` is called with every delta, in any thread.
 
         Args:
-            limit: requests that may wait already.
+            limit: Requests that may be waiting already; with more, the request is refused.
 
         Returns:
-            Done when it is taken, with a ConfigError if it will not be, or with QueueFull.
+            Done when the request is accepted; fails with ConfigError or QueueFull if it is refused.
         """
         ...
 
     def cancel(self, id: str) -> object:
-        """Drop a request; its listener hears no more."""
+        """End a request; its listener is not called again."""
         ...
 
 
@@ -77,16 +77,16 @@ async def _no_experts() -> ExpertFigures | None:
 
 @dataclass(slots=True, kw_only=True)
 class Backend:
-    """One process of the interface.
+    """The served model in one process of the interface.
 
     Attributes:
-        model: its name.
-        version: says which weights are in use; every answer carries that of those that computed it.
-        longest: tokens that prompt and answer may have together.
-        end_of_text: token that ends a text.
-        health: says what is wrong, or None.
-        engines: says how the engines stand, by their names.
-        experts: says how the expert hosts stand, if there are some.
+        model: Name of the model.
+        version: Returns the version of the weights in use; answers carry the version that computed them.
+        longest: Tokens that prompt and answer may have together.
+        end_of_text: Token that ends a text.
+        health: Returns why requests cannot be answered, or None.
+        engines: Returns the engines' figures by name.
+        experts: Returns the expert hosts' figures; None if there are no hosts.
     """
 
     model: str
@@ -108,13 +108,13 @@ class Backend:
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
 
     def check_key(self, authorization: str | None) -> None:
-        """Let a caller in.
+        """Check the API key of a request.
 
         Args:
-            authorization: `Bearer KEY`, as a header or as metadata.
+            authorization: `Bearer KEY`, from an HTTP header or gRPC metadata.
 
         Raises:
-            ApiError: a key is needed, and this is none.
+            ApiError: A key is needed, and it is missing or wrong.
         """
         keys = self.limits.api_keys
         given = (authorization or "").removeprefix("Bearer ").encode()
@@ -122,10 +122,10 @@ class Backend:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def check_model(self, name: str | None) -> None:
-        """Hold the name that a request gives against the model's; None is fine.
+        """Check the model name of a request; None is accepted.
 
         Raises:
-            ApiError: it is another.
+            ApiError: It is another model's.
         """
         if name is not None and name != self.model:
             raise ApiError(
@@ -136,25 +136,29 @@ class Backend:
             )
 
     def encode(self, text: str, param: str) -> list[int]:
-        """Tokens of a text.
+        """Tokenize a text.
 
         Raises:
-            ApiError: it has halves of surrogate pairs, or is too long by far.
+            ApiError: It has an unpaired surrogate, or more characters than any prompt can have.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise invalid(f"{param} has half of a surrogate pair, which is no character", param) from error
-        if len(text) > self.longest * self._longest_token:  # not to spend seconds on what cannot fit
+        if len(text) > self.longest * self._longest_token:  # without tokenizing, which would take seconds
             raise invalid(f"{param} has {len(text)} characters, too many for {self.longest} tokens", param)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
-        """Tokens that may be generated after a prompt.
+        """Number of tokens that may be generated after a prompt.
+
+        Args:
+            wanted: Number that the request asks for; None asks for as many as possible.
+            param: Name of the parameter with this number.
 
         Raises:
-            ApiError: the prompt is too long, or leaves less room than is wanted.
+            ApiError: The prompt is too long, or leaves room for fewer tokens than wanted.
         """
         longest_prompt = min(self.longest - 1, self.limits.max_prompt or self.longest)
         if len(prompt) > longest_prompt:
@@ -172,12 +176,12 @@ class Backend:
     async def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """Deltas of several choices as they come, all that there are, each with the index of its choice.
+        """Generate several choices; yields all deltas that are ready, each with the index of its choice.
 
-        Whoever stops listening stops the generation.
+        Closing the generator ends the generation.
 
         Raises:
-            ApiError: the queue is full, or the engine refuses the request.
+            ApiError: The queue is full, or the engine refuses the request.
         """
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
@@ -191,7 +195,7 @@ class Backend:
                 def hear(delta: Delta, index: int = index) -> None:
                     loop.call_soon_threadsafe(deltas.put_nowait, (index, delta))
 
-                # A queue has room for a request as a whole or not at all: its first choice asks.
+                # The queue accepts all choices of a request or none: only the first one has a limit.
                 limit = None if index else self.limits.max_queue
                 submitted = self.service.submit(open_[index], prompt, one, hear, limit=limit)
                 taken.append(asyncio.wrap_future(submitted))
@@ -214,10 +218,10 @@ class Backend:
                 self.service.cancel(id)
 
     async def _taken(self, submitted: Sequence[asyncio.Future[None]]) -> None:
-        """Wait until all are taken.
+        """Wait until all choices are accepted.
 
         Raises:
-            ApiError: one is not.
+            ApiError: One is refused.
         """
         try:
             await asyncio.gather(*submitted)

@@ -1,4 +1,4 @@
-"""Bodies of requests that are too large are refused before they are read."""
+"""Refuses request bodies that are too large, before they are read."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ MAX_BYTES = 16 << 20
 
 
 class BodyLimit:
-    """ASGI middleware: answers 413 to a body of more than `MAX_BYTES`, announced or not.
+    """ASGI middleware that answers 413 to bodies of more than `MAX_BYTES`, by header or by what arrives.
 
     Args:
-        app: gets everything else.
+        app: The application that gets all other requests.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the ASGI specification."""
+        """Handle one ASGI connection."""
         refusal = ApiError(413, f"the body is too large; {MAX_BYTES} bytes at most", code="body_too_large")
         announced = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        # Digits alone count: int() takes other things too, and chokes on thousands of digits.
+        # Only digits are parsed: int() accepts other forms too, and raises for thousands of digits.
         if (
             announced.isascii()
             and announced.isdigit()
@@ -43,7 +43,7 @@ class BodyLimit:
             return message
 
         async def unless_refused(message: Message) -> None:
-            if taken <= MAX_BYTES:  # else it is the application's word on a body that breaks off
+            if taken <= MAX_BYTES:  # else it is the application's error for an incomplete body
                 await send(message)
 
         try:

@@ -1,4 +1,4 @@
-"""Conversations as text: the tokenizer's chat template, or a plain one."""
+"""Chat templates: the tokenizer's own, or a plain default."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from errors import DataError
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-"""For models without a template of their own."""
+"""The template of models that have none."""
 
 
 class ChatTemplate:
     """Turns messages into a prompt.
 
     Args:
-        source: of the template, in Jinja.
-        special: texts of special tokens by name (`bos_token`, …).
+        source: Source of the template, in Jinja.
+        special: Texts of special tokens by name (`bos_token`, …).
 
     Raises:
-        DataError: the template cannot be read.
+        DataError: The template cannot be parsed.
     """
 
     def __init__(self, source: str = PLAIN, special: Mapping[str, str] | None = None) -> None:
@@ -39,7 +39,7 @@ class ChatTemplate:
 
     @classmethod
     def beside(cls, directory: Path) -> ChatTemplate:
-        """Of a model's directory: chat_template.jinja, tokenizer_config.json's, or the plain one."""
+        """The template of a model: from chat_template.jinja or tokenizer_config.json, else the plain one."""
         settings: dict[str, Any] = {}
         file = directory / "tokenizer_config.json"
         if file.is_file():
@@ -58,10 +58,10 @@ class ChatTemplate:
         return cls(source or PLAIN, special)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt after which the assistant speaks.
+        """The prompt that the assistant's answer follows.
 
         Raises:
-            DataError: the template refuses these messages.
+            DataError: The template rejects these messages.
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special)

@@ -1,4 +1,4 @@
-"""Requests and replies of generation.proto: the completions of the OpenAI interface in another form."""
+"""Generation over gRPC: the messages of generation.proto, with the meaning of `/v1/completions`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from protos.generation_pb2 import GenerateReply, GenerateRequest
 async def generate(
     backend: Backend, message: GenerateRequest, authorization: str | None
 ) -> AsyncGenerator[GenerateReply, None]:
-    """Replies to a request, as tokens come; whoever stops listening stops the generation.
+    """Replies to a request, as tokens are generated; closing the generator ends the generation.
 
     Raises:
-        ApiError: the request is refused, or the engine failed.
+        ApiError: The request is refused, or the engine failed.
     """
     backend.check_key(authorization)
     request = completion_request(message)
@@ -71,10 +71,10 @@ async def _each(
 
 
 def completion_request(message: GenerateRequest) -> CompletionRequest:
-    """The same as the body of `POST /v1/completions`.
+    """A message as the body of `POST /v1/completions`.
 
     Raises:
-        ApiError: a parameter cannot be, naming it.
+        ApiError: A parameter is invalid; the error names it.
     """
     values = {field.name: _plain(value) for field, value in message.ListFields()}
     for name in ("text", "tokens"):

@@ -1,4 +1,4 @@
-"""Bodies of requests, with the names and limits of OpenAI's interface and vLLM's additions."""
+"""Request bodies, with the names and limits of OpenAI's interface and vLLM's additions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INT64 = (1 << 63) - 1
 
 
 class StreamOptions(BaseModel):
-    """What a stream brings beside the text."""
+    """Options of a streamed response."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -22,7 +22,7 @@ class StreamOptions(BaseModel):
 
 
 class _Generation(BaseModel):
-    """What both kinds of request share. Fields that we do not know are refused, not passed over."""
+    """Fields that both kinds of request share. Unknown fields are refused, not ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +48,7 @@ class _Generation(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """A null asks for the default, as OpenAI has it, where it has no meaning of its own."""
+        """Replace null by the default, as OpenAI does, in fields where null has no meaning of its own."""
         if not isinstance(values, dict):
             return values
         fields = cls.model_fields
@@ -60,14 +60,14 @@ class _Generation(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with what was used."""
+        """Whether a stream ends with the token usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, *, max_tokens: int, index: int, logprobs: int | None, echo: bool) -> SamplingParams:
-        """Of choice number `index`.
+        """The sampling parameters of choice number `index`.
 
         Raises:
-            ConfigError: values that do not go together.
+            ConfigError: Values contradict each other.
         """
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(

@@ -1,4 +1,4 @@
-"""Bodies of answers: what was generated, in OpenAI's shapes."""
+"""Response bodies: generated text, log probabilities and token usage in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from jobs.api.request_bodies import CompletionRequest
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of a request, over all its choices."""
+    """Token usage of a request.
+
+    Attributes:
+        prompt: Tokens of all prompts, each prompt counted once.
+        completion: Tokens generated over all choices.
+        cached: For each choice, positions of its prompt found in the cache.
+    """
 
     prompt: int = 0
     completion: int = 0
     cached: dict[int, int] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        """As clients read it."""
+        """The `usage` object of a response."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -35,7 +41,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Choice:
-    """One choice as it grows."""
+    """One choice of an answer, or the part of it that deltas have added."""
 
     prompt: Sequence[int]
     text: str = ""
@@ -45,7 +51,7 @@ class Choice:
     finish_reason: str | None = None
 
     def take(self, delta: Delta) -> None:
-        """Add what is new."""
+        """Add a delta."""
         self.text += delta.text
         self.tokens += delta.tokens
         self.logprobs += delta.logprobs
@@ -55,7 +61,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
-    """What all bodies of one answer share."""
+    """The fields that all bodies of one answer share."""
 
     kind: str
     model: str
@@ -66,7 +72,11 @@ class Envelope:
     def body(
         self, choices: list[dict[str, Any]], *, version: str, usage: Usage | None = None
     ) -> dict[str, Any]:
-        """A whole answer, or one chunk of it; `version` is of the weights that computed it."""
+        """A whole answer, or one chunk of it.
+
+        Args:
+            version: The version of the weights that computed it.
+        """
         body: dict[str, Any] = {
             "id": f"{self.prefix}-{self.id}",
             "object": self.kind,
@@ -117,7 +127,11 @@ def completion_logprobs(
     *,
     offset: int = 0,
 ) -> dict[str, Any]:
-    """The form of `/v1/completions`: parallel lists."""
+    """Log probabilities in the format of `/v1/completions`: parallel lists.
+
+    Args:
+        offset: Position of the first token in the text.
+    """
     texts = [_text(tokenizer, token) for token in tokens]
     offsets = []
     for text in texts:
@@ -139,7 +153,7 @@ def completion_logprobs(
 def chat_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]
 ) -> dict[str, Any]:
-    """The form of `/v1/chat/completions`: one object a token."""
+    """Log probabilities in the format of `/v1/chat/completions`: one object for each token."""
     return {
         "content": [
             {

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the interface and of the engines behind it, with vLLM's names and our prefix."""
+"""Prometheus metrics of the interface, the engines and the expert hosts, with vLLM's names and our prefix."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFigures:
-    """How an engine stands.
+    """State and counters of one engine.
 
     Attributes:
-        running, waiting: requests.
-        pages_held, pages: of the cache, in use and all.
-        preemptions: requests set back for want of pages.
-        requests: taken since it began, those that another engine had begun among them.
-        drafts, draft_tokens, accepted_tokens: rounds of drafts, drafts judged, and those that were right.
+        running, waiting: Number of requests.
+        pages_held, pages: Pages of the KV cache in use, and in all.
+        preemptions: Requests preempted because the cache was full.
+        requests: Requests accepted since the start, including those continued from another engine.
+        drafts, draft_tokens, accepted_tokens: Rounds of drafts, drafts verified, and drafts accepted.
     """
 
     running: int
@@ -42,13 +42,13 @@ class EngineFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertFigures:
-    """How the expert hosts stand.
+    """State of a deployment's expert hosts.
 
     Attributes:
-        wanted, hosts: how many there should be, and how many serve and answer.
-        replicas: least number of hosts that hold an expert.
-        in_flight: rows that wait or are computed, on all hosts.
-        balancedness: mean over highest load of the hosts; None before loads are known.
+        wanted, hosts: Number of hosts that there should be, and of those that serve and answer.
+        replicas: Number of hosts of the expert that is on the fewest.
+        in_flight: Rows that wait or are computed, on all hosts.
+        balancedness: Mean load of the hosts over the highest; None before loads are known.
     """
 
     wanted: int
@@ -59,7 +59,7 @@ class ExpertFigures:
 
     @classmethod
     def of(cls, status: Mapping[str, Any]) -> Self:
-        """Of what `raymoe status --json` shows."""
+        """The figures in a job's status, the object of `raymoe status --json`."""
         there = [host for host in status["hosts"] if host["state"] == "serving" and host["answers"]]
         return cls(
             wanted=status["wanted"],
@@ -71,14 +71,14 @@ class ExpertFigures:
 
 
 class ServingMetrics(Collector):
-    """All metrics, in a registry of their own.
+    """All metrics of one process of the interface, in a registry of their own.
 
     Attributes:
-        engines: their figures by their names, as they were asked for last.
-        experts: those of the expert hosts; None where there are none or nobody knows.
+        engines: The engines' figures by name, set before each exposition.
+        experts: The expert hosts' figures; None without hosts, or if they are unknown.
 
     Args:
-        model: label of all of them.
+        model: Name of the model, a label of all metrics.
     """
 
     def __init__(self, model: str) -> None:
@@ -113,7 +113,7 @@ class ServingMetrics(Collector):
         self._failure = counter("request_failure", "Requests that ended with an error.")
 
     def collect(self) -> Iterator[Metric]:
-        """The engines' figures, for the registry."""
+        """Gauges of the engines and expert hosts; called by the registry."""
         for name, text, read in _GAUGES:
             family = GaugeMetricFamily(f"raymoe_{name}", text, labels=["model_name", "engine"])
             for engine, figures in self.engines.items():
@@ -127,19 +127,19 @@ class ServingMetrics(Collector):
             yield family
 
     def timing(self, began: float) -> Timing:
-        """The clock of one request that began at `began` (of `time.perf_counter`)."""
+        """The measurement of a request that began at `began`, by `time.perf_counter`."""
         return Timing(self, began)
 
     def finished(self, reason: str) -> None:
-        """A choice has ended."""
+        """Count a choice that ended well."""
         self._success.labels(self._model, reason).inc()
 
     def failed(self) -> None:
-        """A choice has ended with an error."""
+        """Count a choice that ended with an error."""
         self._failure.inc()
 
     def exposition(self) -> bytes:
-        """What Prometheus reads."""
+        """All metrics in Prometheus' text format."""
         text: bytes = generate_latest(self.registry)
         return text
 
@@ -165,14 +165,14 @@ _EXPERTS: tuple[tuple[str, str, Callable[[ExpertFigures], float | None]], ...] =
 
 
 class Timing:
-    """Measures one request."""
+    """Measures the latencies of one request."""
 
     def __init__(self, metrics: ServingMetrics, began: float) -> None:
         self._metrics, self._began = metrics, began
         self._last: dict[int, float] = {}
 
     def note(self, index: int, delta: Delta) -> None:
-        """A delta of choice `index` has come."""
+        """Record a delta of choice `index`, which has just arrived."""
         now, metrics = time.perf_counter(), self._metrics
         if delta.tokens:
             metrics.generation_tokens.inc(len(delta.tokens))

@@ -1,3 +1,3 @@
-"""Checkpoints on disk: where they are, and how the trunk and the experts are read from them."""
+"""Checkpoints on disk: the store of a run, the trunk's part, and models loaded from them."""
 
 from __future__ import annotations

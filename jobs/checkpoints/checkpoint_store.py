@@ -1,14 +1,14 @@
-"""The checkpoints of a run on disk: whole or not there, the last few kept.
+"""The checkpoints of a run on disk: each one complete or absent, the last few kept.
 
     DIR/checkpoints/step-00000200/     a complete checkpoint, named after the steps it has behind it
         config.json, *.safetensors     the weights, in Hugging Face's DeepSeek-V3 format
-        optimizer-*.safetensors        AdamW's moments, beside the weights that they belong to
+        optimizer-*.safetensors        AdamW's moments of the weights in the file of the same name
         tokenizer.json, …              the tokenizer
-        state.json                     step, configuration, and what else a resumed run needs
-    DIR/checkpoints/.writing-…         one in the making; left by a crash, it is removed by the next
-    DIR/checkpoints/.deleting-…        one on its way out, likewise
+        state.json                     step, configuration, last evaluation
+    DIR/checkpoints/.writing-…         a checkpoint being written; after a crash the next one removes it
+    DIR/checkpoints/.deleting-…        a checkpoint being deleted; likewise
 
-Owners write their parts into the directory in the making, then one process makes it visible by a rename.
+The trunk's worker and the hosts write their parts into `.writing-…`, then worker 0 renames it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _DELETING = ".deleting-"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """What a run needs beside weights and moments to go on as if it had never stopped.
+    """State of a run beside weights and moments.
 
-    The data's position and the order of its rows are functions of (seed, step); the model draws no
-    random numbers after its weights are made: there is no generator whose state would have to be kept.
+    The position in the data and the order of its rows are functions of seed and step, and the model draws no
+    random numbers after its weights are initialized, so no generator's state is saved.
 
     Attributes:
-        step: optimizer steps done; the next step has this index.
-        bias_version: updates of the gates' bias so far (the bias itself is among the weights).
-        config: the run's configuration as `RunConfig.to_dict` gives it.
-        validation: last evaluation, if there was one.
+        step: Number of optimizer steps done; the next step has this index.
+        bias_version: Number of updates of the gates' bias; the bias itself is among the weights.
+        config: The run's configuration, from `RunConfig.to_dict`.
+        validation: Result of the last evaluation, if there was one.
     """
 
     step: int
@@ -52,9 +52,9 @@ class CheckpointStore:
     """The `checkpoints` directory of one run.
 
     Args:
-        directory: made when the first checkpoint begins.
-        keep: complete checkpoints that stay.
-        needed: one that stays as well.
+        directory: The directory; created with the first checkpoint.
+        keep: Number of complete checkpoints to keep.
+        needed: A checkpoint that is never deleted.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, needed: Path | None = None) -> None:
@@ -63,7 +63,7 @@ class CheckpointStore:
         self._needed = None if needed is None else needed.resolve()
 
     def begin(self, step: int) -> Path:
-        """An empty directory in the making, for all owners to write into."""
+        """Create the empty directory that all processes write their parts into."""
         writing = self._directory / f"{_WRITING}{_name(step)}"
         self._directory.mkdir(parents=True, exist_ok=True)
         for kind in (_WRITING, _DELETING):
@@ -73,7 +73,7 @@ class CheckpointStore:
         return writing
 
     def commit(self, step: int, state: TrainingState) -> Path:
-        """Make the checkpoint in the making visible as a whole, and drop those that are too old."""
+        """Give the written checkpoint its final name, and delete those that are too old."""
         writing = self._directory / f"{_WRITING}{_name(step)}"
         values = {"format": _FORMAT, **asdict(state)}
         (writing / _STATE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -81,7 +81,7 @@ class CheckpointStore:
             _sync(file)
         _sync(writing)
         final = self._directory / _name(step)
-        if final.exists():  # the same step, written before a resume: the same contents
+        if final.exists():  # the same step, written before a resume, with the same contents
             self._delete(final)
         writing.rename(final)
         _sync(self._directory)
@@ -92,7 +92,7 @@ class CheckpointStore:
         return final
 
     def _delete(self, checkpoint: Path) -> None:
-        """Out of sight as a whole, then gone."""
+        """Rename a checkpoint, so that no process finds it in part, and delete it."""
         hidden = checkpoint.with_name(f"{_DELETING}{checkpoint.name}")
         shutil.rmtree(hidden, ignore_errors=True)
         checkpoint.rename(hidden)
@@ -104,10 +104,10 @@ class CheckpointStore:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means: itself, or the latest of a run's directory.
+    """The checkpoint at a path: the directory itself, or the latest one of a run's directory.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is none.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run's directory or one of its checkpoints")
@@ -125,7 +125,7 @@ def read_state(checkpoint: Path) -> TrainingState:
     """The training state of a checkpoint.
 
     Raises:
-        CheckpointError: missing, damaged, or of a later format.
+        CheckpointError: It is missing, damaged, or of another format.
     """
     file = checkpoint / _STATE
     try:

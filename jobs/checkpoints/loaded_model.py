@@ -1,4 +1,4 @@
-"""A trained model in one process: found, loaded with its experts and its tokenizer."""
+"""Loads a trained model, with its experts and tokenizer, into one process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model to run on its own.
+    """A model in one process.
 
     Attributes:
-        directory: what it was loaded from.
-        transformer: trunk, its configuration in `.config`.
-        experts: all routed experts.
-        tokenizer: beside the weights.
-        end_of_text: id of the token that ends a text.
+        directory: The directory that it was loaded from.
+        transformer: The trunk, with its configuration in `.config`.
+        experts: All routed experts.
+        tokenizer: The tokenizer from the same directory.
+        end_of_text: Id of the token that ends a text.
     """
 
     directory: Path
@@ -38,10 +38,10 @@ class LoadedModel:
 
 
 def find_weights(path: Path) -> Path:
-    """The directory with weights that a user means: itself, or the latest checkpoint of a run.
+    """The directory with weights at a path: the path itself, or the latest checkpoint of a run's directory.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is none.
     """
     if (path / "config.json").is_file():
         return path
@@ -54,14 +54,14 @@ def find_weights(path: Path) -> Path:
 
 
 def load_model(path: Path) -> LoadedModel:
-    """Load a checkpoint, a run's latest, or a Hugging Face directory, for evaluation.
+    """Load a checkpoint, the latest one of a run, or a Hugging Face directory, for evaluation.
 
-    Weights keep their dtype where the machine computes in it, and become float32 elsewhere.
+    Weights keep their dtype if the machine computes in it, else they become float32.
 
     Raises:
-        CheckpointError: missing, damaged or of another architecture.
-        DataError: no tokenizer.json beside the weights.
-        ResourceError: it is larger than the memory.
+        CheckpointError: The weights are missing, damaged or of another architecture.
+        DataError: There is no tokenizer.json beside the weights.
+        ResourceError: The model is larger than the free memory.
     """
     directory = find_weights(path)
     dtype = compute_dtype(directory)
@@ -81,7 +81,7 @@ def load_model(path: Path) -> LoadedModel:
 
 
 def compute_dtype(directory: Path, *, on_gpus: bool = False) -> torch.dtype:
-    """The dtype to run a model in: its weights' own where GPUs or CPUs compute in it, else float32."""
+    """The dtype to run a model in: that of its weights if the device computes in it, else float32."""
     stored = ShardReader(directory).tensor("model.norm.weight").dtype
     keeps = stored == torch.float64 or (stored == torch.bfloat16 and (on_gpus or computes_bfloat16()))
     return stored if keeps else torch.float32

@@ -1,7 +1,6 @@
-"""Whether a model fits into this machine, told from its configuration before anything is loaded or started.
+"""Estimates the memory that a model needs from its configuration, before anything is loaded or started.
 
-An estimate of what must be there at least: weights and cache. What processes need beside that is left out, so
-that nothing is refused that would run.
+It is a lower bound, weights and cache only, so that no model is refused that would fit.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 
 _GIB = 1 << 30
-_UNLIMITED = 1 << 60  # what cgroups of version 1 say when there is no limit is above this
+_UNLIMITED = 1 << 60  # cgroups of version 1 state "no limit" as a number above this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeed:
-    """Bytes that serving takes on one machine.
+    """Bytes that serving a model takes on one machine.
 
     Attributes:
-        trunk, cache: of each replica.
-        experts: all of them, however many hosts share them.
-        replicas: of the trunk.
-        hosts: of experts; 0 keeps all experts in each replica.
+        trunk, cache: Bytes of the trunk's weights and of the KV cache, per replica.
+        experts: Bytes of all experts together.
+        replicas: Number of trunk replicas.
+        hosts: Number of expert hosts; with 0 every replica holds all experts.
     """
 
     trunk: int
@@ -43,7 +42,7 @@ class MemoryNeed:
 
     @property
     def total(self) -> int:
-        """Of all processes together."""
+        """Bytes of all processes together."""
         return self.replicas * (self.trunk + self.cache) + (1 if self.hosts else self.replicas) * self.experts
 
 
@@ -56,12 +55,14 @@ def serving_need(
     hosts: int = 0,
     modules: bool = True,
 ) -> MemoryNeed:
-    """What a model takes once it is loaded.
+    """The memory that a served model takes once it is loaded.
 
     Args:
-        dtype: of weights and cache.
-        cache_tokens: positions of each replica's cache.
-        modules: whether the MTP modules draft.
+        dtype: The type of weights and cache.
+        cache_tokens: Positions of each replica's cache.
+        replicas: Number of trunk replicas.
+        hosts: Number of expert hosts.
+        modules: Whether the MTP modules are loaded, to draft.
     """
     with torch.device("meta"):
         model = Transformer(config, dtype=dtype)
@@ -81,20 +82,20 @@ def serving_need(
 
 
 def loading_need(config: ModelConfig, dtype: torch.dtype) -> MemoryNeed:
-    """What a model takes in one process, trunk and experts, without a cache."""
+    """The memory that a model takes in one process, with its experts and without a cache."""
     experts = _experts(config, dtype)
     return MemoryNeed(trunk=config.total_parameters() * dtype.itemsize - experts, cache=0, experts=experts)
 
 
 def check_memory(need: MemoryNeed, *, advice: str, free: int | None = None) -> None:
-    """Refuse what cannot be held.
+    """Check that there is enough free memory.
 
     Args:
-        advice: what to do about it.
-        free: bytes that there are; None looks.
+        advice: What the user can do if there is not.
+        free: Bytes of free memory; None determines them.
 
     Raises:
-        ResourceError: in one line: how much is needed for what, and the advice.
+        ResourceError: There is not; the message says how much is needed for which part, and the advice.
     """
     free = free_memory() if free is None else free
     if need.total <= free:
@@ -116,11 +117,14 @@ def check_memory(need: MemoryNeed, *, advice: str, free: int | None = None) -> N
 def free_memory(
     *, machine: int | None = None, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Bytes that this process and its children may still take: what the machine has free, swap included, or
-    what a container's limit leaves, were its page cache given up.
+    """Bytes that this process and its children can still allocate.
+
+    That is the machine's free memory with swap, or what the limit of a container leaves if that is less;
+    memory of the page cache counts as free.
 
     Args:
-        machine: bytes that the machine has free; None asks it.
+        machine: Free bytes of the machine; None determines them.
+        proc, cgroups: Mount points of these file systems.
     """
     swap = psutil.swap_memory().free if machine is None else 0
     if machine is None:
@@ -129,7 +133,7 @@ def free_memory(
 
 
 def _cgroup_rooms(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What each limit leaves: of this process's group and of those around it."""
+    """Free bytes under the limit of this process's cgroup and of each one around it."""
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
@@ -143,7 +147,7 @@ def _cgroup_rooms(proc: Path, cgroups: Path) -> Iterator[int]:
         else:
             continue
         group = root / path.lstrip("/")
-        # A container sees its own group as the root, though the path may be that of the machine around it.
+        # In a container its own group is the root, although the path may be the one outside the container.
         for level in [group, *group.parents] if group.is_dir() else [root]:
             limit, used = (_number(level / name) for name in names)
             if limit is not None and used is not None and limit < _UNLIMITED:
@@ -160,12 +164,12 @@ def _number(file: Path) -> int | None:
 
 
 def _page_cache(file: Path) -> int:
-    """Bytes of files in memory, which are given up when there is need."""
+    """Bytes of the page cache, which the kernel frees when memory is needed."""
     try:
         counts = dict(line.split() for line in file.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):
         return 0
-    # Version 1 counts the groups within under names of their own.
+    # Version 1 counts groups within this one under names with the prefix total_.
     return sum(
         int(counts.get(f"total_{name}", counts.get(name, 0))) for name in ("active_file", "inactive_file")
     )

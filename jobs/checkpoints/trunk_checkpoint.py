@@ -1,4 +1,4 @@
-"""The trunk's part of a checkpoint: its weights under Hugging Face's names, and AdamW's moments of them."""
+"""The trunk's part of a checkpoint: weights under Hugging Face's names, and AdamW's moments."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MOMENTS = "optimizer-trunk.safetensors"
 
 
 def save_trunk(directory: Path | None, trunk: TrunkParameters) -> None:
-    """Write weights and moments of everything but the routed experts into a checkpoint in the making.
+    """Write the weights and moments of everything but the routed experts into a checkpoint.
 
-    Where workers share the trunk out, all of them call this at once.
+    With a sharded trunk all workers call this together.
 
     Args:
-        directory: None where another worker writes.
+        directory: The checkpoint's directory; None if another worker writes.
     """
     if directory is None:
         _take_part(trunk)
@@ -28,10 +28,10 @@ def save_trunk(directory: Path | None, trunk: TrunkParameters) -> None:
 
 
 def load_trunk_moments(directory: Path, trunk: TrunkParameters, *, step: int) -> None:
-    """Take over the moments that `save_trunk` wrote, `step` steps into the run.
+    """Load the moments that `save_trunk` wrote after `step` steps.
 
     Raises:
-        CheckpointError: missing, or of another shape.
+        CheckpointError: They are missing, or of another shape.
     """
     reader = ShardReader(directory / _MOMENTS)
     trunk.load_moments(lambda name, kind: reader.tensor(f"{name}.{kind}"), step)

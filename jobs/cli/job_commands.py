@@ -13,17 +13,21 @@ from jobs.console import finish, say, surfaced
 
 Job = Annotated[
     str | None,
-    typer.Option("--coordinator", metavar="HOST:PORT", help="Of the job; by default looked for with Ray."),
+    typer.Option(
+        "--coordinator", metavar="HOST:PORT", help="The job's coordinator; by default found through Ray."
+    ),
 ]
 Cluster = Annotated[
     str | None,
-    typer.Option("--address", help="The job's Ray cluster; by default the one that runs on this machine."),
+    typer.Option("--address", help="Address of the job's Ray cluster; by default the one on this machine."),
 ]
-Patience = Annotated[float, typer.Option(min=0, help="Seconds to wait until it is done; 0 returns at once.")]
+Patience = Annotated[
+    float, typer.Option(min=0, help="Seconds to wait for completion; 0 returns immediately.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
-    """Make these commands of the command line."""
+    """Register these commands."""
     for command in (status, scale, drain, chaos, certs):
         app.command()(surfaced(command))
 
@@ -31,11 +35,11 @@ def add_to(app: typer.Typer) -> None:
 def status(
     coordinator: Job = None,
     address: Cluster = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Update the display until Ctrl-C.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a job's expert hosts, what they hold, and what happened last."""
+    """Show a job's expert hosts, their experts, and the last events."""
     from rich.console import Console
 
     with _operated(coordinator, address, debug) as job:
@@ -51,27 +55,29 @@ def status(
 
 
 def scale(
-    hosts: Annotated[int, typer.Argument(metavar="N", help="Expert hosts that there should be.")],
+    hosts: Annotated[int, typer.Argument(metavar="N", help="Number of expert hosts.")],
     coordinator: Job = None,
     address: Cluster = None,
     timeout: Patience = 300.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Change the number of expert hosts of a job that serves or trains."""
+    """Change the number of expert hosts of a training or serving job."""
     with _operated(coordinator, address, debug) as job:
         done = job.scale(hosts, timeout=timeout)
     _tell(done, as_json=as_json)
 
 
 def drain(
-    host: Annotated[str | None, typer.Argument(metavar="[HOST]", help="As `raymoe status` names it.")] = None,
+    host: Annotated[
+        str | None, typer.Argument(metavar="[HOST]", help="Name of the host, as in `raymoe status`.")
+    ] = None,
     node: Annotated[
         str | None,
-        typer.Option(metavar="ID|here", help="All of a Ray node before it ends; others take their place."),
+        typer.Option(metavar="ID|here", help="Drain all hosts of this Ray node and replace them elsewhere."),
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Start another one in its place; else one less is wanted.")
+        bool, typer.Option("--replace", help="Start another host in its place; else there is one fewer.")
     ] = False,
     coordinator: Job = None,
     address: Cluster = None,
@@ -79,7 +85,7 @@ def drain(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Let an expert host, or all that a node has, give its experts away and go."""
+    """Move the experts of a host, or of all hosts of a node, to others, and stop it."""
     if (host is None) == (node is None):
         raise ConfigError("drain takes either a HOST or --node; name one of them")
     if node is not None:
@@ -91,24 +97,22 @@ def drain(
 
 
 def chaos(
-    seed: Annotated[int, typer.Option(min=0, help="The same faults for the same seed.")] = 0,
-    duration: Annotated[float, typer.Option(min=0, help="Seconds that it goes on for.")] = 60.0,
-    every: Annotated[float, typer.Option(min=0.01, help="Seconds between two faults, on average.")] = 10.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the schedule of faults.")] = 0,
+    duration: Annotated[float, typer.Option(min=0, help="Seconds for which faults happen.")] = 60.0,
+    every: Annotated[float, typer.Option(min=0.01, help="Mean time between two faults, in seconds.")] = 10.0,
     kinds: Annotated[
-        str, typer.Option(help="Of kill, stop, slow and drop (connections), with commas.")
+        str, typer.Option(help="Comma-separated: kill, stop, slow, drop (connections).")
     ] = "kill",
     targets: Annotated[
-        str, typer.Option(help="Of host, coordinator, trunk (in serving) and worker (in training).")
+        str, typer.Option(help="Comma-separated: host, coordinator, trunk (serving), worker (training).")
     ] = "host",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the schedule of faults.")] = False,
     coordinator: Job = None,
     address: Cluster = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Rehearse failures: kill, stop, slow down and cut off a job's processes, by a seed."""
+    """Inject faults into a running job: kill, stop, slow down or disconnect its processes."""
     from jobs.fleet.ray_token import use_own_token
 
     use_own_token()
@@ -144,20 +148,20 @@ def chaos(
 
 
 def certs(
-    directory: Annotated[str, typer.Argument(help="Where they are written, for RAYMOE_TLS_DIR to name.")],
+    directory: Annotated[str, typer.Argument(help="Directory to write to; set RAYMOE_TLS_DIR to it.")],
     days: Annotated[
-        float, typer.Option(min=0.001, max=36500, help="That the certificate is good for.")
+        float, typer.Option(min=0.001, max=36500, help="Days for which the certificate is valid.")
     ] = 90.0,
     ca_days: Annotated[
-        float, typer.Option(min=0.001, max=36500, help="That a new authority is good for.")
+        float, typer.Option(min=0.001, max=36500, help="Days for which a new authority is valid.")
     ] = 3650.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make an authority and a certificate for mutual TLS; again, a new certificate of the same authority."""
+    """Create an authority and a certificate for mutual TLS, or renew the certificate of an authority."""
     from jobs.tools.certs import make_certificates
 
-    if not directory.strip():  # a variable that is not set: else the files would lie wherever one stands
+    if not directory.strip():  # an unset shell variable; the files would land in the working directory
         raise ConfigError("DIRECTORY is empty; name the directory to write to, or . for this one")
     made = make_certificates(Path(directory), days=days, ca_days=ca_days)
     if as_json:
@@ -186,10 +190,10 @@ def _drain_node(
 
 
 def _choices(text: str, known: list[str], option: str) -> list[str]:
-    """What a list with commas names.
+    """The names in a comma-separated list.
 
     Raises:
-        ConfigError: something that there is not, or nothing.
+        ConfigError: A name is unknown, or there is none.
     """
     chosen = [one.strip() for one in text.split(",") if one.strip()]
     unknown = [one for one in chosen if one not in known]

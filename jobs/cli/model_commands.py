@@ -29,10 +29,10 @@ def add_to(app: typer.Typer) -> None:
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="Text to go on with; - reads it from stdin.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seeds the sampling.")] = 0,
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     threads: Threads = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -59,21 +59,21 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="File, folder or glob, all of which is judged; without it, the run's held-out documents."
+            help="File, folder or glob of documents; by default the documents that the run held out."
         ),
     ] = None,
     text_field: Annotated[
-        str | None, typer.Option(help="Field that holds the text (JSONL, Parquet).")
+        str | None, typer.Option(help="Field or column with the text (JSONL, Parquet).")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row; by default that of the run.")
+        int | None, typer.Option(min=1, help="Tokens per row; by default as in the run.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows judged at once.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 4,
     threads: Threads = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Judge a model on documents: loss, perplexity, bits per byte beside zlib's, draft acceptance."""
+    """Evaluate a model on documents: loss, perplexity, bits per byte, draft acceptance."""
 
     def compute() -> Result:
         from jobs.tools.evaluate import evaluate as run
@@ -95,15 +95,16 @@ def export_(
     checkpoint: Checkpoint,
     target: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A new or empty directory.")],
     dtype: Annotated[
-        str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; unchanged by default.")
+        str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; by default unchanged.")
     ] = None,
     mtp: Annotated[
-        bool, typer.Option("--mtp/--no-mtp", help="With the MTP modules, for engines that draft with them.")
+        bool,
+        typer.Option("--mtp/--no-mtp", help="Include the MTP modules, for engines that draft with them."),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint as transformers and vLLM read it, without the training state."""
+    """Convert a checkpoint for transformers and vLLM, without the training state."""
 
     def compute() -> Result:
         from jobs.tools.convert import export_checkpoint
@@ -115,16 +116,16 @@ def export_(
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", help="A DeepSeek-V3 model in Hugging Face form.")
+        Path, typer.Argument(metavar="HF_DIR", help="A DeepSeek-V3 model in Hugging Face format.")
     ],
     target: Annotated[Path, typer.Argument(metavar="CKPT", help="A new or empty directory.")],
     dtype: Annotated[
-        str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; unchanged by default.")
+        str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; by default unchanged.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a Hugging Face model and write it as a checkpoint to train --init or generate from."""
+    """Check a Hugging Face model and convert it into a checkpoint, to train from or generate with."""
 
     def compute() -> Result:
         from jobs.tools.convert import import_checkpoint
@@ -136,14 +137,14 @@ def import_(
 
 def config_(
     preset: Annotated[
-        str | None, typer.Argument(help="tiny, demo (the default), bench-20m or deepseek-v3.")
+        str | None, typer.Argument(help="Name: tiny, demo (the default), bench-20m or deepseek-v3.")
     ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print a complete configuration with comments; redirect it into a file for --config."""
+    """Print a complete configuration with comments, as a file for --config."""
     from jobs.config.config_file import load_config
     from jobs.config.presets import summary
     from jobs.config.yaml_text import commented_yaml

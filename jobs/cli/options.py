@@ -9,28 +9,32 @@ from typing import Annotated, Any
 import typer
 
 Result = Mapping[str, Any]
-"""What a command prints."""
+"""The result of a command, which is printed."""
 
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="A configuration by name: tiny, demo, bench-20m, deepseek-v3.")
+    str | None,
+    typer.Option("--preset", help="Name of a configuration: tiny, demo, bench-20m or deepseek-v3."),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="A YAML file; `raymoe config` prints a complete one.")
+    Path | None,
+    typer.Option("--config", help="Configuration file (YAML); `raymoe config` prints a complete one."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=V", help="Change one field, such as training.steps=100; repeatable."),
+    typer.Option("--set", metavar="A.B=V", help="Set one field, such as training.steps=100; repeatable."),
 ]
 Address = Annotated[
-    str | None, typer.Option(help="A running Ray cluster, such as auto; without it, one just for this run.")
+    str | None,
+    typer.Option(help="Address of a running Ray cluster, or auto; by default one is started for this run."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, alone on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the actors' logs.")]
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A checkpoint, a run's directory, or a Hugging Face directory.")
+    Path,
+    typer.Argument(metavar="CKPT", help="A checkpoint, a run's directory, or a Hugging Face directory."),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="Compute threads; the machine's cores by default.")
+    int | None, typer.Option(min=1, max=1024, help="Compute threads; by default one for each core.")
 ]
 
 __all__ = [

@@ -19,18 +19,21 @@ def add_to(app: typer.Typer) -> None:
 
 def serve(
     checkpoint: Checkpoint,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML with serving and cluster.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Configuration file (YAML) with the sections serving and cluster."),
+    ] = None,
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Interface that HTTP listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of HTTP.")] = 8000,
+    host: Annotated[str, typer.Option(help="Network interface for HTTP.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port for HTTP.")] = 8000,
     grpc_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of gRPC; without it there is none.")
+        int | None, typer.Option(min=1, max=65535, help="Port for gRPC; by default gRPC is off.")
     ] = None,
     address: Address = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a model to OpenAI clients, until Ctrl-C."""
+    """Serve a model with an OpenAI-compatible interface until Ctrl-C."""
     if address is not None:
         from jobs.fleet.ray_token import use_own_token
 
@@ -68,13 +71,15 @@ def reload(
     checkpoint: Checkpoint,
     address: Annotated[
         str | None,
-        typer.Option(help="The Ray cluster that serves; by default the one that runs on this machine."),
+        typer.Option(
+            help="Address of the Ray cluster of the deployment; by default the one on this machine."
+        ),
     ] = None,
-    name: Annotated[str, typer.Option("--app", help="The Serve application.")] = "raymoe",
+    name: Annotated[str, typer.Option("--app", help="Name of the Serve application.")] = "raymoe",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Change the weights of a model that is served, without a pause or a lost request."""
+    """Replace the weights of a served model without interrupting it."""
     from jobs.fleet.ray_token import use_own_token
 
     use_own_token()

@@ -21,15 +21,17 @@ def train(
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Short for --set training.steps=N.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of steps, as --set training.steps=N.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Directory of the run: checkpoints, metrics, tokenizer.")
+        Path | None, typer.Option(help="Directory of the run, for checkpoints, metrics and the tokenizer.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with the run in this directory.")
+        Path | None, typer.Option(metavar="DIR", help="Resume the run in this directory.")
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(metavar="CKPT|HF_DIR", help="Begin with these weights, at step 0.")
+        Path | None, typer.Option(metavar="CKPT|HF_DIR", help="Start a new run with these weights.")
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Record a timeline of 3 steps (training.profile_steps).")
@@ -38,7 +40,7 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model; without --preset and --config, the preset demo."""
+    """Train a model; by default the preset demo."""
     if address is not None:
         from jobs.fleet.ray_token import use_own_token
 
@@ -77,7 +79,7 @@ def _training_config(
     init: Path | None,
     output: Path | None,
 ) -> Any:
-    """The configuration to train with: of the run that is resumed, or of the options."""
+    """The configuration of the resumed run, or the one that the options describe."""
     from jobs.config.config_file import load_config
     from jobs.training.resumed_config import resumed_config
 

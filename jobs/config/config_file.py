@@ -1,4 +1,4 @@
-"""From `--preset`, `--config` and `--set` to a checked `RunConfig`, and back to a file."""
+"""Loads a `RunConfig` from `--preset`, `--config` and `--set`, and writes it to a file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from jobs.config.yaml_text import commented_yaml, parse_yaml, read_yaml
 def load_config(
     *, path: Path | None = None, preset_name: str | None = None, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """The configuration a command runs with.
+    """Load a configuration.
 
     Args:
-        path: a YAML file; fields it leaves out have their defaults (`model` has none).
-        preset_name: instead of a file; with neither, the preset `demo`.
-        overrides: `section.field=value`, values read as YAML, applied in their order.
+        path: A YAML file; fields that it leaves out have their defaults (`model` has none).
+        preset_name: Name of a preset, instead of a file; with neither, `demo`.
+        overrides: `section.field=value`, with values in YAML, applied in their order.
 
     Raises:
-        ConfigError: one line for each problem, with the full path of its field.
+        ConfigError: One line for each problem, with the full path of its field.
     """
     if path is not None and preset_name is not None:
         raise ConfigError(
@@ -43,12 +43,12 @@ def load_config(
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration with its comments; `load_config(path=…)` gives the same one."""
+    """Write a configuration with comments; `load_config(path=…)` returns the same one."""
     path.write_text(commented_yaml(config), encoding="utf-8")
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `a.b=v` in place."""
+    """Apply one `a.b=v` to plain values, in place."""
     path, separator, text = override.partition("=")
     path = path.strip()
     if not separator or not path or not all(path.split(".")):

@@ -1,4 +1,4 @@
-"""What a process computes on, and in which arithmetic."""
+"""The device and the dtype that a process computes with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch
 
 
 def compute_device(gpus: float, field: str) -> torch.device:
-    """The device of this process: the GPU that Ray has reserved for it, if it has.
+    """The device of this process: the GPU that Ray has reserved for it, or the CPU.
 
     Args:
-        gpus: reserved, 0 for none.
-        field: of the configuration that says so.
+        gpus: Number of reserved GPUs, 0 for none.
+        field: The field of the configuration with this number, for the error.
 
     Raises:
         ResourceError: torch does not find the GPU.
@@ -28,23 +28,23 @@ def compute_device(gpus: float, field: str) -> torch.device:
             f"{field} asks for a GPU, and torch finds none (torch {torch.__version__} with {built}); install "
             "torch for CUDA and its driver there, or compute on CPUs"
         )
-    return torch.device("cuda", 0)  # of those that Ray lets the process see
+    return torch.device("cuda", 0)  # the first GPU that Ray makes visible to the process
 
 
 def computes_bfloat16() -> bool:
-    """Whether this machine's CPUs multiply bfloat16 matrices in hardware."""
+    """Whether this machine's CPUs have units for products of bfloat16 matrices."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def check_dtype(name: str, *, on_gpus: bool) -> None:
-    """Refuse what would run, but about a hundred times slower than float32.
+    """Refuse bfloat16 on CPUs that emulate it, about a hundred times slower than float32.
 
     Args:
-        on_gpus: whether all that computes does so on GPUs.
+        on_gpus: Whether all workers and hosts compute on GPUs.
 
     Raises:
-        ConfigError: `training.dtype` is bfloat16, and a part computes on CPUs without units for it.
+        ConfigError: `training.dtype` is bfloat16, and some process computes on CPUs without units for it.
     """
     if name == "bfloat16" and not on_gpus and not computes_bfloat16():
         raise ConfigError(
@@ -55,16 +55,16 @@ def check_dtype(name: str, *, on_gpus: bool) -> None:
 
 
 def resolve_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype that is computed in, the same in every process."""
+    """The dtype of a run's computations, the same in every process."""
     auto = "bfloat16" if config.on_gpus else "float32"
     return _DTYPES[auto if config.training.dtype == "auto" else config.training.dtype]
 
 
 def worker_device(config: RunConfig) -> torch.device:
-    """What a worker computes on that is alone with its GPU; Ray Train says itself what its workers do.
+    """The device of a worker that sees only its own GPU; for its own workers Ray Train chooses the device.
 
     Raises:
-        ResourceError: there is no such device.
+        ResourceError: There is no such device.
     """
     return compute_device(config.training.gpus_per_worker, "training.gpus_per_worker")
 

@@ -1,4 +1,4 @@
-"""Turns pydantic's findings into lines a user can act on: full path, what is wrong, the fix."""
+"""Turns pydantic's errors into lines for users: full path of the field, what is wrong, how to fix it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from errors import ConfigError
 
 
 class Section(BaseModel):
-    """A part of a configuration, or the whole of it: frozen, nothing unknown, no infinite number."""
+    """A configuration or a section of one: frozen, without unknown fields or infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Check plain values, as read from YAML.
+        """Validate plain values, as read from YAML.
 
         Raises:
-            ConfigError: with one line a problem, each naming the full path of its field.
+            ConfigError: One line for each problem, with the full path of its field.
         """
         try:
             return cls.model_validate(values)
@@ -30,23 +30,23 @@ class Section(BaseModel):
             raise explain(error, cls, values) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` takes back."""
+        """Plain values from which `from_dict` makes the same configuration."""
         return self.model_dump(mode="json")
 
 
 def explain(error: ValidationError, schema: type[BaseModel], values: Any) -> ConfigError:
-    """One `ConfigError` with one line for each distinct problem, in the order of the fields."""
+    """A `ConfigError` with one line for each distinct problem, in the order of the fields."""
     lines: dict[str, None] = {}
     for details in error.errors(include_url=False):
         if details["type"] == "float_type" and isinstance(details["input"], list):
-            continue  # A schedule given as a list: what is wrong with the list is said beside it.
+            continue  # for a schedule given as a list there are errors of the list itself as well
         for line in _lines(details, schema):
             lines[line] = None
     return ConfigError("\n".join(_without_union_echo(list(lines))))
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model an annotation stands for, also within `X | None`."""
+    """The pydantic model in an annotation, also within `X | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in get_args(annotation):
@@ -76,9 +76,9 @@ def _lines(details: ErrorDetails, schema: type[BaseModel]) -> Iterator[str]:
 
 
 def _walk(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
-    """The location as a user writes it, and the section that holds its last field.
+    """The path of a field as users write it, and the section that contains the field.
 
-    pydantic appends the member of a union that it tried (`float`, `list[…]`); those are left out.
+    pydantic appends the member of a union that it tried (`float`, `list[…]`), which is left out.
     """
     path: list[str] = []
     within: type[BaseModel] | None = schema
@@ -109,7 +109,7 @@ def _unknown(location: list[str], within: type[BaseModel] | None) -> str:
 
 
 def _prefixed(path: str, line: str, within: type[BaseModel] | None) -> str:
-    """Put the section's path before a validator's own words, which start with the field's name."""
+    """Put the section's path before the message of a validator, which starts with the field's name."""
     first = line.replace(":", " ").split(maxsplit=1)[0] if line.strip() else ""
     if path and within is not None and first.split(".")[0] in within.model_fields:
         return f"{path}.{line}"
@@ -117,7 +117,7 @@ def _prefixed(path: str, line: str, within: type[BaseModel] | None) -> str:
 
 
 def _without_union_echo(lines: list[str]) -> list[str]:
-    """A union reports a line for each member it tried; keep the deepest path, and its first line."""
+    """Keep one line of those that a union reports, one per member: the first one with the deepest path."""
     paths = [line.partition(": ")[0] for line in lines]
     kept = []
     for i, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""Complete configurations by name; each is a function, so that what it differs in stands in one place."""
+"""Complete configurations by name, each made by one function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jobs.config.run_config import RunConfig
 
 
 def tiny() -> RunConfig:
-    """Seconds to train; for tests and first tries."""
+    """A model that trains in seconds, for tests and first tries."""
     return RunConfig.from_dict(
         {
             "model": {
@@ -53,7 +53,7 @@ def tiny() -> RunConfig:
 
 
 def demo() -> RunConfig:
-    """Learns Python source visibly in about four minutes on two cores, its experts on two hosts."""
+    """A model that learns Python source in about four minutes on two cores, with experts on two hosts."""
     return RunConfig.from_dict(
         {
             "model": {
@@ -78,7 +78,7 @@ def demo() -> RunConfig:
                 "max_position_embeddings": 1024,
                 "num_nextn_predict_layers": 1,
             },
-            # So short a run has no time for a bias that moves by 0.001 a step.
+            # The run is too short for a bias that moves by 0.001 a step.
             "balance": {"update_rate": 0.005},
             "training": {
                 "steps": 500,
@@ -175,9 +175,9 @@ _DEEPSEEK_V3: dict[str, Any] = {
 
 
 def deepseek_v3() -> RunConfig:
-    """DeepSeek-V3 with its MTP module, trained as in arXiv 2412.19437, section 4.2; to plan with.
+    """DeepSeek-V3 with its MTP module, trained as in arXiv 2412.19437, section 4.2; for planning.
 
-    The batch is the final one (15,360 rows of 4,096 tokens), so steps are tokens / 62.9M.
+    The batch is the paper's final one (15,360 rows of 4,096 tokens), so steps are tokens / 62.9M.
     """
     tokens_per_step = 15360 * 4096
     return RunConfig.from_dict(
@@ -220,7 +220,11 @@ DEFAULT_PRESET = "demo"
 
 
 def preset(name: str) -> RunConfig:
-    """The preset of that name; `ConfigError` lists the names when there is none."""
+    """The preset of a name.
+
+    Raises:
+        ConfigError: There is none; the message lists the names.
+    """
     if name in PRESETS:
         return PRESETS[name]()
     close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -229,7 +233,7 @@ def preset(name: str) -> RunConfig:
 
 
 def summary(config: RunConfig) -> dict[str, Any]:
-    """Counts worth a line before a run: parameters in all and per token, tokens of the run."""
+    """Counts that are shown before a run: all parameters, active parameters, tokens of the run."""
     training = config.training
     return {
         "total_parameters": config.model.total_parameters(),

@@ -1,4 +1,4 @@
-"""YAML in and out: a loader without YAML 1.1's surprises, and a writer that keeps the descriptions."""
+"""Reads YAML by the rules of YAML 1.2, and writes configurations with their descriptions as comments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDTH = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, `on` and `no` as words, and refuses a key given twice."""
+    """SafeLoader that reads 1e-3 as a number, `on` and `no` as strings, and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -35,11 +35,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would not read back as the same string."""
+    """SafeDumper that quotes strings which `_Loader` would read as another type."""
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """How plain scalars are typed: YAML 1.2's core schema, by the scalar's first character."""
+    """Rules for the types of plain scalars in YAML 1.2's core schema, by the scalar's first character."""
     rules: list[tuple[str, str, str]] = [
         ("null", r"^(?:~|null|Null|NULL|)$", "~nN"),
         ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -63,10 +63,14 @@ _Dumper.yaml_implicit_resolvers = _resolvers()
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Values of a YAML text.
+    """The values of a YAML text.
+
+    Args:
+        text: The text.
+        where: Its origin, for the error.
 
     Raises:
-        ConfigError: not YAML; the message has `where` and the line.
+        ConfigError: It is not YAML; the message has `where` and the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -79,7 +83,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Values of a YAML file; `ConfigError` when it cannot be read or parsed."""
+    """The values of a YAML file.
+
+    Raises:
+        ConfigError: It cannot be read or parsed.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -90,7 +98,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def commented_yaml(config: BaseModel) -> str:
-    """A configuration as YAML, each field under its description; `read_yaml` gives the same values."""
+    """A configuration as YAML, each field below its description; `read_yaml` returns the same values."""
     return "\n".join(_section(config, config.model_dump(mode="json"), 0)) + "\n"
 
 
@@ -118,7 +126,7 @@ def _section(config: BaseModel, values: dict[str, Any], depth: int) -> Iterator[
 
 
 def _documented_attributes(schema: type[BaseModel]) -> dict[str, str]:
-    """What the `Attributes:` part of a docstring says about each field."""
+    """The description of each field in the `Attributes:` section of a class's docstring."""
     found: dict[str, str] = {}
     _, _, attributes = inspect.cleandoc(schema.__doc__ or "").partition("\nAttributes:\n")
     for entry in re.split(r"\n(?=    \w)", "\n" + attributes):
@@ -130,7 +138,7 @@ def _documented_attributes(schema: type[BaseModel]) -> dict[str, str]:
 
 
 def _scalar(value: Any) -> str:
-    """A value on one line, in flow style."""
+    """A value as one line of YAML, in flow style."""
     text = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True
     )

@@ -1,3 +1,3 @@
-"""From files to packed rows of tokens."""
+"""The training data: documents read from files, tokenized, and packed into rows."""
 
 from __future__ import annotations

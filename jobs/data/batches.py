@@ -1,6 +1,6 @@
-"""Which rows a step trains on, and who takes which.
+"""The rows of each training step and of each worker.
 
-Functions of the step alone, so that resuming needs nothing else.
+They are functions of the step alone, so that a resumed run needs no other state.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ Int64s = npt.NDArray[np.int64]
 
 
 def rows_of_step(step: int, *, n_rows: int, batch_size: int, seed: int) -> Int64s:
-    """Row numbers of the global batch of a step (0-based), int64 [batch_size].
+    """Row numbers (0-based) of the global batch of a step, int64 [batch_size].
 
-    The steps read on through one permutation of all rows after another, one for each epoch; a batch
-    may end one epoch and begin the next.
+    Every epoch has its own permutation of all rows. A batch may contain the end of one epoch and the start of
+    the next.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
     epochs, offsets = np.divmod(positions, n_rows)
@@ -29,18 +29,18 @@ def rows_of_step(step: int, *, n_rows: int, batch_size: int, seed: int) -> Int64
 
 
 def microbatch_rows(rows: Int64s, microbatch_size: int, microbatch: int) -> Int64s:
-    """The slice of a global batch that is microbatch number `microbatch` of the step."""
+    """The rows of microbatch number `microbatch` of a global batch."""
     return rows[microbatch * microbatch_size : (microbatch + 1) * microbatch_size]
 
 
 def microbatches_of_worker(rank: int, workers: int, n_microbatches: int) -> range:
-    """Numbers, within the step, of the microbatches that a worker computes."""
+    """Numbers of the microbatches of a step that a worker computes."""
     return range(rank, n_microbatches, workers)
 
 
 @lru_cache(maxsize=4)
 def _permutation(epoch: int, n_rows: int, seed: int) -> Int64s:
-    # Raw Philox words are the same in every release of numpy; Generator.permutation need not be.
+    # Raw Philox words are the same in every release of numpy; Generator.permutation may change.
     key = (seed % 2**64) | (epoch << 64)
     order = np.argsort(np.random.Philox(key=key).random_raw(n_rows), kind="stable")
     order.setflags(write=False)

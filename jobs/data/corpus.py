@@ -1,7 +1,7 @@
-"""From files to packed rows with Ray Data: read, hold out, tokenise, pack into Ray's object store.
+"""Prepares the corpus of a run with Ray Data: reads, holds out, tokenizes and packs documents.
 
-Everything is in the order of the documents' files and decided by their names, so the same corpus
-gives the same rows on any cluster. Nothing is cached outside the run's output directory.
+The rows lie in Ray's object store. Their order follows that of the files, and names decide which documents
+are held out, so the same corpus gives the same rows on any cluster.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class InObjectStore(Generic[_T]):
-    """A value in Ray's object store; numpy arrays come back as views of shared memory."""
+    """A value in Ray's object store; its numpy arrays are read as views of shared memory."""
 
     reference: ray.ObjectRef
 
     def get(self) -> _T:
-        """The value, fetched to this node when it is on another."""
+        """The value, fetched if it is on another node."""
         value: _T = ray.get(self.reference)
         return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """What a run trains and evaluates on.
+    """The prepared documents of a run.
 
     Attributes:
-        tokenizer: the text of its tokenizer.json.
-        end_of_text: id of the token behind each document.
-        train: rows to train on.
-        train_documents: how many documents those are.
-        held_out: rows to evaluate on.
+        tokenizer: Text of the tokenizer.json.
+        end_of_text: Id of the token after each document.
+        train: Rows to train on.
+        train_documents: Number of documents in these rows.
+        held_out: Rows to evaluate on.
     """
 
     tokenizer: str
@@ -66,24 +66,24 @@ class PreparedData:
     held_out: HeldOut
 
     def save_tokenizer(self, directory: Path) -> None:
-        """Write the tokenizer into a folder, as transformers reads it."""
+        """Write the tokenizer into a folder, in the format of transformers."""
         save_tokenizer(Tokenizer.from_str(self.tokenizer), self.end_of_text, directory)
 
 
 def prepare(
     config: RunConfig, *, tokenizer: Path | None = None, note: Callable[[str], None] | None = None
 ) -> PreparedData:
-    """Read, split, tokenise and pack the corpus of a run. Ray must be initialised.
+    """Read, split, tokenize and pack the corpus of a run. Ray must be initialized.
 
     Args:
-        config: the run's configuration.
-        tokenizer: take this one, whatever `data.tokenizer` says: a run that is resumed, or begun from
-            a checkpoint, keeps its own.
-        note: is told what is being done, before each part that takes its time.
+        config: The run's configuration.
+        tokenizer: A tokenizer to use in place of `data.tokenizer`: that of the checkpoint which the run
+            resumes or starts from.
+        note: Called with a description before each part that takes long.
 
     Raises:
-        DataError: the corpus is missing, unreadable, or too small.
-        ConfigError: the tokenizer does not fit the model.
+        DataError: The corpus is missing, unreadable, or too small.
+        ConfigError: The tokenizer does not fit the model.
     """
     note = note or (lambda _: None)
     chosen = tokenizer or (Path(config.data.tokenizer).expanduser() if config.data.tokenizer else None)
@@ -124,7 +124,7 @@ def prepare(
 
 
 def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
-    """A dataset of (name, text, size) in the order of the files, held in the object store."""
+    """A dataset of (name, text, size) in the order of the files, in the object store."""
 
     def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
         held: list[Document] = []
@@ -141,7 +141,7 @@ def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    # Ray Data prints the error of a task beside raising it; --debug is what shows Ray's own words.
+    # Ray Data prints the error of a task and also raises it; its own output is shown with --debug only.
     debug = logging.getLogger("ray").getEffectiveLevel() <= logging.INFO
     logging.getLogger("ray.data").setLevel(logging.WARNING if debug else logging.CRITICAL)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that bars are off
@@ -151,7 +151,7 @@ def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
 
 
 def _only(documents: ray.data.Dataset, names: set[str], *, keep: bool) -> ray.data.Dataset:
-    """The documents of those names, or all but those."""
+    """The documents with these names, or all others."""
     wanted = pa.array(sorted(names), pa.string())
 
     def choose(batch: pa.Table) -> pa.Table:
@@ -172,7 +172,7 @@ def _table(documents: Sequence[Document]) -> pa.Table:
 
 
 def _sample(training: ray.data.Dataset, sizes: dict[str, int], held: set[str]) -> Iterator[str]:
-    """Training documents, spread over the corpus, of about `_SAMPLE_BYTES` in all."""
+    """Training documents from all over the corpus, about `_SAMPLE_BYTES` in all."""
     chosen: set[str] = set()
     size = 0
     for name in sorted(sizes.keys() - held, key=lambda name: (name_hash(f"sample {name}"), name)):
@@ -186,7 +186,7 @@ def _sample(training: ray.data.Dataset, sizes: dict[str, int], held: set[str]) -
 def _pack(
     documents: ray.data.Dataset, tokenizer: str, end_of_text: int, config: RunConfig, *, pad: bool
 ) -> tuple[PackedCorpus, Packer]:
-    """Tokenise and pack; blocks go into the object store as they fill."""
+    """Tokenize and pack documents; each full block goes into the object store."""
 
     def encode(batch: pa.Table) -> pa.Table:
         texts = batch.column("text").to_pylist()
@@ -237,7 +237,7 @@ def _take(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise an error of ours as itself, out of whatever Ray wrapped around it in a task."""
+    """Raise a `RaymoeError` of a task as itself, without the exceptions that Ray wraps around it."""
     try:
         yield
     except Exception as error:

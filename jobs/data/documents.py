@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, JSON lines and Parquet, each document under a lasting name."""
+"""Reads documents from plain text, JSON lines and Parquet files; each document has a stable name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from errors import DataError
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _PARQUET = (".parquet",)
-# Folders of the standard library that are its tests, tables of data, or not part of it.
+# Folders of the standard library with its tests or tables of data, and folders that are not part of it.
 _NOT_SOURCE = frozenset(
     {
         "__pycache__",
@@ -35,7 +35,7 @@ _NOT_SOURCE = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A text, and a name that stays the same wherever the corpus lies."""
+    """A text, and a name that does not depend on where the corpus is stored."""
 
     name: str
     text: str
@@ -46,9 +46,9 @@ class SourceFile:
     """A file of a corpus.
 
     Attributes:
-        path: where it is.
-        name: its path within the corpus.
-        piece_bytes: cut the text at line ends into documents of about this size; None leaves it whole.
+        path: Path of the file.
+        name: Path of the file within the corpus.
+        piece_bytes: Size of the documents into which the text is cut, at line ends; None leaves it whole.
     """
 
     path: str
@@ -59,11 +59,10 @@ class SourceFile:
 def find_files(path: str | None) -> list[SourceFile]:
     """The files of a corpus in the order of their names; None is the Python standard library.
 
-    A corpus that is one plain text file is cut into pieces, since a document is the smallest thing
-    that can be held out.
+    A corpus of one plain text file is cut into pieces, because only whole documents can be held out.
 
     Raises:
-        DataError: nothing is there.
+        DataError: There is no file.
     """
     if path is None:
         return _standard_library()
@@ -85,10 +84,11 @@ def find_files(path: str | None) -> list[SourceFile]:
 
 
 def read_documents(file: SourceFile, text_field: str) -> Iterator[Document]:
-    """Documents of one file in their order, without those that are empty.
+    """The documents of one file in their order, without empty ones.
 
     Raises:
-        DataError: the file is not what its name says, is not UTF-8, or a document lacks `text_field`.
+        DataError: The file does not have the format of its name, is not UTF-8, or a document lacks
+            `text_field`.
     """
     try:
         if file.name.endswith(_JSON_LINES):
@@ -110,12 +110,12 @@ def read_documents(file: SourceFile, text_field: str) -> Iterator[Document]:
 
 
 def held_out(names: Sequence[str], fraction: float) -> set[str]:
-    """The names that are held out: a hash below `fraction`; always at least one, and never all.
+    """Names of the documents to hold out: those whose hash is below `fraction`, at least one and never all.
 
-    Which ones depends on the names alone, not on their order, and hardly on which others there are.
+    The choice depends on each name alone, not on the order of the names.
 
     Raises:
-        DataError: there are fewer than two documents.
+        DataError: There are fewer than two documents.
     """
     if len(names) < 2:
         raise DataError(
@@ -127,7 +127,7 @@ def held_out(names: Sequence[str], fraction: float) -> set[str]:
 
 
 def name_hash(name: str) -> float:
-    """A number in [0, 1) that spreads names evenly."""
+    """A hash of a name, evenly distributed in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2.0**64
 
 

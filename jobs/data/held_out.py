@@ -1,4 +1,4 @@
-"""The held-out documents, packed, and what their loss means: bits per byte, beside zlib's."""
+"""The packed held-out documents, and their loss in bits per byte, to compare with zlib's."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class HeldOut:
     """Documents to evaluate on.
 
     Attributes:
-        rows: padded, so that every token is a target once, but for each document's first.
-        documents: how many there are.
-        size: their bytes in UTF-8.
-        zlib_bits_per_byte: what zlib needs for the same documents.
+        rows: Padded rows; every token but each document's first is a target exactly once.
+        documents: Number of documents.
+        size: Bytes of all documents in UTF-8.
+        zlib_bits_per_byte: Bits per byte that zlib needs for the same documents.
     """
 
     rows: PackedCorpus
@@ -30,15 +30,15 @@ class HeldOut:
         """Bits per byte of text.
 
         Args:
-            loss_sum: cross-entropy in nats, summed over all valid targets of all rows.
-            vocab_size: a document's first token, which nothing precedes, is charged log(vocab_size).
+            loss_sum: Cross-entropy in nats, summed over all valid targets of all rows.
+            vocab_size: Size of the vocabulary; the first token of a document costs log(vocab_size).
         """
         nats = loss_sum + self.documents * math.log(vocab_size)
         return nats / math.log(2) / self.size
 
 
 def zlib_bits_per_byte(texts: Iterable[str]) -> float:
-    """What zlib's level 9 makes of the texts in one stream, in bits per byte of UTF-8."""
+    """Bits per byte of UTF-8 for texts that zlib compresses as one stream at level 9."""
     stream = zlib.compressobj(level=9)
     size = packed = 0
     for text in texts:

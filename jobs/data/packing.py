@@ -1,11 +1,11 @@
-"""Documents packed into rows of one token stream, and held so that a row costs no copy of the rest.
+"""Packs documents into one stream of tokens and reads rows of it.
 
-    S  tokens of the stream: every document's tokens with an end-of-text behind them
+    S  tokens of the stream: the tokens of every document, each followed by an end-of-text token
     T  sequence_length;  D  depth, the number of MTP modules;  W = T + 1 + D  width of a row
 
-Row r covers stream[r·T : r·T + W]; rows overlap by 1 + D tokens, so every token but the stream's first
-is the target of the main model exactly once. Beside each token stands the index of its document (-1
-for padding): attention and targets stay within one.
+Row r is stream[r·T : r·T + W]; rows overlap by 1 + D tokens, so every token but the stream's first is the
+target of the main model exactly once. Each token has the index of its document (-1 for padding), because
+attention and targets do not cross documents.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TokenBlock:
 
 
 class Fetchable(Protocol[_Value]):
-    """A value that is here, or can be fetched; cheap to pickle in the second case."""
+    """A value in this process, or one that can be fetched and pickles as a reference."""
 
     def get(self) -> _Value:
         """The value; numpy arrays in it may be read-only views."""
@@ -50,7 +50,7 @@ class Fetchable(Protocol[_Value]):
 
 @dataclass(frozen=True, slots=True)
 class InMemory(Generic[_Item]):
-    """A value of this process."""
+    """A value in this process."""
 
     value: _Item
 
@@ -74,7 +74,7 @@ class Packer:
         self.n_tokens = 0
 
     def add(self, tokens: npt.ArrayLike) -> Iterator[TokenBlock]:
-        """Append one document, without its end-of-text; yields the blocks that it fills."""
+        """Append one document, given without its end-of-text token; yield the blocks that become full."""
         document = np.append(np.asarray(tokens, dtype=np.int32), np.int32(self._end))
         self._append(document, np.full(len(document), self.n_documents, dtype=np.int32))
         self.n_documents += 1
@@ -83,11 +83,11 @@ class Packer:
             yield self._cut(self._full)
 
     def finish(self, *, pad: bool) -> Iterator[TokenBlock]:
-        """The last, shorter block.
+        """Yield the remaining rows.
 
         Args:
-            pad: fill the last row up (end-of-text, document -1), so that every token becomes a target;
-                otherwise the tokens after the last full row are left out.
+            pad: Fill the last row with padding (end-of-text, document -1), so that every token becomes a
+                target; otherwise the tokens after the last full row are dropped.
         """
         if pad:
             rows = -(-(self._buffered - 1) // self._length)
@@ -98,7 +98,7 @@ class Packer:
                 )
         else:
             rows = (self._buffered - 1 - self._depth) // self._length
-        while rows > 0:  # Padding may push the last block over its size by one row.
+        while rows > 0:  # padding can add one row to a block that is full
             size = min(rows * self._length, self._full)
             yield self._cut(size)
             rows -= size // self._length
@@ -109,7 +109,7 @@ class Packer:
         self._buffered += len(tokens)
 
     def _cut(self, size: int) -> TokenBlock:
-        """Take `size` tokens off the front, with the 1 + D tokens behind them that stay."""
+        """Remove the first `size` tokens; the block also holds the next 1 + D tokens, which remain."""
         tokens, documents = np.concatenate(self._tokens), np.concatenate(self._documents)
         width = size + 1 + self._depth
         self._tokens, self._documents = [tokens[size:]], [documents[size:]]
@@ -118,9 +118,9 @@ class Packer:
 
 
 class PackedCorpus:
-    """Rows by their number, from blocks that are fetched when first needed.
+    """Rows by their number, from blocks that are fetched when they are first needed.
 
-    Pickles as its references only; blocks of `InMemory` travel along.
+    It pickles as references to the blocks, or with the blocks if they are `InMemory`.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class PackedCorpus:
         return self.sequence_length + 1 + self.depth
 
     def row(self, index: int) -> tuple[Int32s, Int32s]:
-        """Tokens and documents of one row, int32 [W] each: views, not to be written to."""
+        """Tokens and documents of one row, int32 [W] each, as read-only views."""
         if not 0 <= index < self.n_rows:
             raise IndexError(f"row {index} of {self.n_rows}")
         block, within = divmod(index, self._rows_per_block)
@@ -155,12 +155,12 @@ class PackedCorpus:
         return found.tokens[span], found.documents[span]
 
     def rows(self, indices: Iterable[int]) -> tuple[Int32s, Int32s]:
-        """Tokens and documents of some rows, int32 [B, W] each, as fresh arrays."""
+        """Tokens and documents of several rows, int32 [B, W] each, as new arrays."""
         found = [self.row(int(i)) for i in indices]
         return np.stack([tokens for tokens, _ in found]), np.stack([documents for _, documents in found])
 
     def count_targets(self, indices: Iterable[int]) -> int:
-        """Valid targets of the main model in some rows, as a global batch's `n_targets`."""
+        """Number of valid targets of the main model in several rows."""
         return int(self._targets.get()[np.fromiter(indices, dtype=np.int64)].sum())
 
     def _block(self, index: int) -> TokenBlock:
@@ -185,7 +185,7 @@ def pack(
     pad: bool = False,
     rows_per_block: int = 16384,
 ) -> PackedCorpus:
-    """Pack token lists in this process's memory; see `Packer` for the parameters."""
+    """Pack token lists in the memory of this process, with the parameters of `Packer`."""
     packer = Packer(
         sequence_length=sequence_length, depth=depth, end_of_text=end_of_text, rows_per_block=rows_per_block
     )

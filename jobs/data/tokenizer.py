@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on a sample, or given; saved so that transformers' AutoTokenizer loads it."""
+"""Byte-level BPE tokenizers: trained on a sample or loaded, and saved for transformers' AutoTokenizer."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from errors import ConfigError, DataError
 from jobs.config.run_config import SMALLEST_VOCABULARY
 
 END_OF_TEXT = "<|endoftext|>"
-# What other people's tokenizers call the end of a text.
+# Names of the end-of-text token in common tokenizers.
 _KNOWN_ENDS = (END_OF_TEXT, "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, int]:
-    """Train a tokenizer of at most `vocab_size` tokens, with the id of its end-of-text token.
+    """Train a tokenizer of at most `vocab_size` tokens; the same texts give the same tokenizer.
 
-    The same texts give the same tokenizer.
+    Returns:
+        The tokenizer, and the id of its end-of-text token.
 
     Raises:
-        ConfigError: `vocab_size` cannot hold the 256 bytes and the end of text.
+        ConfigError: `vocab_size` is too small for the 256 bytes and the end of text.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
@@ -43,11 +44,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, i
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> tuple[Tokenizer, int]:
-    """Read a tokenizer.json, or a folder's, with the id of its end-of-text token.
+    """Load a tokenizer.json, or the one in a folder.
+
+    Returns:
+        The tokenizer, and the id of its end-of-text token.
 
     Raises:
-        DataError: there is none, or it cannot be read.
-        ConfigError: it has more tokens than the model, or no end-of-text token.
+        DataError: There is none, or it cannot be read.
+        ConfigError: It has more tokens than the model, or no end-of-text token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -95,7 +99,7 @@ def _end_of_text(tokenizer: Tokenizer, file: Path) -> int:
 
 
 def _end_names(file: Path) -> tuple[str, ...]:
-    """Names to look for, that of a tokenizer_config.json beside the file first."""
+    """Possible names of the end-of-text token, first that of a tokenizer_config.json in the same folder."""
     beside = file.parent / "tokenizer_config.json"
     if not beside.is_file():
         return _KNOWN_ENDS
@@ -103,7 +107,7 @@ def _end_names(file: Path) -> tuple[str, ...]:
         named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
     except (ValueError, AttributeError):
         raise DataError(f"data.tokenizer: {beside} is not a JSON object; repair or remove it") from None
-    if isinstance(named, dict):  # An AddedToken, written out.
+    if isinstance(named, dict):  # an AddedToken in JSON
         named = named.get("content")
     return (named, *_KNOWN_ENDS) if isinstance(named, str) else _KNOWN_ENDS
 

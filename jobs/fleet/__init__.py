@@ -1,3 +1,3 @@
-"""The Ray session of a job, and the actors in it."""
+"""The Ray session of a job, and its actors."""
 
 from __future__ import annotations

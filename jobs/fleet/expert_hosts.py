@@ -1,4 +1,4 @@
-"""The expert hosts of a job, in training and serving: what each owns, how they start and are reached."""
+"""Settings of a job's expert hosts, in training and serving: placement, threads, network, channels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from model.config import ModelConfig
 
 
 def placement(model: ModelConfig, hosts: int) -> Holders:
-    """`[L][E]` -> host; one host for experts in process."""
+    """The first placement, `[L][E]` -> host; with 0 hosts, one host in the process holds all experts."""
     return plan_placement(len(model.moe_layers), model.n_routed_experts, model.n_group, max(1, hosts))
 
 
 def experts_of(model: ModelConfig, cluster: ClusterConfig, index: int) -> dict[int, tuple[int, ...]]:
-    """Model layer index -> ids of the experts of host number `index`."""
+    """Ids of the experts of host number `index`, by the index of their layer in the model."""
     return experts_held(placement(model, cluster.expert_hosts), model.moe_layers, index)
 
 
@@ -40,20 +40,20 @@ def placement_spec(model: ModelConfig, cluster: ClusterConfig) -> PlacementSpec:
 
 
 def host_threads(cluster: ClusterConfig) -> int:
-    """Threads of an expert host's arithmetic, were all hosts on this machine."""
+    """Compute threads of an expert host; by default its share of this machine's cores."""
     return cluster.threads_per_host or max(1, (os.cpu_count() or 1) // max(1, cluster.expert_hosts))
 
 
 def on_loopback(cluster: ClusterConfig) -> ClusterConfig:
-    """The same for a cluster on this machine alone: nobody else needs to reach its hosts."""
+    """The configuration for a cluster on this machine alone, whose hosts listen on the loopback interface."""
     return cluster if cluster.interface else cluster.model_copy(update={"interface": "127.0.0.1"})
 
 
 def check_transport(cluster: ClusterConfig) -> None:
-    """See before anything starts that the channel reaches hosts, and goes with the certificates, if any.
+    """Check before anything starts that the channel reaches expert hosts, and supports TLS if it is on.
 
     Raises:
-        ConfigError: it does not, or they cannot be read.
+        ConfigError: It does not, or the certificates cannot be read.
     """
     if cluster.channel == "local" and cluster.expert_hosts:
         raise ConfigError(
@@ -71,10 +71,11 @@ def check_transport(cluster: ClusterConfig) -> None:
 
 
 def connector(cluster: ClusterConfig, device: torch.device) -> Callable[[HostInfo], Channel]:
-    """How a lane opens a channel to a host.
+    """A function that opens a channel to an expert host.
 
     Args:
-        device: that the lane's rows are on.
+        cluster: The configuration, with the kind of channel.
+        device: The device of the rows that are sent.
     """
 
     def open_channel(host: HostInfo) -> Channel:

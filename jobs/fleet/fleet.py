@@ -1,9 +1,8 @@
-"""The actors of a job: its coordinator and its expert hosts, started, watched, and ended as it orders.
+"""Starts, watches and ends the actors of a job: the coordinator and the expert hosts.
 
-A fleet lives in the process that owns the job: the driver of a training run, the pool of a deployment. What
-it starts ends with it. It tells the coordinator how its hosts stand and does what it is told, again and
-again, so that nothing is lost with a coordinator: a new one at the same address goes on from the state of the
-last.
+A fleet lives in the process that owns the job: the driver of a training run, or the pool of a deployment. Its
+actors end with it. It reports the state of the hosts to the coordinator and obeys the coordinator's orders in
+a loop. If the coordinator dies, the fleet starts another one at the same address with the last known state.
 """
 
 from __future__ import annotations
@@ -32,23 +31,26 @@ from cluster.topology import HostInfo
 from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
 
 NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
-"""Where the actors of coordinators are found, and what their names begin with."""
+"""Namespace of the coordinators' actors in Ray, and the prefix of their names."""
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two reports
 _LONGEST_PAUSE = 5.0  # between two starts of a coordinator that does not come up
 _CALL_SECONDS = 10.0
-_STANDBY_SECONDS = 5.0  # that a job has run for before a process stands by: short ones do without
+_STANDBY_SECONDS = 5.0  # after which a job starts a standby coordinator; short jobs have none
 _CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
 
 
 @dataclass(slots=True)
 class _HostActor:
-    """An expert host of this fleet.
+    """The actor of one expert host.
 
     Attributes:
-        info: its answer to where it is, awaited until it is there.
-        lease: ends with it.
+        actor: Handle of the actor.
+        asked: Ray's reference to the host's address, until it has started.
+        lease: Ray's reference to a call that lasts as long as the actor.
+        began: When the host was started, by `time.monotonic`.
+        info: The host's address; None until it has started.
     """
 
     actor: Any
@@ -63,9 +65,9 @@ class Fleet:
     """Runs a job's actors until `close`.
 
     Args:
-        cluster: how many hosts, and what each gets.
-        coordinator: builds one in its own process, from the state of the one before.
-        host: builds a host of this name in its own process.
+        cluster: Number of hosts, and the resources of each.
+        coordinator: Builds a coordinator in its own process, from the state of the one before.
+        host: Builds the expert host of a name in its own process.
     """
 
     cluster: ClusterConfig
@@ -86,10 +88,10 @@ class Fleet:
     _thread: threading.Thread | None = None
 
     def open(self) -> str:
-        """Bring coordinator and hosts up, and all experts into place; the coordinator's address.
+        """Start the coordinator and the hosts, and place all experts; return the coordinator's address.
 
         Raises:
-            RaymoeError: what one of them failed with; nothing is left of the others.
+            RaymoeError: One of them failed; all others are ended.
         """
         require_reach(self.cluster.interface)
         try:
@@ -116,7 +118,7 @@ class Fleet:
         """End all actors."""
         self._closing.set()
         if self._thread is not None:
-            for actor in (self._coordinator, self._standby):  # else it waits for a start to end
+            for actor in (self._coordinator, self._standby):  # otherwise the thread waits for its start
                 _kill(actor)
             self._thread.join()
         if self._client is not None:
@@ -137,11 +139,11 @@ class Fleet:
             except RaymoeError:
                 if not self._alive(self._coordinator):
                     self._replace_coordinator()
-            except RayError:  # the cluster itself is going; whoever owns this fleet finds out
+            except RayError:  # the Ray cluster is ending; the owner of this fleet notices
                 continue
 
     def _look(self) -> None:
-        """Find out what has become of the hosts."""
+        """Find out which hosts have started, failed or ended."""
         assert self._client is not None
         leases = {host.lease: id for id, host in self._hosts.items()}
         ended, _ = ray.wait(list(leases), num_returns=max(1, len(leases)), timeout=0) if leases else ([], [])
@@ -163,7 +165,7 @@ class Fleet:
                         f"{self._resources_asked()}"
                     )
             except RaymoeError as error:
-                refused = isinstance(error, ProtocolError)  # it was there, and has been retired
+                refused = isinstance(error, ProtocolError)  # the coordinator has retired this host
                 if host.info is not None and not refused and self._alive(host.actor):  # coordinator away
                     host.info = None
                     raise
@@ -175,7 +177,7 @@ class Fleet:
         return f", or the {asked} of cluster.host_resources" if asked else ""
 
     def _follow_nodes(self, wanted: int) -> None:
-        """Want as many hosts as there is room for on the nodes that there are now."""
+        """Set the number of hosts to `cluster.hosts_per_node` for each node of the cluster."""
         if self.cluster.hosts_per_node is None or time.monotonic() < self._next_census:
             return
         self._next_census = time.monotonic() + _CENSUS_SECONDS
@@ -190,13 +192,13 @@ class Fleet:
             admin = AdminClient(self.address, timeout=_CALL_SECONDS)
             try:
                 admin.scale(target, timeout=0.0)
-            except (ConfigError, ResourceError):  # more than there are experts, or a change is under way
+            except (ConfigError, ResourceError):  # more hosts than experts, or another change is in progress
                 pass
             finally:
                 admin.close()
 
     def _obey(self) -> int:
-        """Report, and do what is ordered; how many hosts are wanted."""
+        """Report to the coordinator, obey its orders, and return the number of hosts that it wants."""
         assert self._client is not None
         starting = sum(host.info is None for host in self._hosts.values())
         failed, stopped = dict(self._failed), list(self._stopped)
@@ -259,14 +261,14 @@ class Fleet:
         return int(self.address.rpartition(":")[2]) if self.address else 0
 
     def _coordinator_process(self, build: Callable[[], Coordinator] | None) -> Any:
-        """A coordinator, or a process that stands by to become one without the time that its start takes."""
+        """Start the actor of a coordinator, or with None that of a standby, which can take over quickly."""
         here = ray.get_runtime_context().get_node_id()
         return start(
             CoordinatorActor,
             build,
             interface=self.cluster.interface,
             port=self._port,
-            # Where the fleet is: so its address stays as long as there is somebody to start it anew.
+            # On the fleet's node, so that the address stays valid as long as the fleet can restart it.
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             name=f"{COORDINATOR}{uuid.uuid4().hex[:8]}",
             namespace=NAMESPACE,
@@ -278,12 +280,12 @@ class Fleet:
             self._client = CoordinatorClient(self.address, timeout=_CALL_SECONDS)
 
     def _replace_coordinator(self) -> None:
-        """Start another one at the same address, and introduce the hosts to it."""
+        """Start another coordinator at the same address, and register the hosts with it."""
         pause = _PAUSE
         while not self._closing.wait(pause):
             pause = min(2 * pause, _LONGEST_PAUSE)
             try:
-                _kill(self._coordinator)  # it may hang, and hold the port
+                _kill(self._coordinator)  # it may hang and still occupy the port
                 self._start_coordinator()
                 self._await_coordinator(self.cluster.start_timeout)
                 assert self._client is not None
@@ -292,7 +294,7 @@ class Fleet:
                         self._client.register_host(host.info)
                 self._client.place_experts()
                 return
-            except (RaymoeError, RayError) as error:  # hosts serve on without one; training workers wait
+            except (RaymoeError, RayError) as error:  # hosts work without a coordinator; workers wait
                 _log.warning("no coordinator has come up at %s yet: %s", self.address, error)
 
     def _alive(self, actor: Any) -> bool:
@@ -311,7 +313,7 @@ def _kill(actor: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _HostBuilder:
-    """Builds a host of a name."""
+    """Builds the expert host of a name."""
 
     build: Callable[[str], ExpertHost]
     id: str
@@ -322,7 +324,7 @@ class _HostBuilder:
 
 @dataclass(frozen=True, slots=True)
 class _CoordinatorBuilder:
-    """Builds a coordinator after another."""
+    """Builds a coordinator from the state of the one before."""
 
     build: Callable[[CoordinatorState | None], Coordinator]
     state: CoordinatorState | None

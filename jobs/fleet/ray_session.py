@@ -1,4 +1,4 @@
-"""The Ray cluster that a command works on: a running one, or one of its own for as long as it runs."""
+"""The Ray cluster of a command: a running one, or one that is started for the command and ends with it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _ADDRESS = "RAY_ADDRESS"  # Ray's own convention, set inside `ray job submit`
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceNeeds:
-    """What the actors of a command reserve.
+    """Resources that the actors of a command reserve.
 
     Attributes:
-        why, why_gpus: the fields of the configuration that it is the sum of.
+        cpus, gpus: Numbers of CPUs and GPUs.
+        why, why_gpus: The fields of the configuration that add up to them, for errors.
     """
 
     cpus: float
@@ -33,22 +34,24 @@ class ResourceNeeds:
 
 
 def embeds(address: str | None) -> bool:
-    """Whether a command given this address would start a cluster of its own."""
+    """Whether a command with this `--address` starts a cluster of its own."""
     return not ray.is_initialized() and (address or os.environ.get(_ADDRESS)) is None
 
 
 @contextmanager
 def ray_session(needs: ResourceNeeds, *, address: str | None, debug: bool = False) -> Iterator[bool]:
-    """Connect to a cluster, or start an embedded one with the CPUs that are needed; whether it is embedded.
+    """Connect to a cluster, or start one with the needed CPUs; yield whether it was started.
 
     Args:
-        address: of a running cluster; None takes the one that this job was submitted to, else embeds one.
-        debug: show what actors write.
+        needs: Resources that the command needs.
+        address: Address of a running cluster; None takes the one that this job was submitted to, or starts
+            one.
+        debug: Show the output of actors.
 
     Raises:
-        ResourceError: no cluster at the address, or it cannot give what is needed.
+        ResourceError: There is no cluster at the address, or it lacks resources.
     """
-    if ray.is_initialized():  # a caller's own session, which is the caller's to end
+    if ray.is_initialized():  # the caller's session, which the caller ends
         check_resources(needs)
         yield False
         return
@@ -57,9 +60,9 @@ def ray_session(needs: ResourceNeeds, *, address: str | None, debug: bool = Fals
     try:
         if address is None:
             ray.init(
-                address="local",  # without it, Ray would join whatever cluster runs on this machine
+                address="local",  # otherwise Ray joins a cluster that runs on this machine
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needs.cpus) + 1),
-                _node_ip_address="127.0.0.1",  # of the node; some of Ray's own ports listen elsewhere
+                _node_ip_address="127.0.0.1",  # the node's; some of Ray's own ports listen elsewhere
                 include_dashboard=False,
                 log_to_driver=debug,
                 logging_level=level,
@@ -67,7 +70,7 @@ def ray_session(needs: ResourceNeeds, *, address: str | None, debug: bool = Fals
             )
         else:
             ray.init(address=address, log_to_driver=debug, logging_level=level)
-    except Exception as error:  # a node that does not come up is a bare one
+    except Exception as error:  # Ray raises bare exceptions if a node does not start
         place, advice = (
             (f"at {address}", "check --address") if address else ("on this machine", "--debug says more")
         )
@@ -81,10 +84,10 @@ def ray_session(needs: ResourceNeeds, *, address: str | None, debug: bool = Fals
 
 
 def check_resources(needs: ResourceNeeds) -> None:
-    """Refuse what would wait for ever for its actors to be placed.
+    """Check that the cluster has the needed resources; without them, actors would wait for ever.
 
     Raises:
-        ResourceError: naming the fields that ask for more than there is.
+        ResourceError: It lacks some; the message names the fields that ask for them.
     """
     free = ray.available_resources()
     for what, asked, why in (("CPU", needs.cpus, needs.why), ("GPU", needs.gpus, needs.why_gpus)):
@@ -97,10 +100,12 @@ def check_resources(needs: ResourceNeeds) -> None:
 
 
 def check_answers(address: str) -> None:
-    """Ray tries for minutes to reach a cluster that is not there.
+    """Check that a cluster listens at HOST:PORT; Ray itself would try for minutes.
+
+    Addresses of other forms are not checked.
 
     Raises:
-        ResourceError: nothing listens at HOST:PORT; an address of another form is Ray's to find.
+        ResourceError: Nothing listens there.
     """
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit():

@@ -1,4 +1,4 @@
-"""Ray's token for a command that connects to a cluster which another command of the same user embeds."""
+"""Ray's authentication token for a cluster that another command of the same user has started."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _MODE = "RAY_AUTH_MODE"
 
 
 def use_own_token() -> None:
-    """Let Ray use the user's token, if there is one and nothing is said about it; before Ray is imported.
+    """Have Ray use the user's token, if there is one and RAY_AUTH_MODE is not set; call it before importing
+    Ray.
 
-    A cluster that a command embeds wants it. Ray takes it by itself where it finds the cluster by itself, not
-    where an address is given.
+    A cluster that a command starts requires the token. Ray uses the token by itself when it finds the cluster
+    by itself, but not when an address is given.
     """
     if (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault(_MODE, "token")
