@@ -1,7 +1,7 @@
-"""The configuration of a run: one YAML file, checked as a whole before anything starts.
+"""The configuration of a run: one YAML file, validated completely before anything starts.
 
-What the docstrings say about a field is what `raymoe config` prints above it. The sections of the
-layers below (`model`, `balance`, `cluster`) are defined there.
+`raymoe config` prints the docstrings' descriptions of the fields as comments. The sections `model`, `balance`
+and `cluster` are defined in their own packages.
 """
 
 from __future__ import annotations
@@ -41,41 +41,43 @@ class MtpConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What the optimizer does, and how the work is cut up.
+    """The optimizer, and how the work is divided.
 
     Attributes:
         steps: optimizer steps of the whole run.
         batch_size: rows of a step, over all workers and microbatches together.
-        microbatch_size: rows that go through the model at once; divides batch_size.
-        microbatches_in_flight: microbatches a worker runs at once, so that one computes while
-            another's tokens travel.
-        computing_at_once: of these, how many compute at a time, each with its share of the worker's threads;
-            null as many as there are threads. With one they take strict turns, which pays where hosts have
-            machines of their own: lanes that compute together also wait together.
+        microbatch_size: rows of one forward pass; divides batch_size.
+        microbatches_in_flight: microbatches that a worker runs at the same time, so that one computes while
+            another's tokens are at the expert hosts.
+        computing_at_once: how many of these compute at the same time, each with its share of the worker's
+            threads; null takes one for each thread. With 1 they take turns, which is faster if the hosts have
+            machines of their own: microbatches that compute together also wait together.
         sequence_length: tokens of a row, at most model.max_position_embeddings.
         learning_rate: peak of the learning rate.
-        min_learning_rate_ratio: where the cosine ends at the last step, as a share of learning_rate.
+        min_learning_rate_ratio: learning rate of the last step, at the end of the cosine, as a share of
+            learning_rate.
         warmup_steps: steps over which the learning rate rises to its peak.
         weight_decay: decoupled weight decay (AdamW).
         beta1: decay of AdamW's first moment.
         beta2: decay of AdamW's second moment.
         epsilon: AdamW's epsilon.
         clip_norm: largest norm of the gradient of all parameters together; null does not clip.
-        recompute: recompute activations in the backward pass; less memory, more arithmetic.
-        dtype: `auto`, `float32`, `float64` or `bfloat16`; `auto` is bfloat16 where workers and hosts are on
+        recompute: recompute activations in the backward pass, with less memory and more arithmetic.
+        dtype: `auto`, `float32`, `float64` or `bfloat16`; `auto` is bfloat16 if workers and hosts are on
             GPUs, else float32. With bfloat16 the optimizer's values, gradients and moments are float32.
-        seed: seeds the weights and the order of the rows.
-        workers: trunk workers (data parallel); every one gets at least one microbatch of a step.
-        trunk_sharding: `ddp`: every worker has the whole trunk; `fsdp`: the workers share its parameters,
-            gradients and moments out and gather each block when it computes, for trunks too large for one.
-        threads: compute threads of a worker; null shares out the machine's cores.
-        min_workers: with which a run goes on when nodes are lost; null waits for all of them.
-        max_failures: worker processes that may die in the course of a run; each is started anew.
+        seed: seed of the weights and of the order of the rows.
+        workers: trunk workers (data parallel); each gets at least one microbatch of a step.
+        trunk_sharding: `ddp`: every worker has the whole trunk; `fsdp`: its parameters, gradients and moments
+            are sharded over the workers, which gather each block when it computes, for large trunks.
+        threads: compute threads of a worker; null divides the machine's cores among the workers.
+        min_workers: smallest number of workers with which a run continues after the loss of nodes; null waits
+            for all of them.
+        max_failures: worker processes that may die in the course of a run; each is restarted.
         cpus_per_worker: CPUs that Ray reserves for each worker.
-        gpus_per_worker: GPU that Ray reserves for each worker, which then computes on it; a fraction shares
-            one with others, 0 computes on CPUs.
+        gpus_per_worker: GPUs that Ray reserves for each worker, which then computes on one; a fraction shares
+            a GPU with others, 0 computes on CPUs.
         eval_interval: steps between evaluations on the held-out documents; 0 evaluates only at the end.
-        eval_rows: held-out rows of an evaluation on the way; null takes all, as the last one does.
+        eval_rows: held-out rows of each evaluation but the last, which takes all; null takes all.
         profile_steps: steps to record as a timeline, after two to warm up; 0 records none.
         tensorboard: write TensorBoard event files into the run's directory.
     """
@@ -111,16 +113,16 @@ class TrainingConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the documents come from.
+    """The documents and the tokenizer.
 
     Attributes:
-        path: a file, folder or glob of text, JSONL or Parquet; null is the source of the Python
-            standard library, which every machine has.
-        text_field: field or column that holds a document's text (JSONL, Parquet).
-        tokenizer: a tokenizer.json, or a folder with one; null trains a byte-level BPE of
-            model.vocab_size tokens on the training documents.
-        validation_fraction: share of the documents that is held out, at least one; which ones is
-            decided by a hash of their names.
+        path: a file, folder or glob of text, JSONL or Parquet; null is the source of the Python standard
+            library, which every machine has.
+        text_field: field or column with a document's text (JSONL, Parquet).
+        tokenizer: a tokenizer.json, or a folder with one; null trains a byte-level BPE of model.vocab_size
+            tokens on the training documents.
+        validation_fraction: share of the documents to hold out, at least one document; they are chosen by a
+            hash of their names.
     """
 
     path: str | None = None
@@ -130,11 +132,11 @@ class DataConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a checkpoint is written.
+    """When checkpoints are written and deleted.
 
     Attributes:
         interval: steps between checkpoints; 0 writes only one, after the last step.
-        keep: checkpoints that stay; older ones are deleted.
+        keep: number of checkpoints to keep; older ones are deleted.
     """
 
     interval: CountOrZero = 100
@@ -142,16 +144,16 @@ class CheckpointConfig(Section):
 
 
 class RunConfig(Section):
-    """A complete run. Every section but `model` has defaults.
+    """The configuration of a run. Every section but `model` has defaults.
 
     Attributes:
-        model: shape of the model; the names are those of a DeepSeek-V3 config.json.
-        balance: how the load of the routed experts is kept even.
+        model: shape of the model, with the names of a DeepSeek-V3 config.json.
+        balance: how the load of the routed experts is balanced.
         mtp: multi-token prediction; the number of modules is model.num_nextn_predict_layers.
-        training: what the optimizer does, and how the work is cut up.
-        data: where the documents come from.
-        checkpoint: when a checkpoint is written.
-        cluster: where the experts live, and how tokens reach them.
+        training: the optimizer, and how the work is divided.
+        data: the documents and the tokenizer.
+        checkpoint: when checkpoints are written and deleted.
+        cluster: the expert hosts, and the channels to them.
     """
 
     model: ModelConfig
@@ -171,18 +173,18 @@ class RunConfig(Section):
 
     @property
     def on_gpus(self) -> bool:
-        """Whether all that computes does so on GPUs."""
+        """Whether all workers and hosts compute on GPUs."""
         hosts = self.cluster.gpus_per_host > 0 or not self.cluster.expert_hosts
         return self.training.gpus_per_worker > 0 and hosts
 
     @property
     def microbatches(self) -> int:
-        """Microbatches of a step, over all workers."""
+        """Number of microbatches of a step, over all workers."""
         return self.training.batch_size // self.training.microbatch_size
 
 
 def _conflicts(config: RunConfig) -> list[str]:
-    """What is fine field by field but not together; each line starts with the path of the field to change."""
+    """Contradictions between valid fields; each line starts with the path of the field to change."""
     model, training, cluster = config.model, config.training, config.cluster
     problems = []
     if training.batch_size % training.microbatch_size:
@@ -234,7 +236,7 @@ def _conflicts(config: RunConfig) -> list[str]:
     return problems
 
 
-SMALLEST_VOCABULARY = 256 + 1  # Every byte, and the end of text.
+SMALLEST_VOCABULARY = 256 + 1  # all bytes, and the end of text
 
 
 __all__ = [

@@ -1,3 +1,3 @@
-"""A model on Ray Serve: expert hosts, coordinator, trunk replicas and the interface in front of them."""
+"""A model served with Ray Serve: expert hosts, coordinator, trunk replicas, and the interface."""
 
 from __future__ import annotations

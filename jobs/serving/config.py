@@ -1,4 +1,4 @@
-"""The configuration of a served model: one YAML file, checked as a whole before anything starts."""
+"""The configuration of a served model: one YAML file, validated completely before anything starts."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from jobs.config.yaml_text import read_yaml
 
 
 class ServingConfig(Section):
-    """The replicas of the trunk, and what each takes.
+    """The trunk replicas and their limits.
 
     Attributes:
-        name: of the model, as clients call it; null takes the directory's.
-        dtype: `auto` keeps the weights' own where the device computes in it.
-        cache_tokens: positions that a replica's cache holds, over all requests.
+        name: name of the model for clients; null takes the directory's name.
+        dtype: dtype of trunk and experts; `auto` keeps that of the weights if the device computes in it.
+        cache_tokens: positions that a replica's KV cache holds, over all requests.
         page_size: positions of a page of the cache.
         max_batch_tokens: positions that a replica computes in a step.
-        max_sequences: requests that a replica runs at a time.
-        prefix_caching: whether prompts that begin alike share pages.
-        drafts: MTP modules to draft with; null takes all that the model has, 0 none.
-        pace_drafts: draft only where it pays; false drafts always.
-        overlap_from: positions of a step from which a replica halves it, so that one half computes
-            while the experts of the other are away; null never.
-        max_queue: requests that may wait at a replica; one more gets 429.
-        max_prompt: tokens of a prompt; null takes what the model takes.
-        max_tokens: tokens that a request may ask for; null takes what the model takes.
-        api_keys: of which a request must carry one; none needed when empty.
-        replicas: of the trunk; they share the expert hosts.
-        api_replicas: processes that take the requests and lead them, without weights.
-        resume_timeout: seconds that a request waits for another replica when its own has died.
+        max_sequences: requests that a replica runs at the same time.
+        prefix_caching: whether prompts with the same beginning share pages of the cache.
+        drafts: number of MTP modules to draft with; null takes all of the model's, 0 none.
+        pace_drafts: draft only while it saves time; false drafts always.
+        overlap_from: positions of a step from which a replica computes it in two halves, so that one half
+            computes while the other's experts are away; null never does.
+        max_queue: requests that may wait at a replica; further ones get status 429.
+        max_prompt: largest number of tokens of a prompt; null is the model's limit.
+        max_tokens: largest number of tokens that a request may ask for; null is the model's limit.
+        api_keys: API keys, one of which every request must carry; if empty, no key is needed.
+        replicas: number of trunk replicas, which share the expert hosts.
+        api_replicas: number of processes of the interface, which have no weights.
+        resume_timeout: seconds that a request waits for another replica after its own has died.
         autoscaling: Ray Serve's autoscaling_config for the replicas, in place of `replicas`.
-        cpus_per_replica: CPUs that Ray reserves for each.
-        gpus_per_replica: GPU that Ray reserves for each, which then computes on it; a fraction shares one
-            with others, 0 computes on CPUs.
-        threads: compute threads of a replica; null takes as many as CPUs are reserved, one at least.
+        cpus_per_replica: CPUs that Ray reserves for each replica.
+        gpus_per_replica: GPUs that Ray reserves for each replica, which then computes on one; a fraction
+            shares a GPU with others, 0 computes on CPUs.
+        threads: compute threads of a replica; null takes as many as reserved CPUs, at least one.
     """
 
     name: str | None = None
@@ -71,12 +71,12 @@ class ServingConfig(Section):
     @field_validator("autoscaling")
     @classmethod
     def _as_serve_takes_it(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        from ray.serve.config import AutoscalingConfig  # slow to import, and few use it
+        from ray.serve.config import AutoscalingConfig  # slow to import, and rarely used
 
         if value is None:
             return None
         unknown = sorted(set(value) - set(AutoscalingConfig.model_fields))
-        if unknown:  # Serve passes over them
+        if unknown:  # Serve ignores them
             raise ValueError(f"Ray Serve's autoscaling_config has no field {', '.join(unknown)}; remove it")
         try:
             AutoscalingConfig(**value)
@@ -97,7 +97,7 @@ class ServingConfig(Section):
         return self
 
     def engine_settings(self) -> EngineSettings:
-        """Of each replica's engine."""
+        """The settings of each replica's engine."""
         return EngineSettings(
             cache_tokens=self.cache_tokens,
             page_size=self.page_size,
@@ -110,7 +110,7 @@ class ServingConfig(Section):
         )
 
     def limits(self) -> Limits:
-        """Of each replica's interface."""
+        """The limits that the interface enforces."""
         return Limits(
             max_queue=self.max_queue,
             max_prompt=self.max_prompt,
@@ -120,11 +120,11 @@ class ServingConfig(Section):
 
 
 class ServeConfig(Section):
-    """A served model.
+    """The configuration of a served model.
 
     Attributes:
-        serving: the replicas of the trunk, and what each takes.
-        cluster: where the experts live, and how tokens reach them.
+        serving: the trunk replicas and their limits.
+        cluster: the expert hosts, and the channels to them.
     """
 
     serving: ServingConfig = ServingConfig()
@@ -132,16 +132,16 @@ class ServeConfig(Section):
 
     @property
     def on_gpus(self) -> bool:
-        """Whether all that computes does so on GPUs."""
+        """Whether all replicas and hosts compute on GPUs."""
         hosts = self.cluster.gpus_per_host > 0 or not self.cluster.expert_hosts
         return self.serving.gpus_per_replica > 0 and hosts
 
     @classmethod
     def load(cls, file: Path | None, overrides: list[str]) -> Self:
-        """Read a YAML file and change single fields (`a.b=v`).
+        """Read a YAML file and apply overrides of single fields (`a.b=v`).
 
         Raises:
-            ConfigError: the file is missing or malformed, or a value is wrong.
+            ConfigError: The file is missing or malformed, or a value is invalid.
         """
         values: Any = {} if file is None else read_yaml(file) or {}
         if not isinstance(values, dict):

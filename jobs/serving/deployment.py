@@ -1,9 +1,9 @@
-"""The Ray Serve application: a pool that all share, replicas of the trunk, the interface in front of them.
+"""The Ray Serve application: the pool, the trunk replicas and the interface.
 
-The pool is a deployment with one replica that starts coordinator and expert hosts as actors of its own, so
-that they end with it, whoever ends it. Trunk replicas ask it for the coordinator, and that one for the
-routing table; later on they ask it which weights to use. The interface takes requests and has trunk replicas
-generate: Serve says which one (`hold`), tokens come over a gRPC connection of our own.
+The pool is a deployment with one replica, which owns the actors of the coordinator and the expert hosts, so
+that they end with it. A trunk replica gets the coordinator's address from the pool, and the routing table
+from the coordinator; later it asks the pool which weights to use. The interface accepts requests and has
+trunk replicas generate: Serve chooses the replica (`hold`), and the tokens come over a gRPC connection.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from jobs.serving.version_follower import Follower
 from jobs.serving.versions import ReplicaState
 
 POOL = "experts"
-"""Name of the pool's deployment, which `raymoe reload` asks."""
+"""Name of the pool's deployment, which `raymoe reload` calls."""
 
-_MAX_ONGOING = 100_000  # our own queue says when it is full, with an answer that says so
+_MAX_ONGOING = 100_000  # no limit in practice: the engine's own queue refuses requests, with status 429
 _GRACE_SECONDS = 30.0
 _HEAD = "node:__internal_head__"
-"""A resource that Ray gives the head node. Pool, coordinator and interface are there, beside Serve's
-controller, so that the loss of another node costs none of them."""
+"""A resource of Ray's head node. Pool, coordinator and interface run there, like Serve's controller, so that
+they do not depend on other nodes."""
 
 
 class TrunkReplica:
-    """A replica of the trunk.
+    """One trunk replica as a Ray Serve deployment.
 
     Args:
-        values: a `ServeConfig` as plain values.
-        pool: of the deployment.
+        values: A `ServeConfig` as plain values.
+        pool: Handle of the pool's deployment.
     """
 
     async def __init__(self, values: dict[str, Any], pool: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._closing = ExitStack()  # what it holds is given back in the reverse order
+        self._closing = ExitStack()  # closed in the reverse order
         config = ServeConfig.from_dict(values)
         link = PoolLink(pool, serve.get_replica_context().replica_tag)
         self._closing.callback(link.close)
@@ -84,12 +84,12 @@ class TrunkReplica:
         freeze_heap()
 
     async def hold(self, name: str) -> AsyncGenerator[str, None]:
-        """A request of this name comes to this replica: gives its gRPC address, and lasts as long as that."""
+        """Open a lease of this name: yield the gRPC address, and return when no request uses the lease."""
         async for address in self._leases.hold(name, self._server.address):
             yield address
 
     def check_health(self) -> None:
-        """For Serve, which starts a replica anew that is not healthy."""
+        """Raise if this replica has to be replaced; called by Serve, which restarts unhealthy replicas."""
         if self._follower.orphaned:
             raise RaymoeError("the pool of expert hosts that this replica joined is no more")
 
@@ -101,8 +101,9 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
     """The application for `serve.run`.
 
     Args:
-        directory: with weights and tokenizer.
-        loopback: refuse gRPC calls from other machines: Serve's gRPC proxy listens on all interfaces.
+        config: The configuration.
+        directory: The directory with weights and tokenizer.
+        loopback: Refuse gRPC calls from other machines; Serve's gRPC proxy listens on all interfaces.
     """
     serving, values = config.serving, config.to_dict()
     pool = serve.deployment(
@@ -140,7 +141,7 @@ def app(arguments: dict[str, Any]) -> Application:
         arguments: `checkpoint`, and the sections of a `ServeConfig`.
 
     Raises:
-        RaymoeError: no checkpoint is named, it is not there, or a field is wrong.
+        RaymoeError: No checkpoint is given, it does not exist, or a field is invalid.
     """
     values = dict(arguments)
     checkpoint = values.pop("checkpoint", None)

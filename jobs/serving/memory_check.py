@@ -1,4 +1,4 @@
-"""Whether this machine can hold what a deployment needs, told before anything starts."""
+"""Checks before anything starts whether this machine has enough memory for a deployment."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from model.config import ModelConfig
 def check_serving(
     config: ServeConfig, model: ModelConfig, dtype: torch.dtype, *, free: int | None = None
 ) -> None:
-    """Refuse to serve on this machine what it cannot hold.
+    """Check that a model fits into this machine's memory.
 
     Args:
-        dtype: of weights and cache.
-        free: bytes that there are; None looks.
+        config: The configuration of the deployment.
+        model: The model.
+        dtype: The type of weights and cache.
+        free: Bytes of free memory; None determines them.
 
     Raises:
-        ResourceError: in one line.
+        ResourceError: It does not; the message advises which fields to change.
     """
     serving, cluster = config.serving, config.cluster
     scaled = serving.autoscaling or {}
@@ -36,7 +38,7 @@ def check_serving(
 
 
 def _advice(need: MemoryNeed, free: int, dtype: torch.dtype) -> str:
-    """The fields that would help."""
+    """The changes of the configuration that reduce the need."""
     ways = []
     if need.replicas > 1:
         ways.append("lower serving.replicas")

@@ -1,4 +1,4 @@
-"""A replica's link to the pool of its deployment."""
+"""A replica's calls to the pool of its deployment."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _RETRY_SECONDS = 0.2
 
 
 class PoolLink:
-    """Asks and tells the pool; from one event loop.
+    """Calls the pool through Ray Serve; used in one event loop.
 
     Args:
-        pool: handle of its deployment.
-        name: of the replica.
-        interface: whether it is a process of the interface.
+        pool: Handle of the pool's deployment.
+        name: Name of the replica.
+        interface: Whether it is a process of the interface.
 
     Attributes:
-        address: where the replica takes requests, which the pool hears with its standing.
+        address: Address of the replica's gRPC service, which is part of its reports.
     """
 
     def __init__(self, pool: DeploymentHandle, name: str, *, interface: bool = False) -> None:
@@ -37,7 +37,7 @@ class PoolLink:
         self._calls: dict[str, Any] = {}
 
     async def enter(self) -> PoolMembership:
-        """Become a member, or again after a crash of the pool: what to begin with."""
+        """Join the pool, also again after a crash of the pool."""
         member: PoolMembership = await self._pool.join.remote(self.name)
         if "lease" not in self._calls:
             self._calls["lease"] = self._pool.lease.remote(self.name)
@@ -46,7 +46,10 @@ class PoolLink:
     async def join(
         self, timeout: float
     ) -> tuple[PoolMembership, CoordinatorClient | None, RoutingTable | None]:
-        """The same, with the coordinator, and its routing table of the same weights."""
+        """Join the pool; also return the coordinator and its routing table for the same weights.
+
+        Both are None if there are no expert hosts.
+        """
         while True:
             member = await self.enter()
             if member.coordinator is None:
@@ -60,31 +63,31 @@ class PoolLink:
             if table.weights == member.version.name:
                 return member, client, table
             client.close()
-            await asyncio.sleep(_RETRY_SECONDS)  # the weights are changing right now
+            await asyncio.sleep(_RETRY_SECONDS)  # a change of the weights is in progress
 
     async def ask(self, known: int) -> WantedVersions:
-        """See `Rollout.ask`."""
+        """The versions that the pool wants, as `Rollout.ask` returns them."""
         question = self._calls["question"] = self._pool.ask.remote(self.name, known)
         wanted: WantedVersions = await question
         return wanted
 
     async def report(self, standing: ReplicaState) -> None:
-        """See `Rollout.report`."""
+        """Report the replica's state, as for `Rollout.report`."""
         standing = replace(standing, address=self.address, interface=self._interface)
         await self._pool.report.remote(self.name, standing)
 
     async def trunks(self) -> Mapping[str, str]:
-        """See `Rollout.trunks`."""
+        """Addresses of the trunk replicas by name."""
         trunks: Mapping[str, str] = await self._pool.trunks.remote()
         return trunks
 
     async def experts(self) -> ExpertFigures | None:
-        """See `ExpertPool.experts`."""
+        """Figures of the expert hosts; None without hosts."""
         figures: ExpertFigures | None = await self._pool.experts.remote()
         return figures
 
     def close(self) -> None:
-        """End the membership; the pool may end now."""
+        """Leave the pool, which may end before this replica from now on."""
         self._pool.leave.remote(self.name)
         for call in self._calls.values():
             call.cancel()

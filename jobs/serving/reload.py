@@ -1,4 +1,4 @@
-"""`raymoe reload`: changes the weights of a model that is served, while it answers."""
+"""`raymoe reload`: replaces the weights of a served model without interrupting it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ _ALIVE = (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY, ApplicationSta
 
 
 def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = False) -> dict[str, Any]:
-    """Let a deployment use another checkpoint; returns when every replica does.
+    """Change a deployment to another checkpoint; returns when every replica uses it.
 
     Args:
-        address: of the Ray cluster that it runs on; None finds the one on this machine.
-        name: of the Serve application.
+        checkpoint: The checkpoint, a run's directory, or a Hugging Face directory.
+        address: Address of the Ray cluster; None takes the one on this machine.
+        name: Name of the Serve application.
+        debug: Show the output of actors.
 
     Returns:
-        See `ExpertPool.reload`.
+        The result of `ExpertPool.reload`.
 
     Raises:
-        RaymoeError: there is no such deployment, or the checkpoint does not fit; the old one is served on.
+        RaymoeError: There is no such deployment, or the checkpoint does not fit; the old weights stay in use.
     """
     directory = find_weights(checkpoint).resolve()
     if not debug:

@@ -1,4 +1,4 @@
-"""`raymoe serve`: brings a model up on Ray Serve, waits, and takes it down."""
+"""`raymoe serve`: deploys a model with Ray Serve, waits for Ctrl-C, and takes it down."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from jobs.serving.served_model import serving_dtype
 from model.checkpoints.sources import PretrainedSource
 
 NAME = "raymoe"
-"""Of the Serve application."""
+"""Name of the Serve application."""
 
 _GRPC_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
@@ -40,13 +40,13 @@ _TRIES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoints:
-    """Where a served model is reached.
+    """Addresses of a served model.
 
     Attributes:
-        url: of HTTP.
-        grpc: host and port of gRPC; None when it is off.
-        ray: address of the cluster, for `raymoe reload`.
-        coordinator: of the expert hosts, for `raymoe status`, `scale` and `drain`; None without hosts.
+        url: URL for HTTP.
+        grpc: Host and port for gRPC; None if it is off.
+        ray: Address of the Ray cluster, for `raymoe reload`.
+        coordinator: Address of the coordinator, for `raymoe status`, `scale` and `drain`; None without hosts.
     """
 
     url: str
@@ -66,17 +66,20 @@ def serve(
     ready: Callable[[Endpoints], None],
     debug: bool = False,
 ) -> None:
-    """Serve a checkpoint until Ctrl-C or SIGTERM, which lets requests under way end.
+    """Serve a checkpoint until Ctrl-C or SIGTERM; running requests are completed.
 
     Args:
-        host, port: where HTTP listens.
-        grpc_port: of gRPC; None switches it off. Serve's gRPC proxy listens on all interfaces; when `host` is
-            the loopback, calls that come from elsewhere are refused.
-        address: of a running Ray cluster; None embeds one.
-        ready: is told where, when requests are answered.
+        config: The configuration.
+        checkpoint: A checkpoint, a run's directory, or a Hugging Face directory.
+        host, port: Network interface and port for HTTP.
+        grpc_port: Port for gRPC; None switches it off. Serve's gRPC proxy listens on all interfaces; if
+            `host` is the loopback, calls from other machines are refused.
+        address: Address of a running Ray cluster; None starts one.
+        ready: Called with the addresses as soon as requests are answered.
+        debug: Show the output of actors.
 
     Raises:
-        RaymoeError: with the text of whatever failed.
+        RaymoeError: The deployment failed, with its error text.
     """
     directory = _checked(config, checkpoint, address=address, grpc_port=grpc_port)
     if not debug:
@@ -86,13 +89,13 @@ def serve(
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         services = [] if grpc_port is None else SERVICES
         ray_serve.start(
-            # The interface is on the head node, and a connection ends with the node that it comes in at.
+            # The interface runs on the head node; a proxy on another node would add a point of failure.
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=host, port=port),
             grpc_options=gRPCOptions(port=grpc_port or 0, grpc_servicer_functions=services),
         )
         stop = threading.Event()
-        # Not before: Ray, when it starts, sets a handler of its own for SIGTERM.
+        # After the start of Ray, which sets its own handler for SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         try:
@@ -102,7 +105,7 @@ def serve(
             ready(_endpoints(host, port, grpc_port))
             stop.wait()
         finally:
-            with suppress(TimeoutError):  # Serve's controller goes on with it, if the cluster stays
+            with suppress(TimeoutError):  # if the cluster stays, Serve's controller completes it
                 ray_serve.delete(NAME)
 
 
@@ -141,13 +144,13 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, grpc
 
 
 def _coordinator() -> str | None:
-    """Address of the experts' coordinator; None without hosts.
+    """Address of the coordinator; None without expert hosts.
 
     Raises:
-        ResourceError: their deployment does not answer.
+        ResourceError: The pool does not answer.
     """
     for _ in range(_TRIES):
-        # A new handle each time: an answer has been seen to get lost on its way to this process.
+        # A new handle for each try, because an answer can get lost on its way to this process.
         answer = ray_serve.get_deployment_handle(POOL, NAME).where.remote()
         with suppress(TimeoutError):
             address: str | None = answer.result(timeout_s=_ANSWER_SECONDS)
@@ -166,7 +169,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_free(port: int) -> None:
-    """Hold the port of gRPC against what listens on this machine: Serve's proxy would fail without a word."""
+    """Check that the port for gRPC is free; Serve's proxy fails silently if it is not."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -178,7 +181,7 @@ def _check_free(port: int) -> None:
 
 
 def _check_answers(port: int) -> None:
-    """On a cluster where Serve runs already, it keeps the options that it was started with."""
+    """Check that gRPC answers: if Serve runs on the cluster already, it keeps its earlier options."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_GRPC_SECONDS)
@@ -198,7 +201,7 @@ def _run(config: ServeConfig, directory: Path, *, loopback: bool) -> None:
 
 
 def _cause(error: RuntimeError) -> str:
-    """What the replicas failed with, which Serve tells in its status, tracebacks and all."""
+    """The error of the replicas, from the tracebacks in Serve's status."""
     status = ray_serve.status().applications[NAME]
     told = "\n".join([str(error), *(deployment.message for deployment in status.deployments.values())])
     ours = re.findall(r"^(?:ray::.*)?errors\.\w+: (.+)$", told, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The weights of a served model: their name, their dtype, and whether others can replace them."""
+"""The weights of a served model: version name, dtype, and whether other weights can replace them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from model.config import ModelConfig
 _MIB = 1 << 20
 
 
-_FREE = {"initializer_range"}  # says how training began, nothing about what is computed
+_FREE = {"initializer_range"}  # has no effect after training has started
 
 
 def require_room(size: int, who: str) -> None:
-    """Refuse weights beside those in use that this machine cannot hold: who is killed for it cannot say so.
+    """Check that there is memory for other weights beside those in use; without it the kernel kills the
+    process.
 
     Args:
-        size: bytes.
-        who: needs them.
+        size: Bytes of the other weights.
+        who: The process that needs them, for the error.
 
     Raises:
-        ResourceError: so many bytes are not free.
+        ResourceError: There are not so many bytes free.
     """
     free = free_memory()
     if size > free:
@@ -43,7 +44,7 @@ def require_room(size: int, who: str) -> None:
 
 
 def serving_dtype(config: ServeConfig, directory: Path) -> torch.dtype:
-    """Of trunk, rows and experts: the weights' own where what computes does so in it, else float32."""
+    """The dtype of trunk, rows and experts: the configured one, or what `auto` stands for."""
     if config.serving.dtype == "auto":
         return compute_dtype(directory, on_gpus=config.on_gpus)
     dtype: torch.dtype = getattr(torch, config.serving.dtype)
@@ -51,7 +52,7 @@ def serving_dtype(config: ServeConfig, directory: Path) -> torch.dtype:
 
 
 def weights_version(directory: Path) -> str:
-    """A short name of a directory's weights: equal for equal files, as far as names, sizes and times tell."""
+    """A short name for the weights in a directory, from the names, sizes and times of its files."""
     digest = hashlib.blake2s(digest_size=6)
     for file in sorted(directory.glob("*.safetensors")):
         stat = file.stat()
@@ -61,7 +62,7 @@ def weights_version(directory: Path) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What weights must share with those that they replace under requests on their way."""
+    """Properties that weights must share with those that they replace while requests are running."""
 
     model: ModelConfig
     dtype: torch.dtype
@@ -70,11 +71,11 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: ServeConfig, directory: Path) -> Self:
-        """Of a checkpoint, all of whose tensors are there and of the shape that its config.json says.
+        """The properties of a checkpoint, whose tensors are checked.
 
         Raises:
-            CheckpointError: they are not.
-            DataError: there is no tokenizer.
+            CheckpointError: A tensor is missing or has another shape than config.json says.
+            DataError: There is no tokenizer.
         """
         source = PretrainedSource(directory)
         source.check()
@@ -87,10 +88,10 @@ class ModelShape:
         )
 
     def refuse_other(self, other: ModelShape, directory: Path) -> None:
-        """Hold weights against these.
+        """Check that other weights can replace these.
 
         Raises:
-            CheckpointError: they differ, naming in what.
+            CheckpointError: They differ; the message says in which property.
         """
         here, there = self.model.model_dump(), other.model.model_dump()
         for field, value in here.items():

@@ -1,4 +1,4 @@
-"""Requests and deltas as messages of trunk.proto."""
+"""Conversion of sampling parameters and deltas from and to messages of trunk.proto."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INT32 = (1 << 31) - 1
 
 
 def sampling_message(params: SamplingParams) -> Sampling:
-    """Of parameters whose tokens are of the vocabulary."""
+    """Sampling parameters, whose token ids are in the vocabulary, as a message."""
     return Sampling(
         max_tokens=min(params.max_tokens, _INT32),
         min_tokens=min(params.min_tokens, _INT32),
@@ -35,10 +35,10 @@ def sampling_message(params: SamplingParams) -> Sampling:
 
 
 def sampling_params(message: Sampling) -> SamplingParams:
-    """The same again.
+    """Sampling parameters from a message.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: A value is out of its range.
     """
     return SamplingParams(
         max_tokens=message.max_tokens,
@@ -61,7 +61,7 @@ def sampling_params(message: Sampling) -> SamplingParams:
 
 
 def delta_message(deltas: Sequence[Delta]) -> TrunkDelta:
-    """One for several deltas of one request, which follow one another."""
+    """Several consecutive deltas of one request as one message."""
     last = deltas[-1]
     message = TrunkDelta(
         text="".join([delta.text for delta in deltas]),
@@ -80,7 +80,7 @@ def delta_message(deltas: Sequence[Delta]) -> TrunkDelta:
 
 
 def delta_of(message: TrunkDelta) -> Delta:
-    """The same again."""
+    """A delta from a message."""
     return Delta(
         text=message.text,
         tokens=list(message.tokens),

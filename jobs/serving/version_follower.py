@@ -1,4 +1,4 @@
-"""A replica's part in a change of weights: asks what is wanted, does it, and says how it stands."""
+"""Keeps a replica at the weights version that the pool wants: asks for it, changes to it, and reports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _RETRY_SECONDS = 1.0
 
 
 class Exchanger(Protocol):
-    """Holds weights, and can hold others beside them."""
+    """Uses one version of the weights, and can load another one beside it."""
 
     async def prepare(self, version: WeightsVersion) -> None:
         """Load a version beside the one in use."""
         ...
 
     async def exchange(self, version: WeightsVersion) -> None:
-        """Use the version that was prepared, from the next step on."""
+        """Use the prepared version from the next step on."""
         ...
 
     def forget(self) -> None:
-        """Drop what was prepared."""
+        """Drop the prepared version."""
         ...
 
 
@@ -32,10 +32,13 @@ class Follower:
     """Keeps a replica at the version that the pool wants.
 
     Args:
-        run: of the pool that the replica joined.
-        version: that the replica begins with.
-        ask: `Rollout.ask` of the pool for this replica, from a serial.
-        report: `Rollout.report` likewise.
+        run: The run of the pool that the replica has joined.
+        version: The version that the replica starts with.
+        ask: Calls `Rollout.ask` of the pool for this replica, with the last known serial.
+        report: Calls `Rollout.report` of the pool for this replica.
+
+    Attributes:
+        orphaned: Whether the pool that the replica has joined is gone.
     """
 
     def __init__(
@@ -55,11 +58,11 @@ class Follower:
         self.orphaned = False
 
     async def follow(self, exchanger: Awaitable[Exchanger]) -> None:
-        """Runs until it is cancelled, or the pool that the replica joined is no more: then `orphaned` is set.
+        """Run until cancelled, or until the pool is gone, which sets `orphaned`.
 
         Args:
-            exchanger: there once the replica has loaded its own weights; until then the pool hears that it
-                is alive.
+            exchanger: Done when the replica has loaded its first weights; until then only its questions tell
+                the pool that it is alive.
         """
         listening = asyncio.create_task(self._listen())
         try:
@@ -72,7 +75,7 @@ class Follower:
         while not self.orphaned:
             try:
                 wanted = await self._ask(known)
-            except Exception:  # the pool is away: it comes back, or this replica ends as well
+            except Exception:  # the pool is restarting, or this replica is about to end as well
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             known = wanted.serial
@@ -90,11 +93,11 @@ class Follower:
             standing = await self._obey(exchanger, self._wanted)
             try:
                 await self._report(standing)
-            except Exception:  # said again with the next answer
+            except Exception:  # reported again after the next answer of the pool
                 continue
 
     async def _obey(self, exchanger: Exchanger, wanted: WantedVersions) -> ReplicaState:
-        """Do what is wanted, as far as it is not done; every answer of the pool tries again."""
+        """Change to the wanted versions; repeated with every answer of the pool until it succeeds."""
         goal = wanted.prepare
         try:
             if wanted.use != self._uses:

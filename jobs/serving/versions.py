@@ -1,4 +1,4 @@
-"""Versions of a deployment's weights, and what the pool and the replicas tell each other about them."""
+"""Versions of a deployment's weights, and the messages about them between the pool and the replicas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class WeightsVersion:
     """Weights that a deployment can use.
 
     Attributes:
-        epoch: of the expert hosts' routing table; without hosts a number that grows.
-        directory: that holds them.
-        name: what answers carry as `system_fingerprint`.
+        epoch: Placement epoch at the expert hosts; without hosts, an increasing number.
+        directory: The directory with the weights.
+        name: The name in the `system_fingerprint` of answers.
     """
 
     epoch: int
@@ -22,13 +22,13 @@ class WeightsVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedVersions:
-    """What replicas are to do.
+    """The versions that replicas should use and load.
 
     Attributes:
-        run: of the pool that says so.
-        serial: grows with every change.
-        use: the version to compute with.
-        prepare: one to get ready beside it.
+        run: The run of the pool.
+        serial: Increases with every change.
+        use: The version to compute with.
+        prepare: A version to load beside it.
     """
 
     run: str
@@ -39,15 +39,15 @@ class WantedVersions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaState:
-    """How a replica stands.
+    """State of a replica, which it reports to the pool.
 
     Attributes:
-        uses: epoch of the version that its next step is computed with.
-        ready: epoch of the one that it holds beside it.
-        failed: epoch of one that it could not get ready.
-        failure: why.
-        address: where it takes requests; empty until it does.
-        interface: it is no replica of the trunk, but a process of the interface.
+        uses: Epoch of the version that its next step uses.
+        ready: Epoch of the version that it has loaded beside it.
+        failed: Epoch of a version that it failed to load.
+        failure: Text of that error.
+        address: Address of its gRPC service; empty before it has one.
+        interface: Whether it is a process of the interface, not a trunk replica.
     """
 
     uses: int
@@ -60,12 +60,12 @@ class ReplicaState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolMembership:
-    """What a replica begins with.
+    """The pool's answer to a replica that joins.
 
     Attributes:
-        run: the deployment's name for requests to hosts.
-        coordinator: its address; None keeps the experts in the replica.
-        version: of the weights.
+        run: Name of the deployment in requests to expert hosts.
+        coordinator: Address of the coordinator; None if the experts are in the replica.
+        version: The version of the weights to start with.
     """
 
     run: str

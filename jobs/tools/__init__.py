@@ -1,3 +1,3 @@
-"""Commands that are neither training nor serving."""
+"""Tools around training and serving: conversion, evaluation, generation, operation, faults, certificates."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`raymoe certs`: an authority and certificates for mutual TLS between a job's processes."""
+"""`raymoe certs`: creates an authority and certificates for mutual TLS between a job's processes."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ class _Pair:
 def make_certificates(
     folder: Path, *, days: float, ca_days: float, now: datetime | None = None
 ) -> dict[str, Any]:
-    """Write an authority, unless there is one, and a certificate signed by it: what `channels.grpc.tls`
-    reads.
+    """Write an authority, unless there is one, and a certificate signed by it, for `channels.grpc.tls`.
 
     Args:
-        days: that the certificate is good for.
-        ca_days: that a new authority is good for.
+        folder: The directory to write to.
+        days: Days for which the certificate is valid.
+        ca_days: Days for which a new authority is valid.
+        now: Start of the validity; None is the present time.
 
     Returns:
-        The directory, whether the authority is new, and until when both are good.
+        The directory, whether the authority is new, and until when both are valid.
 
     Raises:
-        ConfigError: the directory cannot be written to, or has half of an authority.
+        ConfigError: The directory cannot be written to, or has only one half of an authority.
     """
     now = now or datetime.now(UTC)
     try:
@@ -51,12 +52,12 @@ def make_certificates(
         left = authority.certificate.not_valid_after_utc - now
         if left <= timedelta():
             raise ConfigError(f"the authority in {folder} has expired; make a new one in an empty directory")
-        days = min(days, left / timedelta(days=1))  # a certificate is no good beyond its authority
+        days = min(days, left / timedelta(days=1))  # a certificate is not valid longer than its authority
         leaf = _leaf(authority, now, days)
         if known is None:
             _write(folder / CA_KEY, _key_pem(authority.key), mode=0o600)
             _write(folder / CA, authority.certificate.public_bytes(serialization.Encoding.PEM))
-        # The key first: whoever reads in between finds a pair that does not fit, and reads again.
+        # The key first: a process that reads in between finds a pair that does not match, and reads again.
         _write(folder / KEY, _key_pem(leaf.key), mode=0o600)
         _write(folder / CERTIFICATE, leaf.certificate.public_bytes(serialization.Encoding.PEM))
     except OSError as error:
@@ -144,7 +145,7 @@ def _read_authority(folder: Path) -> _Pair | None:
             f"{key} is no key of an elliptic curve, and no others sign here; give an empty directory, or let "
             "what made it sign"
         )
-    # While an authority is replaced by the next, both are trusted: the key tells which of them signs.
+    # While an authority is being replaced, the file holds both; the key belongs to the one that signs.
     ours = [one for one, public in theirs if public == found.public_key()]
     if ours:
         return _Pair(max(ours, key=lambda one: one.not_valid_after_utc), found)
@@ -161,7 +162,7 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Whole or not at all; a key is never readable for others, not even for a moment."""
+    """Write a file atomically, with its mode from the start, so that others can never read a key."""
     making = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(making, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:

@@ -1,7 +1,7 @@
-"""`raymoe chaos`: faults on demand, so that the operators of a job can rehearse what they hope never to see.
+"""`raymoe chaos`: injects faults into a running job, so that its operators can rehearse failures.
 
-What happens when is drawn from a seed, apart from doing it. A fault is done by a Ray task on the node of the
-process that it is for; only processes that Ray has started there, and for this job, are touched.
+The schedule of faults is a function of a seed. A Ray task on the node of a process carries out its fault;
+only processes that Ray has started for this job are affected.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from errors import RaymoeError
 
 
 class FaultKind(StrEnum):
-    """What is done to a process.
+    """The kind of a fault.
 
     Attributes:
-        KILL: SIGKILL.
-        STOP: SIGSTOP for some seconds, as if it hung.
-        SLOW: stopped and let go on in turns for some seconds.
-        DROP: all connections of routers to an expert host are ended.
+        KILL: The process is killed with SIGKILL.
+        STOP: The process is stopped with SIGSTOP for some seconds, as if it hung.
+        SLOW: The process is stopped and continued in turns for some seconds.
+        DROP: All connections of routers to an expert host are closed.
     """
 
     KILL = "kill"
@@ -45,25 +45,26 @@ class FaultKind(StrEnum):
 
 
 TARGETS: Final = ("host", "coordinator", "trunk", "worker")
-"""Kinds of processes."""
+"""Kinds of processes that faults can affect."""
 
 _POOL: Final = re.compile("ServeReplica:(.*):experts")
-"""Class of the actor that owns a served model's coordinator, with the application's name."""
+"""Class name of the actor that owns a served model's coordinator; it contains the application's name."""
 
 _SECONDS: Final = {FaultKind.STOP: 10.0, FaultKind.SLOW: 5.0}
 _LONGEST: Final = max(_SECONDS.values())
-_PULSE: Final = 0.1  # seconds of a pulse of SLOW, of which the process stands still for most
+_PULSE: Final = 0.1  # seconds of one turn of SLOW, of which the process is stopped for the share _STILL
 _STILL: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One fault.
+    """One fault of a schedule.
 
     Attributes:
-        at: seconds from the beginning.
-        target: one of `TARGETS`.
-        pick: in [0, 1): which of the processes that there are then.
+        at: Seconds from the start.
+        kind: Kind of the fault.
+        target: Kind of the process, one of `TARGETS`.
+        pick: A number in [0, 1) that selects one of the processes of this kind.
     """
 
     at: float
@@ -75,14 +76,14 @@ class Fault:
 def schedule(
     seed: int, *, duration: float, every: float, kinds: Sequence[FaultKind], targets: Sequence[str]
 ) -> list[Fault]:
-    """Faults within `duration` seconds, `every` so many on average; the same for the same seed."""
+    """A schedule of faults for `duration` seconds, one every `every` seconds on average, from a seed."""
     source = random.Random(seed)
     faults = []
     at = source.expovariate(1 / every)
     while at < duration:
         kind, target = source.choice(list(kinds)), source.choice(list(targets))
         if kind is FaultKind.DROP:
-            target = "host"  # nothing else has such connections
+            target = "host"  # only expert hosts have such connections
         faults.append(Fault(at=round(at, 3), kind=kind, target=target, pick=source.random()))
         at += source.expovariate(1 / every)
     return faults
@@ -91,14 +92,19 @@ def schedule(
 def run_chaos(
     job: AdminClient, faults: Sequence[Fault], *, tell: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Do faults when they are due, on the Ray cluster that this process is connected to.
+    """Carry out a schedule of faults on the Ray cluster that this process is connected to.
+
+    Args:
+        job: Client of the job's coordinator.
+        faults: The schedule.
+        tell: Called with a line of text for each fault.
 
     Returns:
-        Each fault with the process that it was for, and how it went.
+        Each fault with `how`: the affected process, or why it was not carried out.
     """
     began = time.monotonic()
     done: list[dict[str, Any]] = []
-    tasks: list[Any] = []  # what is stopped is let go on by these, so they have to end
+    tasks: list[Any] = []  # they continue the processes that they stop, so they have to complete
     for fault in faults:
         time.sleep(max(0.0, began + fault.at - time.monotonic()))
         try:
@@ -129,7 +135,7 @@ def _drop(job: AdminClient, fault: Fault) -> str:
 
 
 def _signal(job: AdminClient, fault: Fault, tasks: list[Any]) -> str:
-    """Let the node of a process do it."""
+    """Start a task on the node of a process that carries out the fault."""
     found = processes(fault.target, job.status(), list(actors().values()))
     if not found:
         return "not done: there is none"
@@ -141,17 +147,17 @@ def _signal(job: AdminClient, fault: Fault, tasks: list[Any]) -> str:
 def processes(
     target: str, status: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, int]]:
-    """Node and process id of a job's processes of a kind, in a lasting order.
+    """Node and process id of a job's processes of one kind, in a stable order.
 
     Args:
-        target: one of `TARGETS`.
-        status: of the job.
-        known: all actors of its Ray cluster, as Ray describes them.
+        target: One of `TARGETS`.
+        status: The job's status.
+        known: All actors of the Ray cluster, as Ray describes them.
     """
     if target == "host":
         return sorted((host["node"], host["pid"]) for host in status["hosts"])
     alive = [actor for actor in known if actor["State"] == "ALIVE"]
-    wanted = [actor for actor in alive if actor["ActorID"] == status["actor"]]  # others stand by
+    wanted = [actor for actor in alive if actor["ActorID"] == status["actor"]]  # the others are standbys
     if target != "coordinator":
         wanted = [actor for leading in wanted for actor in alive if _belongs(actor, target, leading, alive)]
     return sorted((actor["Address"]["NodeID"], actor["Pid"]) for actor in wanted)
@@ -163,7 +169,7 @@ def _belongs(
     coordinator: Mapping[str, Any],
     alive: Sequence[Mapping[str, Any]],
 ) -> bool:
-    """Whether an actor is a worker, or a replica of the trunk, of a coordinator's job."""
+    """Whether an actor is a trunk worker or a trunk replica of the job of a coordinator."""
     if target == "worker":
         mine = actor["JobID"] == coordinator["JobID"]
         return mine and "RayTrainWorker" in actor["ActorClassName"]
@@ -178,7 +184,7 @@ def _on(node: str, work: Callable[..., Any]) -> Any:
 
 
 def _do(pid: int, kind: str, seconds: float) -> None:
-    """In a task on the process's node, whose sibling it has to be."""
+    """Carry out a fault; runs as a task on the node, and affects only processes of the same parent."""
     deadline = time.monotonic() + seconds
     try:
         if psutil.Process(pid).ppid() != os.getppid():
@@ -195,7 +201,10 @@ def _do(pid: int, kind: str, seconds: float) -> None:
                 time.sleep(_PULSE * _STILL)
                 os.kill(pid, signal.SIGCONT)
                 time.sleep(_PULSE * (1 - _STILL))
-    except (ProcessLookupError, psutil.NoSuchProcess):  # it has ended, or was ended for its silence
+    except (
+        ProcessLookupError,
+        psutil.NoSuchProcess,
+    ):  # it has ended, or was killed because it did not answer
         return
 
 

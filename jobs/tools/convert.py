@@ -1,7 +1,7 @@
-"""`raymoe export` and `raymoe import`: checkpoints to and from plain Hugging Face directories.
+"""`raymoe export` and `raymoe import`: convert checkpoints to and from plain Hugging Face directories.
 
-Tensors stream one shard at a time, so a model of any size passes through a machine of modest memory.
-A directory appears under its name only when it is complete.
+Only one shard is in memory at a time, whatever the size of the model. The directory gets its final name when
+it is complete.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _BIAS = "e_score_correction_bias"
-_THEIR_GROUP_SCORE = 2  # experts by which everybody else's code judges a group
+_THEIR_GROUP_SCORE = 2  # number of experts that score a group in other implementations
 TensorShape = tuple[int, ...]
 
 
 def export_checkpoint(
     checkpoint: Path, target: Path, *, dtype: str | None = None, mtp: bool = True
 ) -> dict[str, Any]:
-    """Write weights, configuration and tokenizer as transformers and vLLM read them.
+    """Write weights, configuration and tokenizer in the format of transformers and vLLM.
 
     Args:
-        checkpoint: one of ours, or a run's directory, whose latest is taken.
-        target: a directory that does not exist, or is empty.
-        dtype: cast to; None keeps each tensor's (float32 for fp8).
-        mtp: with the MTP modules. transformers' plain model does not use them, and lists their weights as
+        checkpoint: A checkpoint, or a run's directory, whose latest checkpoint is taken.
+        target: A directory that does not exist, or is empty.
+        dtype: Type to cast weights to; None keeps each tensor's (float32 for fp8).
+        mtp: Include the MTP modules. transformers' plain model does not use them, and lists their weights as
             unexpected unless the model has DeepSeek-V3's 61 layers.
 
     Returns:
-        What was written; `note` says so where other implementations would route the model differently.
+        A summary; `note` is present if other implementations would route the model's tokens differently.
 
     Raises:
-        CheckpointError: missing, incomplete, or `target` is taken.
+        CheckpointError: The checkpoint is missing or incomplete, or `target` is not empty.
         ConfigError: `dtype` is unknown.
     """
     source = _CheckpointTensors(find_weights(checkpoint), _dtype(dtype), mtp=mtp)
@@ -66,23 +66,23 @@ def export_checkpoint(
 def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -> dict[str, Any]:
     """Check a Hugging Face model of the DeepSeek-V3 architecture and write it as a checkpoint of weights.
 
-    Every tensor is read: what is missing, damaged, misshapen or not shared as it should be comes to
-    light here, and fp8 is dequantised once.
+    Every tensor is read, so that missing, damaged or wrongly shaped tensors are found; fp8 is dequantized.
 
     Args:
-        source: the directory with config.json and safetensors.
-        target: a directory that does not exist, or is empty.
-        dtype: cast to; None keeps each tensor's (float32 for fp8).
+        source: The directory with config.json and safetensors.
+        target: A directory that does not exist, or is empty.
+        dtype: Type to cast weights to; None keeps each tensor's (float32 for fp8).
 
     Raises:
-        CheckpointError: missing, incomplete, of another architecture, or `target` is taken.
+        CheckpointError: The model is missing, incomplete or of another architecture, or `target` is not
+            empty.
         ConfigError: `dtype` is unknown.
     """
     return _write(_CheckpointTensors(source, _dtype(dtype)), target)
 
 
 class _CheckpointTensors:
-    """A directory's tensors one by one, as they are to be written."""
+    """The tensors of a directory one by one, dequantized and cast for writing."""
 
     def __init__(self, directory: Path, dtype: torch.dtype | None, *, mtp: bool = True) -> None:
         self.directory = directory
@@ -103,7 +103,7 @@ class _CheckpointTensors:
         self.dtype = dtype or self.tensor("model.norm.weight").dtype
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, dequantised, cast, and held against the one that it has to repeat."""
+        """One tensor, dequantized and cast; a duplicate is compared with its original."""
         stored = name if name in self._reader else self._originals[name]
         tensor = self._plain(stored)
         original = self._originals.get(name)
@@ -127,7 +127,7 @@ class _CheckpointTensors:
         return dequantize(tensor, self._reader.tensor(name + SCALE_SUFFIX, shape=blocks), self._block)
 
     def _shapes(self) -> dict[str, TensorShape]:
-        """Name and shape of every tensor that is to be written."""
+        """Name and shape of every tensor to write."""
         config = self.config
         shapes = trunk_shapes(config)
         shapes |= {name: shapes[original] for name, original in self._originals.items()}
@@ -190,7 +190,7 @@ def _shards(shapes: dict[str, TensorShape], itemsize: int) -> Iterator[list[str]
 
 def _hf_config(config: ModelConfig, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
-    # Older readers know the second name.
+    # Older versions of transformers read the second name.
     values = {**config.to_hf(), "dtype": name, "torch_dtype": name}
     if (directory / "tokenizer.json").is_file():
         values["eos_token_id"] = load_tokenizer(directory, config.vocab_size)[1]
@@ -198,7 +198,7 @@ def _hf_config(config: ModelConfig, directory: Path, dtype: torch.dtype) -> dict
 
 
 def _deviation(config: ModelConfig) -> dict[str, str]:
-    """What other implementations of this architecture would do differently with the weights."""
+    """A note if other implementations of this architecture would route the model's tokens differently."""
     ours = max(1, config.num_experts_per_tok // config.topk_group)
     if config.topk_group == config.n_group:
         return {}
@@ -212,9 +212,9 @@ def _deviation(config: ModelConfig) -> dict[str, str]:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `target` when all went well and vanishes otherwise."""
+    """Yield a directory to write into, which is renamed to `target` on success and deleted on failure."""
     try:
-        place = Path(os.path.realpath(target))  # `.` has no name to put another beside
+        place = Path(os.path.realpath(target))  # `.` has no name, from which another one is made
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise CheckpointError(f"{target} is there already; give a directory that is new or empty")
         making = place.with_name(f".{place.name}.writing")

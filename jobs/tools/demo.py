@@ -1,4 +1,4 @@
-"""`make demo`: a small model trained for a few minutes, its experts on two hosts, and what came of it."""
+"""`make demo`: trains a small model for a few minutes, with experts on two hosts, and shows the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jobs.console import Progress, surfaced
 
 _PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 _SAMPLE_TOKENS = 120
-_TEMPERATURE = 0.6  # The likeliest token alone makes a model this small go round in circles.
+_TEMPERATURE = 0.6  # greedy decoding makes so small a model repeat itself
 
 
 def main(
@@ -29,7 +29,7 @@ def main(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the actors' logs.")] = False,
 ) -> None:
-    """Train the preset demo on the Python standard library; show numbers, a picture and a sample."""
+    """Train the preset demo on the Python standard library; show figures, a plot and a sample."""
     _run(output or fresh_directory(Path("runs") / "demo"), overrides or [], debug=debug)
 
 
@@ -64,13 +64,13 @@ def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
 
 
 def fresh_directory(wanted: Path) -> Path:
-    """The directory itself, or the first of `<name>-2`, `<name>-3`, … that does not exist yet."""
+    """The directory itself, or the first of `<name>-2`, `<name>-3`, … that does not exist."""
     candidates = (wanted if i == 1 else wanted.with_name(f"{wanted.name}-{i}") for i in count(1))
     return next(path for path in candidates if not path.exists())
 
 
 def opening(config: RunConfig) -> str:
-    """One line on what is about to be trained."""
+    """One line that describes the model and the data."""
     from jobs.config.presets import summary
 
     counts, model = summary(config), config.model
@@ -83,7 +83,7 @@ def opening(config: RunConfig) -> str:
 
 
 def summary_table(result: dict[str, Any]) -> Table:
-    """The result of `jobs.training.train.train`, with a word on what each number means."""
+    """The result of `jobs.training.train.train` as a table, with an explanation of each figure."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(justify="right")

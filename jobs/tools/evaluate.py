@@ -1,4 +1,4 @@
-"""`raymoe eval`: a model judged on documents, in one process and without Ray."""
+"""`raymoe eval`: evaluates a model on documents, in one process and without Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jobs.data.held_out import HeldOut, zlib_bits_per_byte
 from jobs.data.packing import pack
 from model.losses.training_losses import evaluation_loss
 
-_LENGTH = 1024  # of a row, where no run says otherwise
+_LENGTH = 1024  # tokens of a row for weights without a run
 
 
 def evaluate(
@@ -33,17 +33,24 @@ def evaluate(
     threads: int | None = None,
     note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Judge a model on all documents of `data`, or on those that its run held out.
+    """Evaluate a model on all documents of `data`, or on those that its run held out.
 
-    `note` is told what is being done, before each part that takes its time.
+    Args:
+        checkpoint: A checkpoint, a run's directory, or a Hugging Face directory.
+        data: A file, folder or glob; None takes the documents that the run held out.
+        text_field: Field or column with the text; None takes the run's.
+        sequence_length: Tokens of a row; None takes the run's.
+        batch_size: Rows of a forward pass.
+        threads: Compute threads; None takes one for each core.
+        note: Called with a description before each part that takes long.
 
     Returns:
-        loss (nats per token), perplexity, bits_per_byte beside zlib_bits_per_byte, mtp_acceptance (of each
-        MTP module, the share of its greedy drafts that the main model agrees with), and what was judged.
+        loss (nats per token), perplexity, bits_per_byte, zlib_bits_per_byte, mtp_acceptance (for each MTP
+        module, the share of its greedy drafts that the main model agrees with), and counts.
 
     Raises:
-        CheckpointError: no such checkpoint.
-        DataError: no such documents, or neither `data` nor a run that names them.
+        CheckpointError: There is no such checkpoint.
+        DataError: There are no such documents, or neither `data` nor a run is given.
     """
     note = note or (lambda _: None)
     if threads is not None:
@@ -63,7 +70,7 @@ def evaluate(
 
 
 def judge(model: LoadedModel, texts: list[str], *, sequence_length: int, batch_size: int) -> dict[str, Any]:
-    """Score every token of the texts once, each within its own document."""
+    """Evaluate every token of the texts once, with its own document as context."""
     depth = model.transformer.config.num_nextn_predict_layers
     rows = pack(
         _encoded(model, texts),
@@ -112,7 +119,7 @@ def documents_of(
     """The documents of `data`, or those that the run of a checkpoint held out.
 
     Raises:
-        DataError: no such documents, or neither `data` nor a run that names them.
+        DataError: There are no such documents, or neither `data` nor a run is given.
     """
     run = _run_of(directory)
     if data is None and run is None:

@@ -1,4 +1,4 @@
-"""`raymoe generate`: a text continued by an engine of its own, in one process."""
+"""`raymoe generate`: continues a text with an engine in this process."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def generate(
     """Continue a prompt; the same arguments give the same text.
 
     Returns:
-        prompt, text (what was generated), tokens, finish_reason (`stop` at the end of the text, `length`
-        at `max_tokens` or at the longest text the model takes), tokens_per_second.
+        prompt, text (the generated text), tokens, finish_reason (`stop` at the end of the text, `length`
+        at `max_tokens` or at the model's longest text), tokens_per_second.
 
     Raises:
-        CheckpointError: no such checkpoint, or it is damaged.
-        DataError: the prompt is not UTF-8, or leaves no room.
+        CheckpointError: There is no such checkpoint, or it is damaged.
+        DataError: The prompt is not UTF-8, or too long.
     """
     try:
         prompt.encode()
-    except UnicodeEncodeError:  # bytes of the command line that no character stands for
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
         raise DataError("--prompt is not UTF-8; convert it, for instance with iconv") from None
     if threads is not None:
         torch.set_num_threads(threads)
@@ -58,12 +58,12 @@ def generate(
 def continue_tokens(
     model: LoadedModel, prompt: Sequence[int], *, max_tokens: int, temperature: float, seed: int
 ) -> tuple[list[int], str]:
-    """Tokens after the prompt, without the end of text, and why they end.
+    """Tokens after the prompt, without the end of text, and the reason why they end.
 
     Raises:
-        DataError: the prompt leaves no room.
+        DataError: The prompt is too long.
     """
-    # An empty prompt begins where one document ends and the next one begins.
+    # An empty prompt becomes the end-of-text token, which precedes every document.
     ids = list(prompt) or [model.end_of_text]
     longest = model.transformer.config.max_position_embeddings
     if len(ids) >= longest:
@@ -77,7 +77,7 @@ def continue_tokens(
         model.experts,
         EngineSettings(cache_tokens=-(-most // _PAGE) * _PAGE, page_size=_PAGE, max_sequences=1),
         end_of_text=[model.end_of_text],
-        vocabulary=model.tokenizer.get_vocab_size(),  # the model may have more rows
+        vocabulary=model.tokenizer.get_vocab_size(),  # the model's embedding may be larger
     )
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     sequence = engine.add("generate", ids, params)

@@ -1,4 +1,4 @@
-"""`raymoe drain --node`: what a Ray node holds goes elsewhere before the node ends."""
+"""`raymoe drain --node`: moves experts and replicas away from a Ray node before the node ends."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from jobs.tools.running_job import on_cluster, seen_coordinators
 
 _POLL_SECONDS = 0.5
 _REPLICA = "ServeReplica:"
-"""What the class names of Ray Serve's replicas begin with."""
+"""Prefix of the class names of Ray Serve's replicas."""
 
 
 def leave(node: str | None, *, address: str | None, timeout: float, debug: bool = False) -> dict[str, Any]:
-    """Empty a Ray node: expert hosts give their experts to hosts elsewhere, Ray Serve moves its replicas.
+    """Drain a Ray node: experts move to hosts on other nodes, and Ray Serve moves its replicas.
 
     Args:
-        node: its id, or how it begins; None is the node that this process runs on.
-        timeout: seconds for all of it; the node may be gone after that.
+        node: Id of the node, or its beginning; None is the node of this process.
+        address: Address of the Ray cluster; None takes the one on this machine.
+        timeout: Seconds for the whole drain, after which the node may end.
+        debug: Show the output of actors.
 
     Returns:
         node, drained (ids of hosts), replicas (of Ray Serve), seconds.
 
     Raises:
-        ResourceError: there is no such node, or more than one, or Ray refuses.
-        RaymoeError: something is still there when the time is over, or cannot be asked; the rest is drained.
+        ResourceError: There is no such node, or more than one, or Ray refuses.
+        RaymoeError: At the end of the time something has not moved, or did not answer.
     """
     began = time.monotonic()
     deadline = began + timeout
@@ -44,7 +46,7 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
         replicas = _replicas(node)
         found, silent = seen_coordinators()
         clients = [jobs.enter_context(closing(AdminClient(at))) for at in found]
-        # Each job at its own pace: one that is stuck keeps nobody else's experts on a node that ends.
+        # All jobs at the same time, so that one that does not answer does not delay the others.
         with ThreadPoolExecutor(max(1, len(clients)), thread_name_prefix="drain") as threads:
             parts = list(threads.map(lambda job: drain_hosts(job, node, deadline), clients))
         while _replicas(node) and time.monotonic() < deadline:
@@ -66,11 +68,11 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
 
 @dataclass(frozen=True, slots=True)
 class DrainResult:
-    """What became of a job's expert hosts on a node.
+    """Result of draining a job's expert hosts on a node.
 
     Attributes:
-        drained: ids of those that hold no experts any more.
-        failed: why the others do, or may.
+        drained: Ids of hosts that hold no experts any more.
+        failed: Reasons why other hosts still hold experts, or may.
     """
 
     drained: list[str]
@@ -78,20 +80,22 @@ class DrainResult:
 
 
 class DrainableJob(Protocol):
-    """What `drain_hosts` needs of an `AdminClient`."""
+    """The calls of an `AdminClient` that `drain_hosts` needs."""
 
     def status(self) -> dict[str, Any]:
-        """See `AdminClient.status`."""
+        """The status of the job."""
 
     def drain(self, host: str, *, replace: bool = False, timeout: float = 300.0) -> dict[str, Any]:
-        """See `AdminClient.drain`."""
+        """Drain one host, waiting for at most `timeout` seconds."""
 
 
 def drain_hosts(job: DrainableJob, node: str, deadline: float) -> DrainResult:
-    """Drain a job's hosts on a node one after the other, as far as it goes.
+    """Drain a job's hosts on a node one after the other.
 
     Args:
-        deadline: of `time.monotonic`; a host that comes after it is asked all the same, and not waited for.
+        job: Client of the job's coordinator.
+        node: Id of the node.
+        deadline: Time by `time.monotonic`, after which hosts are still told to drain, but not waited for.
     """
     found = DrainResult([], [])
     try:
@@ -112,7 +116,7 @@ def drain_hosts(job: DrainableJob, node: str, deadline: float) -> DrainResult:
 
 
 def _whole_id(node: str) -> str:
-    """Of the node that this is, or begins, the id of; `raymoe status` shows the beginnings."""
+    """The full id of the node whose id has this beginning; `raymoe status` shows the beginnings."""
     alive = [one["NodeID"] for one in ray.nodes() if one["Alive"]]
     found = [id for id in alive if id.startswith(node)]
     if len(found) != 1:
@@ -124,8 +128,8 @@ def _whole_id(node: str) -> str:
 
 
 def _refuse_newcomers(node: str, timeout: float) -> None:
-    """Have Ray place nothing more there: what replaces a host would come to the same node again."""
-    # What the command `ray drain-node` does, and the autoscaler before it removes a node.
+    """Have Ray place no new actors on the node, or the replacement of a host could start there again."""
+    # As the command `ray drain-node` does, and the autoscaler before it removes a node.
     gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
     deadline = int((time.time() + timeout) * 1000)
     try:
@@ -137,7 +141,7 @@ def _refuse_newcomers(node: str, timeout: float) -> None:
 
 
 def _replicas(node: str) -> int:
-    """Replicas of Ray Serve on a node."""
+    """Number of Ray Serve's replicas on a node."""
     return sum(
         actor["State"] == "ALIVE"
         and actor["Address"]["NodeID"] == node

@@ -1,4 +1,4 @@
-"""`raymoe status | scale | drain | chaos`: how a running job stands, other hosts for it, and faults."""
+"""The coordinator of a running job: found and asked, for `raymoe status | scale | drain | chaos`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _SHOWN_EVENTS = 12
 
 @contextmanager
 def operated(*, coordinator: str | None, address: str | None, debug: bool = False) -> Iterator[AdminClient]:
-    """The job that a command is about.
+    """A client of the job that a command operates on.
 
     Args:
         coordinator: HOST:PORT of its coordinator; None looks for it on a Ray cluster.
-        address: of that cluster; None finds the one on this machine.
+        address: Address of that cluster; None takes the one on this machine.
+        debug: Show the output of actors.
 
     Raises:
-        ResourceError: there is no such job, or there are several.
+        ResourceError: There is no such job, or there are several.
     """
     at = coordinator or find_coordinator(address, debug=debug)
     client = AdminClient(at if at.startswith("grpc:") else f"grpc:{at}")
@@ -52,10 +53,10 @@ def rehearse(
     debug: bool,
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Do faults to a job, on its Ray cluster; see `jobs.tools.chaos.run_chaos`.
+    """Carry out a schedule of faults on a job; returns the result of `jobs.tools.chaos.run_chaos`.
 
     Raises:
-        ResourceError: there is no such job.
+        ResourceError: There is no such job.
     """
     with operated(coordinator=coordinator, address=address, debug=debug) as job:
         at = address or os.environ.get("RAY_ADDRESS") or "auto"
@@ -64,10 +65,10 @@ def rehearse(
 
 
 def find_coordinator(address: str | None, *, debug: bool = False) -> str:
-    """Address of the one coordinator on a Ray cluster.
+    """Address of the only coordinator on a Ray cluster.
 
     Raises:
-        ResourceError: there is no cluster, no coordinator, or more than one.
+        ResourceError: There is no cluster, no coordinator, or more than one.
     """
     with on_cluster(address, debug=debug) as address:
         found = coordinators()
@@ -83,10 +84,10 @@ def find_coordinator(address: str | None, *, debug: bool = False) -> str:
 
 @contextmanager
 def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
-    """Connect to a Ray cluster that runs; its address.
+    """Connect to a running Ray cluster; yield its address.
 
     Raises:
-        ResourceError: there is none.
+        ResourceError: There is none.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     check_answers(address)
@@ -98,7 +99,7 @@ def coordinators() -> list[str]:
     """Addresses of all coordinators on the cluster that this process is connected to.
 
     Raises:
-        ResourceError: one does not answer.
+        ResourceError: One does not answer.
     """
     found, silent = seen_coordinators()
     if silent:
@@ -109,7 +110,7 @@ def coordinators() -> list[str]:
 
 
 def seen_coordinators() -> tuple[list[str], list[str]]:
-    """Addresses of the coordinators that answer, and names of those that do not, or die meanwhile."""
+    """Addresses of the coordinators that answer, and names of those that do not answer or die."""
     names = [
         actor["name"]
         for actor in ray.util.list_named_actors(all_namespaces=True)
@@ -133,12 +134,12 @@ def seen_coordinators() -> tuple[list[str], list[str]]:
         except RaymoeError:
             silent.append(asked[reference])
             continue
-        found += [str(at)] if at else []  # others stand by
+        found += [str(at)] if at else []  # a standby has no address
     return found, silent
 
 
 def shown(status: dict[str, Any]) -> Group:
-    """A job's status as people read it."""
+    """A job's status as tables for the terminal."""
     hosts = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("host", "state", "node", "pid", "experts", "in flight", "rows", "channel"):
         hosts.add_column(

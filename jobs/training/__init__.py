@@ -1,3 +1,3 @@
-"""`raymoe train`: driver and workers of a training run."""
+"""`raymoe train`: the driver and the trunk workers of a training run."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Puts expert hosts and the coordinator of a run together."""
+"""Builds the expert hosts and the coordinator of a training run, in their own processes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ def build_host(
     connect: Callable[[HostInfo], Peer] = HostClient,
     output: Path | None = None,
 ) -> ExpertHost:
-    """An expert host of this name, in its own process; it holds nothing yet.
+    """An expert host without experts yet.
 
     Args:
-        output: the run's directory, for a timeline.
-        connect: reaches other hosts.
+        config: The run's configuration.
+        start: Where the run starts.
+        id: Name of the host.
+        connect: Opens a client of another host.
+        output: The run's directory, for a timeline.
     """
 
     def open_source(directory: str) -> WeightSource:
@@ -74,17 +77,19 @@ def build_coordinator(
     *,
     control: Callable[[HostInfo], HostControl] | None = None,
 ) -> Coordinator:
-    """The coordinator of a run, in its own process.
+    """The coordinator of a run.
 
     Args:
-        output: the run's directory.
-        state: of the coordinator before.
-        control: how to command a host; None: over gRPC.
+        config: The run's configuration.
+        start: Where the run starts.
+        output: The run's directory.
+        state: The state of the coordinator before this one.
+        control: Opens a client of a host; None does so over gRPC.
     """
     model, cluster = config.model, config.cluster
 
     def beginning() -> Beginning:
-        """The newest checkpoint of this run, or what the run began with."""
+        """The latest checkpoint of this run, or the weights that it started with."""
         latest = start
         for checkpoint in reversed(CheckpointStore(output / "checkpoints").complete()):
             step = read_state(checkpoint).step

@@ -1,4 +1,4 @@
-"""What a run writes down of each step: `metrics.jsonl`, and TensorBoard's event files."""
+"""The metrics of a run, one line per step: `metrics.jsonl`, and TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one JSON object a step; on a resume, steps that are run again are cut off first.
+    """Appends one JSON object per step; when a run resumes, lines of steps that are repeated are removed.
 
     Args:
-        directory: the run's directory.
-        first_step: steps done before this run; lines of later steps are removed.
-        tensorboard: write event files into `directory/tensorboard` too.
+        directory: The run's directory.
+        first_step: Number of steps done; lines of later steps are removed.
+        tensorboard: Also write event files into `directory/tensorboard`.
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False) -> None:
@@ -29,12 +29,12 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and often not wanted
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always needed
 
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one step; `values["step"]` is its number."""
+        """Append the values of one step, whose number is `values["step"]`."""
         self._file.write(json.dumps(values) + "\n")
         if self._board is None:
             return
@@ -59,7 +59,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics file; a last line that a crash cut short is left out."""
+    """The lines of a metrics file, without a last line that a crash left incomplete."""
     if not path.exists():
         return []
     lines = []

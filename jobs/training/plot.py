@@ -1,4 +1,4 @@
-"""A picture of a run: losses, balance over the steps, and how even the experts' load ended up."""
+"""Plots a run: losses and balance over the steps, and the final load of the experts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _TRAIN, _VALIDATION, _MTP = "#2a6f97", "#c1121f", "#8d99ae"
 
 
 def plot_run(directory: Path) -> Path:
-    """Draw `DIR/training.png` from a run's metrics and its last validation.
+    """Draw `DIR/training.png` from a run's metrics and its last evaluation.
 
     Raises:
-        DataError: the directory holds no metrics.
+        DataError: The directory holds no metrics.
     """
     steps = read_metrics(directory / METRICS_FILE)
     if not steps:
@@ -37,7 +37,7 @@ def plot_run(directory: Path) -> Path:
         mtp = _running_mean([step["mtp_loss"] for step in steps])
         losses.plot(numbers, mtp, color=_MTP, lw=1.2, ls="--", label="training, MTP")
     judged = [step for step in steps if "validation_loss" in step]
-    # The evaluation at the end takes all documents, those before it a part: not one curve.
+    # The last evaluation is on all documents and the earlier ones on some: two curves.
     some = _changes(
         [(step["step"], step["validation_loss"]) for step in judged if "bits_per_byte" not in step]
     )
@@ -81,13 +81,13 @@ def _draw_load(axes, directory: Path, layers: list[str]) -> None:  # type: ignor
 
 
 def _running_mean(values: list[float], window: int = 10) -> list[float]:
-    """Of each value and those before it, at most `window` of them."""
+    """The mean of each value and the ones before it, at most `window` values."""
     parts = (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
     return [sum(part) / len(part) for part in parts]
 
 
 def _changes(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Points at which the value is another than the one before."""
+    """Points whose value differs from the one before."""
     return [point for i, point in enumerate(points) if i == 0 or point[1] != points[i - 1][1]]
 
 

@@ -1,4 +1,4 @@
-"""What Ray Train runs in each of its workers: connects it to coordinator and hosts, and lets it work."""
+"""The training function of Ray Train: builds a worker, connected to coordinator and hosts, and runs it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ from jobs.training.worker_group import WorkerGroup
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_AGAIN_SECONDS = 0.1  # between two questions for a table that is not whole
+_AGAIN_SECONDS = 0.1  # between two requests for a table in which some expert has no host
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """What the driver tells every worker.
+    """Settings that the driver sends to every worker.
 
     Attributes:
-        config: as `RunConfig.to_dict` gives it.
-        output: the run's directory, on storage that all nodes share.
-        coordinator: its address.
+        config: The run's configuration, from `RunConfig.to_dict`.
+        data: The run's documents.
+        start: Where the run starts.
+        output: The run's directory, on storage that all nodes share.
+        coordinator: Address of the coordinator.
     """
 
     config: dict[str, Any]
@@ -53,15 +55,19 @@ class WorkerSettings:
 
 
 class ProcessGroupReducer:
-    """Sums over the workers with torch.distributed, whose group Ray Train has set up."""
+    """Sums tensors over the workers with the process group that Ray Train has set up."""
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """See `Reducer.all_reduce`."""
+        """Replace each tensor by its sum over the workers, in place.
+
+        Raises:
+            WorkersLost: A worker is gone.
+        """
         try:
             pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
             for work in pending:
                 work.wait()
-        except RuntimeError as error:  # how gloo says that a peer has hung up
+        except RuntimeError as error:  # gloo's error when a peer is gone
             raise WorkersLost(f"the workers' process group is broken: {error}") from error
 
 
@@ -85,13 +91,13 @@ def _hosts(config: RunConfig, coordinator: CoordinatorClient, device: torch.devi
 
 
 def _device(config: RunConfig) -> torch.device:
-    """What this worker computes on: workers of a machine see all GPUs of theirs, and each has one."""
-    device = worker_device(config)  # says what is missing
+    """The device of this worker; the workers of a machine see all of its GPUs, and each uses one."""
+    device = worker_device(config)  # raises if there is no GPU
     return device if device.type == "cpu" else get_device()
 
 
 def _mesh(config: RunConfig, workers: int, device: torch.device) -> DeviceMesh | None:
-    """Of the group that Ray Train has set up, where the workers share the trunk out."""
+    """The device mesh over Ray Train's process group; None unless the trunk is sharded."""
     if config.training.trunk_sharding == "ddp":
         return None
     from torch.distributed.device_mesh import init_device_mesh
@@ -128,11 +134,11 @@ def train_worker(settings: dict[str, Any]) -> None:
         finally:
             made.close()
     except WorkersLost:
-        raise  # Ray Train starts all workers anew
+        raise  # Ray Train restarts all workers
     except Exception as error:
-        # The others wait in the coordinator for this worker's report: tell them that none will come.
+        # The other workers wait for this one's report: tell the coordinator that there will be none.
         text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
-        # Ray Train would start this worker anew, to fail again: the driver hears of it from the coordinator.
+        # Not raised, as Ray Train would restart the worker; the driver gets the error from the coordinator.
         try:
             coordinator.fail(f"worker {rank} (process {os.getpid()}): {text}")
         except RaymoeError:

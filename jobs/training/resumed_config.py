@@ -1,4 +1,4 @@
-"""The configuration with which a run goes on from its latest checkpoint."""
+"""The configuration of a run that is resumed from its latest checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from errors import ConfigError
 from jobs.config.config_file import apply_override
 from jobs.config.run_config import RunConfig
 
-# What the rows of a run and their order follow from. The corpus may have moved: data.path may change.
+# Fields that determine the rows of a run and their order; data.path may change, if the corpus has moved.
 _KEPT = {
     "training": ("seed", "batch_size", "sequence_length"),
     "data": ("text_field", "tokenizer", "validation_fraction"),
@@ -18,17 +18,17 @@ _KEPT = {
 
 
 def resumed_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of the latest checkpoint of a run, with what `overrides` change.
+    """The configuration of a run's latest checkpoint, with overrides.
 
     Raises:
-        CheckpointError: the run has no checkpoint.
-        ConfigError: an override is wrong, or changes the model's shape, which its weights have.
+        CheckpointError: The run has no checkpoint.
+        ConfigError: An override is invalid, or changes the model's shape or the rows of the run.
     """
     from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
 
     before = read_state(find_checkpoint(run)).config
     values = copy.deepcopy(before)
-    values["training"]["profile_steps"] = 0  # of the run as it was begun, not of going on with it
+    values["training"]["profile_steps"] = 0  # only the first start of a run is profiled
     for override in overrides:
         apply_override(values, override)
     config = RunConfig.from_dict(values)

@@ -1,4 +1,4 @@
-"""The directory of a run, held by one process at a time."""
+"""The directory of a run, locked by one process at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LOCK = ".lock"
 
 @contextmanager
 def run_directory(path: Path) -> Iterator[Path]:
-    """Make a run's directory and keep others out of it; yields its absolute path.
+    """Create and lock a run's directory; yield its absolute path.
 
-    A directory that was made for nothing goes again.
+    A new directory that is still empty at the end is deleted.
 
     Raises:
-        ConfigError: it cannot be written to, or another process trains in it.
+        ConfigError: It cannot be written to, or another process has locked it.
     """
     try:
         directory = path.expanduser().resolve()

@@ -21,7 +21,14 @@ _STRAGGLER_SECONDS = 10.0
 
 
 class RunWatch:
-    """Waits for Ray Train in the main thread, shows progress, and turns Ctrl-C into a last checkpoint."""
+    """Waits for Ray Train in the main thread, shows progress, and turns Ctrl-C into a last checkpoint.
+
+    Args:
+        trainer: Ray Train's trainer, which runs in a thread.
+        coordinator: Client of the run's coordinator.
+        step: Number of steps done before.
+        progress: Shows the steps.
+    """
 
     def __init__(
         self, trainer: TorchTrainer, coordinator: CoordinatorClient, step: int, progress: Progress | None
@@ -35,10 +42,10 @@ class RunWatch:
         self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
 
     def until_done(self) -> bool:
-        """Whether Ctrl-C ended it.
+        """Run the training until it ends; return whether Ctrl-C ended it.
 
         Raises:
-            RaymoeError: what ended the run otherwise.
+            RaymoeError: The run failed.
         """
         with self._on_interrupt():
             self._thread.start()
@@ -51,9 +58,7 @@ class RunWatch:
                         "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
                     )
                 if stopping:
-                    with suppress(
-                        RaymoeError
-                    ):  # again and again: a coordinator that was lost has not heard it
+                    with suppress(RaymoeError):  # repeated, because a new coordinator does not know of it
                         self._coordinator.request_stop()
                 if self._interrupts > 1:
                     raise KeyboardInterrupt
@@ -66,14 +71,14 @@ class RunWatch:
         return stopping
 
     def _give_up_on_stragglers(self) -> None:
-        """A worker that has failed for good ends; others may wait for it in a sum, for half an hour.
+        """End a failed run although other workers still wait for the failed one, which can take half an hour.
 
         Raises:
-            RaymoeError: what the run has failed with a while ago.
+            RaymoeError: The run failed some time ago.
         """
         try:
             failure = self._coordinator.failure
-        except RaymoeError:  # it is away; or gone, and then the trainer ends
+        except RaymoeError:  # the coordinator is restarting, or gone; then the trainer ends
             return
         if failure is None:
             self._failed_at = None
@@ -93,7 +98,7 @@ class RunWatch:
             return
         try:
             steps = self._coordinator.metrics(self._shown)
-        except RaymoeError:  # the run has failed: what Ray Train raises says why
+        except RaymoeError:  # the run has failed, with the error that Ray Train raises
             return
         for step in steps:
             self._shown = step.step
@@ -106,7 +111,7 @@ class RunWatch:
             )
 
     def _reason(self) -> RaymoeError | None:
-        """What ended the run; None when it came to its end."""
+        """The error that ended the run; None if it was completed."""
         try:
             failure = self._coordinator.failure
         except RaymoeError as error:
@@ -131,7 +136,7 @@ class RunWatch:
         def count(number: int, frame: FrameType | None) -> None:
             self._interrupts += 1
 
-        # SIGTERM is how a job is stopped from outside.
+        # Jobs are stopped from outside with SIGTERM.
         before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -1,4 +1,4 @@
-"""`raymoe train`: brings up coordinator, expert hosts and Ray Train's workers, watches them, and sums up."""
+"""`raymoe train`: starts coordinator, expert hosts and Ray Train's workers, and summarizes the run."""
 
 from __future__ import annotations
 
@@ -49,25 +49,26 @@ def train(
     progress: Progress | None = None,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Train to the end, or until Ctrl-C, which ends with a checkpoint.
+    """Train until the last step, or until Ctrl-C, after which a checkpoint is written.
 
     Args:
-        output: the run's directory; on a cluster of several machines, on storage that all of them share.
-        resume: go on from the latest checkpoint in `output`.
-        init: begin with the weights of this checkpoint or Hugging Face directory.
-        address: of a running Ray cluster; None embeds one.
-        progress: shows the steps.
-        debug: show what the actors write.
+        config: The run's configuration.
+        output: The run's directory; on a cluster of several machines, on storage that all of them share.
+        resume: Resume from the latest checkpoint in `output`.
+        init: Start with the weights of this checkpoint or Hugging Face directory.
+        address: Address of a running Ray cluster; None starts one.
+        progress: Shows the steps.
+        debug: Show the output of actors.
 
     Returns:
-        A summary: losses, bits per byte, speed, balance, draft acceptance, where things are.
+        A summary: losses, bits per byte, speed, balance, draft acceptance, paths.
 
     Raises:
-        RaymoeError: with the text of whatever failed, wherever in the cluster it did.
+        RaymoeError: Some process of the run failed, with its error text.
     """
     check_dtype(config.training.dtype, on_gpus=config.on_gpus)
     check_transport(config.cluster)
-    if config.data.path is not None:  # a resume may come from another directory
+    if config.data.path is not None:  # it may be resumed from another working directory
         values = config.to_dict()
         values["data"]["path"] = os.path.abspath(os.path.expanduser(config.data.path))
         config = RunConfig.from_dict(values)
@@ -104,7 +105,7 @@ def _train(
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         data = prepare(config, tokenizer=tokenizer, note=None if progress is None else progress.note)
         write_config(config, output / "config.yaml")
-        shutil.rmtree(output / FOLDER, ignore_errors=True)  # of the run before it was resumed
+        shutil.rmtree(output / FOLDER, ignore_errors=True)  # left by the run before it was resumed
         began = time.perf_counter()
         interrupted = _run(config, data, begin, output, progress)
         timeline = merge(output / FOLDER) if config.training.profile_steps else None
@@ -122,7 +123,7 @@ def _train(
 
 
 def summary(output: Path) -> dict[str, Any]:
-    """What a run's files say about how it went."""
+    """A summary of a run from its files."""
     steps = read_metrics(output / METRICS_FILE)
     values: dict[str, Any] = {}
     if steps:
@@ -147,7 +148,7 @@ def summary(output: Path) -> dict[str, Any]:
 def _start(
     config: RunConfig, output: Path, *, resume: bool, init: Path | None
 ) -> tuple[RunStart, Path | None]:
-    """Where the run begins, and the tokenizer that goes with its weights."""
+    """Where the run starts, and the tokenizer of its weights."""
     name = uuid.uuid4().hex[:12]
     store = CheckpointStore(output / "checkpoints")
     metrics = output / METRICS_FILE
@@ -160,7 +161,7 @@ def _start(
         checkpoint = find_checkpoint(output)
         begin = RunStart(run=name, step=read_state(checkpoint).step, weights=checkpoint, moments=True)
     elif init is not None:
-        init = init.expanduser().resolve()  # hosts and workers read it from directories of their own
+        init = init.expanduser().resolve()  # hosts and workers have other working directories
         weights = init if (init / "config.json").is_file() else find_checkpoint(init)
         _check_shape(config, weights)
         begin = RunStart(run=name, weights=weights)
@@ -209,7 +210,7 @@ def _check_shape(config: RunConfig, weights: Path) -> None:
 def _run(
     config: RunConfig, data: PreparedData, begin: RunStart, output: Path, progress: Progress | None
 ) -> bool:
-    """Bring everything up, train, and take everything down; whether Ctrl-C ended it."""
+    """Start all processes, train, and end all processes; return whether Ctrl-C ended the run."""
     with ExitStack() as stack:
         fleet = Fleet(
             config.cluster,
@@ -239,7 +240,7 @@ def _run(
                 resources_per_worker=_resources(training),
                 placement_strategy="SPREAD",
             ),
-            # Gradients are summed where they are; what workers agree on, and evaluations, are the CPU's.
+            # Gradients are summed on their device; loads, evaluations and agreements on the CPU.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if training.gpus_per_worker else "gloo"),
             run_config=TrainRunConfig(
                 name=output.name,

@@ -64,7 +64,7 @@ class TrainingWorker:
         self._step = 0  # until the coordinator says at which one the run is
 
     def run(self) -> None:
-        """Train until the coordinator says stop; after a loss on the way, from the last common step on."""
+        """Train until the coordinator says stop; after the loss of a process, from the last common step."""
         attempt, why = -1, ""
         while True:
             resume, table = self._join(attempt, why)
@@ -140,7 +140,7 @@ class TrainingWorker:
             self._recovery.router.set_table(self._coordinator.table())
 
     def inputs(self, step: int) -> StepInputs:
-        """This worker's microbatches of a step: a function of the step alone."""
+        """This worker's microbatches of a step, a function of the step alone."""
         training, group = self._config.training, self._group
         corpus = self._data.train
         rows = rows_of_step(step, n_rows=corpus.n_rows, batch_size=training.batch_size, seed=training.seed)
@@ -160,7 +160,7 @@ class TrainingWorker:
 
     def _write(self, writer: MetricsWriter, decision: StepDecision, seconds: float) -> None:
         found = self._coordinator.metrics(decision.step - 1)
-        if not found:  # the coordinator that decided it is gone
+        if not found:  # the coordinator that decided the step is gone
             raise Interrupted(f"nobody knows the figures of step {decision.step}; it is done again")
         step = found[0]
         violation = step.max_violation

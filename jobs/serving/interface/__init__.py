@@ -1,3 +1,3 @@
-"""The process that takes requests; it has no weights."""
+"""The process that accepts requests; it has no weights."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of a checkpoint the interface itself uses: the chat template, and the name of the weights."""
+"""The interface's part in a change of weights: the chat template, and the name of the version."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jobs.serving.versions import WeightsVersion
 
 
 class ChatTemplateExchange:
-    """What of a checkpoint the interface uses, and the exchange of it.
+    """Exchanges the chat template of the interface when the weights change.
 
     Args:
-        backend: uses it.
-        version: name of the weights to begin with.
+        backend: Uses the chat template.
+        version: Name of the version to start with.
 
     Attributes:
-        version: name of the weights in use.
+        version: Name of the version in use.
     """
 
     def __init__(self, backend: Backend, version: str) -> None:
@@ -30,18 +30,18 @@ class ChatTemplateExchange:
         """Read a version's chat template.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: It cannot be read.
         """
         self._prepared = await asyncio.to_thread(ChatTemplate.beside, Path(version.directory))
 
     async def exchange(self, version: WeightsVersion) -> None:
-        """Use what was prepared."""
+        """Use the prepared chat template."""
         assert self._prepared is not None
         self._backend.chat, self._prepared = self._prepared, None
         self.version = version.name
 
     def forget(self) -> None:
-        """Drop what was prepared."""
+        """Drop the prepared chat template."""
         self._prepared = None
 
 

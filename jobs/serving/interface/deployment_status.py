@@ -1,4 +1,4 @@
-"""How replicas of the trunk and expert hosts stand: for `/health` and `/metrics`."""
+"""The status of trunk replicas and expert hosts, for `/health` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _POOL_SECONDS = 2.0
 
 
 class DeploymentStatus:
-    """Asks every replica.
+    """Asks all replicas and the pool for their status.
 
     Args:
         replicas: Connections to the replicas.
-        where: asks the pool for their addresses by their names.
-        hosts: asks the pool how the expert hosts stand.
+        where: Asks the pool for the replicas' addresses by name.
+        hosts: Asks the pool for the expert hosts' figures.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DeploymentStatus:
         self._known: Mapping[str, str] = {}
 
     async def health(self) -> str | None:
-        """Why requests cannot be answered, or None; that one replica is gone is no reason."""
+        """Why requests cannot be answered, or None; the loss of a single replica is no such reason."""
         answers = await self._ask(health=True)
         for status in answers.values():
             if status.unwell:
@@ -41,7 +41,7 @@ class DeploymentStatus:
         return None if answers else "no replica of the trunk answers"
 
     async def engines(self) -> Mapping[str, EngineFigures]:
-        """Figures of the replicas that answer."""
+        """Figures of all engines that answer, by the replica's name."""
         return {
             name.rpartition("#")[2]: EngineFigures(
                 running=status.running,
@@ -58,13 +58,13 @@ class DeploymentStatus:
         }
 
     async def experts(self) -> ExpertFigures | None:
-        """Figures of the expert hosts; None where there are none, or the pool is away."""
+        """Figures of the expert hosts; None without hosts, or if the pool does not answer."""
         with suppress(Exception):
             return await asyncio.wait_for(self._hosts(), _POOL_SECONDS)
         return None
 
     async def _ask(self, *, health: bool = False) -> dict[str, TrunkStatus]:
-        with suppress(Exception):  # of a pool that is away: they are where they were
+        with suppress(Exception):  # if the pool does not answer, the last addresses are used
             self._known = await asyncio.wait_for(self._where(), _POOL_SECONDS)
 
         async def one(address: str) -> TrunkStatus | None:

@@ -1,7 +1,7 @@
-"""The interface's gRPC methods, which Serve's proxy calls by their names: generation, and the health check.
+"""The interface's gRPC methods, generation and health, which Serve's proxy calls by name.
 
-Serve registers the services that `SERVICES` names and answers server reflection itself. An error reaches the
-client by the status code that is set on the context before something is raised.
+Serve registers the services in `SERVICES` and answers server reflection itself. The client gets the status
+code that a method sets on the context before it raises an error.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SERVICES = [
     "protos.generation_pb2_grpc.add_GenerationServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
-"""For Serve's `grpc_options.grpc_servicer_functions`."""
+"""Value of Serve's option `grpc_options.grpc_servicer_functions`."""
 
 _NAME = DESCRIPTOR.services_by_name["Generation"].full_name
-_SERVICE_NAMES = ("", _NAME)  # the first stands for the server as a whole
+_SERVICE_NAMES = ("", _NAME)  # the empty name stands for the whole server
 _WATCH_SECONDS = 1.0
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -51,22 +51,22 @@ _CODES = {
 
 
 class GrpcMethods:
-    """For a deployment with a `backend`; `_loopback` refuses calls from other machines."""
+    """gRPC methods of a deployment with a `backend`; `_loopback` refuses calls from other machines."""
 
     _loopback: bool
 
     @property
     @abstractmethod
     def backend(self) -> Backend:
-        """What the methods work with."""
+        """The served model."""
 
     async def Generate(
         self, request: GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[GenerateReply, None]:
-        """See generation.proto."""
+        """Generate, as generation.proto describes."""
         with self._refusing(grpc_context):
             metadata = dict(grpc_context.invocation_metadata())
-            # Whoever cancels the call ends this generator, and it the generation.
+            # A cancelled call closes this generator, which ends the generation.
             async with aclosing(generate(self.backend, request, metadata.get("authorization"))) as replies:
                 async for reply in replies:
                     yield reply
@@ -74,7 +74,7 @@ class GrpcMethods:
     async def Check(
         self, request: HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> HealthCheckResponse:
-        """Whether requests can be answered, as `GET /health` says."""
+        """Whether requests can be answered, as in `GET /health`."""
         with self._refusing(grpc_context):
             if request.service not in _SERVICE_NAMES:
                 raise ApiError(404, f"there is no service {request.service!r}; ask for {_NAME!r} or none")
@@ -89,7 +89,7 @@ class GrpcMethods:
     async def Watch(
         self, request: HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[HealthCheckResponse, None]:
-        """The health now and after each change of it."""
+        """The health now and after each change."""
         with self._refusing(grpc_context):
             last: HealthCheckResponse | None = None
             while True:
@@ -108,10 +108,10 @@ class GrpcMethods:
 
     @contextmanager
     def _refusing(self, context: RayServegRPCContext) -> Iterator[None]:
-        """Around a method: errors of ours become statuses.
+        """Set the status of an `ApiError` on the context, around the body of a method.
 
         Raises:
-            RaymoeError: on a refusal; Serve sends the context's code and details.
+            RaymoeError: In place of the `ApiError`; Serve sends the context's code and details.
         """
         try:
             if self._loopback and not on_this_machine(context.peer()):
@@ -129,7 +129,7 @@ def on_this_machine(peer: str) -> bool:
     """Whether a call came over the loopback.
 
     Args:
-        peer: as gRPC names it: `ipv4:127.0.0.1:4242`, `ipv6:[::1]:4242`, `unix:…`.
+        peer: The peer in gRPC's notation: `ipv4:127.0.0.1:4242`, `ipv6:[::1]:4242`, `unix:…`.
     """
     kind, _, rest = unquote(peer).partition(":")
     if kind == "unix":

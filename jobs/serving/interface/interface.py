@@ -1,4 +1,4 @@
-"""The interface of a served model as a Ray Serve deployment, which has no weights."""
+"""The interface of a served model as a Ray Serve deployment."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ _RETRY_SECONDS = 1.0
 
 
 def _backend() -> Backend:
-    """Of the process that this request has come to."""
+    """The backend of this process, which handles the current request."""
     interface: Interface = serve.get_replica_context().servable_object
     return interface.backend
 
 
 @serve.ingress(build_api(_backend))
 class Interface(GrpcMethods):
-    """One process of the interface.
+    """One process of the interface; it has no weights.
 
     Args:
-        values: a `ServeConfig` as plain values.
-        directory: with the tokenizer; every version of the weights has the same.
-        title: the model's name for clients.
-        pool: of the deployment.
-        trunk: replicas that generate.
-        loopback: refuse gRPC calls from other machines.
+        values: A `ServeConfig` as plain values.
+        directory: The directory with the tokenizer, which is the same for all versions of the weights.
+        title: Name of the model for clients.
+        pool: Handle of the pool's deployment.
+        trunk: Handle of the trunk replicas' deployment.
+        loopback: Refuse gRPC calls from other machines.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -60,7 +60,7 @@ class Interface(GrpcMethods):
         *,
         loopback: bool,
     ) -> None:
-        self._closing = ExitStack()  # what it holds is given back in the reverse order
+        self._closing = ExitStack()  # closed in the reverse order
         self._loopback = loopback
         config = ServeConfig.from_dict(values)
         model = PretrainedSource(Path(directory)).config
@@ -95,14 +95,14 @@ class Interface(GrpcMethods):
 
     @property
     def backend(self) -> Backend:
-        """What the interface works with."""
+        """The served model."""
         return self._backend
 
     def __del__(self) -> None:
         self._closing.close()
 
     async def _follow(self, run: str, version: WeightsVersion) -> None:
-        """Keep to the version that the pool wants; after a crash of the pool, to that of the new one."""
+        """Follow the version that the pool wants; after a crash of the pool, join the new one."""
         templates: asyncio.Future[Exchanger] = asyncio.get_running_loop().create_future()
         templates.set_result(self._templates)
         while True:
@@ -114,7 +114,7 @@ class Interface(GrpcMethods):
                     exchanger = await templates
                     await exchanger.prepare(member.version)
                     await exchanger.exchange(member.version)
-                except Exception:  # the pool is away
+                except Exception:  # the pool is restarting
                     await asyncio.sleep(_RETRY_SECONDS)
                 else:
                     break

@@ -1,3 +1,3 @@
-"""The expert hosts of a deployment, and the version of the weights that it serves."""
+"""The pool of a deployment: its expert hosts, and the version of its weights."""
 
 from __future__ import annotations

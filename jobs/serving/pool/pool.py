@@ -1,4 +1,4 @@
-"""What the replicas of a deployment share: expert hosts, their coordinator, the version of the weights."""
+"""The part of a deployment that all replicas share: expert hosts, coordinator, version of the weights."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _TRIES = 4  # at loading other weights, while hosts come and go
 
 
 class ExpertPool:
-    """Coordinator and expert hosts of a deployment, if it has some, and the one who changes its weights.
+    """Owns the coordinator and the expert hosts of a deployment, if there are any, and changes its weights.
 
     Args:
-        values: a `ServeConfig` as plain values.
-        directory: with the weights.
+        values: A `ServeConfig` as plain values.
+        directory: The directory with the weights.
 
     Raises:
-        RaymoeError: what a host failed with.
+        RaymoeError: A host failed to start.
     """
 
     def __init__(self, values: dict[str, Any], directory: str) -> None:
@@ -70,52 +70,56 @@ class ExpertPool:
             self._actors.callback(self._admin.close)
 
     async def where(self) -> str | None:
-        """Address of the coordinator of the expert hosts; None without hosts."""
+        """Address of the coordinator; None without expert hosts."""
         return self._address
 
     async def join(self, name: str) -> PoolMembership:
-        """A replica begins."""
+        """Add a replica."""
         return PoolMembership(run=self._run, coordinator=self._address, version=self._rollout.join(name))
 
     async def leave(self, name: str) -> None:
-        """A replica ends."""
+        """Remove a replica."""
         self._rollout.leave(name)
 
     async def lease(self, name: str) -> None:
-        """Lasts as long as a replica is a member. Serve ends nobody with a call under way: so the pool
-        outlives the trunk replicas, each of which is a member until its last request has ended."""
+        """Return when a replica is no longer a member.
+
+        Serve does not end a deployment that has a running call, so these calls keep the pool alive until the
+        last trunk replica has completed its requests and left.
+        """
         await self._rollout.attend(name)
 
     async def ask(self, name: str, known: int) -> WantedVersions:
-        """See `Rollout.ask`."""
+        """The versions that a replica should use and load, as `Rollout.ask` returns them."""
         return await self._rollout.ask(name, known)
 
     async def report(self, name: str, standing: ReplicaState) -> None:
-        """See `Rollout.report`."""
+        """Record the state of a replica."""
         self._rollout.report(name, standing)
 
     async def trunks(self) -> dict[str, str]:
-        """See `Rollout.trunks`."""
+        """Addresses of the trunk replicas by name."""
         return self._rollout.trunks
 
     async def experts(self) -> ExpertFigures | None:
-        """How the expert hosts stand; None without hosts.
+        """Figures of the expert hosts; None without hosts.
 
         Raises:
-            RaymoeError: the coordinator does not answer.
+            RaymoeError: The coordinator does not answer.
         """
         if self._admin is None:
             return None
         return ExpertFigures.of(await asyncio.to_thread(self._admin.status))
 
     async def reload(self, directory: str) -> dict[str, Any]:
-        """Change all replicas and hosts to another checkpoint; goes on to its end if the caller goes away.
+        """Change all replicas and hosts to another checkpoint; it is completed even if the caller
+        disconnects.
 
         Returns:
             version, previous, replicas, expert_hosts, seconds.
 
         Raises:
-            RaymoeError: the checkpoint does not fit or cannot be loaded; the old one goes on being served.
+            RaymoeError: The checkpoint does not fit or cannot be loaded; the old weights stay in use.
         """
         work = asyncio.create_task(self._in_turn(directory))
         self._reloads.add(work)
@@ -137,12 +141,12 @@ class ExpertPool:
             }
 
     def _checked(self, directory: Path) -> str:
-        """The name of a checkpoint's weights, if they fit."""
+        """The name of a checkpoint's weights, after checking that they fit."""
         self._kind.refuse_other(ModelShape.of(self._config, directory), directory)
         return weights_version(directory)
 
     async def _exchange(self, directory: str, name: str) -> None:
-        """Both phases: until the end of the first, everything can be undone, and done again."""
+        """Load the weights everywhere, which can be undone and repeated, then have all replicas use them."""
         for tried in range(_TRIES):
             try:
                 await self._load(directory, name)
@@ -150,15 +154,15 @@ class ExpertPool:
             except RaymoeError as error:
                 if tried + 1 == _TRIES or not (isinstance(error, HostsChanged) or is_loss(error)):
                     raise
-            await asyncio.sleep(2.0**tried)  # until a lost host, or the coordinator, is replaced
+            await asyncio.sleep(2.0**tried)  # time for a lost host, or the coordinator, to be replaced
         await self._rollout.exchange()
         if self._coordinator is not None:
-            # No replica is left whose step could ask for the old ones.
+            # No step of any replica can need the old weights any more.
             with suppress(RaymoeError):
                 await asyncio.to_thread(self._coordinator.retire, name)
 
     async def _load(self, directory: str, name: str) -> None:
-        """Get other weights beside those in use, everywhere; nothing is left of a failure."""
+        """Load other weights beside those in use on all hosts and replicas; a failure is undone."""
         hosts = self._coordinator
         try:
             if hosts is not None:
@@ -171,7 +175,7 @@ class ExpertPool:
         except BaseException:
             self._rollout.abandon()
             if hosts is not None:
-                with suppress(RaymoeError):  # what a host keeps, it drops at the next reload
+                with suppress(RaymoeError):  # weights that a host still has are dropped at the next reload
                     await asyncio.to_thread(hosts.retire, self._rollout.uses.name)
             raise
 
@@ -180,10 +184,12 @@ class ExpertPool:
 
 
 def build_serving_host(config: ServeConfig, directory: Path, id: str) -> ExpertHost:
-    """An expert host of this name, in its own process; it holds nothing yet.
+    """An expert host, in its own process, without experts yet.
 
     Args:
-        directory: with weights of the served shape.
+        config: The configuration of the deployment.
+        directory: A directory with weights of the served shape.
+        id: Name of the host.
     """
     dtype = serving_dtype(config, directory)
     source = PretrainedSource(directory, dtype=dtype)
@@ -208,11 +214,12 @@ def build_serving_host(config: ServeConfig, directory: Path, id: str) -> ExpertH
 def build_serving_coordinator(
     config: ServeConfig, version: WeightsVersion, state: CoordinatorState | None
 ) -> Coordinator:
-    """A coordinator that knows hosts, placement and weights, and no steps.
+    """The coordinator of a deployment: hosts, placement and weights, without training steps.
 
     Args:
-        version: of the weights to begin with.
-        state: of the coordinator before.
+        config: The configuration of the deployment.
+        version: The version of the weights to start with.
+        state: The state of the coordinator before this one.
     """
     cluster = config.cluster
     return Coordinator(

@@ -1,8 +1,9 @@
-"""The change of a deployment from one version of its weights to another, as the replicas and the pool see it.
+"""The change of a deployment from one version of its weights to another.
 
-Replicas ask what is wanted of them, and say how they stand; nothing is pushed. What they get is always the
-whole of it, so that a replica that missed something, or came late, ends up where the others are. A change has
-two phases: every replica gets the new version ready beside the old, then every replica exchanges them.
+Replicas ask which versions they should use and load, and report their state; nothing is pushed to them. Each
+answer is complete, so a replica that missed an answer, or joined late, reaches the same state as the others.
+A change has two phases: first every replica loads the new version beside the old one, then every replica
+exchanges them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from errors import ProtocolError, ResourceError
 from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
 
-_ASK_SECONDS = 5.0  # a question is answered after this time at the latest, and asked again
+_ASK_SECONDS = 5.0  # longest time until a question is answered, and asked again
 
 
 @dataclass(slots=True)
@@ -27,13 +28,13 @@ class _PoolMember:
 
 @dataclass(slots=True)
 class Rollout:
-    """The replicas of a deployment, and what is wanted of them; all calls come from one event loop.
+    """The replicas of a deployment and the versions that they should have; used in one event loop.
 
     Args:
-        run: names this pool.
-        version: to begin with.
-        patience: seconds after which a replica that asks nothing is taken for dead.
-        clock: seconds.
+        run: Name of the pool's run.
+        version: The version to start with.
+        patience: Seconds without a question after which a replica counts as dead.
+        clock: Seconds, monotonic.
     """
 
     run: str
@@ -49,40 +50,40 @@ class Rollout:
 
     @property
     def uses(self) -> WeightsVersion:
-        """What replicas are to compute with."""
+        """The version that replicas should compute with."""
         return self._wanted.use
 
     @property
     def trunks(self) -> dict[str, str]:
-        """Addresses of the replicas that take requests, by name."""
+        """Addresses of the trunk replicas that accept requests, by name."""
         self._bury()
         return {name: at for name, one in self._members.items() if (at := one.standing.address)}
 
     @property
     def replicas(self) -> int:
-        """Of the trunk, that are there."""
+        """Number of trunk replicas."""
         return sum(not member.standing.interface for member in self._alive())
 
     def join(self, name: str) -> WeightsVersion:
-        """A replica begins; the version to begin with."""
+        """Add a replica; return the version that it starts with."""
         use = self._wanted.use
         self._members[name] = _PoolMember(ReplicaState(uses=use.epoch), self.clock())
         return use
 
     def leave(self, name: str) -> None:
-        """A replica ends."""
+        """Remove a replica."""
         self._members.pop(name, None)
         self._notify()
 
     async def attend(self, name: str) -> None:
-        """Lasts as long as a replica is there."""
+        """Return when a replica has left or is dead."""
         self._bury()
         while name in self._members:
             await self._news(_ASK_SECONDS, lambda: name not in self._members)
             self._bury()
 
     async def ask(self, name: str, known: int) -> WantedVersions:
-        """What is wanted, as soon as its serial is not the one that the replica knows, or after some time."""
+        """The wanted versions, as soon as their serial differs from `known`, or after a few seconds."""
         self._see(name)
         if self._wanted.serial == known:
             await self._news(_ASK_SECONDS, lambda: self._wanted.serial != known)
@@ -90,15 +91,15 @@ class Rollout:
         return self._wanted
 
     def report(self, name: str, standing: ReplicaState) -> None:
-        """Take note of a replica's standing."""
+        """Record a replica's state."""
         self._members[name] = _PoolMember(standing, self.clock())
         self._notify()
 
     async def prepare(self, version: WeightsVersion) -> None:
-        """Let every replica get a version ready, whose epoch no other version had.
+        """Have every replica load a version, whose epoch no other version has had; return when all have it.
 
         Raises:
-            ResourceError: one of them cannot; none holds it any more.
+            ResourceError: A replica failed to load it; all replicas drop it.
         """
         self._want(self._wanted.use, version)
         while not all(member.standing.ready == version.epoch for member in self._alive()):
@@ -109,11 +110,11 @@ class Rollout:
             await self._news(1.0)
 
     def abandon(self) -> None:
-        """Let every replica drop what it got ready."""
+        """Have every replica drop the version that it loaded."""
         self._want(self._wanted.use, None)
 
     async def exchange(self) -> None:
-        """Let every replica use the version that it got ready; returns when all do."""
+        """Have every replica use the version that it loaded; return when all do."""
         new = self._wanted.prepare
         if new is None:
             raise ProtocolError("no version has been prepared; prepare one first")
@@ -143,7 +144,7 @@ class Rollout:
         self._changed = asyncio.Event()
 
     async def _news(self, seconds: float, wanted: Callable[[], bool] = lambda: True) -> None:
-        """Wait for a change that is wanted, or for so long."""
+        """Wait for a change after which `wanted` is true, for at most `seconds`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while True:

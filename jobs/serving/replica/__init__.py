@@ -1,3 +1,3 @@
-"""A replica of the trunk, which generates."""
+"""A trunk replica: weights, engine, router and gRPC service."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One replica of the trunk, put together: weights, engine, its way to the experts."""
+"""A trunk replica: its weights, its engine and its router, and the exchange of its weights."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from jobs.serving.versions import WeightsVersion
 from model.experts.protocols import Experts
 from protos.trunk_pb2 import TrunkStatus
 
-_HEALTH_SECONDS = 1.0  # a finding is not older than this
+_HEALTH_SECONDS = 1.0  # longest age of an answer
 
 
 class Replica:
-    """A replica's parts, and the exchange of its weights.
+    """One trunk replica.
 
     Args:
-        config: the deployment's.
-        version: of the weights to begin with.
-        name: of the replica, unique within the deployment.
-        run: the deployment.
-        table: of the expert hosts, of the same version; None loads the experts into this process.
-        tables: where newer ones come from.
+        config: The configuration of the deployment.
+        version: The version of the weights to start with.
+        name: Name of the replica, unique within the deployment.
+        run: Name of the deployment in requests to expert hosts.
+        table: The routing table for this version; None loads the experts into this process.
+        tables: Source of newer routing tables.
 
     Raises:
-        CheckpointError: the weights are incomplete or of another architecture.
-        DataError: there is no tokenizer.
+        CheckpointError: The weights are incomplete or of another architecture.
+        DataError: There is no tokenizer.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Replica:
         )
         try:
             self._engine.warm_up()
-        except RaymoeError:  # of a host that does not answer, /health tells; requests will try again
+        except RaymoeError:  # a host does not answer: /health reports it, and requests try again
             if lanes is not None:
                 lanes.abandon()
         self.service = EngineService(
@@ -100,10 +100,10 @@ class Replica:
         self._health = HostsHealth(self._router, timeout=5.0)
 
     def status(self, health: bool) -> TrunkStatus:
-        """See trunk.proto.
+        """The replica's status for trunk.proto.
 
         Args:
-            health: ask the expert hosts, too.
+            health: Also ask the expert hosts.
         """
         engine, pool, stats = self._engine, self._engine.pool, self._engine.stats
         running, waiting = self.service.load
@@ -125,17 +125,17 @@ class Replica:
         """Load a version beside the one in use.
 
         Raises:
-            CheckpointError: it is incomplete or of another shape.
-            ResourceError: there is no memory for it.
+            CheckpointError: It is incomplete or of another shape.
+            ResourceError: There is not enough memory.
         """
         load = partial(load_beside, self._config, Path(version.directory), experts=self._router is None)
         self._prepared = version, await asyncio.to_thread(load)
 
     async def exchange(self, version: WeightsVersion) -> None:
-        """Use the version that was prepared, from the next step on; requests under way go on with it.
+        """Use the prepared version from the next step on; running requests continue with it.
 
         Raises:
-            ProtocolError: the hosts' table is of other weights.
+            ProtocolError: The hosts' routing table is for other weights.
         """
         assert self._prepared is not None and self._prepared[0] == version
         table = None
@@ -148,31 +148,31 @@ class Replica:
         self._prepared = None
 
     def forget(self) -> None:
-        """Drop what was prepared."""
+        """Drop the prepared version."""
         self._prepared = None
 
     def close(self) -> None:
-        """End the engine's thread and hang up on the hosts."""
+        """End the engine's thread and close all connections to expert hosts."""
         self.service.close()
         if self._router is not None:
             self._router.close()
 
     def _use(self, weights: ReplicaWeights, table: RoutingTable | None) -> None:
-        """In the engine's thread, between two steps: the trunk and the way to its experts change together."""
+        """Exchange trunk and routing table together; runs in the engine's thread, between two steps."""
         if self._router is not None:
             assert table is not None
             self._router.set_table(table)
         self._engine.replace(weights.trunk, self._reach(weights))
 
     def _reach(self, weights: ReplicaWeights) -> Experts:
-        """The way to the experts of a trunk."""
+        """The experts of a trunk: lanes to the expert hosts, or experts in this process."""
         experts = self._lanes or weights.experts
         assert experts is not None
         return experts
 
 
 class HostsHealth:
-    """Asks every expert host that the router counts on for a sign of life, at most once a second."""
+    """Checks that every expert host in the router's table answers, at most once a second."""
 
     def __init__(self, router: Router | None, *, timeout: float) -> None:
         self._router, self._timeout = router, timeout
@@ -181,7 +181,7 @@ class HostsHealth:
         self._reason: str | None = None
 
     def __call__(self) -> str | None:
-        """What is wrong, or None."""
+        """The error of a host that does not answer, or None."""
         if time.monotonic() - self._asked > _HEALTH_SECONDS:
             self._reason = self._ask()
             self._asked = time.monotonic()

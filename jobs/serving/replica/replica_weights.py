@@ -1,4 +1,4 @@
-"""The weights of a served model: read for a replica, named, and held against those that they replace."""
+"""Loads the weights of a trunk replica from a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaWeights:
-    """What a replica reads from a checkpoint.
+    """The weights of a replica.
 
     Attributes:
-        experts: None where hosts have them.
+        trunk: Weights of the trunk.
+        experts: Weights of the experts; None if they are on hosts.
     """
 
     trunk: TrunkWeights
@@ -30,10 +31,10 @@ class ReplicaWeights:
 
 
 def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
-    """Read a checkpoint's trunk, and its experts if they are to live in this process.
+    """Load the trunk of a checkpoint, and with `experts` all experts into this process.
 
     Raises:
-        CheckpointError: the weights are incomplete or of another architecture.
+        CheckpointError: The weights are incomplete or of another architecture.
     """
     dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
     device = compute_device(config.serving.gpus_per_replica, "serving.gpus_per_replica")
@@ -51,10 +52,10 @@ def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> Repl
 
 
 def load_beside(config: ServeConfig, directory: Path, *, experts: bool) -> ReplicaWeights:
-    """The same beside weights that are in use.
+    """Load weights beside those in use.
 
     Raises:
-        ResourceError: there is no memory for both.
+        ResourceError: There is not enough memory for both.
     """
     dtype, modules = serving_dtype(config, directory), config.serving.drafts != 0
     need = serving_need(PretrainedSource(directory).config, dtype, cache_tokens=0, modules=modules)
