@@ -1,4 +1,4 @@
-"""Measurements, each beside a peer or a bare counterpart in the same run."""
+"""Benchmarks; each compares with a peer, or with a bare counterpart, in the same run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Balance strategies held against each other: `python -m benchmarks.balance --json`.
+"""Compares balance strategies: `python -m benchmarks.balance --json`.
 
-Every strategy starts from the same weights, whose gates are skewed (the centroids of a quarter of the
-experts are several times as long as the others', so that these experts win most tokens), sees the same
-text in the same order, and is judged on the same held-out documents. arXiv 2408.15664 compares the
-same things: MaxVio, and what the balance costs in loss.
+Every strategy starts from the same weights, whose gates are skewed (the centroids of a quarter of the experts
+are several times as long as the others', so that these experts win most tokens), sees the same text in the
+same order, and is evaluated on the same held-out documents. As in arXiv 2408.15664, the results are MaxVio
+and the loss that balance costs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LAST = 50  # steps that MaxVio is averaged over
 
 
 def write_skewed(config: RunConfig, directory: Path) -> None:
-    """Random weights in Hugging Face's format, a quarter of the experts favoured, and a tokenizer."""
+    """Write random weights, with a quarter of the experts favoured, and a tokenizer, for Hugging Face."""
     model = config.model
     source = RandomSource(model, config.training.seed)
     tensors = source.trunk()
@@ -53,7 +53,7 @@ def write_skewed(config: RunConfig, directory: Path) -> None:
 
 
 def run(strategy: str, *, steps: int, seed: int, weights: Path, output: Path, hosts: int) -> dict[str, Any]:
-    """Train with one strategy; MaxVio over the last steps and the loss on all held-out documents."""
+    """Train with one strategy; return MaxVio over the last steps, and the loss on all held-out documents."""
     values = preset("demo").to_dict()
     values["training"] |= {"steps": steps, "seed": seed, "eval_interval": 0, "tensorboard": False}
     values["balance"]["strategy"] = strategy
@@ -76,7 +76,7 @@ def run(strategy: str, *, steps: int, seed: int, weights: Path, output: Path, ho
 
 
 def compare(*, strategies: Sequence[str], steps: int, seeds: int, hosts: int) -> dict[str, Any]:
-    """Strategies with seeds 0, 1, …: means over the seeds, and the difference in loss with its error."""
+    """Means over seeds 0, 1, … for each strategy, and the difference in loss with its error."""
     results: dict[str, list[dict[str, Any]]] = {strategy: [] for strategy in strategies}
     with tempfile.TemporaryDirectory(prefix="raymoe-balance-") as directory:
         for seed in range(seeds):

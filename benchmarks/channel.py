@@ -1,9 +1,9 @@
-"""What a dispatch and its combine cost on the wire.
+"""Measures the round trip of a dispatch and its combine over each kind of channel.
 
-The server is a process of its own with a host that does nothing but return the rows as the partial.
-Shared memory is measured by itself; gRPC beside a bare stream of the same bytes, with the same options
-and the same way of sending; the collective channel beside gloo's own send and receive of the same
-rows. Rounds alternate, so that whatever else the machine does hits both; medians.
+The server is a process with a host that returns the rows unchanged. gRPC is compared with a bare stream of
+the same bytes with the same options, and the collective channel with gloo's own send and receive of the same
+rows; shared memory is measured alone. Rounds alternate, so that other load on the machine affects both sides;
+figures are medians.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _BareGloo:
 
 
 def _serve(addresses: Connection) -> None:
-    """The server's process: all kinds at once; ends when the parent closes its end of the pipe."""
+    """The server's process, with all kinds of channels; ends when the parent closes the pipe."""
     import grpc
 
     from channels.collective import channel as collective
@@ -131,7 +131,7 @@ class _BareStream:
 
 
 def _request(n_rows: int) -> Request:
-    """What leaves for a host: rows, and for each row one expert and its gate."""
+    """A request to a host: rows, and for each row one expert and its gate."""
     name = RequestId(
         run="bench", epoch=1, step=1, microbatch=0, layer=1, phase=Phase.INFER, router="router-0"
     )
@@ -154,7 +154,7 @@ def _seconds(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _alternate(calls: dict[str, Callable[[], object]], *, rounds: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, over rounds in which each has its turn."""
+    """Median seconds of each call, over rounds in which the calls alternate."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         _seconds(call, 3)  # memory is mapped, streams are open
@@ -170,7 +170,11 @@ def _through(channel: Channel, n_rows: int) -> Callable[[], object]:
 
 
 def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float]]:
-    """Measure; `rounds` turns of `repeats` small calls (a tenth as many large ones).
+    """Measure all kinds of channels.
+
+    Args:
+        rounds: Number of rounds.
+        repeats: Small calls per round; there are a tenth as many large ones.
 
     Returns:
         `shm.rtt_us` (1 row there and back, µs), `shm.gb_per_s` (8 MiB, both ways counted),
@@ -199,7 +203,7 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
         mebibyte = _alternate(
             {"grpc": _through(grpc, MEBIBYTE), "bare": lambda: bare.call(block)}, rounds=rounds, repeats=few
         )
-        # Shared memory is compared with nothing, and takes no turns: a layer's calls follow one another too.
+        # Shared memory has no counterpart to alternate with; the calls of a layer follow one another too.
         small |= _alternate({"shm": _through(shm, SMALL)}, rounds=rounds, repeats=10 * repeats)
         mebibyte |= _alternate({"shm": _through(shm, MEBIBYTE)}, rounds=rounds, repeats=repeats)
         small |= _alternate({"collective": _through(collective, SMALL)}, rounds=rounds, repeats=repeats)
@@ -219,7 +223,7 @@ def measure(*, rounds: int = 10, repeats: int = 40) -> dict[str, dict[str, float
 def _figures(
     small: dict[str, float], mebibyte: dict[str, float], large: dict[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Figures from the seconds of a call of each kind, by the size of its rows."""
+    """The figures, from the median seconds of a call of each kind for each size of rows."""
     ratios = {"1 row": small["grpc"] / small["bare"], "1 MiB": mebibyte["grpc"] / mebibyte["bare"]}
     both_ways = 2 * LARGE * WIDTH * 4
     return {
@@ -246,10 +250,10 @@ def _figures(
 
 
 def bench_channel(kinds: Sequence[str], *, rounds: int = 10) -> dict[str, Any]:
-    """`measure`, its figures of some kinds (`shm`, `collective`, `grpc`) alone.
+    """The figures of `measure` for some kinds (`shm`, `collective`, `grpc`).
 
     Raises:
-        ConfigError: a kind is unknown.
+        ConfigError: A kind is unknown.
     """
     for kind in kinds:
         if kind not in KINDS:

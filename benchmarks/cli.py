@@ -12,7 +12,7 @@ from errors import ConfigError
 from jobs.cli.options import ConfigFile, Debug, Json, Overrides, Preset, Result
 from jobs.console import finish, say, surfaced
 
-Device = Annotated[str, typer.Option(help="cpu, or cuda for all contenders on one GPU.")]
+Device = Annotated[str, typer.Option(help="Device of all contenders: cpu, or cuda for one GPU.")]
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -22,12 +22,12 @@ def bench_train(
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each contender to time.")] = 15,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each contender.")] = 15,
     device: Device = "cpu",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time training steps: experts in process, on hosts, and transformers; by default of bench-20m."""
+    """Time training steps, by default of bench-20m: experts in process, experts on hosts, transformers."""
     chosen = _config(preset, config, overrides)
 
     def compute() -> Result:
@@ -44,12 +44,12 @@ def bench_decode(
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the contenders alternate.")] = 5,
     device: Device = "cpu",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time greedy decoding: experts in process, on hosts, and transformers; by default of bench-20m."""
+    """Time greedy decoding, by default of bench-20m: experts in process, experts on hosts, transformers."""
     chosen = _config(preset, config, overrides)
 
     def compute() -> Result:
@@ -65,16 +65,18 @@ def bench_decode(
 def bench_experts(
     device: Device = "cpu",
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 7168,
-    width: Annotated[int, typer.Option(min=1, help="Of an expert (moe_intermediate_size).")] = 2048,
-    experts: Annotated[int, typer.Option(min=1, help="That a host holds of a layer.")] = 8,
+    width: Annotated[
+        int, typer.Option(min=1, help="Inner size of an expert (moe_intermediate_size).")
+    ] = 2048,
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer on a host.")] = 8,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Of each expert; by default 4,096 on GPUs, 256 on CPUs.")
+        int | None, typer.Option(min=1, help="Rows per expert; by default 4,096 on GPUs, 256 on CPUs.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the contenders alternate.")] = 5,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time a layer's experts against dense products; by default of DeepSeek-V3's shape."""
+    """Time the experts of a layer, by default in DeepSeek-V3's shape, against dense matrix products."""
 
     def compute() -> Result:
         from benchmarks.experts import bench_experts as run
@@ -87,16 +89,18 @@ def bench_experts(
 @bench.command("drafts")
 @surfaced
 def bench_drafts(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run or a Hugging Face directory.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, a run's directory, or a Hugging Face directory.")
+    ],
     data: Annotated[
-        str | None, typer.Option(help="Documents to continue; those that the run held out by default.")
+        str | None, typer.Option(help="Documents to continue; by default those that the run held out.")
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="How many documents.")] = 20,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of documents.")] = 20,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time a checkpoint's decoding with MTP drafts and without, experts in process and on hosts."""
+    """Time decoding with and without MTP drafts, with experts in process and on hosts."""
 
     def compute() -> Result:
         from benchmarks.drafts import bench_drafts as run
@@ -110,13 +114,13 @@ def bench_drafts(
 @surfaced
 def bench_channel(
     kinds: Annotated[
-        list[str] | None, typer.Option("--kind", help="shm, collective or grpc; repeatable, all by default.")
+        list[str] | None, typer.Option("--kind", help="shm, collective or grpc; repeatable; by default all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which each kind has its turn.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the kinds alternate.")] = 10,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time round trips between two processes of this machine, gRPC's beside a bare stream's."""
+    """Time round trips over each kind of channel between two processes of this machine."""
 
     def compute() -> Result:
         from benchmarks.channel import bench_channel as run
@@ -129,15 +133,17 @@ def bench_channel(
 @bench.command("overlap")
 @surfaced
 def bench_overlap(
-    channel: Annotated[str, typer.Option(help="As cluster.channel: auto, shm, collective or grpc.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 4,
+    channel: Annotated[
+        str, typer.Option(help="Channel, as cluster.channel: auto, shm, collective or grpc.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the contenders alternate.")] = 4,
     sequences: Annotated[
-        int, typer.Option(min=32, max=65536, help="Sequences that are decoded at a time.")
+        int, typer.Option(min=32, max=65536, help="Sequences decoded at the same time.")
     ] = 2048,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time training and decoding with overlap and without, trunk and hosts on cores of their own."""
+    """Time training and decoding with and without overlap of trunk and experts."""
 
     def compute() -> Result:
         from benchmarks.overlap import bench_overlap as run
@@ -171,7 +177,7 @@ def bench_serve(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Offer a server requests that arrive at random, and show how fast it answers them."""
+    """Send randomly arriving requests to a server, and measure its latencies and throughput."""
     from benchmarks.serving.load_test import Load
     from benchmarks.serving.progress import ProgressLine
     from benchmarks.serving.request_mix import mix_of, rate_of

@@ -1,4 +1,4 @@
-"""Contenders of a benchmark, each in a process that steps when it is told to."""
+"""Contenders of a benchmark, each in its own process, which does steps on demand."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Contender:
         """Seconds of each of `count` steps.
 
         Raises:
-            RaymoeError: what the process failed with.
+            RaymoeError: The process failed, with its error text.
         """
         try:
             self._pipe.send(count)
@@ -82,8 +82,8 @@ def on_device(values: dict[str, Any], device: str) -> None:
     """Have a configuration's workers and hosts compute on a device, all of them on one GPU.
 
     Raises:
-        ConfigError: it is neither cpu nor cuda.
-        ResourceError: there is no such device.
+        ConfigError: It is neither cpu nor cuda.
+        ResourceError: There is no such device.
     """
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device!r} should be cpu or cuda")
@@ -93,19 +93,19 @@ def on_device(values: dict[str, Any], device: str) -> None:
 
 
 def finished(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has completed its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> str:
-    """What a benchmark ran on."""
+    """Description of the device and the version of torch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{name}, torch {torch.__version__}"
 
 
 def has_transformers() -> bool:
-    """Whether the peer of our benchmarks is installed."""
+    """Whether transformers is installed, to compare with."""
     return importlib.util.find_spec("transformers") is not None
 
 
@@ -124,7 +124,7 @@ def _contend(build: Build, values: dict[str, Any], pipe: Connection) -> None:
 def host_process(
     serve: Callable[[dict[str, Any], int, Connection], None], values: dict[str, Any], index: int
 ) -> Iterator[Any]:
-    """An expert host in a process of its own, which `serve` runs with these values; its `HostInfo`."""
+    """Start a process in which `serve` runs an expert host with these values; yield its `HostInfo`."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=serve, args=(values, index, theirs), daemon=True)
@@ -150,7 +150,7 @@ def until_closed(server: Any, pipe: Connection) -> None:
 
 @contextmanager
 def matmul(config: RunConfig) -> Iterator[Step]:
-    """Products of square matrices, as fast as the device does them: seconds per flop."""
+    """Time products of square matrices; a step takes the seconds of one floating-point operation."""
     torch.set_num_threads(config.training.threads or os.cpu_count() or 1)
     device = worker_device(config)
     size = _MATMUL if device.type == "cpu" else _MATMUL_GPU

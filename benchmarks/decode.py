@@ -1,7 +1,7 @@
-"""Greedy decoding timed: experts in process, experts on hosts, and transformers' `generate`.
+"""Times greedy decoding: experts in process, experts on hosts, and transformers' `generate`.
 
-Every contender is a process of its own and they take turns, as in `benchmarks.train`. A step generates
-`TOKENS` tokens for each row of a batch after a prompt of random tokens; reading the prompt is part of it.
+Every contender has its own process, and they alternate, as in `benchmarks.train`. A step reads a prompt of
+random tokens and generates `TOKENS` tokens for each row of a batch.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _MARGIN: Final = 64  # positions beyond the longest text
 
 
 def bench_decode(config: RunConfig, *, rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """Decode with a configuration's model and random weights, its MTP modules left out.
+    """Time decoding with a configuration's model, random weights and no MTP modules.
 
     Args:
-        rounds: turns of each contender.
+        config: The configuration.
+        rounds: Number of rounds, in which the contenders alternate.
         device: cpu, or cuda for all contenders and hosts on one GPU, in bfloat16.
 
     Returns:
@@ -42,7 +43,7 @@ def bench_decode(config: RunConfig, *, rounds: int, device: str = "cpu") -> dict
         Without transformers installed its figures are None.
 
     Raises:
-        RaymoeError: a contender failed, with its text.
+        RaymoeError: A contender failed, with its error text.
     """
     load = os.getloadavg()[0]
     plain = _prepared(config, 0, device)
@@ -112,10 +113,10 @@ def _prepared(config: RunConfig, hosts: int, device: str) -> RunConfig:
 
 @contextmanager
 def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> Iterator[Step]:
-    """Our engine; with hosts in the configuration, over channels to them.
+    """Our engine, with experts in the process, or on hosts if the configuration has some.
 
     Args:
-        alone: time the tokens after the first one, without reading the prompt.
+        alone: Time only the tokens after the first one, without reading the prompt.
     """
     from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
     from model.causal_lm import CausalLM
@@ -160,7 +161,7 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
 
 @contextmanager
 def transformers(config: RunConfig, *, batch: int) -> Iterator[Step]:
-    """transformers' DeepSeek-V3 with `generate` and its cache, at its fastest."""
+    """transformers' DeepSeek-V3 with `generate` and its cache, in its fastest configuration."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.set_num_threads(config.training.threads or os.cpu_count() or 1)

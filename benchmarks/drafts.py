@@ -1,4 +1,4 @@
-"""What a checkpoint's MTP drafts bring: tokens per second with and without, prompt by prompt in turns."""
+"""Times decoding with and without MTP drafts, which alternate from prompt to prompt."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def bench_drafts(
     temperature: float,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Continue the beginnings of documents at batch 1, with drafts and without, in turns.
+    """Continue the beginnings of documents at batch 1, with and without drafts in turns.
 
     Args:
-        checkpoint: with MTP modules.
-        data: documents; None takes those that the checkpoint's run held out.
-        prompts: how many documents.
-        temperature: 0 is greedy.
-        note: is told what is being measured.
+        checkpoint: A checkpoint with MTP modules.
+        data: Documents; None takes those that the checkpoint's run held out.
+        prompts: Number of documents.
+        temperature: Sampling temperature; 0 is greedy.
+        note: Called with a description of each measurement.
 
     Returns:
         For experts in process and on 2 hosts by shared memory and by gRPC: tokens per second plain, with
-        drafts always, and with drafts where the engine finds that they pay (medians over the prompts),
+        drafts always, and with drafts while the engine finds that they save time (medians over the prompts),
         their ratios to plain, and the acceptance of each module's drafts.
 
     Raises:
-        CheckpointError: no such checkpoint.
-        ConfigError: it has no MTP modules.
-        DataError: no such documents.
+        CheckpointError: There is no such checkpoint.
+        ConfigError: It has no MTP modules.
+        DataError: There are no such documents.
     """
     load = os.getloadavg()[0]
     model = load_model(checkpoint)

@@ -1,4 +1,4 @@
-"""The published algorithm of deepseek-ai/EPLB, written anew from its description, to be measured against."""
+"""The published algorithm of deepseek-ai/EPLB, implemented from its description, to compare with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def eplb_host_loads(
     replicated and packed within each node. Global otherwise: all hosts are one node, without groups.
 
     Args:
-        loads: of each expert.
-        n_replicas: experts and their redundant replicas, a multiple of `n_hosts`.
+        loads: Load of each expert.
+        n_replicas: Number of experts and redundant replicas together, a multiple of `n_hosts`.
     """
     if n_replicas % n_hosts or n_hosts % n_nodes:
         raise ValueError(f"EPLB needs {n_replicas} replicas and {n_nodes} nodes to divide {n_hosts} hosts")
@@ -34,7 +34,7 @@ def eplb_host_loads(
 
 
 def replicate(loads: Sequence[float], n_replicas: int) -> list[float]:
-    """Load of each replica: each further one goes to the expert whose replicas have the highest load."""
+    """Load of each replica; every further replica goes to the expert with the highest load per replica."""
     counts = [1] * len(loads)
     hottest = [(-load, expert) for expert, load in enumerate(loads)]
     heapify(hottest)
@@ -46,7 +46,7 @@ def replicate(loads: Sequence[float], n_replicas: int) -> list[float]:
 
 
 def pack_evenly(loads: Sequence[float], n_packs: int) -> list[list[int]]:
-    """Equally many items in every pack: the heaviest left goes to the lightest pack that is not full."""
+    """Packs with equal numbers of items: the heaviest remaining item goes to the lightest pack with room."""
     each = len(loads) // n_packs
     packs: list[list[int]] = [[] for _ in range(n_packs)]
     lightest = [(0.0, pack) for pack in range(n_packs)]

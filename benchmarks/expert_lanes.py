@@ -1,4 +1,4 @@
-"""Expert hosts in processes of their own, without Ray, and an engine's lanes to them."""
+"""Expert hosts in their own processes, without Ray, and an engine's lanes to them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def expert_lanes(
     """Lanes to the hosts of a cluster.
 
     Args:
-        seed: of random weights.
-        directory: of weights in Hugging Face's format, in place of random ones.
-        cores: that the hosts run on; all if there are none.
-        dtype: that they compute in.
+        seed: Seed of random weights.
+        directory: Directory with weights in Hugging Face's format, in place of random ones.
+        cores: Cores that the hosts run on; if empty, all.
+        dtype: The type that the hosts compute in.
     """
     values = {
         "model": model.to_hf(),

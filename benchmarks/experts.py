@@ -1,4 +1,4 @@
-"""The arithmetic of an expert host timed against dense matrix products of the same device and type."""
+"""Times the arithmetic of an expert host against dense matrix products of the same device and type."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ _PRODUCTS = 3  # matrices of an expert
 def bench_experts(
     *, device: str, hidden: int, width: int, experts: int, rows: int | None, rounds: int
 ) -> dict[str, Any]:
-    """Time the forward and backward pass of a layer's experts, each of which gets as many rows.
+    """Time the forward and backward pass of a layer's experts, with the same number of rows for each.
 
-    Gathering rows, SwiGLU, gates and sums are part of the time, and none of the arithmetic that is counted:
-    6·D·I operations a row forward, twice that backward.
+    The time includes gathering rows, SwiGLU, gates and sums; the operations counted are matrix products only:
+    6·D·I per row forward, twice that backward.
 
     Args:
         device: cpu, in float32, or cuda, in bfloat16.
         hidden, width: D and I of the experts.
-        rows: of each expert; None takes what the device has to get for its best speed.
+        experts: Number of experts.
+        rows: Rows of each expert; None takes as many as the device needs for its best speed.
+        rounds: Number of rounds, in which the computations alternate.
 
     Returns:
         `forward_over_dense`, `backward_over_dense` and `both_over_dense`, medians of the rounds' ratios of
         rates; `dense_tflops`; `spreads`.
 
     Raises:
-        ConfigError: an unknown device.
-        ResourceError: there is no such device.
+        ConfigError: The device is unknown.
+        ResourceError: There is no such device.
     """
     if device not in _ROWS:
         raise ConfigError(f"--device {device!r} should be one of {', '.join(_ROWS)}")
@@ -76,7 +78,7 @@ def _random_shard(
 
 
 def _flops(shard: ExpertShard, rows: int) -> float:
-    """Operations of a forward pass with so many rows for each expert."""
+    """Operations of a forward pass with `rows` rows for each expert."""
     return 2.0 * rows * (shard.w13.numel() + shard.w2.numel())
 
 
@@ -114,7 +116,7 @@ def _computations(shard: ExpertShard, rows: int) -> dict[str, tuple[Callable[[],
 def _rates(
     works: dict[str, tuple[Callable[[], Any], float]], flops: float, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Operations per second of each work, and of forward and backward together, in each round."""
+    """Operations per second of each computation, and of forward and backward together, in each round."""
     rates: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
     for _ in range(rounds + 1):

@@ -1,8 +1,8 @@
-"""What it is worth that the trunk computes while tokens are away, in training and in decoding.
+"""Times training and decoding with and without overlap of the trunk's and the experts' computation.
 
-Trunk and expert hosts have cores of their own, as they have devices of their own in a cluster, and a
-configuration in which both have about as much to do. Without overlap one waits while the other works. All
-contenders stay up and take turns; ratios are taken within a turn, medians over the turns.
+Trunk and expert hosts run on separate cores, as they run on separate devices in a cluster, and the
+configuration gives both about the same work. Without overlap one waits while the other computes. All
+contenders keep running and alternate; ratios are taken within a round, and medians over the rounds.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _OVERLAP_FROM: Final = 32
 
 
 def bench_overlap(*, channel: str, rounds: int, sequences: int = 2048) -> dict[str, Any]:
-    """Time training steps and decoding, with overlap and without.
+    """Time training steps and decoding, with and without overlap.
 
     Args:
-        channel: as `cluster.channel`.
-        rounds: turns of each contender.
-        sequences: that are decoded at a time.
+        channel: The kind of channel, as `cluster.channel`.
+        rounds: Number of rounds, in which the contenders alternate.
+        sequences: Sequences decoded at the same time.
 
     Returns:
-        For training and for decode: seconds of a step with overlap and without, their ratio, and how much
-        the experts weigh (their hosts' CPU seconds over the trunk's, without overlap). At best the ratio is
-        (1 + w) / max(1, w) of a weight w.
+        For training and for decode: seconds of a step with and without overlap, their ratio, and the weight
+        of the experts (their hosts' CPU seconds over the trunk's, without overlap). With a weight w the ratio
+        is at best (1 + w) / max(1, w).
 
     Raises:
-        ConfigError: a channel that does not reach another process.
-        ResourceError: one core alone.
-        RaymoeError: a contender failed, with its text.
+        ConfigError: The channel does not reach another process.
+        ResourceError: The machine has only one core.
+        RaymoeError: A contender failed, with its error text.
     """
     if channel not in CHANNELS:
         raise ConfigError(f"--channel {channel!r} is none of {', '.join(CHANNELS)}")
@@ -97,7 +97,7 @@ def _figures(turns: dict[str, list[float]], work: str) -> dict[str, float]:
 
 
 def _cores() -> tuple[list[int], list[int]]:
-    """The trunk's cores and the hosts'."""
+    """The cores of the trunk, and those of the hosts."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise ResourceError("overlap takes two cores at least, one for the trunk and one for the hosts")
@@ -132,7 +132,7 @@ def training(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterat
 
 @contextmanager
 def decode(config: RunConfig, *, sequences: int, overlap: bool, weigh: bool = False) -> Iterator[Step]:
-    """Decoding; without overlap a step is not halved."""
+    """Decoding steps; without overlap a step is not halved."""
     from benchmarks.expert_lanes import expert_lanes
     from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
     from model.checkpoints.sources import RandomSource
@@ -162,7 +162,7 @@ def decode(config: RunConfig, *, sequences: int, overlap: bool, weigh: bool = Fa
                 engine.step()
 
         def step() -> float:
-            """`_TOKENS` tokens for each sequence; reading the prompts does not count."""
+            """Generate `_TOKENS` tokens for each sequence; the time excludes reading the prompts."""
             prompts = torch.randint(model.vocab_size, (sequences, _PROMPT), generator=generator)
             for index, tokens in enumerate(prompts.tolist()):
                 engine.add(str(index), tokens, params)
@@ -179,7 +179,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _weight(work: Callable[[], object]) -> float:
-    """CPU seconds of the child processes, which are the hosts, over this one's."""
+    """CPU seconds of the child processes, which are the hosts, over those of this process."""
     hosts = psutil.Process().children()
 
     def spent() -> float:

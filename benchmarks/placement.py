@@ -1,9 +1,9 @@
-"""The planner held against deepseek-ai/EPLB's algorithm: `python -m benchmarks.placement --json`.
+"""Compares the placement planner with deepseek-ai/EPLB's algorithm: `python -m benchmarks.placement --json`.
 
-Both get the same loads and the same number of replicas; balancedness is the mean over the highest load
-of the hosts, each expert's load split evenly among its replicas. There are 120 loads: 100
-random ones (uniform, and log-normal of three widths) and 20 skewed ones (Zipf, and a few experts that
-take nearly everything). Planning is timed for 58 layers of 256 experts on 64 hosts.
+Both get the same loads and the same number of replicas. Balancedness is the mean over the highest load of the
+hosts, with each expert's load split evenly among its replicas. There are 120 loads: 100 random ones (uniform,
+and log-normal of three widths) and 20 skewed ones (Zipf, and a few experts that take nearly everything).
+Planning is timed for 58 layers of 256 experts on 64 hosts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def sample_loads(n_experts: int, seed: int = 0) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """100 random and 20 skewed loads of one layer (`[E]`), each with its kind."""
+    """100 random and 20 skewed loads of one layer (`[E]`), each with the name of its kind."""
     random = np.random.default_rng(seed)
     for at in range(100):
         width = (0.0, 0.3, 1.0, 2.0)[at % 4]
@@ -52,7 +52,7 @@ def sample_loads(n_experts: int, seed: int = 0) -> Iterator[tuple[str, NDArray[n
 
 
 def compare(shape: str, seed: int = 0) -> dict[str, Any]:
-    """Balancedness of both over the 120 loads: means by kind, and the worst ratio of ours to EPLB's."""
+    """Balancedness of both planners over the 120 loads: means by kind, and the lowest ratio to EPLB's."""
     n_experts, n_group, n_nodes, n_hosts, redundant = SHAPES[shape]
     sites = [Site(f"host-{at}", f"node-{at * n_nodes // n_hosts}") for at in range(n_hosts)]
     kinds, samples = zip(*sample_loads(n_experts, seed), strict=True)

@@ -1,7 +1,7 @@
-"""What snapshots in memory cost a training run: `python -m benchmarks.snapshots --json`.
+"""Measures what snapshots in memory cost a training run: `python -m benchmarks.snapshots --json`.
 
-Runs of `raymoe train` with the default interval and without snapshots take turns. A window is as many
-steps as the interval, so each has one snapshot; compared are the medians over all windows of a kind.
+Runs of `raymoe train` with the default interval and without snapshots alternate. A window has as many steps
+as the interval, so it contains one snapshot; the figures are medians over all windows of a kind.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CORPUS_BYTES = 2_000_000
 
 
 def write_corpus(folder: Path) -> None:
-    """Real text: modules of Python's standard library."""
+    """Write a corpus of real text: modules of Python's standard library."""
     folder.mkdir()
     written = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -36,14 +36,14 @@ def write_corpus(folder: Path) -> None:
 
 
 def windows(output: Path) -> list[float]:
-    """Seconds of every whole window of a run but the first, in which everything warms up."""
+    """Seconds of every complete window of a run but the first, which warms up."""
     seconds = [line["tokens"] / line["tokens_per_second"] for line in read_metrics(output / METRICS_FILE)]
     starts = range(INTERVAL, len(seconds) - INTERVAL + 1, INTERVAL)
     return [sum(seconds[at : at + INTERVAL]) for at in starts]
 
 
 def train(corpus: Path, output: Path, preset: str, steps: int, interval: int) -> list[float]:
-    """Window by window, the seconds of a run with this interval of snapshots."""
+    """Train with this interval of snapshots; return the seconds of each window."""
     settings: dict[str, Any] = {
         "data.path": corpus,
         "training.steps": steps,
@@ -58,7 +58,7 @@ def train(corpus: Path, output: Path, preset: str, steps: int, interval: int) ->
 
 
 def measure(preset: str, steps: int, rounds: int) -> dict[str, Any]:
-    """Median seconds of a step with snapshots and without, and their ratio less one."""
+    """Median seconds of a step with and without snapshots, and their ratio minus one."""
     found: dict[int, list[float]] = {INTERVAL: [], 0: []}
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder) / "corpus")

@@ -1,8 +1,8 @@
-"""Training steps timed: experts in process, experts on hosts, and transformers' implementation.
+"""Times training steps: experts in process, experts on hosts, and transformers' implementation.
 
-Each contender is a process of its own (remote experts: one more for each host), so that nobody's idle
-threads are in another's way. They take turns, round after round, so that whatever else the machine does
-hits all of them; ratios are taken within a round, and medians over the rounds.
+Each contender has its own process (and one for each host), so that its idle threads do not slow down the
+others. They alternate in rounds, so that other load on the machine affects all of them; ratios are taken
+within a round, and medians over the rounds.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ _HOSTS = 2  # where the configuration keeps its experts in process
 
 
 def bench_train(config: RunConfig, *, steps: int, device: str = "cpu") -> dict[str, Any]:
-    """Time the steps of a configuration's model on random tokens, MTP, evaluation and checkpoints left out.
+    """Time training steps on random tokens, without MTP, evaluation and checkpoints.
 
-    A step is everything: forward, backward, the norm of all gradients, clipping, AdamW, and for ours the
-    gates' bias and both phases of the hosts' commit.
+    A step includes forward, backward, the norm of all gradients, clipping and AdamW, and in our
+    implementation the gates' bias and both phases of the hosts' commit.
 
     Args:
-        steps: timed steps of each contender, rounded up to whole rounds.
+        config: The configuration with the model.
+        steps: Timed steps of each contender, rounded up to whole rounds.
         device: cpu, or cuda for all contenders and hosts on one GPU, in bfloat16.
 
     Returns:
-        Tokens per second of each contender (medians), their ratios, the share of the measured peak of
-        matrix products that the arithmetic of our local step reaches, and `spreads`: the lowest
-        and highest round of each figure. Without transformers installed its figures are None.
-        `load_before` is the machine's load average at the start: on a busy machine the ratios mean little,
-        for a contender whose threads wait for each other after every operation then waits for others' work.
+        Tokens per second of each contender (medians), their ratios, the share of the measured peak of matrix
+        products that our local step reaches, and `spreads`: the lowest and highest round of each figure.
+        Without transformers installed its figures are None. `load_before` is the machine's load average at
+        the start; on a busy machine the ratios mean little, because threads that wait for each other also
+        wait for other work.
 
     Raises:
-        RaymoeError: a contender failed, with its text.
+        RaymoeError: A contender failed, with its error text.
     """
     load = os.getloadavg()[0]
     local = _with_hosts(config, 0, device)
@@ -80,15 +81,16 @@ def bench_train(config: RunConfig, *, steps: int, device: str = "cpu") -> dict[s
 
 
 def _tokens(config: RunConfig) -> int:
-    """Tokens of a step."""
+    """Number of tokens of a step."""
     return config.training.batch_size * config.training.sequence_length
 
 
 def _figures(local: RunConfig, rounds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Speeds and their ratios, one value a round.
+    """Speeds and their ratios, one value for each round.
 
     Args:
-        rounds: seconds of a step of each contender, one value a round.
+        local: The configuration of the local contender.
+        rounds: Seconds of a step of each contender, one value for each round.
     """
     tokens = _tokens(local)
     flops = tokens * flops_per_token(local.model, local.training.sequence_length)
@@ -108,7 +110,7 @@ def _figures(local: RunConfig, rounds: Mapping[str, Sequence[float]]) -> dict[st
 
 
 def flops_per_token(model: ModelConfig, length: int) -> float:
-    """Arithmetic of one token's forward and backward pass: matrix products and causal attention alone."""
+    """Operations of one token's forward and backward pass: matrix products and causal attention only."""
     matrices = model.active_parameters() - model.vocab_size * model.hidden_size  # a look-up is no product
     attended = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * length / 2
     return 3 * 2 * (matrices + model.num_hidden_layers * attended)

@@ -21,10 +21,11 @@ from jobs.config.run_config import RunConfig
 
 @contextmanager
 def ours(config: RunConfig, *, host_cores: Sequence[int] = ()) -> Iterator[Step]:
-    """The real worker, hosts and coordinator, without Ray around them.
+    """Our worker, hosts and coordinator, without Ray.
 
     Args:
-        host_cores: that the hosts run on; all if there are none.
+        config: The configuration.
+        host_cores: Cores that the hosts run on; if empty, all.
     """
     from jobs.data.corpus import PreparedData
     from jobs.data.held_out import HeldOut
@@ -86,9 +87,9 @@ def _serve_host(values: dict[str, Any], index: int, pipe: Connection) -> None:
 
 @contextmanager
 def transformers(config: RunConfig) -> Iterator[Step]:
-    """transformers' DeepSeek-V3 at its fastest, with clipping as its Trainer has it.
+    """transformers' DeepSeek-V3 in its fastest configuration, with clipping as in its Trainer.
 
-    In bfloat16 its optimizer has no values but those of bfloat16, which is less work than ours.
+    In bfloat16 its optimizer has no float32 values, which is less work than ours does.
     """
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 

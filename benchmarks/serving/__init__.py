@@ -1,3 +1,3 @@
-"""`raymoe bench serve`: a server under load that does not wait for it."""
+"""`raymoe bench serve`: measures a server under open-loop load."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a server can do at most: a closed loop at rising concurrency, until throughput grows no more."""
+"""Measures a server's capacity: a closed loop with rising concurrency, until throughput stops growing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from benchmarks.serving.load_client import LoadClient
 from benchmarks.serving.request_mix import RequestMix
 from errors import ResourceError
 
-_GROWTH = 1.05  # less than this from one level to the next is none
-_FILL = 0.3  # share of a level's time in which requests and cache fill up, and nothing is counted
+_GROWTH = 1.05  # smallest ratio of throughput between levels that counts as growth
+_FILL = 0.3  # share of a level's time at its start that is not counted, as the load is still rising
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """What a server did at one concurrency.
+    """Throughput of a server at one concurrency.
 
     Attributes:
-        tokens_per_second: of output.
-        requests, tokens: that were answered, and their output's length together.
+        concurrency: Number of requests at the same time.
+        tokens_per_second: Output tokens per second.
+        requests, tokens: Number of completed requests, and of their output tokens.
     """
 
     concurrency: int
@@ -31,7 +32,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """What several levels say together."""
+    """Capacity of a server, from several levels of concurrency."""
 
     levels: tuple[Level, ...]
 
@@ -42,20 +43,22 @@ class Capacity:
 
     @property
     def requests_per_second(self) -> float:
-        """Of average length over all levels, at the best level's tokens per second."""
+        """Requests per second of average length, at the best level's tokens per second."""
         length = sum(level.tokens for level in self.levels) / sum(level.requests for level in self.levels)
         return self.best.tokens_per_second / length
 
 
 def level_of(outcomes: Sequence[Outcome], *, concurrency: int, began: float, seconds: float) -> Level:
-    """Throughput while requests were begun, those under way counting by the tokens that had come.
+    """Throughput in the time in which requests were sent, counted by the tokens that arrived in it.
 
     Args:
-        began: when the level's first request was sent.
-        seconds: during which requests were begun.
+        outcomes: Outcomes of the level's requests.
+        concurrency: Number of requests at the same time.
+        began: When the first request was sent.
+        seconds: Time in which requests were sent.
 
     Raises:
-        ResourceError: no token came in that time.
+        ResourceError: No token arrived in that time.
     """
     good = [outcome for outcome in outcomes if outcome.failure is None]
     first, last = began + _FILL * seconds, began + seconds
@@ -73,7 +76,7 @@ def level_of(outcomes: Sequence[Outcome], *, concurrency: int, began: float, sec
 
 
 def grows(levels: Sequence[Level]) -> bool:
-    """Whether more concurrency may bring more: the last two levels were not both without a gain."""
+    """Whether more concurrency may increase throughput: at least one of the last two levels did."""
     best = 0.0
     idle = 0
     for level in levels:
@@ -85,13 +88,17 @@ def grows(levels: Sequence[Level]) -> bool:
 async def measure_capacity(
     client: LoadClient, mix: RequestMix, *, seconds: float, most: int, note: Callable[[str], None]
 ) -> Capacity:
-    """Levels of concurrency 1, 2, 4, … as far as throughput grows, the server refuses nothing, or `most`.
+    """Measure levels of concurrency 1, 2, 4, … while throughput grows and no request fails.
 
     Args:
-        seconds: of each level, after which its requests are let end.
+        client: Sends the requests.
+        mix: The requests.
+        seconds: Time of each level in which requests are sent.
+        most: Highest concurrency.
+        note: Called with a line of progress for each level.
 
     Raises:
-        ResourceError: no request went well.
+        ResourceError: No request was completed.
     """
     asks = mix.asks()
     levels: list[Level] = []

@@ -1,6 +1,6 @@
-"""What came of requests, and the figures made of it, under the names of vLLM's `bench serve`.
+"""Outcomes of requests, and the figures computed from them, with the names of vLLM's `bench serve`.
 
-Times are seconds of one monotonic clock; figures of latency are milliseconds.
+Times are seconds of one monotonic clock; latencies in the figures are milliseconds.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """One request, from the moment it was due.
+    """Times and result of one request.
 
     Attributes:
-        due: when it was to be sent, by the schedule.
-        sent: when it was.
-        chunks: when each chunk with tokens came; several tokens may come in one.
-        ended: when all was over.
-        prompt_tokens, output_tokens: as the server counts them; of a request that was dropped, the chunks.
-        dropped: the client hung up on purpose.
-        failure: what kind of failure it was; None when it went well.
-        text: of the failure.
+        due: When the schedule wanted it sent.
+        sent: When it was sent.
+        chunks: When each chunk with tokens arrived; a chunk may have several tokens.
+        ended: When it ended.
+        prompt_tokens, output_tokens: Counted by the server; for a cancelled request, the number of chunks.
+        dropped: Whether the client cancelled it on purpose.
+        failure: Kind of its failure; None if it did not fail.
+        text: Text of the failure.
     """
 
     due: float
@@ -43,12 +43,12 @@ class Outcome:
 
     @property
     def completed(self) -> bool:
-        """Whether it was answered to the end."""
+        """Whether it was answered completely."""
         return self.failure is None and not self.dropped
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Of values in any order, between neighbours by linear interpolation; NaN of none."""
+    """A percentile of values in any order, linearly interpolated; NaN without values."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -59,7 +59,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def tokens_between(outcomes: Sequence[Outcome], begin: float, end: float) -> float:
-    """Tokens that came within [begin, end), a request's tokens being spread evenly over its chunks."""
+    """Tokens that arrived within [begin, end); a request's tokens are spread evenly over its chunks."""
     total = 0.0
     for outcome in outcomes:
         if outcome.chunks:
@@ -69,7 +69,7 @@ def tokens_between(outcomes: Sequence[Outcome], begin: float, end: float) -> flo
 
 
 def concurrency(outcomes: Sequence[Outcome]) -> tuple[int, float]:
-    """Most requests that were under way at a time, and how many there were on average."""
+    """Largest and mean number of requests that ran at the same time."""
     if not outcomes:
         return 0, 0.0
     edges = sorted([(o.sent, 1) for o in outcomes] + [(o.ended, -1) for o in outcomes])
@@ -82,12 +82,12 @@ def concurrency(outcomes: Sequence[Outcome]) -> tuple[int, float]:
 
 
 def figures(outcomes: Sequence[Outcome], *, began: float) -> dict[str, Any]:
-    """Counts, throughput, concurrency, latency and the client's own lateness.
+    """Counts, throughput, concurrency, latencies, and the client's own delay.
 
-    `ttft` (time to first token) and `e2el` (end-to-end latency) count from the moment that a request was due,
-    so that a client or server that falls behind shows; `tpot` is the time per output token after the first,
-    of each request; `itl` (inter-token latency) the time between two chunks. `slip` is how late the client
-    sent. Latencies are those of the requests that were answered to the end.
+    `ttft` (time to first token) and `e2el` (end-to-end latency) are measured from the scheduled arrival, so
+    that they include the delay of an overloaded client or server. `tpot` is a request's time per output token
+    after the first; `itl` (inter-token latency) is the time between two chunks. `slip` is the delay with
+    which the client sent a request. Latencies are those of completed requests.
     """
     good = [outcome for outcome in outcomes if outcome.completed]
     failures = Counter(outcome.failure for outcome in outcomes if outcome.failure is not None)

@@ -1,4 +1,4 @@
-"""Offers load to a server with OpenAI's interface: one streamed completion a request, on one event loop."""
+"""Sends load to a server with OpenAI's interface: streamed completions, on one event loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.serving.request_mix import PlannedRequest
 from errors import ChannelError, ConfigError
 
 Note = Callable[[Outcome], None]
-"""Is told of every request that has ended."""
+"""Called with the outcome of every request that has ended."""
 
 _CONNECT_SECONDS = 30.0
 
@@ -26,11 +26,11 @@ class LoadClient:
     """Sends requests to one server.
 
     Args:
-        session: with the server's root as its base.
-        model: what to ask for.
-        longest: tokens that prompt and output may have together; None if the server does not tell.
-        ignore_eos: ask for as many tokens as a request may have, whatever they are.
-        clock: seconds, monotonic.
+        session: HTTP session with the server's root as its base URL.
+        model: Name of the model.
+        longest: Tokens that prompt and output may have together; None if the server does not say.
+        ignore_eos: Have every request generate its full number of tokens.
+        clock: Seconds, monotonic.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LoadClient:
         self.model, self.longest, self.clock = model, longest, clock
 
     async def ask(self, ask: PlannedRequest, *, due: float) -> Outcome:
-        """Send a request now and read its answer; whatever goes wrong is in the outcome."""
+        """Send a request now and read its answer; a failure is part of the outcome."""
         outcome = Outcome(due=due, sent=self.clock())
         try:
             await self._stream(ask, outcome)
@@ -63,10 +63,12 @@ class LoadClient:
     async def open_loop(
         self, asks: Iterable[PlannedRequest], arrivals: Iterable[float], note: Note
     ) -> list[Outcome]:
-        """Send every request at its moment, however many are still under way.
+        """Send every request at its scheduled time, however many are still running.
 
         Args:
-            arrivals: seconds from now, in order.
+            asks: The requests.
+            arrivals: Their times in seconds from now, in order.
+            note: Called with every outcome.
         """
         began = self.clock()
         outcomes: list[Outcome] = []
@@ -85,7 +87,7 @@ class LoadClient:
     async def closed_loop(
         self, asks: Iterator[PlannedRequest], *, concurrency: int, seconds: float, note: Note
     ) -> list[Outcome]:
-        """Keep so many requests under way, each followed by the next, none being begun after `seconds`."""
+        """Keep `concurrency` requests running for `seconds`; each one that ends is followed by the next."""
         end = self.clock() + seconds
         outcomes: list[Outcome] = []
 
@@ -95,7 +97,7 @@ class LoadClient:
                 outcomes.append(outcome)
                 note(outcome)
                 if outcome.failure is not None:
-                    return  # a server that refuses is not hammered
+                    return  # do not send more to a server that refuses requests
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(concurrency):
@@ -146,12 +148,14 @@ async def connected(
     """A client for the first model of a server.
 
     Args:
-        url: its root, with or without `/v1`.
-        timeout: seconds that a request may take.
+        url: URL of its root, with or without `/v1`.
+        api_key: API key sent with every request.
+        ignore_eos: Have every request generate its full number of tokens.
+        timeout: Seconds after which a request fails.
 
     Raises:
-        ConfigError: it is no URL.
-        ChannelError: nobody answers at the URL, or something that is not OpenAI's interface.
+        ConfigError: The URL is invalid.
+        ChannelError: No server answers at the URL, or it does not have OpenAI's interface.
     """
     base = url.rstrip("/").removesuffix("/v1")
     _check_url(base)
@@ -159,7 +163,7 @@ async def connected(
     async with aiohttp.ClientSession(
         base_url=base,
         headers=headers,
-        connector=aiohttp.TCPConnector(limit=0),  # the schedule says how many there are at a time
+        connector=aiohttp.TCPConnector(limit=0),  # the number of connections follows from the schedule
         timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=_CONNECT_SECONDS),
     ) as session:
         card = await _model_card(session, base)
@@ -192,7 +196,7 @@ async def _model_card(session: aiohttp.ClientSession, base: str) -> dict[str, An
 
 
 def _said(text: str) -> str:
-    """The message of an error in OpenAI's shape, or the first line of anything else."""
+    """The message of an error in OpenAI's format, or the first line of another text."""
     try:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

@@ -1,7 +1,7 @@
-"""`raymoe bench serve`: a server under load that does not wait for it, and how it bears it.
+"""`raymoe bench serve`: measures a server under open-loop load.
 
-Requests arrive at random moments of their own (a Poisson process), whether earlier ones have ended or not, as
-those of independent users do: a server that falls behind is shown with all the waiting it causes.
+Requests arrive in a Poisson process, whether or not earlier ones have ended, like those of independent users.
+So the latencies of an overloaded server include all the waiting that it causes.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from benchmarks.serving.request_mix import RequestMix, arrivals
 from errors import ResourceError
 
 Show = Callable[[str], None]
-"""Takes a line of progress."""
+"""Called with a line of progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What to offer.
+    """The load for a server.
 
     Attributes:
-        mix: of requests.
-        rate: requests per second; None measures the capacity first and offers `share` of it.
-        requests, duration: when to stop: after so many, or so many seconds; the first of the two.
-        probe_seconds, most_concurrency: of the capacity's levels.
-        ignore_eos: let every request have all of its tokens.
-        timeout: seconds that a request may take.
-        api_key: to send along.
+        mix: The requests.
+        rate: Requests per second; None measures the capacity first and offers `share` of it.
+        share: Share of the capacity.
+        requests, duration: Number of requests and seconds after which to stop, whichever comes first.
+        probe_seconds, most_concurrency: Time of each level, and highest concurrency, in measuring the
+            capacity.
+        ignore_eos: Have every request generate its full number of tokens.
+        timeout: Seconds after which a request fails.
+        api_key: API key sent with every request.
     """
 
     mix: RequestMix
@@ -59,23 +61,25 @@ def bench_serve(
     options: Sequence[str] = (),
     show: Show,
 ) -> dict[str, Any]:
-    """Offer a load to a server, by default to one of its own for as long as it takes.
+    """Measure a server under load; by default one that is started for the measurement.
 
     Args:
-        url: of a server; None brings one up.
-        checkpoint: for the server of its own; None takes bench-20m with random weights.
-        options: of `raymoe serve`, for the server of its own.
+        url: URL of a running server; None starts one.
+        load: The load.
+        checkpoint: Checkpoint for the server that is started; None takes bench-20m with random weights.
+        options: Options of `raymoe serve` for the server that is started.
+        show: Called with lines of progress.
 
     Returns:
-        The `figures`, with `request_rate` (offered), `seed`, `model`, `url`, and, where it was measured,
-        `capacity`.
+        The `figures`, with `request_rate` (offered), `seed`, `model`, `url`, and `capacity` if it was
+        measured.
 
     Raises:
-        RaymoeError: no server, or none of the requests was answered.
+        RaymoeError: There is no server, or no request was answered.
     """
     with ExitStack() as stack:
         if url is None:
-            # SIGTERM ends this command as Ctrl-C does: by way of its `finally`.
+            # SIGTERM ends this command like Ctrl-C, so that the server is stopped.
             before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             stack.callback(signal.signal, signal.SIGTERM, before)
             show("bringing a server up")
@@ -84,10 +88,10 @@ def bench_serve(
 
 
 async def offer(url: str, load: Load, show: Show) -> dict[str, Any]:
-    """The same to a server that runs.
+    """Measure a running server under load.
 
     Raises:
-        RaymoeError: it cannot be reached, or answers no request.
+        RaymoeError: It cannot be reached, or answers no request.
     """
     async with connected(
         url, api_key=load.api_key, ignore_eos=load.ignore_eos, timeout=load.timeout
@@ -118,7 +122,7 @@ async def offer(url: str, load: Load, show: Show) -> dict[str, Any]:
 async def _open_loop(
     client: LoadClient, load: Load, mix: RequestMix, rate: float, show: Show
 ) -> dict[str, Any]:
-    # Other requests than those that measured the capacity: their prompts are in the server's cache.
+    # Not the requests that measured the capacity, because their prompts are in the server's cache.
     asks = replace(mix, seed=mix.seed + 1).asks()
     due = arrivals(rate, seed=mix.seed, count=load.requests, duration=load.duration)
     began = client.clock()

@@ -1,4 +1,4 @@
-"""A server to measure: `raymoe serve` in a process of its own, and a model with random weights for it."""
+"""Starts a server to measure, `raymoe serve` in its own process, with a model of random weights if needed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ import psutil
 
 from errors import ResourceError
 
-_STOP_SECONDS = 90.0  # for requests under way to end, and for Ray
+_STOP_SECONDS = 90.0  # for running requests to end, and for Ray to shut down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredServer:
-    """A server.
+    """A running server.
 
     Attributes:
-        url: its root.
-        process: the command's, whose descendants are all of the server; None for one that is not ours.
+        url: URL of its root.
+        process: Process of the command, whose descendants are the server; None for a server started
+            elsewhere.
     """
 
     url: str
@@ -36,7 +37,7 @@ class MeasuredServer:
 
 
 def write_random_model(directory: Path) -> None:
-    """bench-20m with random weights, and a tokenizer trained on this package's own source."""
+    """Write bench-20m with random weights, and a tokenizer trained on the source of `jobs`."""
     import jobs
     from jobs.config.presets import preset
     from jobs.data.tokenizer import save_tokenizer, train_tokenizer
@@ -55,14 +56,14 @@ def write_random_model(directory: Path) -> None:
 
 @contextmanager
 def served(checkpoint: Path | None, options: Sequence[str] = ()) -> Iterator[MeasuredServer]:
-    """A server for as long as the block lasts; it leaves no process behind.
+    """Run a server during the block; all of its processes end with it.
 
     Args:
-        checkpoint: what to serve; None makes a model with random weights.
-        options: further ones of `raymoe serve`.
+        checkpoint: The checkpoint to serve; None makes a model with random weights.
+        options: Further options of `raymoe serve`.
 
     Raises:
-        ResourceError: it does not come up, with the line that it ended with.
+        ResourceError: The server does not start; the message has its last line of output.
     """
     with tempfile.TemporaryDirectory(prefix="raymoe-bench-") as scratch:
         if checkpoint is None:
@@ -89,7 +90,7 @@ def _start(checkpoint: Path, options: Sequence[str], log: IO[str]) -> subprocess
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        start_new_session=True,  # Ctrl-C is ours, and the server is told when we are done
+        start_new_session=True,  # so that Ctrl-C reaches only this process, which then stops the server
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))},
     )
 
@@ -108,7 +109,7 @@ def _url(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Let the server end, and end what is left of it after that."""
+    """Stop the server, and kill its remaining processes after a timeout."""
     family: list[psutil.Process] = []
     try:
         family = psutil.Process(process.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""One line of progress: written over on a terminal, every few seconds anew elsewhere."""
+"""A line of progress: overwritten on a terminal, otherwise printed every few seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-_PLAIN_SECONDS = 5.0  # between lines where there is no terminal
+_PLAIN_SECONDS = 5.0  # between lines without a terminal
 _TERMINAL_SECONDS = 0.1
 
 
@@ -16,8 +16,8 @@ class ProgressLine:
     """Shows the latest of many lines.
 
     Args:
-        stream: where to; stderr by default.
-        clock: seconds, monotonic.
+        stream: Where to print; by default stderr.
+        clock: Seconds, monotonic.
     """
 
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,10 +25,10 @@ class ProgressLine:
         self._clock = clock
         self._terminal = self._stream.isatty()
         self._shown = -math.inf
-        self._open = False  # whether the cursor stands behind a line
+        self._open = False  # whether the cursor is at the end of a line
 
     def __call__(self, text: str) -> None:
-        """Show a line, unless one was shown just now."""
+        """Show a line, unless the last one was shown a very short time ago."""
         now = self._clock()
         if now - self._shown < (_TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS):
             return

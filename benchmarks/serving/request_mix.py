@@ -1,7 +1,4 @@
-"""What a load generator asks for, and when: requests of mixed lengths, and the moments of their arrival.
-
-All is drawn from seeds: the same numbers give the same load.
-"""
+"""The requests of a load, with mixed lengths, and their arrival times; both are functions of a seed."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from pathlib import Path
 
 from errors import ConfigError, DataError
 
-# Tokens of random prompts: bytes or so in every byte-level vocabulary, however small; the ids below are
-# where vocabularies keep the ends of texts.
+# Token ids of random prompts: single bytes in most byte-level vocabularies, even small ones. Lower ids are
+# often special tokens.
 _FIRST_TOKEN, _LAST_TOKEN = 3, 255
 
 
@@ -24,8 +21,8 @@ class RequestKind:
     """Requests of one kind.
 
     Attributes:
-        share: of all requests; the shares of a mix are taken relative to their sum.
-        prompt, output: fewest and most tokens, every number between being as likely.
+        share: Share of all requests, relative to the sum of the mix's shares.
+        prompt, output: Smallest and largest number of tokens, uniformly distributed.
     """
 
     share: float
@@ -46,9 +43,11 @@ class PlannedRequest:
     """One request.
 
     Attributes:
-        prompt: a text or token ids.
-        seed: of its sampling.
-        drop_after: chunks after which the client hangs up; None reads to the end.
+        prompt: A text or token ids.
+        max_tokens: Number of tokens to ask for.
+        temperature: Sampling temperature.
+        seed: Seed of the sampling.
+        drop_after: Number of chunks after which the client cancels the request; None reads to the end.
     """
 
     prompt: str | tuple[int, ...]
@@ -60,15 +59,15 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMix:
-    """An endless supply of requests.
+    """An endless sequence of random requests.
 
     Attributes:
-        kinds: of requests, with their lengths.
-        texts: prompts to take turns in place of random tokens; the kinds then give the outputs' lengths.
-        longest: tokens that prompt and output may have together; longer draws are cut.
-        temperatures: each request has one of them.
-        drops: share of requests whose client hangs up in the middle.
-        seed: of all draws.
+        kinds: Kinds of requests, with their lengths.
+        texts: Prompts used in turn, in place of random tokens; the kinds then determine only the output.
+        longest: Tokens that prompt and output may have together; longer draws are shortened.
+        temperatures: Temperatures, one of which each request has.
+        drops: Share of requests that the client cancels.
+        seed: Seed of all draws.
     """
 
     kinds: Sequence[RequestKind] = CONVERSATION
@@ -79,7 +78,7 @@ class RequestMix:
     seed: int = 0
 
     def asks(self) -> Iterator[PlannedRequest]:
-        """The requests, the same ones at every call."""
+        """The requests; every call yields the same ones."""
         source = random.Random(f"asks {self.seed}")
         texts = itertools.cycle(self.texts)
         weights = [kind.share for kind in self.kinds]
@@ -99,15 +98,16 @@ class RequestMix:
 
 
 def arrivals(rate: float, *, seed: int, count: int | None, duration: float | None) -> Iterator[float]:
-    """Moments at which requests arrive, in seconds from the start: a Poisson process.
+    """Arrival times of a Poisson process, in seconds from the start.
 
     Args:
-        rate: requests per second, on average.
-        count: how many; None for as many as come within `duration`.
-        duration: seconds after which none comes; None for no end but `count`.
+        rate: Mean number of requests per second.
+        seed: Seed of the process.
+        count: Largest number of requests; None has no limit but `duration`.
+        duration: Seconds after which no request arrives; None has no limit but `count`.
 
     Raises:
-        ConfigError: the rate is not positive, or neither end is given.
+        ConfigError: The rate is not positive, or neither limit is given.
     """
     if not rate > 0:
         raise ConfigError(f"--rate is {rate:g}; give requests per second above 0, or auto")
@@ -128,10 +128,10 @@ def _poisson(
 
 
 def read_span(text: str, option: str) -> tuple[int, int]:
-    """`16:64`, or `32` for always 32.
+    """A range of tokens from text: `16:64`, or `32` for exactly 32.
 
     Raises:
-        ConfigError: it is neither, or not in order.
+        ConfigError: The text is not a range.
     """
     first, _, last = text.partition(":")
     try:
@@ -144,10 +144,10 @@ def read_span(text: str, option: str) -> tuple[int, int]:
 
 
 def rate_of(text: str) -> float | None:
-    """Requests per second; None for `auto`.
+    """Requests per second from text; None for `auto`.
 
     Raises:
-        ConfigError: neither a number above 0 nor `auto`.
+        ConfigError: The text is neither a number above 0 nor `auto`.
     """
     if text == "auto":
         return None
@@ -169,11 +169,11 @@ def mix_of(
     drops: float,
     seed: int,
 ) -> RequestMix:
-    """The mix that a user asks for: the default one, with what is given in place of its own.
+    """The default mix of requests, with the options of `raymoe bench serve` applied.
 
     Raises:
-        DataError: the file of prompts cannot be read, or holds none.
-        ConfigError: a length that is none, or lengths of prompts beside a file of them.
+        DataError: The file of prompts cannot be read, or is empty.
+        ConfigError: A range is invalid, or both a file of prompts and prompt lengths are given.
     """
     kinds = CONVERSATION
     if prompts is not None and prompt_tokens is not None:

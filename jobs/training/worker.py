@@ -107,7 +107,7 @@ class TrainingWorker:
             tensorboard = self._config.training.tensorboard
             with MetricsWriter(self._output, first_step=self._step, tensorboard=tensorboard) as writer:
                 self._loop(writer)
-        self._trunk.agreement.agree()  # until the last checkpoint is written, a loss may need all workers again
+        self._trunk.agreement.agree()  # a loss before the last checkpoint needs all workers again
 
     def _keep(self) -> None:
         """Take a snapshot of the trunk in memory, to which the run can go back."""

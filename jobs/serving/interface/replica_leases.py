@@ -7,9 +7,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ray.serve.handle import DeploymentHandle
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 _ASK_AGAIN_SECONDS = 1.0  # Serve may have chosen a replica that hangs
 _ASKED_AT_MOST = 3
