@@ -1,4 +1,4 @@
-"""The model: pure torch, no Ray, no sockets. The trunk is given its experts from outside."""
+"""The model in pure torch, without Ray or sockets; the trunk is given its experts from outside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Checkpoints on first use: who wants only a configuration need not wait for torch."""
+    """Import checkpoints on first use, so that reading a configuration does not import torch."""
     if name in ("load_pretrained", "save_pretrained"):
         from model.checkpoints import pretrained as checkpoint
 

@@ -1,4 +1,4 @@
-"""Load balance: the bias that needs no loss, how to measure it, and the losses it is compared with.
+"""Load balance: the update of the bias, measures of the load, and balance losses.
 
 Shapes: B rows (sequences), T positions, N tokens, E routed experts, K per token, D devices (groups of
 E / D neighbouring experts), M devices that a token may use. Masks are true where a token counts; padding
@@ -19,7 +19,7 @@ from kernels.constants import MIN_GATE_SUM
 
 
 def expert_load(idx: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
-    """How many tokens chose each expert: [E] int64, of idx [..., K] with mask [...].
+    """Number of tokens that chose each expert: [E] int64, from idx [..., K] with mask [...].
 
     Counts are integers because a float counter stops growing (bfloat16 at 256, float32 at 2^24).
     """
@@ -35,16 +35,16 @@ def expert_load(idx: Tensor, n_experts: int, mask: Tensor | None = None) -> Tens
 
 
 def update_bias(bias: Tensor, load: Tensor, rate: float, *, center: bool = False) -> Tensor:
-    """b + γ·sign(mean load - load), Algorithm 1 of arXiv 2408.15664; once per optimizer step.
+    """Return b + γ·sign(mean load - load), Algorithm 1 of arXiv 2408.15664; called once per optimizer step.
 
     Args:
         bias: [..., E] float32 (1e-3 added to a bfloat16 bias is lost from 0.5 on).
-        load: [..., E] of the whole global batch, as of `expert_load`.
+        load: [..., E], as from `expert_load`, of the whole global batch.
         rate: γ.
-        center: subtract the step's mean, which keeps the bias's mean (torchtitan's form, not the paper's).
+        center: Subtract the mean of the update, which keeps the bias's mean (as torchtitan, not the paper).
 
     Raises:
-        ConfigError: the bias is not float32.
+        ConfigError: The bias is not float32.
     """
     if bias.dtype != torch.float32:
         raise ConfigError(f"e_score_correction_bias is {bias.dtype}: keep it in float32, small steps vanish")
@@ -109,9 +109,9 @@ class DeviceLosses:
     """DeepSeek-V2's three losses, each a scalar without its weight.
 
     Attributes:
-        expert: eq. 23-25, experts of even load.
-        device: eq. 26-28, devices of even computation.
-        communication: eq. 29-31, devices that receive evenly many tokens.
+        expert: Expert-level loss, for experts of even load (eq. 23-25).
+        device: Device-level loss, for devices of even computation (eq. 26-28).
+        communication: Communication loss, for devices that receive equal numbers of tokens (eq. 29-31).
     """
 
     expert: Tensor
@@ -132,7 +132,7 @@ def device_losses(
         max_devices: M, how many devices a token may reach.
 
     Raises:
-        ConfigError: n_devices does not divide E.
+        ConfigError: `n_devices` does not divide E.
     """
     n_experts = scores.shape[-1]
     if n_devices < 1 or n_experts % n_devices:

@@ -1,4 +1,4 @@
-"""Which balance losses a step adds, with which weights."""
+"""The weighted balance loss of a MoE layer, and its weights at an optimizer step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class BalanceWeights:
     """The weights of the balance losses at one optimizer step; the default adds none.
 
     Attributes:
-        strategy: as in `BalanceConfig`; `bias` and `none` add nothing of their own.
-        sequence: alpha of the sequence-wise loss, added under any strategy.
-        auxiliary: weight of the classic loss under `auxiliary`.
-        device: weights of DeepSeek-V2's losses under `device`.
+        strategy: Strategy of `BalanceConfig`; `bias` and `none` add no loss.
+        sequence: α of the sequence-wise loss, which is added under any strategy.
+        auxiliary: Weight of the classic loss under `auxiliary`.
+        device: Weights of DeepSeek-V2's losses under `device`.
     """
 
     strategy: Literal["bias", "auxiliary", "device", "none"] = "none"
@@ -30,7 +30,7 @@ class BalanceWeights:
 
     @classmethod
     def at(cls, balance: BalanceConfig, step: int) -> BalanceWeights:
-        """The weights of an optimizer step."""
+        """Return the weights at an optimizer step."""
         return cls(
             strategy=balance.strategy,
             sequence=value_at(balance.sequence_weight, step),
@@ -42,7 +42,7 @@ class BalanceWeights:
 def layer_balance_loss(
     scores: Tensor, idx: Tensor, mask: Tensor | None, *, weights: BalanceWeights, config: ModelConfig
 ) -> Tensor | None:
-    """Weighted balance loss of one MoE layer, a mean over the rows; None where there is none.
+    """Weighted balance loss of one MoE layer, a mean over the rows; None if no loss has a weight.
 
     Args:
         scores: affinities [B, T, E].

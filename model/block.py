@@ -1,4 +1,4 @@
-"""One transformer block, and what all blocks of a forward pass share.
+"""One transformer block, and the inputs that all blocks of a forward pass share.
 
 Shapes: B rows, T positions, D hidden.
 """
@@ -25,16 +25,16 @@ from model.routing_trace import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """What all blocks of one forward pass share.
+    """Inputs that all blocks of one forward pass share.
 
     Attributes:
-        experts: the routed experts.
-        trace: routes and loads of this pass.
-        rotation: angles of the positions.
-        mask: [B, 1, T, T] for attention, None when plainly causal.
-        counted: [B, T], false on padding; None when there is none.
-        balance: weights of the balance losses, None for no such loss.
-        recompute: keep only each block's input for the backward pass, and run the block again there.
+        experts: The routed experts.
+        trace: Routes and loads of this pass.
+        rotation: Angles of the positions.
+        mask: [B, 1, T, T], added to the logits of attention; None when attention is plainly causal.
+        counted: [B, T], false on padding; None when there is no padding.
+        balance: Weights of the balance losses; None for no balance loss.
+        recompute: Keep each block's input alone for the backward pass, and run the block again there.
     """
 
     experts: Experts
@@ -61,9 +61,9 @@ class Block(nn.Module):
             self.mlp = MoE(config, layer)
 
     def forward(self, x: Tensor, through: Pass) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D] to [B, T, D], and the block's balance loss."""
+        """Map [B, T, D] to [B, T, D]; also return the block's balance loss."""
         if through.recompute and torch.is_grad_enabled():
-            # Reentrant: its first pass runs without gradients, so experts keep nothing for it.
+            # Reentrant: the first pass runs without gradients, so experts keep nothing for it.
             again: Any = checkpoint(self._run, x, through, use_reentrant=True, preserve_rng_state=False)
             out, loss = again
             return out, loss

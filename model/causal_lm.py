@@ -1,4 +1,4 @@
-"""A whole model in one module: the trunk with its experts beside it."""
+"""A whole model in one module: trunk and routed experts in this process."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class CausalLM(nn.Module):
         )
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Tokens [B, T] to logits [B, T, V]; float32, or float64 of a float64 model."""
+        """Map tokens [B, T] to logits [B, T, V] in float32, or float64 of a float64 model."""
         logits: Tensor = self.trunk(input_ids, experts=self.experts)
         return logits
 
     @torch.no_grad()
     def load(self, source: WeightSource) -> None:
-        """Take over all weights of a source."""
+        """Load all weights from a source."""
         self.trunk.load_state_dict(source.trunk())
         for layer in self.config.moe_layers:
             w13, w2 = self.experts.weights(layer)

@@ -1,4 +1,4 @@
-"""Tensors between a GPU and the CPU's memory, through pinned memory: whoever can goes on meanwhile."""
+"""Copies of tensors between a GPU and the CPU's memory, through pinned memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies in the CPU's memory, all of which are there when this returns; waited for once."""
+    """Copy tensors into the CPU's memory, waiting once until all copies are complete."""
     if all(tensor.is_cpu for tensor in tensors):
         return tensors
     here = tuple(map(_begin_copy, tensors))
@@ -17,7 +17,7 @@ def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device, which is there for whatever is queued after it; the CPU goes on."""
+    """Copy a tensor to a device without waiting; work that is queued later on the device sees the copy."""
     if tensor.device == device:
         return tensor
     pinned = tensor if tensor.is_pinned() else _memory(tensor, device).copy_(tensor)
@@ -31,7 +31,7 @@ def _begin_copy(tensor: Tensor) -> Tensor:
 
 
 def _memory(like: Tensor, device: torch.device) -> Tensor:
-    """The CPU's, which a GPU reads and writes without help."""
+    """Memory of the CPU: pinned for a GPU, which can then copy asynchronously."""
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=device.type == "cuda")
 
 

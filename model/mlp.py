@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward network (arXiv 2002.05202), of dense layers and as the shared expert."""
+"""SwiGLU feed-forward network (arXiv 2002.05202) of dense layers and shared experts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """Map [..., D] to [..., D]."""
         out: Tensor = _SwiGLUFunction.apply(  # type: ignore[no-untyped-call]
             x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         )

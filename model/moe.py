@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer without its routed experts, which are given from outside.
+"""The mixture-of-experts layer (eq. 12 of arXiv 2412.19437), which is given its routed experts from outside.
 
 Shapes: B rows, T positions, N = B·T tokens, D hidden, E routed experts, K experts per token.
 """
@@ -23,8 +23,8 @@ from model.routing_trace import Trace
 class Gate(nn.Module):
     """Expert centroids `weight` [E, D] and the float32 buffer `e_score_correction_bias` [E].
 
-    Both stay float32 in a model of half precision: affinities are computed in it anyway, and which experts a
-    token goes to should not hang on a rounding.
+    Both stay float32 in a model of half precision: affinities are computed in float32, and the choice of
+    experts should not depend on the rounding of weights.
     """
 
     e_score_correction_bias: Tensor
@@ -39,7 +39,7 @@ class Gate(nn.Module):
         return affinity(rows, self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves of the module move both; no conversion touches the bias, and none narrows the weight."""
+        """Move weight and bias with the module, but convert neither of them to half precision."""
         bias, weight = self.e_score_correction_bias, self.weight.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.e_score_correction_bias
@@ -55,7 +55,7 @@ def _at_least_float32() -> torch.dtype:
 
 
 def _moved(kept: Tensor, converted: Tensor) -> Tensor:
-    """A tensor as it was, where its conversion is."""
+    """The tensor from before a conversion, on the device of the converted one."""
     return torch.empty_like(converted, dtype=kept.dtype) if kept.is_meta else kept.to(converted.device)
 
 
@@ -83,12 +83,12 @@ class MoE(nn.Module):
 
         Args:
             x: [B, T, D].
-            trace: gives the route if it has this layer's, else takes route and load.
+            trace: Provides the route if it has this layer's, else records route and load.
             mask: [B, T], true where a token counts for load and balance; None counts all.
-            balance: weights of the balance losses; None computes none.
+            balance: Weights of the balance losses; None computes no balance loss.
 
         Returns:
-            [B, T, D], and the weighted balance loss, a mean over the rows (None where there is none).
+            Outputs [B, T, D], and the weighted balance loss, a mean over the rows (None without one).
         """
         config = self.config
         rows = x.flatten(0, 1)
@@ -107,8 +107,8 @@ class MoE(nn.Module):
             counted = None if mask is None else mask.flatten()
             trace.loads[self.layer] = expert_load(idx, config.n_routed_experts, counted)
         gates = gate_values(scores, idx, normalize=config.norm_topk_prob, factor=config.routed_scaling_factor)
-        # Dispatch, shared, combine: the shared experts work while the tokens are away. The backward pass
-        # runs in the reverse order of creation, so there too they fill the time.
+        # Dispatch, shared, combine: the shared experts compute while the tokens are away. The backward pass
+        # runs in the reverse order of creation, so that the same overlap takes place there.
         pending = experts.dispatch(self.layer, rows, idx, gates)
         shared = self.shared_experts(rows)
         out = (shared + pending.combine()).view_as(x)

@@ -27,7 +27,7 @@ class SharedHead(nn.Module):
 
 
 class MTPModule(Block):
-    """A block, with what joins the next token's embedding to the hidden state in `chain` mode."""
+    """A block that predicts a further token; in `chain` mode it joins the next token's embedding first."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -38,7 +38,7 @@ class MTPModule(Block):
         self.shared_head = SharedHead(config)
 
     def join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """Eq. 21: a hidden state and a later token's embedding, both [B, T, D], to the block's input.
+        """Join a hidden state and a later token's embedding, both [B, T, D], into the block's input (eq. 21).
 
         The released weights expect the embedding first; the paper writes the hidden state first.
         """
@@ -48,13 +48,13 @@ class MTPModule(Block):
     def draft(
         self, hidden: Tensor, through: Pass, embedded: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """All of the module: [B, T, D] to [B, T, D] normed for the head, and the balance loss.
+        """Map hidden states [B, T, D] to [B, T, D] normed for the head (eq. 22), and return the balance loss.
 
         Args:
-            embedded: [B, T, D] to `join` with; None where the block takes the hidden state as it is.
+            embedded: [B, T, D], joined with the hidden states; None where the block takes them as they are.
         """
         x = hidden if embedded is None else self.join(hidden, embedded)
-        # Past the hooks: a sharded module's parameters are whole from the beginning of `draft` to its end.
+        # Without the hooks of a call: a sharded module's parameters are whole throughout `draft`.
         out, loss = self.forward(x, through)
         return self.shared_head.norm(out), loss
 
@@ -62,18 +62,18 @@ class MTPModule(Block):
 def draft_acceptance(
     main: Tensor, draft: Tensor, *, depth: int, valid: Tensor | None = None
 ) -> tuple[int, int]:
-    """How often a module's greedy token is the one that the main model would choose there.
+    """Count the positions where a module's greedy token is the main model's greedy token.
 
     Teacher-forced: both have read the true tokens up to their position.
 
     Args:
-        main: [B, T] greedy tokens of the main model; at position i it names token i + 1.
-        draft: [B, T] greedy tokens of module `depth`; at position i it names token i + depth + 1.
+        main: [B, T] greedy tokens of the main model; position i predicts token i + 1.
+        draft: [B, T] greedy tokens of module `depth`; position i predicts token i + depth + 1.
         depth: k, 1 for the first module.
-        valid: [B, T], false where the draft at a position is not to be judged (see `losses.targets_of`).
+        valid: [B, T], false where a draft is not to be judged (`model.losses.training_losses.targets_of`).
 
     Returns:
-        Accepted drafts, and judged ones.
+        Number of accepted drafts, and of judged ones.
     """
     length = max(0, main.shape[1] - depth)
     equal = draft[:, :length] == main[:, depth:]

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467) with a backward pass of few sweeps."""
+"""Root-mean-square normalisation (arXiv 1910.07467), with a backward pass of few sweeps over memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 def _widen(x: Tensor) -> Tensor:
-    """16-bit types are computed in float32, others in their own."""
+    """Convert 16-bit types to float32; others keep their type."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape [..., size] to the same."""
+        """Map [..., size] to the same shape."""
         out: Tensor = _RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 

@@ -17,7 +17,7 @@ class Rotation:
     """Angles of T positions: cos and sin [T, R / 2] of the R rotary dimensions.
 
     Attributes:
-        interleave: a pair is (0, 1), (2, 3), … of the rotary dimensions; else (0, R/2), (1, R/2 + 1), …
+        interleave: Pairs are (0, 1), (2, 3), … of the rotary dimensions; else (0, R/2), (1, R/2 + 1), …
     """
 
     cos: Tensor
@@ -29,7 +29,7 @@ class Rotation:
         self._turn(x, self.sin)
 
     def undo_(self, x: Tensor) -> None:
-        """The transpose of `apply_`, which takes a gradient back."""
+        """Rotate x back in place: the transpose of `apply_`, for gradients."""
         self._turn(x, -self.sin)
 
     def _turn(self, x: Tensor, sin: Tensor) -> None:
@@ -44,7 +44,7 @@ class Rotation:
 
 
 def rotation(config: ModelConfig, length: int, *, dtype: torch.dtype, device: torch.device) -> Rotation:
-    """The angles of positions 0 … length - 1; kept, as every forward pass of a shape asks for the same."""
+    """Angles of positions 0 … length - 1, cached for the last few lengths."""
     return _rotation(
         config.qk_rope_head_dim,
         config.rope_theta,
@@ -68,7 +68,7 @@ def _rotation(
 ) -> Rotation:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     frequency, scale = _frequencies(size, theta, scaling, wide)
-    # The cache may be filled under inference mode, and read by training later.
+    # The cache may be filled in inference mode and read in training.
     with torch.inference_mode(False), torch.no_grad():
         angle = torch.arange(length, dtype=wide).unsqueeze(1) * frequency
         cos, sin = (angle.cos() * scale).to(device, dtype), (angle.sin() * scale).to(device, dtype)
@@ -85,7 +85,7 @@ def _frequencies(
     span = scaling.original_max_position_embeddings
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns this often over the original context."""
+        """The dimension that makes so many rotations over the original context."""
         return size * math.log(span / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(dimension(scaling.beta_fast)), 0)
@@ -106,7 +106,7 @@ def mscale(factor: float, weight: float) -> float:
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """What the logits of attention are multiplied with."""
+    """Scale of the logits of attention: 1 / sqrt(d_h + d_h^R) of eq. 10, times YaRN's factor."""
     scale: float = config.qk_head_dim**-0.5
     scaling = config.rope_scaling
     if scaling is not None and scaling.mscale_all_dim:

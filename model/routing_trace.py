@@ -1,4 +1,4 @@
-"""What one forward pass of one microbatch leaves behind about its routing."""
+"""Routes and loads that the forward pass of one microbatch records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 class Trace:
     """Routes and loads by layer; one object per microbatch, used by one thread.
 
-    A layer whose route is present takes it and counts nothing: activation recompute so never routes
-    otherwise than the first pass, and a load is never counted twice.
+    A layer whose route is present takes that route and counts nothing. So activation recompute routes as the
+    first pass did, and no load is counted twice.
 
     Attributes:
-        routes: chosen experts [N, K] int64.
-        loads: tokens per expert [E] int64, padding left out.
+        routes: Chosen experts [N, K] int64 of each layer.
+        loads: Tokens per expert [E] int64 of each layer, without padding.
     """
 
     routes: dict[int, Tensor] = field(default_factory=dict)

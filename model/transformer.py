@@ -25,12 +25,12 @@ from model.routing_trace import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hidden:
-    """What the trunk's blocks make of the tokens.
+    """Hidden states after the trunk's blocks.
 
     Attributes:
         last: [B, T, D] before the final norm.
-        normed: [B, T, D] after it; what the head and the first MTP module take.
-        balance: sum of the layers' weighted balance losses, each a mean over the rows; None without.
+        normed: [B, T, D] after the final norm, the input of the head and the first MTP module.
+        balance: Sum of the layers' weighted balance losses, each a mean over the rows; None without them.
     """
 
     last: Tensor
@@ -53,8 +53,8 @@ class Transformer(nn.Module):
     """A DeepSeek-V3-style language model that is given its routed experts at every call.
 
     Args:
-        config: its shape.
-        dtype: of the parameters, torch's default when None; the gates' biases are float32 always.
+        config: Shape of the model.
+        dtype: Type of the parameters, torch's default when None; the gates' biases are always float32.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None) -> None:
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def tie(self) -> None:
-        """Share embedding and head if the configuration says so; again after `to_empty`, which parts them."""
+        """Share embedding and head if the configuration says so; call it again after `to_empty`."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -105,18 +105,18 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the main model for tokens [B, T]; float32, or float64 of a float64 model.
+        """Map tokens [B, T] to the main model's logits [B, T, V] in float32, or float64 of a float64 model.
 
         Args:
             segments: [B, T] int32 index of each token's document, -1 for padding; attention stays
                 within a document. None: each row is one document, the fast path.
-            trace: takes routes and loads.
+            trace: Records routes and loads.
         """
         hidden = self.hidden_states(tokens, experts=experts, segments=segments, trace=trace)
         return self.logits(hidden.normed)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The shared head: normed hidden states [..., D] to logits [..., V], at least float32."""
+        """Map normed hidden states [..., D] to logits [..., V] of at least float32, by the shared head."""
         logits = F.linear(hidden, self.lm_head.weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         balance: BalanceWeights | None = None,
         recompute: bool = False,
     ) -> Pass:
-        """Gather what the blocks share for tokens [B, T]."""
+        """Build the inputs that all blocks share for tokens [B, T]."""
         weight = self.model.embed_tokens.weight
         return Pass(
             experts=experts,
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
         return self.run(tokens, through)
 
     def run(self, tokens: Tensor, through: Pass) -> Hidden:
-        """Run the main model's blocks on tokens [B, T], with what `start` gathered."""
+        """Run the main model's blocks on tokens [B, T], with the inputs from `start`."""
         x = self.model.embed_tokens(tokens)
         total: Tensor | None = None
         for block in self.model.layers[: self.config.num_hidden_layers]:

@@ -1,4 +1,4 @@
-"""The protocol of whatever gives the weights of a model: random numbers, or a checkpoint."""
+"""The protocol of a source of a model's weights, which random numbers and checkpoints implement."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 class WeightSource(Protocol):
-    """Gives the weights of a model, in whatever parts its pieces ask for."""
+    """Weights of a model, expert by expert and tensor by tensor."""
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-        """w13 [2I, D] and w2 [D, I] of one routed expert."""
+        """Return w13 [2I, D] and w2 [D, I] of one routed expert."""
         ...
 
     def trunk(self) -> dict[str, Tensor]:
-        """Everything else, by parameter or buffer name; what `Transformer.load_state_dict` takes."""
+        """Return the trunk's tensors by name, as `Transformer.load_state_dict` takes them."""
         ...
 
     def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same one after the other, for who has no room for all; a tied head is the embedding alone."""
+        """Yield the trunk's tensors one after the other, without a tied head."""
         ...
 
 

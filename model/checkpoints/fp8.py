@@ -11,7 +11,7 @@ from torch import Tensor
 from errors import CheckpointError
 
 SCALE_SUFFIX = "_scale_inv"
-"""What follows a weight's name in the name of its scales."""
+"""Suffix that makes a weight's name the name of its scales."""
 
 _BLOCK = (128, 128)
 
@@ -20,7 +20,7 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of a block, from `quantization_config` of a config.json.
 
     Raises:
-        CheckpointError: it is quantised in another way.
+        CheckpointError: The checkpoint is quantised in another way.
     """
     quantization = config.get("quantization_config")
     if not quantization:
@@ -42,14 +42,14 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """Each block of weight [R, C] times its scale [⌈R / block⌉, ⌈C / block⌉]: [R, C] float32."""
+    """Multiply each block of weight [R, C] by its scale [⌈R / block⌉, ⌈C / block⌉]: [R, C] float32."""
     rows, columns = weight.shape
     spread = scale.float().repeat_interleave(block[0], 0)[:rows]
     return weight.float().mul_(spread.repeat_interleave(block[1], 1)[:, :columns])
 
 
 def quantize(weight: Tensor, block: tuple[int, int] = _BLOCK) -> tuple[Tensor, Tensor]:
-    """The inverse: float8_e4m3fn [R, C] and float32 scales, a block's largest value becoming fp8's."""
+    """Round weights to float8_e4m3fn [R, C] with float32 scales, so that a block's largest value is fp8's."""
     rows, columns = weight.shape
     down, across = -(-rows // block[0]), -(-columns // block[1])
     padded = weight.new_zeros(down * block[0], across * block[1], dtype=torch.float32)

@@ -14,12 +14,12 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a layer start with; MTP module k is layer num_hidden_layers + k."""
+    """Prefix of the names of a layer's tensors; MTP module k is layer num_hidden_layers + k."""
     return f"model.layers.{layer}."
 
 
 def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
-    """An expert's gate, up and down projection."""
+    """Names of an expert's gate, up and down projection."""
     gate, up, down = (f"{layer_prefix(layer)}mlp.experts.{expert}.{p}.weight" for p in _PROJECTIONS)
     return gate, up, down
 
@@ -33,7 +33,7 @@ def expert_tensors(layer: int, expert: int, w13: Tensor, w2: Tensor) -> Iterator
 def duplicate_names(config: ModelConfig) -> dict[str, str]:
     """Names under which MTP modules hold the shared embedding and head again: duplicate -> original.
 
-    Released checkpoints have them; they are written and never needed to read.
+    Released checkpoints contain them, so they are written; reading does not need them.
     """
     head = EMBEDDING if config.tie_word_embeddings else HEAD
     names: dict[str, str] = {}

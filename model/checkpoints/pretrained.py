@@ -1,8 +1,7 @@
-"""Checkpoints in Hugging Face's DeepSeek-V3 format, which transformers reads and writes too.
+"""Reading and writing whole models in Hugging Face's DeepSeek-V3 format, which transformers also reads.
 
-A directory holds config.json, `*.safetensors` and, when those are several,
-`model.safetensors.index.json`. MTP module k is layer num_hidden_layers + k, with the shared embedding and
-head once more under its own names.
+A directory holds config.json, `*.safetensors` and, for several of these, `model.safetensors.index.json`. MTP
+module k is layer num_hidden_layers + k, with copies of the shared embedding and head under its own names.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ def load_pretrained(directory: Path | str, *, dtype: torch.dtype = torch.float32
     """Load a DeepSeek-V3 checkpoint, its MTP modules included.
 
     Args:
-        directory: in Hugging Face's format; fp8 weights are dequantised.
-        dtype: of the weights. The logits are float32, or float64 for float64.
+        directory: Checkpoint in Hugging Face's format; fp8 weights are dequantised.
+        dtype: Type of the weights. The logits are float32, or float64 for float64.
 
     Raises:
-        CheckpointError: it is missing, damaged, incomplete, or of another architecture.
+        CheckpointError: The checkpoint is missing, damaged, incomplete, or of another architecture.
     """
     source = PretrainedSource(directory, dtype=dtype)
     with torch.device("meta"):
@@ -57,12 +56,12 @@ def save_pretrained(
     The files of weights come first and config.json last: a directory with a config.json is complete.
 
     Args:
-        directory: made when it is not there; files of the same names are replaced.
-        dtype: to store weights in; None keeps theirs. Biases stay float32.
-        shard_bytes: a file is closed before it grows beyond this.
+        directory: Created if it does not exist; files of the same names are replaced.
+        dtype: Type in which weights are stored; None keeps their own. Biases stay float32.
+        shard_bytes: Largest size of a file with more than one tensor.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: The checkpoint cannot be written.
     """
     directory = Path(directory)
     try:
@@ -86,7 +85,7 @@ def write_model_config(
     """Write the config.json of a checkpoint whose weights are of `dtype`.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: The file cannot be written.
     """
     write_json(Path(directory) / "config.json", {**config.to_hf(), "dtype": _NAMES.get(dtype, "float32")})
 
@@ -95,7 +94,7 @@ def require_experts(directory: Path | str, config: ModelConfig) -> None:
     """Check that a checkpoint's index names every routed expert.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: An expert is missing.
     """
     named = json.loads((Path(directory) / INDEX).read_text(encoding="utf-8"))["weight_map"]
     for layer in config.moe_layers:

@@ -1,4 +1,4 @@
-"""Safetensors files: one alone, or many with an index. Written whole or not at all."""
+"""Safetensors files, one alone or many with an index; writing is atomic."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SINGLE = "model.safetensors"
 
 
 class ShardReader:
-    """Reads single tensors by name; nothing else of the files is loaded.
+    """Reader of single tensors by name, which loads nothing else of the files.
 
     Args:
-        path: a safetensors file, or a directory with `model.safetensors.index.json` or `model.safetensors`.
+        path: Safetensors file, or directory with `model.safetensors.index.json` or `model.safetensors`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: The files are missing or damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -52,10 +52,10 @@ class ShardReader:
         return tuple(self._slice(name).get_shape())
 
     def tensor(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Read a tensor, and hold it against `shape` if given.
+        """Read a tensor, after checking it against `shape` if given.
 
         Raises:
-            CheckpointError: missing, damaged or misshapen.
+            CheckpointError: The tensor is missing, damaged or of another shape.
         """
         if shape is not None:
             self.check(name, shape)
@@ -66,10 +66,10 @@ class ShardReader:
         return loaded
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Hold a tensor's shape, as the file's header has it, against what it should be.
+        """Check a tensor's shape in the file's header against the expected one.
 
         Raises:
-            CheckpointError: missing, damaged or misshapen.
+            CheckpointError: The tensor is missing, damaged or of another shape.
         """
         if self.shape(name) != shape:
             raise CheckpointError(
@@ -129,13 +129,13 @@ class ShardReader:
 
 
 def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into one file: to a temporary name, then renamed, so that no half file is ever seen.
+    """Write tensors into one file atomically, by renaming a temporary one.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: The file cannot be written.
     """
     path = Path(path)
-    # The format wants each tensor in memory of its own; an expert's two halves share theirs.
+    # Safetensors wants each tensor in memory of its own; the two halves of an expert's w13 share theirs.
     owned = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     seen: set[int] = set()
     for name, tensor in owned.items():
@@ -153,10 +153,10 @@ def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_index(directory: Path | str, files: Iterable[str] | None = None) -> None:
-    """Write `model.safetensors.index.json` over a directory's shards, `model-*.safetensors` if not named.
+    """Write `model.safetensors.index.json` of a directory's shards, by default all of `model-*.safetensors`.
 
     Raises:
-        CheckpointError: a shard is missing or damaged, or the index cannot be written.
+        CheckpointError: A shard is missing or damaged, or the index cannot be written.
     """
     directory = Path(directory)
     if files is None:
@@ -174,10 +174,10 @@ def write_index(directory: Path | str, files: Iterable[str] | None = None) -> No
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write JSON, whole or not at all.
+    """Write JSON atomically, by renaming a temporary file.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: The file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

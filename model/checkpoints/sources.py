@@ -1,4 +1,4 @@
-"""Where weights come from: drawn at random, or read from a checkpoint in Hugging Face's format."""
+"""Sources of a model's weights: random numbers, or a checkpoint in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class RandomSource:
-    """A model at the start of training: matrices from N(0, initializer_range), norms one, biases zero.
+    """Weights at the start of training: matrices from N(0, initializer_range), norms one, biases zero.
 
     Every tensor has a random stream of its own, seeded by its name and drawn in float32, so that neither
     placement nor dtype changes the model.
@@ -45,18 +45,15 @@ class RandomSource:
         self.config, self.seed, self.dtype = config, seed, dtype
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-        """See `WeightSource.expert`."""
         hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
         gate, up, down = expert_names(layer, expert)
         w13 = torch.cat((self._draw(gate, (wide, hidden)), self._draw(up, (wide, hidden))))
         return w13, self._draw(down, (hidden, wide))
 
     def trunk(self) -> dict[str, Tensor]:
-        """See `WeightSource.trunk`."""
         return _with_head(self.config, dict(self.trunk_tensors()))
 
     def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource.trunk_tensors`."""
         for name, shape in _apart(self.config):
             if name.endswith("e_score_correction_bias"):
                 yield name, torch.zeros(shape, dtype=torch.float32)
@@ -72,17 +69,18 @@ class RandomSource:
 
 
 class PretrainedSource:
-    """A checkpoint in Hugging Face's DeepSeek-V3 format; reads only the tensors asked for.
+    """A checkpoint in Hugging Face's DeepSeek-V3 format, of which only the requested tensors are read.
 
-    Weights quantised to fp8 in blocks are dequantised.
+    Weights quantised to fp8 in blocks are dequantised. Reading a tensor that is missing, damaged or of
+    another shape raises a CheckpointError.
 
     Args:
-        directory: with config.json and safetensors files.
-        config: what the checkpoint has to be; None takes its config.json's word.
-        dtype: to convert weights to; None keeps theirs (float32 for fp8). Biases are float32 always.
+        directory: Directory with config.json and safetensors files.
+        config: Shape that the checkpoint must have; None takes that of its config.json.
+        dtype: Type to convert weights to; None keeps their own (float32 for fp8). Biases are always float32.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another architecture.
+        CheckpointError: The checkpoint is missing, damaged, or of another architecture.
     """
 
     def __init__(
@@ -99,38 +97,23 @@ class PretrainedSource:
         self.config = config or self._own_config(values)
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-        """See `WeightSource.expert`.
-
-        Raises:
-            CheckpointError: missing, damaged or misshapen.
-        """
         hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
         gate, up, down = expert_names(layer, expert)
         w13 = torch.cat((self._read(gate, (wide, hidden)), self._read(up, (wide, hidden))))
         return w13, self._read(down, (hidden, wide))
 
     def trunk(self) -> dict[str, Tensor]:
-        """See `WeightSource.trunk`.
-
-        Raises:
-            CheckpointError: missing, damaged or misshapen.
-        """
         return _with_head(self.config, dict(self.trunk_tensors()))
 
     def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource.trunk_tensors`.
-
-        Raises:
-            CheckpointError: missing, damaged or misshapen.
-        """
         for name, shape in _apart(self.config):
             yield name, self._read(name, shape)
 
     def check(self) -> None:
-        """Hold names and shapes of all tensors against the configuration, reading the files' headers alone.
+        """Check names and shapes of all tensors against the configuration, from the files' headers alone.
 
         Raises:
-            CheckpointError: one is missing, or of another shape.
+            CheckpointError: A tensor is missing, or of another shape.
         """
         shapes = trunk_shapes(self.config)
         if self.config.tie_word_embeddings:
@@ -162,7 +145,7 @@ class PretrainedSource:
             config = ModelConfig.from_hf(values)
         except ConfigError as error:
             raise CheckpointError(f"{self.directory}: {error}") from None
-        # transformers drops the modules when it saves a model, and leaves their number in config.json.
+        # When it saves a model, transformers drops the MTP modules and leaves their number in config.json.
         modules = tuple(layer_prefix(layer) for layer in config.mtp_layers)
         if modules and not any(name.startswith(modules) for name in self._reader.names):
             return config.model_copy(update={"num_nextn_predict_layers": 0})
@@ -170,7 +153,7 @@ class PretrainedSource:
 
 
 def _apart(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the trunk's tensors, without a head that is the embedding."""
+    """Names and shapes of the trunk's tensors, without a tied head."""
     for name, shape in trunk_shapes(config).items():
         if name != HEAD or not config.tie_word_embeddings:
             yield name, shape
@@ -186,7 +169,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """A checkpoint's config.json.
 
     Raises:
-        CheckpointError: missing or not a JSON object.
+        CheckpointError: The file is missing or not a JSON object.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; give one with config.json and safetensors files")

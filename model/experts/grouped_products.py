@@ -1,6 +1,6 @@
-"""Products of sorted rows with their groups' matrices: one after the other, or in one kernel.
+"""Matrix products of sorted rows with the matrices of their groups, one after the other or in one kernel.
 
-Shapes: nnz rows, G groups, of which group g has the rows start_g … end_g.
+Shapes: nnz rows, G groups; group g has the rows start_g … end_g.
 """
 
 from __future__ import annotations
@@ -20,38 +20,37 @@ _ALIGNED = 16
 
 
 class Groups(Protocol):
-    """Where each group's rows end, and how products over them are computed."""
+    """The rows of each group, and a way to compute products over them."""
 
     def multiply(self, x: Tensor, weights: Tensor, *, memory: Tensor) -> Tensor:
-        """[nnz, N]: x[start_g:end_g] @ weights[g] for each group, x [nnz, M] and weights [G, M, N].
+        """Return x[start_g:end_g] @ weights[g] for each group, [nnz, N] of x [nnz, M] and weights [G, M, N].
 
         Args:
-            memory: [nnz, N] that may be used for it.
+            memory: [nnz, N], which may be used for the result.
         """
         ...
 
     def add_outer(self, total: Tensor, left: Tensor, right: Tensor, lock: Lock) -> None:
-        """total[g] += left[start_g:end_g]' @ right[start_g:end_g] for each group.
+        """Add left[start_g:end_g]' @ right[start_g:end_g] to total[g] for each group.
 
         Args:
-            total: [G, M, N], which may be of more precision than left [nnz, M] and right [nnz, N].
-            lock: held while it is written to, since others may add to it, too.
+            total: [G, M, N], possibly of more precision than left [nnz, M] and right [nnz, N].
+            lock: Held while `total` is written to, since several threads may add to it.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class OneByOne:
-    """A product for each group that has rows; for CPUs, whose cores a single product keeps busy.
+    """One product for each group that has rows; for CPUs, whose cores a single product keeps busy.
 
     Attributes:
-        counts: rows of each group.
+        counts: Number of rows of each group.
     """
 
     counts: list[int]
 
     def multiply(self, x: Tensor, weights: Tensor, *, memory: Tensor) -> Tensor:
-        """See `Groups.multiply`."""
         start = 0
         for group, n in enumerate(self.counts):
             if n:
@@ -60,7 +59,7 @@ class OneByOne:
         return memory
 
     def add_outer(self, total: Tensor, left: Tensor, right: Tensor, lock: Lock) -> None:
-        """See `Groups.add_outer`; the lock is let go between groups."""
+        # Other threads take the lock between two groups.
         start = 0
         for group, n in enumerate(self.counts):
             if n:
@@ -77,22 +76,20 @@ class OneByOne:
 
 @dataclass(frozen=True, slots=True)
 class InOneKernel:
-    """torch's grouped product, for GPUs in bfloat16: nothing of the groups' sizes is known to the CPU.
+    """torch's grouped product, for GPUs in bfloat16; the CPU need not know the groups' sizes.
 
     Attributes:
-        ends: [G] int32, on the rows' device.
+        ends: [G] int32, end of each group's rows, on the rows' device.
     """
 
     ends: Tensor
 
     def multiply(self, x: Tensor, weights: Tensor, *, memory: Tensor) -> Tensor:
-        """See `Groups.multiply`."""
         return F.grouped_mm(x, weights, offs=self.ends)
 
     def add_outer(self, total: Tensor, left: Tensor, right: Tensor, lock: Lock) -> None:
-        """See `Groups.add_outer`."""
         product = F.grouped_mm(left.t(), right, offs=self.ends)
-        # Some kernels write nothing for a group without rows: what is there may be no number.
+        # Some kernels write nothing for a group without rows: the memory may hold NaN.
         empty = torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0
         product.masked_fill_(empty[:, None, None], 0)
         with lock:
@@ -100,12 +97,12 @@ class InOneKernel:
 
 
 def group(sorted_groups: Tensor, n_groups: int, *, like: Tensor, widths: Sequence[int]) -> Groups:
-    """The groups of rows.
+    """Groups of rows, with the way to compute products that suits their device and type.
 
     Args:
         sorted_groups: [nnz], the group of each row, rising.
-        like: a tensor of the rows' device and type, which decide how products are computed.
-        widths: of all matrices; torch's kernel wants rows that begin at multiples of 16 bytes.
+        like: A tensor of the rows' device and type.
+        widths: Widths of all matrices; torch's kernel takes rows that begin at multiples of 16 bytes alone.
     """
     in_one = like.dtype == torch.bfloat16 and not any(width * like.itemsize % _ALIGNED for width in widths)
     if like.device.type == "cpu" or not in_one:

@@ -1,4 +1,4 @@
-"""Head and cross-entropy in one: the logits of a batch are never in memory at once.
+"""Head and cross-entropy in one function, so that a batch's logits are never in memory at once.
 
 Shapes: N positions, D hidden, V vocabulary.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""The target of a position that is left out of the loss."""
+"""Target of a position that is left out of the loss."""
 
 # Logits of a chunk take 8 MiB in float32: they stay in a CPU's last cache between the product that makes
 # them, the softmax, and the two products that take their gradient. A GPU has no such cache, but many cores.
@@ -20,19 +20,19 @@ _CHUNK_ELEMENTS_GPU = 1 << 26
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the negative log-likelihoods; both gradients are taken on the way forward, chunk by chunk."""
+    """Sum of negative log-likelihoods; the forward pass also computes both gradients, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         need_hidden, need_weight, _ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         wide = _wide(hidden.dtype)
-        # Many chunks add up in it: in bfloat16 the last ones would be lost.
+        # Many chunks are added to it: a sum in bfloat16 would lose the last ones.
         d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         kept = target != IGNORE
         goal = torch.where(kept, target, 0).unsqueeze(1)
-        # Positions that are left out count through neither product.
-        on_cpu = hidden.device.type == "cpu"  # elsewhere a look at the values would be waited for
+        # Positions that are left out must not count in either product.
+        on_cpu = hidden.device.type == "cpu"  # reading values of a GPU would wait for it
         rows = hidden if on_cpu and kept.all() else hidden * kept.unsqueeze(1)
         log_likelihood = hidden.new_empty(len(hidden), dtype=wide)
         chunks = _chunks(hidden, weight.shape[0])
@@ -89,7 +89,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
 
 @torch.no_grad()
 def greedy(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The most likely token of every position: [..., D] to [...] int64."""
+    """Most likely token of every position: [..., D] to [...] int64."""
     rows = hidden.flatten(0, -2)
     best = [(rows[chunk] @ weight.t()).argmax(1) for chunk in _chunks(rows, weight.shape[0])]
     return torch.cat(best).view(hidden.shape[:-1])

@@ -1,4 +1,4 @@
-"""The losses of training and evaluation, over a row's T positions and its next tokens.
+"""Losses of training and evaluation: next tokens, multi-token prediction (eq. 24, 25), balance.
 
 Shapes: B rows, T positions, D hidden; a row of tokens has T + 1 + depth entries, depth being the number
 of multi-token-prediction modules.
@@ -27,10 +27,10 @@ class Losses:
     """The losses of one microbatch.
 
     Attributes:
-        total: what to call `backward` on; those of all microbatches and workers add up.
-        main_sum: negative log-likelihood of the main model, summed over its targets.
-        mtp_sums: the same of each MTP module.
-        balance: weighted balance losses of all layers, summed over the rows (a mean per row times B).
+        total: The differentiable loss; those of all microbatches and workers add up to the step's loss.
+        main_sum: Negative log-likelihood of the main model, summed over its targets.
+        mtp_sums: Negative log-likelihood of each MTP module, summed over its targets.
+        balance: Weighted balance losses of all layers, summed over the rows (a mean per row times B).
     """
 
     total: Tensor
@@ -44,9 +44,9 @@ class LossWeights:
     """Weights of a step's losses, and the counts of the global batch by which they are divided.
 
     Attributes:
-        n_targets: main targets of the whole global batch, by which MTP losses are divided, too.
-        n_rows: rows of the whole global batch.
-        balance: weights of the balance losses at this step.
+        n_targets: Main targets of the whole global batch, by which MTP losses are divided, too.
+        n_rows: Rows of the whole global batch.
+        balance: Weights of the balance losses at this step.
         mtp: λ at this step.
     """
 
@@ -58,13 +58,13 @@ class LossWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One batch judged; sums, so that batches add up.
+    """Sums over one evaluated batch, so that batches add up.
 
     Attributes:
-        nll: negative log-likelihood in nats, summed over the targets.
-        n_targets: how many there were.
-        accepted: per MTP module, greedy drafts that are the main model's greedy token.
-        drafted: per MTP module, drafts judged.
+        nll: Negative log-likelihood in nats, summed over the targets.
+        n_targets: Number of targets.
+        accepted: Greedy drafts of each MTP module that are the main model's greedy token.
+        drafted: Judged drafts of each MTP module.
     """
 
     nll: float
@@ -74,9 +74,9 @@ class Evaluation:
 
 
 def targets_of(tokens: Tensor, segments: Tensor | None, *, length: int, ahead: int) -> Tensor:
-    """The token `ahead` of each of the first `length` positions: [B, length] int64.
+    """Target of each of the first `length` positions, `ahead` tokens later: [B, length] int64.
 
-    `IGNORE` where it lies in another document, or where position or target is padding.
+    `IGNORE` where the target lies in another document, or where position or target is padding.
     """
     target = tokens[:, ahead : length + ahead].long()
     if segments is None:
@@ -86,7 +86,7 @@ def targets_of(tokens: Tensor, segments: Tensor | None, *, length: int, ahead: i
 
 
 def count_targets(tokens: Tensor, segments: Tensor | None, *, depth: int) -> int:
-    """Targets of the main model in rows [B, T + 1 + depth]: what `training_loss` is normalised with."""
+    """Number of the main model's targets in rows [B, T + 1 + depth], by which `training_loss` is divided."""
     length = _length(tokens, depth)
     if segments is None:
         return tokens.shape[0] * length
@@ -109,11 +109,12 @@ def training_loss(
         tokens: [B, T + 1 + depth].
         segments: [B, T + 1 + depth] int32 document of each token, -1 for padding; None when every row is
             one document, the fast path.
-        trace: takes this microbatch's routes and loads.
-        recompute: trade time for memory, see `Pass`.
+        trace: Records this microbatch's routes and loads.
+        weights: Weights of the losses at this step, and counts of the global batch.
+        recompute: Keep each block's input alone, and compute the block again in the backward pass.
 
     Raises:
-        ConfigError: the rows are too short.
+        ConfigError: The rows are too short.
     """
     depth = model.config.num_nextn_predict_layers
     length = _length(tokens, depth)
@@ -150,8 +151,11 @@ def evaluation_loss(
     experts: Experts,
     trace: Trace | None = None,
 ) -> Evaluation:
-    """Judge rows [B, T + 1 + depth] (segments likewise or None); moves nothing, and counts no load but
-    in the `trace` that a caller gives who wants to see it."""
+    """Evaluate rows [B, T + 1 + depth], with segments of the same shape or None.
+
+    Args:
+        trace: Records routes and loads; they count for no update of the bias.
+    """
     depth = model.config.num_nextn_predict_layers
     length = _length(tokens, depth)
     hidden, through = _run(model, tokens, segments, experts=experts, trace=trace or Trace())
@@ -221,7 +225,7 @@ def drafts(
             yield module.draft(hidden.last, through)
             continue
         if segments is not None:
-            # A position that would read the next document's token is no input anybody means.
+            # A position whose next token belongs to another document is not counted.
             here, there = segments[:, :length], segments[:, k : length + k]
             through = replace(through, counted=(here == there) & (here >= 0))
         embedded = model.model.embed_tokens(tokens[:, k : length + k])
