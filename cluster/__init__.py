@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.config import AutoscalingSettings, ChannelKind, ClusterConfig
-from cluster.placement import Holding, Placement, Site, balancedness, moves, plan, plan_placement
+from cluster.placement import Holding, Placement, Site, balancedness, experts_to_fetch, plan, plan_placement
 from cluster.replica_choices import replica_choices
 from cluster.topology import Holders, HostInfo, RoutingTable, experts_held
 
@@ -19,7 +19,7 @@ __all__ = [
     "Site",
     "balancedness",
     "experts_held",
-    "moves",
+    "experts_to_fetch",
     "plan",
     "plan_placement",
     "replica_choices",

@@ -113,7 +113,7 @@ class Membership:
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=_EVENTS))
     scaling: Scaling | None = None
     retiring: frozenset[str] = frozenset()
-    _buried: dict[str, str] = field(default_factory=dict)  # former members: id -> why, until stopped
+    _to_stop: dict[str, str] = field(default_factory=dict)  # former members: id -> why, until stopped
     _known: set[str] = field(default_factory=set)
     _failures: int = 0
     _not_before: float = 0.0
@@ -129,7 +129,7 @@ class Membership:
             return
         if info.id in self._known:
             raise ProtocolError(
-                f"expert host {info.id} was taken out ({self._buried.get(info.id, 'it had left')}); names "
+                f"expert host {info.id} was taken out ({self._to_stop.get(info.id, 'it had left')}); names "
                 "are not used again, start it under another one"
             )
         self._known.add(info.id)
@@ -153,7 +153,7 @@ class Membership:
         member = self.members.pop(id, None)
         if member is None:
             return False
-        self._buried[id] = why
+        self._to_stop[id] = why
         self.note(now, "died", f"expert host {id}: {why}")
         if member.stage is Stage.JOINING:
             self._delay_next_start(now)
@@ -173,7 +173,7 @@ class Membership:
     def stopped(self, ids: Iterable[str]) -> None:
         """Note that these hosts were ended as ordered."""
         for id in ids:
-            self._buried.pop(id, None)
+            self._to_stop.pop(id, None)
 
     def scale(self, target: int, now: float, *, replaced: str | None = None) -> Scaling:
         """Change the number of hosts that the job should have; a failed change does not block a new one.
@@ -181,7 +181,7 @@ class Membership:
         Args:
             target: The new number.
             now: The time.
-            replaced: See `Scaling`.
+            replaced: Id of a host that a new host replaces; it stays when the change fails.
 
         Raises:
             ConfigError: Fewer than one host, or more hosts than experts of a layer.
@@ -258,7 +258,7 @@ class Membership:
                 self._failures, self._not_before = 0, 0.0
             elif id not in holding and member.stage is Stage.LEAVING:
                 del self.members[id]
-                self._buried[id] = "it was retired"
+                self._to_stop[id] = "it was retired"
                 self.note(now, "left", f"expert host {id}")
         self._retire_surplus()
         scaling = self.scaling
@@ -279,7 +279,7 @@ class Membership:
         staying = sum(m.stage is not Stage.LEAVING for m in self.members.values())
         missing = self.wanted - staying - starting
         start = missing if now >= self._not_before else 0
-        return Orders(start=max(0, start), stop=tuple(self._buried))
+        return Orders(start=max(0, start), stop=tuple(self._to_stop))
 
     def note(self, at: float, kind: str, text: str) -> None:
         """Record an event."""

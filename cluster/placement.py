@@ -134,7 +134,9 @@ def plan(
     return Placement(sites=ids, holders=tuple(tuple(map(named.__getitem__, row)) for row in holders))
 
 
-def moves(placement: Placement, held: Holding | None = None) -> dict[str, dict[int, tuple[int, ...]]]:
+def experts_to_fetch(
+    placement: Placement, held: Holding | None = None
+) -> dict[str, dict[int, tuple[int, ...]]]:
     """Experts that hosts have to fetch: host id -> layer row -> expert ids, ascending; no empty entries."""
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for host, rows in placement.holding().items():
@@ -234,8 +236,8 @@ __all__ = [
     "Placement",
     "Site",
     "balancedness",
+    "experts_to_fetch",
     "host_loads",
-    "moves",
     "plan",
     "plan_placement",
 ]

@@ -113,7 +113,7 @@ class Coordinator:
         self.placements = PlacementController(self.roster, spec, reloadable=steps is None)
         self.training = None if steps is None else steps(self.placements)
         if self.training is not None and state is not None:
-            self.training.hold("the coordinator was started anew")
+            self.training.hold("the coordinator was restarted")
         self._autoscaler = (
             None if policy.autoscaling is None else Autoscaler(self.placements, policy.autoscaling)
         )
@@ -281,7 +281,7 @@ class Coordinator:
         self._placing.set()
         if self.training is not None:  # recovery brings the hosts to a common step
             if self._state is None:
-                self.training.interrupt("the coordinator was started anew")
+                self.training.interrupt("the coordinator was restarted")
             else:
                 self.training.recover()
             return

@@ -36,7 +36,8 @@ class PlacementController:
     Args:
         roster: The hosts.
         spec: What is placed.
-        reloadable: See `VersionInstaller`.
+        reloadable: Whether experts that no host holds can be read again from the version's directory: in
+            serving, but not in training, where the experts have changed since.
 
     Attributes:
         published: Versions of the weights that the hosts hold.

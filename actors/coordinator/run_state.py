@@ -199,7 +199,7 @@ class RunState:
                 raise Interrupted(f"the step is given up: {self.reason or 'it is being done again'}")
 
     def join(self, rank: int, workers: int, attempt: int, why: str, timeout: float | None) -> Resume:
-        """See `TrainingSteps.join`."""
+        """Add a worker, and wait until the run is running; see `TrainingSteps.join` for the arguments."""
         with self.changed:
             self._require_not_ended()
             # A new process has no state of the steps made here; the process before of its rank may be lost.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from actors.messages.coordinator_state import PlacedWeights
 from actors.messages.transfer_orders import Assembly, Origin
-from cluster.placement import Holding, Placement
+from cluster.placement import Holding, Placement, experts_to_fetch
 from cluster.topology import HostInfo
 
 Sources = Sequence[Sequence[Sequence[str]]]
@@ -125,11 +125,8 @@ def no_sources(placement: Placement) -> Sources:
 
 def arrivals(placement: Placement, held: Holding) -> int:
     """Number of experts that hosts have to fetch, since they do not hold them."""
-    found = 0
-    for id, rows in placement.holding().items():
-        before = held.get(id, ((),) * len(rows))
-        found += sum(len(set(row) - set(old)) for row, old in zip(rows, before, strict=True))
-    return found
+    fetched = experts_to_fetch(placement, held)
+    return sum(len(experts) for rows in fetched.values() for experts in rows.values())
 
 
 __all__ = ["PlacementSpec", "Sources", "TransferPlan", "arrivals", "assemblies", "assembly", "no_sources"]

@@ -19,7 +19,7 @@ from cluster import (
     Site,
     balancedness,
     experts_held,
-    moves,
+    experts_to_fetch,
     plan,
     plan_placement,
 )
@@ -229,7 +229,7 @@ def test_groups_stay_on_one_host_while_there_are_not_more_hosts(case: Case) -> N
 @settings(deadline=None)
 def test_nothing_moves_without_need(case: Case) -> None:
     placement = case.plan(case.sites)
-    assert moves(case.plan(case.sites, placement), placement.holding()) == {}
+    assert experts_to_fetch(case.plan(case.sites, placement), placement.holding()) == {}
 
 
 @given(CASES, st.data())
@@ -246,7 +246,7 @@ def test_a_host_that_goes_moves_only_what_it_held(case: Case, data: st.DataObjec
         return  # replicas may have to go to the nodes with fewer hosts
     lost = before.holding()[f"host-{gone}"]
     fetched = [Counter[int]() for _ in range(case.n_layers)]
-    for rows in moves(after, before.holding()).values():
+    for rows in experts_to_fetch(after, before.holding()).values():
         for layer, experts in rows.items():
             fetched[layer].update(experts)
     for layer in range(case.n_layers):
@@ -265,7 +265,7 @@ def test_a_host_that_joins_takes_its_share_and_no_more(case: Case, node: int) ->
     least = min(case.replicas, len(sites))
     if least > len(case.sites) or not even_nodes(case.sites) or node not in case.nodes:
         return  # more replicas than before, or a node's first host, which must take one of everything
-    assert set(moves(after, before.holding())) <= {"new"}
+    assert set(experts_to_fetch(after, before.holding())) <= {"new"}
     share = case.n_group * case.size * least / len(sites)
     assert all(row[-1] <= share for row in counts(after))
 
@@ -305,7 +305,11 @@ def test_a_drift_of_load_moves_few_experts() -> None:
     assert balancedness(after, drifted).min() > 0.98 > balancedness(before, drifted).max()
 
     def moved(placement: Placement) -> int:
-        return sum(len(ids) for rows in moves(placement, before.holding()).values() for ids in rows.values())
+        return sum(
+            len(ids)
+            for rows in experts_to_fetch(placement, before.holding()).values()
+            for ids in rows.values()
+        )
 
     assert moved(after) < 0.1 * 4 * 272 < moved(fresh)
 
