@@ -18,8 +18,8 @@ from actors.coordinator.common_snapshot import DECISIONS, CommonSnapshot, newest
 from actors.coordinator.host_roster import HostClients
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.run_state import RestartPoint, RunState
-from actors.coordinator.step_commit import StepCommit
 from actors.coordinator.transfer_plan import TransferPlan, no_sources
+from actors.coordinator.two_phase_commit import TwoPhaseCommit
 from actors.messages.coordinator_state import PlacedWeights
 from errors import ChannelError, RaymoeError, ResourceError, is_loss
 
@@ -61,7 +61,7 @@ class Recovery:
     def __init__(
         self,
         state: RunState,
-        commits: StepCommit,
+        commits: TwoPhaseCommit,
         placements: PlacementController | None,
         beginning: Callable[[], Beginning] | None,
     ) -> None:

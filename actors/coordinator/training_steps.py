@@ -1,10 +1,11 @@
 """The steps of a training run as its workers call them: join, report, and the decision that all of them get.
 
-`RunState` is the state machine behind the calls, `StepCommit` ends a step on the expert hosts, `Recovery`
+`RunState` is the state machine behind the calls, `TwoPhaseCommit` ends a step on the expert hosts, `Recovery`
 brings the hosts back to a common step after a loss.
 
-Locks: `StepCommit.lock` is held while the hosts are commanded, by a step, a checkpoint or a recovery, until
-its end. Within it `RunState.changed` is taken for moments, and within that the lock of the published tables.
+Locks: `TwoPhaseCommit.lock` is held while the hosts are commanded, by a step, a checkpoint or a recovery,
+until its end. Within it `RunState.changed` is taken for moments, and within that the lock of the published
+tables.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.recovery import Beginning, Recovery
 from actors.coordinator.run_state import RunState, RunStatus, StepReports
-from actors.coordinator.step_commit import StepCommit
+from actors.coordinator.two_phase_commit import TwoPhaseCommit
 from actors.messages.steps import Resume, StepDecision, StepMetrics, StepReport, TrainingPlan
 from cluster.topology import RoutingTable
 from errors import CheckpointError, Interrupted, ProtocolError, RaymoeError, is_loss
@@ -59,7 +60,7 @@ class TrainingSteps:
         self._state = RunState(
             workers=plan.workers, step=step, bias=bias, on_interrupted=lambda why: self._recovery.start(why)
         )
-        self._commits = StepCommit(plan, self._state, placements)
+        self._commits = TwoPhaseCommit(plan, self._state, placements)
         self._recovery = Recovery(self._state, self._commits, placements, beginning)
 
     @property

@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 _AT_ONCE = 64  # hosts that are called at the same time
 
 
-class StepCommit:
+class TwoPhaseCommit:
     """Commits training steps on the expert hosts. Whoever calls holds `lock`.
 
     Args:
@@ -289,4 +289,4 @@ def merge(reports: Sequence[StepReport], decision: StepDecision) -> StepMetrics:
     )
 
 
-__all__ = ["StepCommit", "decide", "merge", "total_load"]
+__all__ = ["TwoPhaseCommit", "decide", "merge", "total_load"]
