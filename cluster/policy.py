@@ -13,7 +13,7 @@ from cluster.placement import Placement, host_loads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class History:
+class LoadHistory:
     """What the policy remembers from one measurement to the next.
 
     Attributes:
@@ -28,7 +28,7 @@ class History:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class HostMeasurement:
     """A measurement of the expert hosts.
 
     Attributes:
@@ -43,7 +43,7 @@ class Snapshot:
     utilization: tuple[float, ...]
     waiting: int = 0
     changed_at: float | None = None
-    history: History = field(default_factory=History)
+    history: LoadHistory = field(default_factory=LoadHistory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class RebalanceDecision:
 
 
 def autoscale(
-    snapshot: Snapshot, settings: AutoscalingSettings
-) -> tuple[NoDecision | ScaleDecision, History]:
+    measured: HostMeasurement, settings: AutoscalingSettings
+) -> tuple[NoDecision | ScaleDecision, LoadHistory]:
     """The number of hosts that there should be, and the history for the next measurement.
 
     The wanted number brings the mean utilisation to `target_utilization`, and the rows at each host to
@@ -80,54 +80,54 @@ def autoscale(
     wanted in that time. A constant load asks for the same number however many hosts there are, and the
     tolerance absorbs noise, so the number of hosts converges.
     """
-    hosts = len(snapshot.utilization)
-    wanted, ratio, what = _wanted(snapshot, settings)
+    hosts = len(measured.utilization)
+    wanted, ratio, what = _wanted(measured, settings)
     wanted = min(max(wanted, settings.min_hosts), settings.max_hosts)
-    history = _remember(snapshot, settings, hosts, wanted, ratio)
-    resting = _left(snapshot.changed_at, settings.cooldown, snapshot.now)
+    history = _remember(measured, settings, hosts, wanted, ratio)
+    resting = _left(measured.changed_at, settings.cooldown, measured.now)
     if resting > 0:
         return NoDecision(f"the last change was too recent: {resting:.1f} s of cooldown left"), history
     if not settings.min_hosts <= hosts <= settings.max_hosts:
         bound = settings.min_hosts if hosts < settings.min_hosts else settings.max_hosts
         target = max(bound, wanted) if hosts < settings.min_hosts else bound
         why = f"{hosts} hosts are not within {settings.min_hosts} to {settings.max_hosts}"
-        return ScaleDecision(target, why), History()
+        return ScaleDecision(target, why), LoadHistory()
     if history.above_since is not None:
-        if (left := _left(history.above_since, settings.upscale_delay, snapshot.now)) > 0:
+        if (left := _left(history.above_since, settings.upscale_delay, measured.now)) > 0:
             return NoDecision(f"{what} for too short a time: {left:.1f} s left"), history
-        return ScaleDecision(wanted, f"{what} for {settings.upscale_delay:g} s"), History()
+        return ScaleDecision(wanted, f"{what} for {settings.upscale_delay:g} s"), LoadHistory()
     if history.below_since is not None:
-        if (left := _left(history.below_since, settings.downscale_delay, snapshot.now)) > 0:
+        if (left := _left(history.below_since, settings.downscale_delay, measured.now)) > 0:
             return NoDecision(f"{what} for too short a time: {left:.1f} s left"), history
-        return ScaleDecision(history.most_wanted, f"{what} for {settings.downscale_delay:g} s"), History()
+        return ScaleDecision(history.most_wanted, f"{what} for {settings.downscale_delay:g} s"), LoadHistory()
     return NoDecision(f"{what}, within bounds and tolerance"), history
 
 
-def _wanted(snapshot: Snapshot, settings: AutoscalingSettings) -> tuple[int, float, str]:
+def _wanted(measured: HostMeasurement, settings: AutoscalingSettings) -> tuple[int, float, str]:
     """Hosts that the load asks for, load over target at the present hosts, and the load in words."""
-    hosts = max(1, len(snapshot.utilization))
-    busy = sum(snapshot.utilization) / settings.target_utilization
-    what = f"utilization is {sum(snapshot.utilization) / hosts:.2f} (target {settings.target_utilization:g})"
-    rows = 0.0 if settings.target_waiting is None else snapshot.waiting / settings.target_waiting
+    hosts = max(1, len(measured.utilization))
+    busy = sum(measured.utilization) / settings.target_utilization
+    what = f"utilization is {sum(measured.utilization) / hosts:.2f} (target {settings.target_utilization:g})"
+    rows = 0.0 if settings.target_waiting is None else measured.waiting / settings.target_waiting
     if rows > busy:
-        what = f"{snapshot.waiting / hosts:.0f} rows are at each host (target {settings.target_waiting:g})"
+        what = f"{measured.waiting / hosts:.0f} rows are at each host (target {settings.target_waiting:g})"
     # Rounding must not ask for another host when the load is exactly on target.
     return math.ceil(max(busy, rows) - 1e-9), max(busy, rows) / hosts, what
 
 
 def _remember(
-    snapshot: Snapshot, settings: AutoscalingSettings, hosts: int, wanted: int, ratio: float
-) -> History:
+    measured: HostMeasurement, settings: AutoscalingSettings, hosts: int, wanted: int, ratio: float
+) -> LoadHistory:
     """The history with this measurement; a load back at its target resets it."""
-    before = snapshot.history
+    before = measured.history
     if wanted > hosts and ratio > 1 + settings.tolerance:
-        since = snapshot.now if before.above_since is None else before.above_since
-        return History(above_since=since)
+        since = measured.now if before.above_since is None else before.above_since
+        return LoadHistory(above_since=since)
     if wanted < hosts and ratio < 1 - settings.tolerance:
         if before.below_since is None:
-            return History(below_since=snapshot.now, most_wanted=wanted)
-        return History(below_since=before.below_since, most_wanted=max(before.most_wanted, wanted))
-    return History()
+            return LoadHistory(below_since=measured.now, most_wanted=wanted)
+        return LoadHistory(below_since=before.below_since, most_wanted=max(before.most_wanted, wanted))
+    return LoadHistory()
 
 
 def _left(since: float | None, delay: float, now: float) -> float:
@@ -170,11 +170,11 @@ def total_balancedness(placement: Placement, loads: ArrayLike) -> float:
 
 
 __all__ = [
-    "History",
+    "HostMeasurement",
+    "LoadHistory",
     "NoDecision",
     "RebalanceDecision",
     "ScaleDecision",
-    "Snapshot",
     "autoscale",
     "needs_rebalance",
     "total_balancedness",

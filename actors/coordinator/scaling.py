@@ -18,11 +18,11 @@ from actors.messages.host_control import HostStats
 from cluster.config import AutoscalingSettings
 from cluster.placement import Placement
 from cluster.policy import (
-    History,
+    HostMeasurement,
+    LoadHistory,
     NoDecision,
     RebalanceDecision,
     ScaleDecision,
-    Snapshot,
     autoscale,
     needs_rebalance,
     total_balancedness,
@@ -55,7 +55,7 @@ class Autoscaler:
         self._roster = placements.roster
         self._before: tuple[float, Mapping[str, float]] = (clock(), {})
         self._changed_at: float | None = None
-        self._history = History()
+        self._history = LoadHistory()
         self.last: NoDecision | ScaleDecision = NoDecision("the hosts have not been measured yet")
 
     def look(self) -> NoDecision | ScaleDecision:
@@ -77,7 +77,7 @@ class Autoscaler:
     ) -> NoDecision | ScaleDecision:
         scaling = self._roster.scaling
         if scaling is not None and scaling.ended is None and scaling.failure is None:
-            self._changed_at, self._history = now, History()
+            self._changed_at, self._history = now, LoadHistory()
             return NoDecision(f"the change to {scaling.target} expert hosts is under way")
         shares = tuple(
             min(1.0, max(0.0, (one.busy_seconds - busy[id]) / seconds))
@@ -87,7 +87,7 @@ class Autoscaler:
         if not shares:
             return NoDecision("no host has been measured twice yet")
         decision, self._history = autoscale(
-            Snapshot(
+            HostMeasurement(
                 now=now,
                 utilization=shares,
                 waiting=sum(one.in_flight for one in stats.values()),

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from cluster.config import AutoscalingSettings
 from cluster.placement import Placement, Site, balancedness, plan
 from cluster.policy import (
-    History,
+    HostMeasurement,
+    LoadHistory,
     NoDecision,
     RebalanceDecision,
     ScaleDecision,
-    Snapshot,
     autoscale,
     needs_rebalance,
     total_balancedness,
@@ -47,17 +47,17 @@ def simulate(
     chosen: AutoscalingSettings, hosts: int, work: list[float], rows: float, tick: float = 1.0
 ) -> list[tuple[float, int, int]]:
     """Changes (when, from, to) of hosts that share `work[t]` hosts' worth of work at tick t."""
-    history, changed, found = History(), None, []
+    history, changed, found = LoadHistory(), None, []
     for at, load in enumerate(work):
         now = at * tick
-        snapshot = Snapshot(
+        measured = HostMeasurement(
             now=now,
             utilization=(min(1.0, load / hosts),) * hosts,
             waiting=int(rows),
             changed_at=changed,
             history=history,
         )
-        decision, history = autoscale(snapshot, chosen)
+        decision, history = autoscale(measured, chosen)
         assert decision.why
         if isinstance(decision, ScaleDecision):
             assert decision.target != hosts
@@ -120,15 +120,15 @@ def test_reacts_within_its_delays(chosen: AutoscalingSettings, hosts: int, work:
         assert not changes
 
 
-def look(utilization: tuple[float, ...], now: float = 100.0, **rest: object) -> Snapshot:
-    return Snapshot(now=now, utilization=utilization, **rest)  # type: ignore[arg-type]
+def look(utilization: tuple[float, ...], now: float = 100.0, **rest: object) -> HostMeasurement:
+    return HostMeasurement(now=now, utilization=utilization, **rest)  # type: ignore[arg-type]
 
 
 def test_a_short_peak_changes_nothing() -> None:
     _, history = autoscale(look((0.9, 0.9)), SETTINGS)
     assert history.above_since == 100
     _, history = autoscale(look((0.6, 0.6), 103, history=history), SETTINGS)
-    assert history == History()
+    assert history == LoadHistory()
     decision, _ = autoscale(look((0.9, 0.9), 106, history=history), SETTINGS)
     assert decision == NoDecision("utilization is 0.90 (target 0.6) for too short a time: 5.0 s left")
 
@@ -140,7 +140,7 @@ def test_waiting_rows_want_hosts_though_utilization_does_not() -> None:
 
 
 def test_fewer_hosts_are_as_many_as_were_wanted_at_most_while_load_was_low() -> None:
-    history = History()
+    history = LoadHistory()
     for now, busy in ((0.0, 0.1), (30.0, 0.3), (60.0, 0.1)):
         decision, history = autoscale(look((busy,) * 6, now, history=history), SETTINGS)
     assert decision == ScaleDecision(3, "utilization is 0.10 (target 0.6) for 60 s")
