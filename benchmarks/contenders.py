@@ -31,12 +31,12 @@ _PATIENCE = 300.0  # seconds for a turn
 
 
 class Contender:
-    """A process that does steps of one kind on demand; ends with the `with` block.
+    """A process that does steps of one kind on demand; it ends with the `with` block.
 
     Args:
-        name: for messages.
-        build: makes the step.
-        config: what it is made for.
+        name: Name of the contender, for errors.
+        build: Makes the step.
+        config: The configuration that the step is made for.
     """
 
     def __init__(self, name: str, build: Build, config: RunConfig) -> None:

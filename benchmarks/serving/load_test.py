@@ -82,7 +82,7 @@ def bench_serve(
             # SIGTERM ends this command like Ctrl-C, so that the server is stopped.
             before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             stack.callback(signal.signal, signal.SIGTERM, before)
-            show("bringing a server up")
+            show("starting a server")
             url = stack.enter_context(served(checkpoint, options)).url
         return asyncio.run(offer(url, load, show))
 

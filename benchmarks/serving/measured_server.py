@@ -105,7 +105,7 @@ def _url(process: subprocess.Popen[str], log: IO[str]) -> str:
     process.wait()
     log.seek(0)
     said = [text for text in log.read().splitlines() if text.strip()] or ["it said nothing"]
-    raise ResourceError(f"raymoe serve does not come up: {said[-1].removeprefix('error: ')}")
+    raise ResourceError(f"raymoe serve did not start: {said[-1].removeprefix('error: ')}")
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -54,11 +54,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_api(find: Callable[[], Backend]) -> FastAPI:
-    """The HTTP application of a served model.
-
-    Args:
-        find: Returns the backend of this process; called for every request.
-    """
+    """The HTTP application of the model whose backend `find` returns for every request."""
     api = FastAPI(title="raymoe", description="OpenAI-compatible interface of a served model.")
     api.add_exception_handler(ApiError, answer_api_error)
     api.add_exception_handler(RequestValidationError, answer_validation_error)

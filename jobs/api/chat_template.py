@@ -38,7 +38,7 @@ class ChatTemplate:
         self._special = dict(special or {})
 
     @classmethod
-    def beside(cls, directory: Path) -> ChatTemplate:
+    def from_directory(cls, directory: Path) -> ChatTemplate:
         """The template of a model: from chat_template.jinja or tokenizer_config.json, else the plain one."""
         settings: dict[str, Any] = {}
         file = directory / "tokenizer_config.json"

@@ -186,7 +186,7 @@ def _drain_node(
         finish(lambda: done, as_json=True)
     else:
         hosts = ", ".join(done["drained"]) or "no expert host"
-        print(f"{hosts} and {done['replicas']} replicas of the trunk have left in {done['seconds']:.1f} s")
+        print(f"{hosts} and {done['replicas']} trunk replicas were moved in {done['seconds']:.1f} s")
 
 
 def _choices(text: str, known: list[str], option: str) -> list[str]:
@@ -198,7 +198,7 @@ def _choices(text: str, known: list[str], option: str) -> list[str]:
     chosen = [one.strip() for one in text.split(",") if one.strip()]
     unknown = [one for one in chosen if one not in known]
     if unknown or not chosen:
-        what = f"{', '.join(unknown)} is none of them" if unknown else "none is named"
+        what = f"{', '.join(unknown)} is unknown" if unknown else "the list is empty"
         raise ConfigError(f"{option}: {what}; there are {', '.join(known)}")
     return chosen
 
@@ -220,7 +220,7 @@ def _tell(done: dict[str, Any], *, as_json: bool) -> None:
     if done["done"]:
         print(f"{hosts} after {done['seconds']:.2f} s")
     else:
-        print(f"on the way to {hosts}; `raymoe status --watch` shows how it goes")
+        print(f"changing to {hosts}; `raymoe status --watch` shows the progress")
 
 
 __all__ = ["add_to"]

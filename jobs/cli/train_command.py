@@ -89,7 +89,7 @@ def _training_config(
     wrong = [name for name, value in given.items() if value is not None]
     if wrong:
         raise ConfigError(
-            f"--resume goes on with the run's own configuration and weights; leave out {', '.join(wrong)}, "
+            f"--resume uses the run's own configuration and weights; leave out {', '.join(wrong)}, "
             "and use --set for what differs"
         )
     return resumed_config(resume, overrides)

@@ -1,3 +1,3 @@
-"""The configuration of a run: fields, presets, files, and what is said about wrong ones."""
+"""The configuration of a run: fields, presets, files, and errors."""
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def experts_of(model: ModelConfig, cluster: ClusterConfig, index: int) -> dict[i
 
 
 def placement_spec(model: ModelConfig, cluster: ClusterConfig) -> PlacementSpec:
-    """What is placed on the hosts, and how often."""
+    """The experts to place on the hosts, and the number of replicas of each."""
     return PlacementSpec(
         layers=model.moe_layers,
         n_experts=model.n_routed_experts,

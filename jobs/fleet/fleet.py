@@ -35,7 +35,7 @@ NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two reports
-_LONGEST_PAUSE = 5.0  # between two starts of a coordinator that does not come up
+_LONGEST_PAUSE = 5.0  # between two tries to start a coordinator
 _CALL_SECONDS = 10.0
 _STANDBY_SECONDS = 5.0  # after which a job starts a standby coordinator; short jobs have none
 _CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
@@ -160,7 +160,7 @@ class Fleet:
                     self._client.register_host(host.info)
                 elif time.monotonic() - host.began > self.cluster.start_timeout:
                     raise RaymoeError(
-                        f"it did not come up within {self.cluster.start_timeout:g} s: the cluster may lack "
+                        f"it did not start within {self.cluster.start_timeout:g} s: the cluster may lack "
                         f"the {self.cluster.cpus_per_host:g} CPUs that cluster.cpus_per_host asks for"
                         f"{self._resources_asked()}"
                     )
@@ -295,7 +295,7 @@ class Fleet:
                 self._client.place_experts()
                 return
             except (RaymoeError, RayError) as error:  # hosts work without a coordinator; workers wait
-                _log.warning("no coordinator has come up at %s yet: %s", self.address, error)
+                _log.warning("no coordinator has started at %s yet: %s", self.address, error)
 
     def _alive(self, actor: Any) -> bool:
         try:

@@ -71,10 +71,10 @@ class PoolLink:
         wanted: WantedVersions = await question
         return wanted
 
-    async def report(self, standing: ReplicaState) -> None:
+    async def report(self, state: ReplicaState) -> None:
         """Report the replica's state, as for `Rollout.report`."""
-        standing = replace(standing, address=self.address, interface=self._interface)
-        await self._pool.report.remote(self.name, standing)
+        state = replace(state, address=self.address, interface=self._interface)
+        await self._pool.report.remote(self.name, state)
 
     async def trunks(self) -> Mapping[str, str]:
         """Addresses of the trunk replicas by name."""

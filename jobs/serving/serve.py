@@ -176,7 +176,7 @@ def _check_free(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ResourceError(
-                f"--grpc-port {port} cannot be had ({error.strerror}); choose another"
+                f"--grpc-port {port} is not available ({error.strerror}); choose another"
             ) from None
 
 
@@ -197,7 +197,7 @@ def _run(config: ServeConfig, directory: Path, *, loopback: bool) -> None:
     try:
         ray_serve.run(application, name=NAME, route_prefix="/")
     except RuntimeError as error:
-        raise ResourceError(f"the model does not come up: {_cause(error)}") from error
+        raise ResourceError(f"the model could not be deployed: {_cause(error)}") from error
 
 
 def _cause(error: RuntimeError) -> str:

@@ -39,7 +39,7 @@ def require_room(size: int, who: str) -> None:
     if size > free:
         raise ResourceError(
             f"{who} needs {size / _MIB:,.0f} MiB for other weights beside those in use, and its machine has "
-            f"{free / _MIB:,.0f} MiB free; deploy the checkpoint anew instead"
+            f"{free / _MIB:,.0f} MiB free; deploy the checkpoint as a new application instead"
         )
 
 
@@ -97,19 +97,19 @@ class ModelShape:
         for field, value in here.items():
             if field not in _FREE and there[field] != value:
                 raise CheckpointError(
-                    f"{directory}: config.json: {field} is {there[field]}, the model that is served has "
-                    f"{value}; a reload keeps the shape, deploy this one on its own"
+                    f"{directory}: config.json: {field} is {there[field]}, and the served model has {value}; "
+                    "a reload keeps the model's shape, so deploy this checkpoint as a new application"
                 )
         if other.dtype != self.dtype:
             raise CheckpointError(
-                f"{directory}: its weights are to be computed in {other.dtype}, the model that is served in "
-                f"{self.dtype}; set serving.dtype when it is deployed"
+                f"{directory}: its dtype is {other.dtype}, and that of the served model {self.dtype}; "
+                "set serving.dtype for the deployment"
             )
         same_text = other.tokenizer.to_str() == self.tokenizer.to_str()
         if not same_text or other.end_of_text != self.end_of_text:
             raise CheckpointError(
-                f"{directory}: tokenizer.json differs from the served model's, whose tokens requests on "
-                "their way are made of; deploy this one on its own"
+                f"{directory}: tokenizer.json differs from the served model's, with which running requests "
+                "were tokenized; deploy this checkpoint as a new application"
             )
 
 

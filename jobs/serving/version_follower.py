@@ -90,9 +90,9 @@ class Follower:
             if self.orphaned:
                 return
             assert self._wanted is not None
-            standing = await self._obey(exchanger, self._wanted)
+            state = await self._obey(exchanger, self._wanted)
             try:
-                await self._report(standing)
+                await self._report(state)
             except Exception:  # reported again after the next answer of the pool
                 continue
 

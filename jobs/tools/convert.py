@@ -216,7 +216,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         place = Path(os.path.realpath(target))  # `.` has no name, from which another one is made
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise CheckpointError(f"{target} is there already; give a directory that is new or empty")
+            raise CheckpointError(f"{target} exists already; give a directory that is new or empty")
         making = place.with_name(f".{place.name}.writing")
         shutil.rmtree(making, ignore_errors=True)
         try:

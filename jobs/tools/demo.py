@@ -46,7 +46,7 @@ def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
     with Progress(config.training.steps) as progress:
         result = train(config, output=output, progress=progress, debug=debug)
     if result["interrupted"]:
-        console.print(f"stopped at step {result['step']}; go on with: raymoe train --resume {output}")
+        console.print(f"stopped at step {result['step']}; resume with: raymoe train --resume {output}")
         return
     sample = generate(output, _PROMPT, max_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE)
     picture = plot_run(output)

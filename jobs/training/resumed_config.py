@@ -39,7 +39,7 @@ def resumed_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
         for name in names:
             if getattr(getattr(config, section), name) != getattr(getattr(old, section), name):
                 raise ConfigError(
-                    f"--set {section}.{name}: a resumed run goes on with the same rows in the same order, "
+                    f"--set {section}.{name}: a resumed run keeps its rows and their order, "
                     "which this would change; leave it out, or begin another run with --init"
                 )
     return config

@@ -161,7 +161,9 @@ class TrainingWorker:
     def _write(self, writer: MetricsWriter, decision: StepDecision, seconds: float) -> None:
         found = self._coordinator.metrics(decision.step - 1)
         if not found:  # the coordinator that decided the step is gone
-            raise Interrupted(f"nobody knows the figures of step {decision.step}; it is done again")
+            raise Interrupted(
+                f"the metrics of step {decision.step} were lost with the coordinator; the step is repeated"
+            )
         step = found[0]
         violation = step.max_violation
         values: dict[str, Any] = {

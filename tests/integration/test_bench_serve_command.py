@@ -97,6 +97,6 @@ def test_a_server_that_does_not_come_up_is_one_line(tmp_path: Path) -> None:
         command("--checkpoint", tmp_path / "none"), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
-    assert "raymoe serve does not come up" in done.stderr.splitlines()[-1]
+    assert "raymoe serve did not start" in done.stderr.splitlines()[-1]
     assert str(tmp_path / "none") in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

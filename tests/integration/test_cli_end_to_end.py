@@ -230,7 +230,7 @@ def test_a_run_is_not_written_over(run: Path) -> None:
         (["generate", "RUN", "--prompt", "x " * 300], "max_position_embeddings"),
         (["eval", "RUN", "--data", "/no/such.txt"], "/no/such.txt does not exist"),
         (["eval", "RUN", "--sequence-length", "4096"], "max_position_embeddings (128)"),
-        (["export", "RUN", "RUN"], "is there already"),
+        (["export", "RUN", "RUN"], "exists already"),
         (["export", "RUN", "NEW", "--dtype", "int3"], "int3"),
         (["import", "RUN", "NEW"], "RUN"),
     ],

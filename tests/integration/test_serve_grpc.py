@@ -117,7 +117,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(server: Server) 
             timeout=60,
         )
     assert done.returncode == 1
-    assert f"--grpc-port {port} cannot be had" in done.stderr
+    assert f"--grpc-port {port} is not available" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -32,7 +32,7 @@ class ChatTemplateExchange:
         Raises:
             DataError: It cannot be read.
         """
-        self._prepared = await asyncio.to_thread(ChatTemplate.beside, Path(version.directory))
+        self._prepared = await asyncio.to_thread(ChatTemplate.from_directory, Path(version.directory))
 
     async def exchange(self, version: WeightsVersion) -> None:
         """Use the prepared chat template."""

@@ -79,7 +79,7 @@ class Interface(GrpcMethods):
             version=lambda: self._templates.version,
             service=requests,
             tokenizer=tokenizer,
-            chat=ChatTemplate.beside(Path(member.version.directory)),
+            chat=ChatTemplate.from_directory(Path(member.version.directory)),
             longest=config.serving.engine_settings().longest(model.max_position_embeddings),
             end_of_text=end_of_text,
             limits=config.serving.limits(),

@@ -93,9 +93,9 @@ class ExpertPool:
         """The versions that a replica should use and load, as `Rollout.ask` returns them."""
         return await self._rollout.ask(name, known)
 
-    async def report(self, name: str, standing: ReplicaState) -> None:
+    async def report(self, name: str, state: ReplicaState) -> None:
         """Record the state of a replica."""
-        self._rollout.report(name, standing)
+        self._rollout.report(name, state)
 
     async def trunks(self) -> dict[str, str]:
         """Addresses of the trunk replicas by name."""

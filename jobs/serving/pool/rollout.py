@@ -22,7 +22,7 @@ _ASK_SECONDS = 5.0  # longest time until a question is answered, and asked again
 
 @dataclass(slots=True)
 class _PoolMember:
-    standing: ReplicaState
+    state: ReplicaState
     seen: float
 
 
@@ -57,12 +57,12 @@ class Rollout:
     def trunks(self) -> dict[str, str]:
         """Addresses of the trunk replicas that accept requests, by name."""
         self._bury()
-        return {name: at for name, one in self._members.items() if (at := one.standing.address)}
+        return {name: at for name, one in self._members.items() if (at := one.state.address)}
 
     @property
     def replicas(self) -> int:
         """Number of trunk replicas."""
-        return sum(not member.standing.interface for member in self._alive())
+        return sum(not member.state.interface for member in self._alive())
 
     def join(self, name: str) -> WeightsVersion:
         """Add a replica; return the version that it starts with."""
@@ -90,9 +90,9 @@ class Rollout:
             self._see(name)
         return self._wanted
 
-    def report(self, name: str, standing: ReplicaState) -> None:
+    def report(self, name: str, state: ReplicaState) -> None:
         """Record a replica's state."""
-        self._members[name] = _PoolMember(standing, self.clock())
+        self._members[name] = _PoolMember(state, self.clock())
         self._notify()
 
     async def prepare(self, version: WeightsVersion) -> None:
@@ -102,11 +102,11 @@ class Rollout:
             ResourceError: A replica failed to load it; all replicas drop it.
         """
         self._want(self._wanted.use, version)
-        while not all(member.standing.ready == version.epoch for member in self._alive()):
+        while not all(member.state.ready == version.epoch for member in self._alive()):
             for name, member in self._members.items():
-                if member.standing.failed == version.epoch:
+                if member.state.failed == version.epoch:
                     self.abandon()
-                    raise ResourceError(f"replica {name} cannot load it: {member.standing.failure}")
+                    raise ResourceError(f"replica {name} cannot load it: {member.state.failure}")
             await self._news(1.0)
 
     def abandon(self) -> None:
@@ -119,7 +119,7 @@ class Rollout:
         if new is None:
             raise ProtocolError("no version has been prepared; prepare one first")
         self._want(new, None)
-        while not all(member.standing.uses == new.epoch for member in self._alive()):
+        while not all(member.state.uses == new.epoch for member in self._alive()):
             await self._news(1.0)
 
     def _want(self, use: WeightsVersion, prepare: WeightsVersion | None) -> None:

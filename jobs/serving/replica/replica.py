@@ -142,7 +142,9 @@ class Replica:
         if self._tables is not None:
             table = await asyncio.to_thread(self._tables.newest, version.name)
             if table.weights != version.name:
-                raise ProtocolError(f"the hosts use {table.weights}, this replica was told {version.name}")
+                raise ProtocolError(
+                    f"the hosts use {table.weights}, and this replica should use {version.name}"
+                )
         done = self.service.exchange(partial(self._use, self._prepared[1], table), version.name)
         await asyncio.wrap_future(done)
         self._prepared = None

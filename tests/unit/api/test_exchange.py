@@ -106,7 +106,7 @@ def float64(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(num_experts_per_tok=1), "num_experts_per_tok is 1, the model that is served has 2"),
+        (changed(num_experts_per_tok=1), "num_experts_per_tok is 1, and the served model has 2"),
         (changed(rope_theta=5.0), "rope_theta"),
         (changed(moe_intermediate_size=8), "moe_intermediate_size|shape"),
         (other_tokenizer, r"tokenizer\.json differs"),

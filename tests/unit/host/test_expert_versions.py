@@ -239,7 +239,9 @@ def test_a_reload_for_which_there_is_no_room_is_refused_in_one_line() -> None:
 
     def require_room(size: int) -> None:
         asked.append(size)
-        raise ResourceError("expert host host-0 needs more than there is; deploy the checkpoint anew instead")
+        raise ResourceError(
+            "expert host host-0 needs more than there is; deploy the checkpoint as a new application instead"
+        )
 
     with Weighted(2) as cluster:
         before = computed(cluster.replica("a"))

@@ -123,7 +123,7 @@ def test_large_models_are_cut_into_shards(run: Path, tmp_path: Path, monkeypatch
 
 def test_a_directory_in_use_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         export_checkpoint(run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
@@ -137,7 +137,7 @@ def test_the_working_directory_is_a_target_while_it_is_empty(
     export_checkpoint(run, Path("."))
     assert (here / "config.json").is_file()
     monkeypatch.chdir(here)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         export_checkpoint(run, Path("."))
 
 

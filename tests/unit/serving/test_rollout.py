@@ -182,7 +182,7 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         second = WeightsVersion(epoch=1, directory=str(new), name="new")
         rollout = Rollout("run", first)
         # As much of a backend as a template is exchanged in.
-        backend: Any = SimpleNamespace(chat=ChatTemplate.beside(old))
+        backend: Any = SimpleNamespace(chat=ChatTemplate.from_directory(old))
         exchanger = ChatTemplateExchange(backend, "old")
         templates: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         templates.set_result(exchanger)
