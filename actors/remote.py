@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.servicer import AdminServicer, CoordinatorServicer
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost
 from actors.host.host_server import ExpertHostServer
 from actors.process_heap import freeze_heap
 from actors.router.gate_router import GateRouter

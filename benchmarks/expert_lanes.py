@@ -65,7 +65,7 @@ def expert_lanes(
 
 
 def _serve(values: dict[str, Any], index: int, pipe: Connection) -> None:
-    from actors.host.expert_host import ExpertHost
+    from actors.host import ExpertHost, HostSettings, InitialExperts
     from actors.host.host_server import ExpertHostServer
     from model.checkpoints.sources import PretrainedSource, RandomSource
     from model.weight_source import WeightSource
@@ -80,11 +80,12 @@ def _serve(values: dict[str, Any], index: int, pipe: Connection) -> None:
     host = ExpertHost(
         f"host-{index}",
         model,
-        experts_of(model, cluster, index),
-        source,
-        threads=host_threads(cluster),
-        dtype=dtype,
-        device=compute_device(cluster.gpus_per_host, "cluster.gpus_per_host"),
+        InitialExperts(source=source, experts=experts_of(model, cluster, index)),
+        settings=HostSettings(
+            threads=host_threads(cluster),
+            dtype=dtype,
+            device=compute_device(cluster.gpus_per_host, "cluster.gpus_per_host"),
+        ),
     )
     until_closed(ExpertHostServer(host), pipe)
 

@@ -1,17 +1,23 @@
-"""Generation without Ray: continuous batching over a paged latent cache, with speculative decoding."""
+"""Generation without Ray: continuous batching over a paged latent KV cache, with speculative decoding.
+
+The way of a token: `service` runs `engine` in a thread; a step of it goes through `scheduler`, `runner` and
+`acceptance`; `text` decodes the new tokens, and `stop_strings` finds where the text ends.
+"""
 
 from __future__ import annotations
 
-from engine.engine import Engine, EngineSettings, EngineStats, Progress
+from engine.acceptance import EngineStats
+from engine.engine import Engine, NewTokens
 from engine.params import SamplingParams
 from engine.sequence import Sequence, TokenLogprobs
+from engine.settings import EngineSettings
 from engine.weights import TrunkWeights
 
 __all__ = [
     "Engine",
     "EngineSettings",
     "EngineStats",
-    "Progress",
+    "NewTokens",
     "SamplingParams",
     "Sequence",
     "TokenLogprobs",

@@ -1,7 +1,7 @@
-"""What the positions of one step need, worked out once for all layers.
+"""The positions of one step: their tokens, cache slots, rotations and attention masks, for all layers.
 
-Shapes: N positions of all sequences one after the other; a group is b sequences with n positions each that
-attend together, to T cached positions at most.
+Shapes: N positions of all sequences, one sequence after the other; a group has b sequences with n positions
+each, which attend to at most T cached positions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """Neighbouring positions of one sequence.
+    """Consecutive positions of one sequence.
 
     Attributes:
-        pages: of the sequence; they hold at least `end` positions.
-        start, end: positions start … end - 1.
-        tokens: that are there.
+        pages: Pages of the sequence, for at least `end` positions.
+        start: First position.
+        end: Position after the last one.
+        tokens: Tokens at these positions.
     """
 
     pages: Sequence[int]
@@ -32,14 +33,14 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Stretches of one length.
+class SequenceGroup:
+    """Stretches of the same length, whose attention is computed together.
 
     Attributes:
-        rows: their part of the N positions.
-        sequences: b.
-        slots: [b·T] of the cache, of all positions that may be seen.
-        mask: [b, n, 1, T], -inf where a position must not look; None where all see everything.
+        rows: The group's part of the N positions.
+        sequences: Number of sequences, b.
+        slots: [b·T], cache slots of the positions that are attended to.
+        mask: [b, n, 1, T], -inf for positions that must not be attended to; None without such positions.
     """
 
     rows: slice
@@ -50,30 +51,30 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One step's positions.
+    """The positions of one step.
 
     Attributes:
         tokens: [N] int64.
-        slots: [N] int64, where their entries go.
-        turns: [N, 1, R / 2] complex, the rotation of each position.
-        groups: who attends to what.
-        ends: row after the last one of each stretch, in the order of the stretches.
+        slots: [N] int64, cache slots of the positions' own entries.
+        turns: [N, 1, R / 2] complex, rotary rotation of each position.
+        groups: Stretches grouped by length.
+        ends: Row after the last one of each stretch, in the order of the stretches.
     """
 
     tokens: Tensor
     slots: Tensor
     turns: Tensor
-    groups: tuple[Group, ...]
+    groups: tuple[SequenceGroup, ...]
     ends: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedBatch:
-    """A step's positions in two halves, of which one computes while the experts of the other are away.
+    """The positions of one step in two halves; one half computes while the other waits for its experts.
 
     Attributes:
-        halves: one after the other; where a stretch was cut, the second half sees the first.
-        ends: of the whole, see `Batch.ends`.
+        halves: The halves; where a stretch was cut, the second half attends to the first.
+        ends: Row after the last one of each stretch, over both halves.
     """
 
     halves: tuple[Batch, Batch]
@@ -81,16 +82,18 @@ class PairedBatch:
 
 
 def by_length(stretch: Stretch) -> int:
-    """Sort stretches by this before `collect`, so that those of a length are together."""
+    """Length of a stretch: the key that stretches are sorted by before `collect`."""
     return stretch.end - stretch.start
 
 
 def collect(stretches: Sequence[Stretch], *, page_size: int, turns: Tensor, dtype: torch.dtype) -> Batch:
-    """Lay stretches out, in the order given; neighbours of one length make a group.
+    """The batch of these stretches, in the order given; consecutive stretches of one length form a group.
 
     Args:
-        turns: [positions, R / 2] complex, the rotation of every position there is.
-        dtype: of the masks.
+        stretches: The stretches, sorted by length.
+        page_size: Positions of a page.
+        turns: [positions, R / 2] complex, rotary rotations of all positions.
+        dtype: Type of the masks.
     """
     device = turns.device
     tokens: list[int] = []
@@ -105,7 +108,7 @@ def collect(stretches: Sequence[Stretch], *, page_size: int, turns: Tensor, dtyp
             for at in range(stretch.start, stretch.end)
         ]
         ends.append(len(tokens))
-    groups: list[Group] = []
+    groups: list[SequenceGroup] = []
     row = 0
     for n, members in groupby(stretches, by_length):
         same = list(members)
@@ -122,7 +125,7 @@ def collect(stretches: Sequence[Stretch], *, page_size: int, turns: Tensor, dtyp
 
 
 def halved(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:
-    """Cut stretches of two positions or more into two halves of as many positions, to one."""
+    """Divide stretches into two halves whose numbers of positions differ by at most one."""
     left = sum(map(by_length, stretches)) // 2
     first: list[Stretch] = []
     second: list[Stretch] = []
@@ -149,7 +152,7 @@ def _part(stretch: Stretch, start: int, end: int) -> Stretch:
 
 def _group(
     members: Sequence[Stretch], row: int, n: int, page_size: int, dtype: torch.dtype, device: torch.device
-) -> Group:
+) -> SequenceGroup:
     longest = max(stretch.end for stretch in members)
     n_pages = -(-longest // page_size)
     within = torch.arange(page_size, device=device)
@@ -164,13 +167,13 @@ def _group(
         unseen = torch.arange(longest, device=device) > last.unsqueeze(-1)
         mask = torch.zeros(unseen.shape, dtype=dtype, device=device)
         mask = mask.masked_fill_(unseen, float("-inf")).unsqueeze(2)
-    return Group(rows=rows, sequences=len(members), slots=slots.flatten(), mask=mask)
+    return SequenceGroup(rows=rows, sequences=len(members), slots=slots.flatten(), mask=mask)
 
 
 def on_device(device: torch.device, values: list[Any]) -> Tensor:
-    """Numbers, on a GPU soon, without the CPU's waiting for it."""
+    """A tensor of numbers on a device; the copy to a GPU is asynchronous."""
     made = torch.tensor(values)
     return made if device.type == "cpu" else made.to(device, non_blocking=True)
 
 
-__all__ = ["Batch", "Group", "PairedBatch", "Stretch", "by_length", "collect", "halved", "on_device"]
+__all__ = ["Batch", "PairedBatch", "SequenceGroup", "Stretch", "by_length", "collect", "halved", "on_device"]

@@ -1,9 +1,9 @@
-"""Drafts from the MTP modules, with their entries in the cache kept in step with what is certain.
+"""Drafts of the MTP modules for speculative decoding, and the modules' entries in the KV cache.
 
 Module k joins the state h^(k-1) of position i with the embedding of token i + k (eq. 21 of arXiv 2412.19437)
-and tells token i + k + 1. Its entry of a position is certain once token i + k is; entries made with drafts
-are made again in the next step, when it is known what became of them. For that the states of the module
-before are kept, of fewer than k positions a sequence.
+and predicts token i + k + 1. Its cache entry of a position is certain once token i + k is certain. Entries
+computed from drafts are computed again in the next step, after the drafts have been verified. For that, the
+states of the module before are kept for fewer than k positions of each sequence.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from engine.runner import Runner
 from engine.sequence import Sequence
 
 _MOST_HELD = 4096
-"""Positions of a sequence whose states wait for a module; were there more, older entries stay unmade, which
-makes drafts worse and nothing else."""
+"""Positions of a sequence whose states are kept for a module, at most. Beyond that, older cache entries of
+the modules are not computed, which lowers the acceptance of drafts and has no other effect."""
 
 
 @dataclass(slots=True)
-class _Progress:
-    """One module's progress with one sequence: positions whose entries are certain, and states after them."""
+class _ModuleState:
+    """State of one module for one sequence.
+
+    Attributes:
+        done: Number of positions whose cache entries are certain.
+        held: States of later positions.
+    """
 
     done: int
     held: list[Tensor] = field(default_factory=list)
 
     def states(self) -> Tensor | None:
-        """[n, D], of the positions from `done` on."""
+        """States [n, D] of the positions from `done` on."""
         if len(self.held) > 1:
             self.held = [torch.cat(self.held)]
         return self.held[0] if self.held else None
@@ -39,19 +44,27 @@ class _Progress:
 
 @dataclass(slots=True)
 class _Trail:
-    """All modules' progress with one sequence, and how far the trunk has come."""
+    """State of all modules for one sequence.
+
+    Attributes:
+        end: Number of positions that the trunk has computed.
+        modules: State of each module.
+    """
 
     end: int
-    modules: list[_Progress]
+    modules: list[_ModuleState]
 
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """A sequence whose positions start … end - 1 the trunk has just computed.
+    """Positions of a sequence that the trunk has just computed.
 
     Attributes:
-        states: [end - start, D], what the first module takes.
-        wants: whether drafts are to be made: the token after the last position is its newest.
+        sequence: The sequence.
+        start: First position.
+        end: Position after the last one.
+        states: [end - start, D], input of the first module.
+        wants: Whether drafts are made: the token at `end` is the sequence's newest.
     """
 
     sequence: Sequence
@@ -66,9 +79,9 @@ class Drafter:
     """Runs the MTP modules after each step of the trunk.
 
     Args:
-        runner: computes.
-        depth: modules to use.
-        chain: whether a module takes the states of the one before, see `ModelConfig.mtp_mode`.
+        runner: Computes the modules.
+        depth: Number of modules used.
+        chain: Whether a module takes the states of the module before, see `ModelConfig.mtp_mode`.
     """
 
     runner: Runner
@@ -77,11 +90,11 @@ class Drafter:
     _trails: dict[str, _Trail] = field(default_factory=dict)
 
     def forget(self, sequence: Sequence) -> None:
-        """A sequence has ended, or lost its pages."""
+        """Drop the state of a sequence that has ended or lost its pages."""
         self._trails.pop(sequence.id, None)
 
     def advance(self, advances: Items[Advance]) -> None:
-        """Bring every module up to the trunk, and leave drafts with the sequences that want some."""
+        """Run every module up to the trunk's last position, and store drafts in the sequences."""
         if not advances:
             return
         for advance in advances:
@@ -91,22 +104,22 @@ class Drafter:
             states = self._run(k, advances, states)
 
     def hold(self, advances: Items[Advance]) -> None:
-        """Let the trunk go on without drafts: the modules' entries are made when drafts are wanted again."""
+        """Make no drafts in this step, but keep the states that later drafts need."""
         for advance in advances:
             trail = self._follow(advance)
             if advance.end - trail.modules[0].done > _MOST_HELD:
-                trail.modules = [_Progress(done=advance.end) for _ in trail.modules]
+                trail.modules = [_ModuleState(done=advance.end) for _ in trail.modules]
                 continue
-            # In a chain the first module's states are all that is needed to make the others'.
+            # In a chain the states of the other modules are computed from those of the first.
             for progress in trail.modules[:1] if self.chain else trail.modules:
                 progress.held.append(advance.states.clone())
 
     def _follow(self, advance: Advance) -> _Trail:
-        """The trail of a sequence, which the trunk has brought to `advance.end`."""
+        """The trail of a sequence, updated to `advance.end`."""
         advance.sequence.drafts.clear()
         trail = self._trails.get(advance.sequence.id)
-        if trail is None or trail.end != advance.start:  # its first positions, again after a preemption
-            modules = [_Progress(done=advance.start) for _ in range(self.depth)]
+        if trail is None or trail.end != advance.start:  # its first positions, or again after a preemption
+            modules = [_ModuleState(done=advance.start) for _ in range(self.depth)]
             trail = self._trails[advance.sequence.id] = _Trail(advance.end, modules)
         trail.end = advance.end
         return trail
@@ -114,7 +127,7 @@ class Drafter:
     def _run(
         self, k: int, advances: Items[Advance], before: dict[str, tuple[int, Tensor]]
     ) -> dict[str, tuple[int, Tensor]]:
-        """Module k over every sequence; first position and states by sequence, for the module after it."""
+        """Run module k over all sequences; return first position and states of each, for the next module."""
         work: list[tuple[Advance, Stretch, Tensor]] = []
         for advance in advances:
             made = self._prepare(k, advance, *before[advance.sequence.id])
@@ -146,17 +159,17 @@ class Drafter:
         return before
 
     def _prepare(self, k: int, advance: Advance, first: int, states: Tensor) -> tuple[Stretch, Tensor] | None:
-        """What module k computes of a sequence now: positions, tokens and the states it takes."""
+        """Positions, tokens and input states that module k computes for a sequence in this step, if any."""
         sequence = advance.sequence
         progress = self._trails[sequence.id].modules[k - 1]
         before = progress.states()
         if progress.done < first and before is not None:
-            # Of positions in both, what was known before was made with drafts.
+            # For positions in both, the earlier states were computed from drafts.
             states = torch.cat((before[: first - progress.done], states))
             first = progress.done
-        elif progress.done < first:  # the states of some positions are gone: their entries stay as they are
+        elif progress.done < first:  # the states of some positions were dropped: their entries stay unchanged
             progress.done = first
-        # In `parallel` mode no token is read, but entries of positions follow one another all the same.
+        # `parallel` mode reads no token, but entries are computed in the order of positions all the same.
         shift = k if self.chain else 0
         certain = len(sequence) - shift
         end = advance.end if advance.wants else min(advance.end, certain)

@@ -1,12 +1,12 @@
-"""Whether drafts pay: tokens per second with and without them, found out on the way. No torch here.
+"""Decides whether to draft, by measuring tokens per second with and without drafts. No torch here.
 
-A draft costs its module's pass and a position of the next step, and brings a token when it is right. At one
-sequence a step takes little longer for it; where a step is bound by arithmetic it does. So the answer depends
-on how many sequences run, and changes with what they are about.
+A draft costs a pass of its module and a position in the next step, and gains a token if it is accepted. With
+one sequence a step takes little longer for it; where a step is bound by arithmetic, it takes considerably
+longer. So the decision depends on the number of running sequences and on their text.
 
-For each range of that number the pacer keeps a mode, drafts or none, and from time to time spends a few steps
-(a trial) in the other one. What a trial finds is held against the steps just before it, so that a machine
-that became slower in between tells nothing, and trials add up until they are beyond doubt.
+For each range of that number the pacer keeps a mode (drafts or no drafts), and from time to time runs a few
+steps (a trial) in the other mode. A trial is compared with the steps just before it, so that a change in the
+machine's speed does not count, and trials are combined until the difference is significant.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-_SPAN = 64  # steps over which the speed of the present mode is averaged
-_SURPRISE = 0.02  # standard error that no trial is better than, relative
-_KEPT = 0.8  # weight that earlier trials keep at each new one
+_SPAN = 64  # steps over which the speed of the current mode is averaged
+_SURPRISE = 0.02  # lower bound of a trial's relative standard error
+_KEPT = 0.8  # factor on the weight of earlier trials at each new trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PacingSettings:
-    """How much is spent on finding out, and how sure is sure.
+    """Frequency of trials, and significance required to change the mode.
 
     Attributes:
-        trial: steps that count in a trial; one more, at its beginning, belongs to both modes.
-        budget: share of steps that go into trials.
-        first_trials: trials of each range that come sooner, one every 4 trials' length.
-        margin: gain below which neither mode is better, relative.
-        certainty: standard errors that a gain must be above the margin.
-        patience: steps that the number of sequences must be in another range for it to count.
+        trial: Steps counted in a trial; one more step at its beginning belongs to both modes.
+        budget: Share of steps spent on trials.
+        first_trials: Number of trials of each range that come sooner, one every four trial lengths.
+        margin: Relative gain below which the mode does not change.
+        certainty: Number of standard errors that a gain must be above the margin.
+        patience: Consecutive steps in another range before that range becomes the current one.
     """
 
     trial: int = 8
@@ -42,10 +42,10 @@ class PacingSettings:
 
 @dataclass(slots=True)
 class Speed:
-    """Tokens per second over steps, recent ones counting more, with its relative standard error.
+    """Tokens per second over steps with exponentially decaying weights, and its relative standard error.
 
     Args:
-        keep: weight that earlier steps keep at each new one; 1 forgets nothing.
+        keep: Factor on the weight of earlier steps at each new step; 1 weighs all steps equally.
     """
 
     keep: float = 1.0
@@ -58,7 +58,7 @@ class Speed:
     _ss: float = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        """One more step."""
+        """Add a step."""
         keep = self.keep
         self._n = keep * self._n + 1
         self._n2 = keep * keep * self._n2 + 1
@@ -70,17 +70,17 @@ class Speed:
 
     @property
     def steps(self) -> float:
-        """How many steps count, were all to count alike."""
+        """Effective number of steps."""
         return self._n * self._n / self._n2 if self._n2 else 0.0
 
     @property
     def rate(self) -> float:
-        """Tokens per second: a ratio of sums, as a mean of ratios would favour slow steps."""
+        """Tokens per second, as a ratio of sums, because a mean of ratios is biased."""
         return self._t / self._s if self._s > 0 else 0.0
 
     @property
     def error(self) -> float:
-        """Standard error of `rate` relative to it, by the steps' scatter around the ratio."""
+        """Relative standard error of `rate`, from the scatter of the steps around the ratio."""
         if self.steps < 2 or self._t <= 0:
             return math.inf
         rate = self.rate
@@ -91,14 +91,16 @@ class Speed:
 
 @dataclass(slots=True)
 class _Range:
-    """What is known about one range of numbers of sequences.
+    """Measurements of one range of numbers of sequences.
 
     Attributes:
-        drafts: the mode.
-        speed: in this mode.
-        trial: speed in the other one, while it is tried.
-        since: steps since the last trial.
-        weight, gain: of all trials: the sum of their precisions, and of log(with / without) times them.
+        drafts: The mode.
+        speed: Speed in this mode.
+        trial: Speed in the other mode during a trial, otherwise None.
+        since: Steps since the last trial.
+        trials: Number of trials.
+        weight: Sum of the trials' precisions.
+        gain: Sum of log(speed with drafts / speed without) times the precisions.
     """
 
     drafts: bool = True
@@ -113,11 +115,11 @@ class _Range:
 class DraftPacer:
     """Decides for each step whether to draft.
 
-    The caller asks `wants` before a step's drafts are made and tells `note` what a step took. Deterministic:
-    the same calls get the same answers.
+    The caller calls `wants` before a step's drafts are made, and `note` with the measurements of each step.
+    The same calls give the same decisions.
 
     Args:
-        settings: how much is spent on finding out.
+        settings: Frequency and significance of trials.
     """
 
     def __init__(self, settings: PacingSettings | None = None) -> None:
@@ -128,25 +130,25 @@ class DraftPacer:
         self._before: bool | None = None
 
     def wants(self, sequences: int) -> bool:
-        """Whether a step with so many sequences is to make drafts.
+        """Whether drafts are made in a step.
 
         Args:
-            sequences: that generate; at least 1.
+            sequences: Number of generating sequences, at least 1.
         """
         state = self._range(_place(sequences) if self._current is None else self._current)
         return state.drafts if state.trial is None else not state.drafts
 
     def note(self, *, sequences: int, drafted: bool, seconds: float, tokens: int) -> None:
-        """Take notice of a step in which sequences generated and no prompt was read.
+        """Record a step in which sequences generated tokens and no prompt was computed.
 
         Args:
-            sequences: as in `wants`.
-            drafted: whether drafts were made in it.
-            seconds: that it took, drafting included.
-            tokens: that it brought, over all sequences.
+            sequences: Number of generating sequences.
+            drafted: Whether drafts were made in the step.
+            seconds: Duration of the step, including drafting.
+            tokens: Number of new tokens of all sequences.
         """
-        place = self._settle(sequences)
-        # The first step in a mode judges the drafts, or has none to judge, of the mode before.
+        place = self._track_range(sequences)
+        # The first step after a change of mode verifies the drafts of the mode before.
         changed, self._before = drafted != self._before, drafted
         if changed or place != self._current or seconds <= 0:
             return
@@ -164,11 +166,11 @@ class DraftPacer:
 
     @property
     def modes(self) -> dict[int, bool]:
-        """Smallest number of sequences of each range seen so far -> whether drafts pay there."""
+        """Smallest number of sequences of each range seen so far -> whether drafts are made there."""
         return {place: state.drafts for place, state in sorted(self._ranges.items())}
 
-    def _settle(self, sequences: int) -> int:
-        """A step's range, which becomes the current one when it has been another for long enough."""
+    def _track_range(self, sequences: int) -> int:
+        """The range of a step; it becomes the current range after `patience` consecutive steps."""
         place = _place(sequences)
         self._elsewhere = 0 if place == self._current else self._elsewhere + 1
         if self._current is None or self._elsewhere >= self._settings.patience:
@@ -178,7 +180,7 @@ class DraftPacer:
         return place
 
     def _break_off(self, state: _Range) -> None:
-        """A trial that the number of sequences has cut short proves nothing, and is made again later."""
+        """Discard a trial that a change of range has cut short; it is repeated later."""
         if state.trial is not None:
             state.trial, state.since = None, self._interval(state) // 2
 
@@ -186,13 +188,13 @@ class DraftPacer:
         return self._ranges.setdefault(place, _Range())
 
     def _interval(self, state: _Range) -> int:
-        """Steps between two trials."""
+        """Number of steps between two trials."""
         if state.trials < self._settings.first_trials:
             return 4 * self._settings.trial
         return math.ceil((self._settings.trial + 1) * (1 / self._settings.budget - 1))
 
     def _judge(self, state: _Range) -> None:
-        """Hold a trial against the steps before it, and change the mode if all trials together say so."""
+        """Compare a trial with the steps before it; change the mode if the combined gain is significant."""
         trial, settings = state.trial, self._settings
         assert trial is not None
         state.trial, state.since = None, 0
@@ -211,7 +213,7 @@ class DraftPacer:
 
 
 def _place(sequences: int) -> int:
-    """The smallest number of a number's range: 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    """The smallest number of sequences of a range; ranges start at 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
     low = 1 << (max(1, sequences).bit_length() - 1)
     return low + low // 2 if low > 1 and sequences >= low + low // 2 else low
 

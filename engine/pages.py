@@ -1,8 +1,9 @@
-"""Pages of the key-value cache: who holds which, and which hold a prefix that others can use.
+"""Pages of the KV cache: allocation, and sharing of common prefixes.
 
-A page holds the entries of `page_size` consecutive positions, in all layers. Full pages are known by the
-tokens up to their end: a request whose prompt begins like another's takes its pages and computes the rest.
-Pages that nobody holds stay until room is needed, the longest unused first.
+A page holds the entries of `page_size` consecutive positions, in all layers. Full pages are indexed by the
+tokens up to their end: a request whose prompt begins like that of another request uses its pages and computes
+the rest. Pages without a holder keep their entries until the memory is needed; the least recently used page
+is reused first.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 Prefix = tuple[int, tuple[int, ...]]
-"""The page before (-1 for the first) and the page's own tokens: equal for equal prefixes, by induction."""
+"""The previous page (-1 for the first) and the page's own tokens; by induction, equal for equal prefixes."""
 
 
 class PagePool:
-    """Hands out pages 0 … n_pages - 1.
+    """Allocates pages 0 … n_pages - 1.
 
     Args:
-        n_pages: how many there are.
-        page_size: positions of a page.
-        caching: whether prefixes are kept and found.
+        n_pages: Number of pages.
+        page_size: Positions of a page.
+        caching: Whether prefixes are kept and found.
     """
 
     def __init__(self, n_pages: int, page_size: int, *, caching: bool = True) -> None:
@@ -31,24 +32,26 @@ class PagePool:
         self._holders = [0] * n_pages
         self._page_of: dict[Prefix, int] = {}
         self._prefix_of: dict[int, Prefix] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # nobody holds them, the longest unused first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # pages without a holder, least recently used first
 
     @property
     def available(self) -> int:
-        """Pages that can be had now."""
+        """Number of pages that can be allocated now."""
         return len(self._free) + len(self._idle)
 
     @property
     def held(self) -> int:
-        """Pages that requests hold."""
+        """Number of pages that requests hold."""
         return self.n_pages - self.available
 
     def pages_for(self, positions: int) -> int:
-        """Pages that this many positions take."""
+        """Number of pages for this many positions."""
         return -(-positions // self.page_size)
 
     def take(self) -> int | None:
-        """A page of one's own, or None when there is none."""
+        """Allocate a page; None if no page is available."""
         if self._free:
             page = self._free.pop()
         elif self._idle:
@@ -60,8 +63,8 @@ class PagePool:
         return page
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """The holder of these pages, in the order of their positions, needs them no more."""
-        # The last first: a page is of no use to anyone without those before it.
+        """Release the pages of a holder, given in the order of their positions."""
+        # The last page first, because a page is useless without the pages before it.
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:
@@ -72,7 +75,7 @@ class PagePool:
                 self._free.append(page)
 
     def find(self, tokens: Sequence[int]) -> list[int]:
-        """Hold and return the pages of the longest known prefix of full pages of these tokens."""
+        """Pages of the longest cached prefix of these tokens, in full pages; the caller becomes a holder."""
         found: list[int] = []
         before = -1
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
@@ -87,14 +90,15 @@ class PagePool:
         return found
 
     def remember(self, pages: Sequence[int], tokens: Sequence[int], *, done: int) -> int:
-        """Let others find the full pages of a request, its first `done` being known already.
+        """Index the full pages of a request, so that other requests find them.
 
         Args:
-            pages: of the request, in order.
-            tokens: whose entries the pages hold.
+            pages: Pages of the request, in order.
+            tokens: Tokens whose entries the pages hold.
+            done: Number of the request's pages that are indexed already.
 
         Returns:
-            How many of its pages are known now.
+            Number of the request's pages that are indexed now.
         """
         if not self._caching:
             return 0
@@ -103,7 +107,7 @@ class PagePool:
             page = pages[index]
             before = pages[index - 1] if index else -1
             prefix = (before, tuple(tokens[index * self.page_size : (index + 1) * self.page_size]))
-            # Another request may have computed the same prefix at the same time; the first one is found.
+            # Another request may have computed the same prefix at the same time; the first one is kept.
             orphan = index > 0 and before not in self._prefix_of
             if orphan or page in self._prefix_of or prefix in self._page_of:
                 return index
@@ -112,7 +116,7 @@ class PagePool:
         return full
 
     def clear(self) -> None:
-        """Forget all prefixes: the weights they were computed with are no more."""
+        """Drop all prefixes, after a change of weights."""
         self._page_of.clear()
         self._prefix_of.clear()
         self._free.extend(self._idle)

@@ -1,4 +1,4 @@
-"""What a request asks of the sampler, checked once, in the words of the OpenAI and vLLM interfaces."""
+"""Sampling parameters of a request, with the names of the OpenAI and vLLM interfaces."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ MAX_STOPS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends.
+    """How the tokens of one request are chosen, and when the request ends.
 
     Attributes:
-        max_tokens: tokens to generate at most.
-        min_tokens: tokens before which neither a stop nor the end of the text counts.
-        temperature: 0 is greedy.
-        top_p: smallest set of likeliest tokens with this much probability.
-        top_k: likeliest tokens to choose from; 0 takes all.
-        min_p: tokens at least this likely relative to the likeliest.
-        seed: of the request's own randomness; None draws one.
-        repetition_penalty: divides (multiplies negative) logits of tokens of prompt and output.
-        presence_penalty: subtracted from logits of tokens of the output.
-        frequency_penalty: the same, times how often they occur.
-        logit_bias: token id -> added to its logit.
-        stop: strings that end the text and are not part of it.
-        stop_token_ids: tokens that do.
-        ignore_eos: go on after the end of the text.
-        logprobs: likeliest alternatives to report beside each token; None reports nothing.
-        prompt_logprobs: report those of the prompt's tokens too (`echo`).
+        max_tokens: Number of tokens to generate, at most.
+        min_tokens: Number of tokens before which stop strings and end tokens are ignored.
+        temperature: Divides logits; 0 is greedy.
+        top_p: Choose from the smallest set of likeliest tokens with this total probability.
+        top_k: Choose from this number of likeliest tokens; 0 takes all.
+        min_p: Choose from tokens with at least this probability relative to the likeliest.
+        seed: Seed of the request's random numbers; None draws one.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens of prompt and output.
+        presence_penalty: Subtracted from the logits of tokens of the output.
+        frequency_penalty: Subtracted from the logits of tokens of the output, times their number.
+        logit_bias: Token id -> value added to its logit.
+        stop: Strings that end the text and do not belong to it.
+        stop_token_ids: Tokens that end the text and do not belong to it.
+        ignore_eos: Whether generation continues after an end-of-text token.
+        logprobs: Number of likeliest alternatives reported with each token; None reports no log
+            probabilities.
+        prompt_logprobs: Whether log probabilities of the prompt's tokens are reported, too (`echo`).
 
     Raises:
         ConfigError: a value out of its range, naming the parameter.
@@ -57,7 +58,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not low <= value <= high:  # a NaN is in no range
+            if not low <= value <= high:  # also refuses NaN
                 raise ConfigError(f"{name} ({value}) must lie between {low:g} and {high:g}")
         if self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})")
@@ -75,12 +76,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether the likeliest token is chosen."""
         return self.temperature < _GREEDY_BELOW
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether logits change before the choice, by what was said so far or by wish."""
+        """Whether logits are changed before the choice, by penalties, biases or `min_tokens`."""
         return bool(
             self.repetition_penalty != 1.0
             or self.presence_penalty
@@ -93,10 +94,10 @@ class SamplingParams:
 def check_tokens(
     vocabulary: int, prompt: Sequence[int], params: SamplingParams, output: Sequence[int]
 ) -> None:
-    """Hold all tokens of a request against the number that there are.
+    """Check that all tokens of a request are below the size of the vocabulary.
 
     Raises:
-        ConfigError: one is unknown.
+        ConfigError: a token is unknown.
     """
     for name, tokens in (
         ("prompt", prompt),

@@ -1,4 +1,4 @@
-"""The trunk's forward pass over a step's positions, with the latent cache.
+"""The trunk's forward pass over the positions of a step, with the latent KV cache.
 
 Shapes: N positions, D hidden, H heads, C kv_lora_rank, R rotary dimensions, W = C + R width of a cache's row.
 """
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import Batch, Group, PairedBatch, Stretch, by_length, collect, halved, on_device
-from engine.few_rows import MOST_ROWS, FewBatch, FewRows
+from engine.batch import Batch, PairedBatch, SequenceGroup, Stretch, by_length, collect, halved, on_device
+from engine.few_rows import FewRowsBatch, FewRowsRunner
 from engine.sampling import likeliest
-from engine.weights import Layer, Module, TrunkWeights
-from kernels.constants import LATENT_NORM_EPS
+from engine.weights import LayerWeights, ModuleWeights, TrunkWeights
+from kernels.constants import FEW_ROWS, LATENT_NORM_EPS
 from model.experts.protocols import Experts, PairedExperts, Pending
 from model.rope import rotation
 from model.routing import affinity, gate_values, select_experts
@@ -26,12 +26,12 @@ from model.routing import affinity, gate_values, select_experts
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """What a step of the trunk computed.
+    """Results of a step of the trunk.
 
     Attributes:
-        hidden: [N, D], after the last layer.
-        normed: [N, D], after the final norm.
-        logits: [n, V] of the positions that were asked for, at least float32.
+        hidden: [N, D], hidden states after the last layer.
+        normed: [N, D], hidden states after the final norm.
+        logits: [n, V], logits of the positions requested, at least float32.
     """
 
     hidden: Tensor
@@ -40,15 +40,15 @@ class States:
 
 
 class Runner:
-    """Computes hidden states and logits, and keeps the cache's memory.
+    """Computes hidden states and logits, and owns the memory of the KV cache.
 
     Args:
-        weights: the trunk.
-        experts: the routed experts.
-        n_pages: of the cache.
-        page_size: positions of a page.
-        overlap_from: positions of a step from which it is computed in two halves, so that one half computes
-            while the experts of the other are away; None never. Experts in this process are never away.
+        weights: The trunk.
+        experts: The routed experts.
+        n_pages: Number of pages of the cache.
+        page_size: Positions of a page.
+        overlap_from: Positions from which a step is computed in two halves, one half computing while the
+            other waits for its experts; None never. Experts in this process are never waited for.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Runner:
         like = weights.embedding
         width = config.kv_lora_rank + config.qk_rope_head_dim
         n_layers = len(weights.layers) + len(weights.modules)
-        # Written once, so that the memory is there from the beginning and does not grow with use.
+        # Zeroed, so that the memory is mapped now and does not grow with use.
         self._cache = torch.empty(n_layers, n_pages * page_size, width, dtype=like.dtype, device=like.device)
         self._cache.zero_()
         angles = rotation(config, config.max_position_embeddings, dtype=like.dtype, device=like.device)
@@ -81,18 +81,18 @@ class Runner:
         return self._weights
 
     def replace(self, weights: TrunkWeights, experts: Experts) -> None:
-        """Go on with other weights of the same shape; the cache's entries are of no use after that."""
+        """Change to other weights of the same shape; the entries of the cache are invalid after that."""
         self._weights, self._experts = weights, experts
         self._pair = experts.pair if isinstance(experts, PairedExperts) else None
-        self._few: FewRows | None = None
-        if FewRows.takes(weights, self._page_size):
+        self._few: FewRowsRunner | None = None
+        if FewRowsRunner.takes(weights, self._page_size):
             turns = self._turns
-            self._few = FewRows(weights, experts, self._cache, turns.real, turns.imag, self._page_size)
+            self._few = FewRowsRunner(weights, experts, self._cache, turns.real, turns.imag, self._page_size)
 
-    def batch(self, stretches: Sequence[Stretch]) -> Batch | PairedBatch | FewBatch:
-        """What a step of the trunk over these stretches needs."""
+    def batch(self, stretches: Sequence[Stretch]) -> Batch | PairedBatch | FewRowsBatch:
+        """The batch of a step of the trunk over these stretches."""
         rows = sum(map(by_length, stretches))
-        if self._few is not None and rows <= MOST_ROWS:
+        if self._few is not None and rows <= FEW_ROWS:
             return self._few.batch(stretches)
         if self._pair is None or self._overlap_from is None or rows < max(2, self._overlap_from):
             return self._collect(stretches)
@@ -102,8 +102,8 @@ class Runner:
             ends=tuple(accumulate(map(by_length, stretches))),
         )
 
-    def draft_batch(self, stretches: Sequence[Stretch]) -> Batch | FewBatch:
-        """What a module's pass over these stretches needs."""
+    def draft_batch(self, stretches: Sequence[Stretch]) -> Batch | FewRowsBatch:
+        """The batch of an MTP module's pass over these stretches."""
         return self._collect(stretches) if self._few is None else self._few.batch(stretches)
 
     def _collect(self, stretches: Sequence[Stretch]) -> Batch:
@@ -111,15 +111,16 @@ class Runner:
             stretches, page_size=self._page_size, turns=self._turns, dtype=self._weights.embedding.dtype
         )
 
-    def compute(self, batch: Batch | PairedBatch | FewBatch, rows: Sequence[int]) -> States:
-        """A step of the trunk.
+    def compute(self, batch: Batch | PairedBatch | FewRowsBatch, rows: Sequence[int]) -> States:
+        """Compute a step of the trunk.
 
         Args:
-            rows: of the batch, rising, whose logits are wanted.
+            batch: The positions.
+            rows: Rows of the batch whose logits are needed, in rising order.
         """
         if isinstance(batch, PairedBatch):
             return self._compute_paired(batch, rows)
-        if isinstance(batch, FewBatch):
+        if isinstance(batch, FewRowsBatch):
             assert self._few is not None
             hidden = self._few.forward(batch)
         else:
@@ -154,13 +155,13 @@ class Runner:
         for i, (back, out) in enumerate(zip(away, (logits[:cut], logits[cut:]), strict=True)):
             if back is not None:
                 x[i] = x[i].add_(back.combine())
-            # The first half's head, while the experts of the second are at work.
+            # The head of the first half is computed while the second half waits for its experts.
             normed.append(self._norm(x[i], self._weights.norm))
             self._project(_picked(normed[i], wanted[i]), out)
         return States(torch.cat(x), torch.cat(normed), logits)
 
     def _project(self, normed: Tensor, out: Tensor) -> None:
-        """Logits of normed states, where they belong."""
+        """Write the logits of normed states to `out`."""
         head = self._weights.head.t()
         if out.dtype == head.dtype:
             torch.mm(normed, head, out=out)
@@ -168,30 +169,32 @@ class Runner:
             out.copy_(normed @ head)
 
     def _normed(self, hidden: Tensor) -> Tensor:
-        if self._few is not None and hidden.shape[0] <= MOST_ROWS:
+        if self._few is not None and hidden.shape[0] <= FEW_ROWS:
             return self._few.normed(hidden)
         with torch.inference_mode():
             return self._norm(hidden, self._weights.norm)
 
-    def draft(self, depth: int, batch: Batch | FewBatch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        """MTP module `depth` (1 is the first) over a batch, whose tokens are those after the positions'.
+    def draft(self, depth: int, batch: Batch | FewRowsBatch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """Compute MTP module `depth` (1 is the first) over a batch.
 
         Args:
-            hidden: [N, D]: in `chain` mode the normed states of the module before (of the trunk for the
-                first one), in `parallel` mode the trunk's before the norm.
-            rows: whose states are wanted, in order; of the others only the entries in the cache are.
+            depth: Number of the module.
+            batch: The positions; its tokens are shifted by `depth` in `chain` mode.
+            hidden: [N, D]: in `chain` mode the normed states of the module before (of the trunk for the first
+                module), in `parallel` mode the trunk's states before the norm.
+            rows: Rows whose states are needed, in order; for other rows only cache entries are computed.
 
         Returns:
-            Normed states of those rows, which the head takes.
+            Normed states of these rows, which the head takes.
         """
-        if isinstance(batch, FewBatch):
+        if isinstance(batch, FewRowsBatch):
             assert self._few is not None
             return self._few.draft(depth, batch, hidden, rows)
         return self._draft(depth, batch, hidden, rows)
 
     @torch.inference_mode()
     def _draft(self, depth: int, batch: Batch, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        module: Module = self._weights.modules[depth - 1]
+        module: ModuleWeights = self._weights.modules[depth - 1]
         x = hidden
         if module.join is not None:
             assert module.embedding_norm is not None and module.hidden_norm is not None
@@ -202,14 +205,14 @@ class Runner:
         return self._norm(x if len(rows) == len(x) else x[list(rows)], module.norm)
 
     def draft_tokens(self, normed: Tensor) -> list[int]:
-        """The tokens to draft after normed states [N, D] of a module: nearly always the likeliest ones."""
+        """The likeliest tokens after normed states [N, D] of a module, possibly with rounded weights."""
         if self._few is not None:
             return self._few.draft_tokens(normed)
         return likeliest(self.logits(normed))
 
     def logits(self, normed: Tensor) -> Tensor:
-        """[N, D] to [N, V], at least float32."""
-        if self._few is not None and 0 < normed.shape[0] <= MOST_ROWS:
+        """Logits [N, V] of normed states [N, D], at least float32."""
+        if self._few is not None and 0 < normed.shape[0] <= FEW_ROWS:
             return self._few.logits(normed)
         with torch.inference_mode():
             logits = F.linear(normed, self._weights.head)
@@ -218,14 +221,14 @@ class Runner:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return _rms_norm(x, weight, self._eps)
 
-    def _block(self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch) -> Tensor:
+    def _block(self, x: Tensor, layer: LayerWeights, cache: Tensor, batch: Batch) -> Tensor:
         x, away = self._begin_block(x, layer, cache, batch, self._experts)
         return x if away is None else x.add_(away.combine())
 
     def _begin_block(
-        self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch, experts: Experts
+        self, x: Tensor, layer: LayerWeights, cache: Tensor, batch: Batch, experts: Experts
     ) -> tuple[Tensor, Pending | None]:
-        """A block without what its routed experts add, which are at work."""
+        """Compute a block without its routed experts, whose outputs are pending."""
         x = x + self._attend(self._norm(x, layer.attention_norm), layer, cache, batch)
         normed = self._norm(x, layer.mlp_norm)
         if layer.routed is None:
@@ -245,7 +248,7 @@ class Runner:
         away = experts.dispatch(layer.index, normed, idx, gates)
         return x.add_(routed.shared(normed)), away
 
-    def _attend(self, x: Tensor, layer: Layer, cache: Tensor, batch: Batch) -> Tensor:
+    def _attend(self, x: Tensor, layer: LayerWeights, cache: Tensor, batch: Batch) -> Tensor:
         weights, latent, heads = layer.attention, self._latent, self._heads
         down = F.linear(x, weights.down)
         if weights.query_norm is None:
@@ -271,8 +274,8 @@ class Runner:
             out = torch.bmm(out.transpose(0, 1), weights.w_uv).transpose(0, 1)
         return F.linear(out.flatten(1), weights.out)
 
-    def _attend_group(self, query: Tensor, cache: Tensor, group: Group) -> Tensor:
-        """[b·n, H, W] to [b·n, H, C]."""
+    def _attend_group(self, query: Tensor, cache: Tensor, group: SequenceGroup) -> Tensor:
+        """Attention of one group: queries [b·n, H, W] to latent outputs [b·n, H, C]."""
         b, heads = group.sequences, self._heads
         keys = cache.index_select(0, group.slots).view(b, -1, cache.shape[1])
         weights = torch.bmm(query.reshape(b, -1, query.shape[2]), keys.transpose(1, 2))
@@ -289,7 +292,7 @@ def _picked(states: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of [N, D] in few operations: torch's own is made of a dozen on a CPU."""
+    """RMSNorm of [N, D] in few operations; torch's own takes a dozen on a CPU."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     size = weight.shape[0]
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().add_(eps * size).rsqrt_()
@@ -298,7 +301,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _turn_(x: Tensor, turns: Tensor) -> None:
-    """Rotate pairs of neighbours of x [N, heads, R] by turns [N, 1, R / 2], in place."""
+    """Rotate neighbouring pairs of x [N, heads, R] by turns [N, 1, R / 2], in place."""
     aligned = not (x.storage_offset() | x.stride(0) | x.stride(1)) & 1
     in_place = aligned and x.dtype in (torch.float32, torch.float64)
     pairs = x if in_place else x.to(turns.real.dtype, copy=True, memory_format=torch.contiguous_format)

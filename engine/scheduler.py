@@ -1,8 +1,8 @@
-"""Who computes what in the next step: continuous batching with chunked prefill and preemption. No torch here.
+"""Schedules steps: continuous batching with chunked prefill and preemption. No torch here.
 
-Every sequence that runs gets a part of each step: one position (and its drafts) where it generates, a chunk
-of its prompt where it does not yet. When pages run out, the sequence that came last gives its own up and
-computes them again later; its tokens stay.
+Every running sequence gets a share of each step: one position and its drafts if it generates, or a chunk of
+its prompt. When pages run out, the sequence that started last is preempted: it loses its pages, keeps its
+tokens, and computes its cache entries again later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One sequence's part of a step: positions start … end - 1, the last `drafts` of them not certain."""
+    """One sequence's part of a step: positions start … end - 1, the last `drafts` of which are drafts."""
 
     sequence: Sequence
     start: int
@@ -25,17 +25,22 @@ class Share:
 
     @property
     def samples(self) -> bool:
-        """Whether its last position tells the next token."""
+        """Whether the share computes the last certain position, whose logits give the next token."""
         return self.end - self.drafts == len(self.sequence)
 
 
 class Scheduler:
-    """Keeps the queue and the pages.
+    """Keeps the waiting and running sequences, and allocates their pages.
 
     Args:
-        pool: the pages.
-        max_batch_tokens: positions of a step.
-        max_sequences: sequences that run at a time.
+        pool: The pages.
+        max_batch_tokens: Positions of a step, at most.
+        max_sequences: Sequences that run at the same time, at most.
+
+    Attributes:
+        waiting: Sequences without pages, in the order in which they start.
+        running: Sequences with pages, in the order in which they started.
+        preemptions: Number of preemptions so far.
     """
 
     def __init__(self, pool: PagePool, *, max_batch_tokens: int, max_sequences: int) -> None:
@@ -47,7 +52,7 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn; one that has begun elsewhere goes before those that have not."""
+        """Queue a sequence; one that another engine has begun goes before those that have no output yet."""
         if not sequence.resumed:
             self.waiting.append(sequence)
             return
@@ -57,7 +62,7 @@ class Scheduler:
         )
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence has ended, or is not wanted any more: its pages are free at once."""
+        """Remove a sequence that has ended or was cancelled, and free its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -65,7 +70,7 @@ class Scheduler:
         self._release(sequence)
 
     def plan(self) -> list[Share]:
-        """The next step; pages for every position of it are held by then."""
+        """The shares of the next step; allocates the pages for all of its positions."""
         budget = self._max_batch_tokens
         shares: list[Share] = []
         index = 0
@@ -73,7 +78,7 @@ class Scheduler:
             sequence = self.running[index]
             share = self._share(sequence, budget)
             while not self._reserve(sequence, share.end):
-                # The last one first; a sequence without another to take from drops its drafts, or itself.
+                # Preempt the last sequence; if that is this one, it drops its drafts first.
                 victim = self.running[-1]
                 if victim is sequence and share.drafts:
                     sequence.drafts.clear()
@@ -100,14 +105,14 @@ class Scheduler:
         return shares
 
     def restart(self) -> None:
-        """Let every running sequence compute all its positions again."""
+        """Preempt all running sequences, which then compute all positions again."""
         for sequence in reversed(self.running):
             self._release(sequence)
             self.waiting.appendleft(sequence)
         self.running.clear()
 
     def computed(self, sequence: Sequence, positions: int) -> None:
-        """The entries of a sequence up to `positions` are in the cache, and certain."""
+        """Record that the cache entries of a sequence up to `positions` are computed and certain."""
         sequence.computed = positions
         if positions // self._pool.page_size > sequence.known_pages:
             sequence.known_pages = self._pool.remember(
@@ -131,9 +136,9 @@ class Scheduler:
         return True
 
     def _find_prefix(self, sequence: Sequence) -> None:
-        if sequence.pages or sequence.wants_prompt:  # those want the logits of every position
+        if sequence.pages or sequence.wants_prompt:  # prompt log probabilities need all positions
             return
-        # The last token is always computed: its logits are wanted.
+        # The last token is always computed, because its logits are needed.
         tokens = sequence.all_tokens
         sequence.pages = self._pool.find(tokens[:-1])
         sequence.known_pages = len(sequence.pages)

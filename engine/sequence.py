@@ -1,4 +1,4 @@
-"""One request on its way through the engine."""
+"""The state of one request in the engine: its tokens, its pages, its progress."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class TokenLogprobs:
     """Log probabilities at one position.
 
     Attributes:
-        token: log probability of the token that is there.
-        best: the likeliest tokens and theirs, best first.
+        token: Log probability of the token at this position.
+        best: The likeliest tokens and their log probabilities, best first.
     """
 
     token: float
@@ -27,21 +27,21 @@ class Sequence:
     """Tokens, pages and progress of one request.
 
     Attributes:
-        id: of the request.
-        prompt: its tokens, one at least.
-        params: how to go on.
-        ends: tokens that end it.
-        output: tokens generated; those that it comes with, another engine has.
-        logprobs: of the output that this engine generates, when asked for.
-        prompt_logprobs: of the prompt from its second token on, when asked for and not told before.
-        drafts: tokens that the MTP modules propose to follow, not verified.
-        computed: positions whose entries the pages hold.
-        pages: of the cache.
-        known_pages: pages that others can find.
-        cached: positions of the prompt that were found in the cache.
-        finish_reason: `stop`, `length` or `abort`; None while it goes on.
-        resumed: tokens of the output that it came with.
-        rng: the source of one number for each token of the output.
+        id: Name of the request.
+        prompt: Tokens of the prompt, at least one.
+        params: How tokens are chosen and when the request ends.
+        ends: Tokens that end the request.
+        output: Tokens generated, including tokens that another engine generated before.
+        logprobs: Log probabilities of the tokens that this engine generated, if requested.
+        prompt_logprobs: Log probabilities of the prompt from its second token on, if requested.
+        drafts: Tokens that the MTP modules propose, not verified.
+        computed: Number of positions whose cache entries are computed.
+        pages: Pages of the cache.
+        known_pages: Number of pages indexed for other requests.
+        cached: Number of positions of the prompt that were found in the cache.
+        finish_reason: `stop`, `length` or `abort`; None while the request runs.
+        resumed: Number of output tokens that another engine generated.
+        rng: Gives one random number for each token of the output.
     """
 
     id: str
@@ -67,16 +67,16 @@ class Sequence:
             self.rng.random()
 
     def __len__(self) -> int:
-        """Tokens that are certain."""
+        """Number of certain tokens."""
         return len(self.prompt) + len(self.output)
 
     @property
     def wants_prompt(self) -> bool:
-        """Whether the log probabilities of the prompt are to be told: with the first token, so not again."""
+        """Whether log probabilities of the prompt are computed; not again for a resumed request."""
         return self.params.prompt_logprobs and not self.resumed
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Certain tokens and drafts of positions start … end - 1."""
+        """Tokens of positions start … end - 1, certain ones and drafts."""
         n_prompt = len(self.prompt)
         if end <= n_prompt:
             return self.prompt[start:end]

@@ -1,4 +1,4 @@
-"""An engine that runs in a thread of its own, for callers in other threads."""
+"""Runs an engine in its own thread, for callers in other threads."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What is new about a request.
+    """New tokens and text of a request.
 
     Attributes:
-        text: that is certain now.
-        tokens: generated; the one that ended the text is among them.
-        logprobs: of these tokens, when asked for.
-        prompt_logprobs: of the prompt, with the first delta after it was read.
-        finish_reason: `stop`, `length` or `abort` in the last delta.
-        error: why there will be no more, in place of a finish_reason.
-        cached: positions of the prompt that were found in the cache.
-        version: of the weights that computed the tokens.
+        text: Text that has become certain.
+        tokens: New tokens, including a token that ended the text.
+        logprobs: Log probabilities of these tokens, if requested.
+        prompt_logprobs: Log probabilities of the prompt, if requested; with the first delta.
+        finish_reason: `stop`, `length` or `abort` in the last delta, otherwise None.
+        error: Error text that ends the request, in place of a finish_reason.
+        cached: Positions of the prompt that were found in the cache.
+        version: Version of the weights that computed the tokens.
     """
 
     text: str = ""
@@ -50,24 +50,30 @@ Listener = Callable[[Delta], None]
 
 
 @dataclass(slots=True)
-class _Request:
+class _GenerationRequest:
+    """A request under way.
+
+    Attributes:
+        reported: Number of new tokens that the listener has received.
+    """
+
     sequence: Sequence
     text: TextStream
     listener: Listener
-    told: int = 0
+    reported: int = 0
 
 
 class EngineService:
     """Runs an engine until `close`.
 
     Args:
-        engine: used by this thread alone from now on.
-        tokenizer: makes text.
-        version: of the weights.
-        abandon: called after a step has failed, before the next one: drops what is under way.
+        engine: The engine, used by the service's thread alone from now on.
+        tokenizer: Decodes tokens.
+        version: Version of the weights.
+        abandon: Called after a step has failed, to drop the calls to experts that are under way.
 
     Attributes:
-        taken: requests so far.
+        taken: Number of requests taken so far.
     """
 
     def __init__(
@@ -82,7 +88,7 @@ class EngineService:
         self._version = version
         self._tokenizer = tokenizer
         self._abandon = abandon
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, _GenerationRequest] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -100,14 +106,18 @@ class EngineService:
         output: Items[int] = (),
         limit: int | None = None,
     ) -> Future[None]:
-        """Take a request; `listener` is called in the engine's thread with every delta.
+        """Take a request.
 
         Args:
-            output: tokens that were generated and told elsewhere; the deltas are of what comes after them.
-            limit: requests that may wait already.
+            id: Name of the request.
+            prompt: Its tokens.
+            params: How tokens are chosen and when the request ends.
+            listener: Called in the engine's thread with every delta.
+            output: Tokens that another engine has generated and reported; deltas begin after them.
+            limit: Number of waiting requests at which the request is refused; None never refuses.
 
         Returns:
-            Done when the engine has it, with a ConfigError if it will not, or with QueueFull.
+            Resolved when the engine has taken the request; ConfigError or QueueFull when it is refused.
         """
 
         def add() -> None:
@@ -120,13 +130,13 @@ class EngineService:
             if text.stopped:
                 raise ConfigError("output has a stop string; there is nothing to go on with")
             sequence = self._engine.add(id, prompt, params, output)
-            self._requests[id] = _Request(sequence, text, listener)
+            self._requests[id] = _GenerationRequest(sequence, text, listener)
             self.taken += 1
 
         return self.call(add)
 
     def cancel(self, id: str) -> Future[None]:
-        """Drop a request; its listener hears no more."""
+        """Drop a request; its listener is not called any more."""
 
         def drop() -> None:
             self._requests.pop(id, None)
@@ -135,11 +145,11 @@ class EngineService:
         return self.call(drop)
 
     def call(self, work: Callable[[], _T]) -> Future[_T]:
-        """Let the engine's thread do something between two steps."""
+        """Call a function in the engine's thread, between two steps."""
         done: Future[_T] = Future()
 
         def command() -> None:
-            if not done.set_running_or_notify_cancel():  # whoever wanted it has gone
+            if not done.set_running_or_notify_cancel():  # cancelled by the caller
                 return
             try:
                 done.set_result(work())
@@ -154,7 +164,7 @@ class EngineService:
         return done
 
     def exchange(self, change: Callable[[], None], version: str) -> Future[None]:
-        """Let `change` give the engine other weights between two steps; what comes after it is theirs."""
+        """Replace the engine's weights by calling `change` between two steps; later deltas have `version`."""
 
         def exchange() -> None:
             change()
@@ -164,12 +174,12 @@ class EngineService:
 
     @property
     def version(self) -> str:
-        """Of the weights in use."""
+        """Version of the weights in use."""
         return self._version
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that run, and that wait."""
+        """Number of running and of waiting requests."""
         scheduler = self._engine.scheduler
         return len(scheduler.running), len(scheduler.waiting)
 
@@ -193,18 +203,18 @@ class EngineService:
                 self._fail("the server is shutting down")
                 return
             try:
-                for progress in self._engine.step():
-                    request = self._requests.get(progress.sequence.id)
+                for new in self._engine.step():
+                    request = self._requests.get(new.sequence.id)
                     if request is not None:
-                        self._tell(request, progress.tokens)
+                        self._report(request, new.tokens)
             except Exception as error:
                 ours = isinstance(error, RaymoeError)
                 self._fail(str(error) if ours else f"{type(error).__name__}: {error}")
                 if self._abandon is not None:
                     self._abandon()
 
-    def _tell(self, request: _Request, tokens: list[int]) -> None:
-        """Let a request's listener know of its new tokens, as far as its text goes."""
+    def _report(self, request: _GenerationRequest, tokens: list[int]) -> None:
+        """Report new tokens to a request's listener, up to the end of its text."""
         sequence = request.sequence
         reason = sequence.finish_reason
         new: list[int] = []
@@ -212,7 +222,7 @@ class EngineService:
         for token in tokens:
             new.append(token)
             if token in sequence.ends and reason == "stop" and len(new) == len(tokens):
-                break  # it ends the text and is no part of it
+                break  # it ends the text and has no text itself
             text += request.text.feed(token)
             if request.text.stopped:
                 reason = "stop"
@@ -223,9 +233,9 @@ class EngineService:
             self._requests.pop(sequence.id, None)
         if not new and reason is None:
             return
-        first = request.told == 0
-        logprobs = sequence.logprobs[request.told : request.told + len(new)]
-        request.told += len(new)
+        first = request.reported == 0
+        logprobs = sequence.logprobs[request.reported : request.reported + len(new)]
+        request.reported += len(new)
         request.listener(
             Delta(
                 text=text,

@@ -1,4 +1,4 @@
-"""From tokens to text as it grows, and where it ends."""
+"""The text of a request, decoded from its tokens one by one and ended at the first stop string."""
 
 from __future__ import annotations
 
@@ -7,70 +7,72 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from engine.stop_strings import StopStrings
+
 
 class TextStream:
-    """The text of one request, given out as soon as it is certain.
+    """The text of one request, released as soon as it is certain.
 
-    Bytes of a character that is not whole yet are held back, and so is what a stop string may begin with.
+    The bytes of an incomplete character are held back, and so is an end of the text that a stop string may
+    begin with.
 
     Args:
-        tokenizer: turns tokens into text; special ones into none.
-        stops: strings that end the text and are not part of it.
-        min_tokens: tokens up to which no stop string counts.
+        tokenizer: Decodes tokens; special tokens have no text.
+        stops: Strings that end the text and do not belong to it.
+        min_tokens: Number of tokens before which stop strings are ignored.
+
+    Attributes:
+        stopped: Whether a stop string has ended the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._stops = tuple(stops)
+        self._stops = StopStrings(stops)
         self._min_tokens = min_tokens
         self._tokens: list[int] = []
         self._text = ""
-        self._given = 0
-        self._judged = 0
+        self._released = 0
+        self._searched_from = 0
         self.stopped = False
 
     @property
     def text(self) -> str:
-        """All that has been given out."""
-        return self._text[: self._given]
+        """All text released so far."""
+        return self._text[: self._released]
 
     def feed(self, token: int) -> str:
-        """Take a token; the text that is certain now. After a stop string there is no more."""
+        """Take a token and return the text that has become certain; empty after a stop string."""
         self._tokens.append(token)
         self._text += self._stream.step(self._tokenizer, token) or ""
         if len(self._tokens) < self._min_tokens:
-            self._judged = len(self._text)
-        return self._give(self._certain())
+            self._searched_from = len(self._text)
+        return self._release(self._end_at_stop_string())
 
     def finish(self) -> str:
-        """The rest, when no token will follow."""
+        """The rest of the text, when no token will follow."""
         if not self.stopped:
             whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-            if whole.startswith(self._text):  # a character that was cut in two
+            if whole.startswith(self._text):  # adds an incomplete character at the end
                 self._text = whole
-                self._certain()
-        return self._give(len(self._text))
+                self._end_at_stop_string()
+        return self._release(len(self._text))
 
-    def _give(self, end: int) -> str:
-        new = self._text[self._given : end]
-        self._given = max(self._given, end)
+    def _release(self, end: int) -> str:
+        new = self._text[self._released : end]
+        self._released = max(self._released, end)
         return new
 
-    def _certain(self) -> int:
-        """How much of the text can be given out; cuts it where it ends."""
-        found = [at for stop in self._stops if (at := self._text.find(stop, self._judged)) >= 0]
-        if found:
-            self._text = self._text[: min(found)]
-            self.stopped = True
+    def _end_at_stop_string(self) -> int:
+        """Cut the text at the first stop string; the length of the text that is certain."""
+        if not self._stops:
             return len(self._text)
-        end = len(self._text)
-        for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._text) - self._judged), 0, -1):
-                if self._text.endswith(stop[:size]):
-                    end = min(end, len(self._text) - size)
-                    break
-        return max(end, self._given)
+        at = self._stops.find(self._text, self._searched_from)
+        if at is not None:
+            self._text = self._text[:at]
+            self.stopped = True
+            return at
+        return max(self._stops.certain_length(self._text, self._searched_from), self._released)
 
 
 __all__ = ["TextStream"]

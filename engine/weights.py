@@ -1,8 +1,8 @@
-"""The trunk's weights as decoding wants them: fewer, larger products, and attention in the latent space.
+"""The trunk's weights in the form used for inference: merged products, and attention in the latent space.
 
-A key is W_uk c + rope part, a value W_uv c, with the compressed c that the cache holds. So
+A key is W_uk c + rope part and a value is W_uv c, with the compressed c in the cache. Hence
 q · (W_uk c) = (W_uk' q) · c and Σ p W_uv c = W_uv Σ p c (section 2.1.2 of arXiv 2405.04434): queries are
-taken to the latent space, all heads attend to the cache's rows themselves, and no key or value is made.
+projected to the latent space, all heads attend to the rows of the cache, and no key or value is computed.
 
 Shapes: D hidden, H heads, C kv_lora_rank, R rotary dimensions, Q input of the queries (q_lora_rank or D).
 """
@@ -23,42 +23,41 @@ from model.moe import MoE
 from model.mtp import MTPModule
 from model.transformer import Transformer
 
-_WORTH = 2.0  # a merged product may have this many times the elements of the two that it replaces
+_WORTH = 2.0  # two factors are merged if the product has at most this many times their elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mixed:
-    """A SwiGLU network with gate and up projection in one: [2I, D] and [D, I]."""
+class SwiGLUWeights:
+    """A SwiGLU network whose gate and up projections are one matrix: gate_up [2I, D] and down [D, I]."""
 
     gate_up: Tensor
     down: Tensor
 
     @classmethod
-    def of(cls, mlp: SwiGLU) -> Mixed:
-        """From the module."""
+    def of(cls, mlp: SwiGLU) -> SwiGLUWeights:
+        """The weights of a module."""
         return cls(
             gate_up=torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).detach(),
             down=mlp.down_proj.weight.detach(),
         )
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """[N, D] to [N, D]."""
+        """The network applied to rows [N, D]: [N, D]."""
         gate, up = F.linear(rows, self.gate_up).chunk(2, dim=-1)
         return F.linear(F.silu(gate).mul_(up), self.down)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentProjections:
-    """What one layer's attention multiplies with.
+    """The projections of one layer's attention.
 
     Attributes:
         down: [Q + C + R, D], or [C + R, D] where queries are projected directly.
         query_norm: [Q]; None where queries are projected directly.
         latent_norm: [C].
-        query: [H·(C + R), Q] with W_uk in it, or [H·(nope + R), Q] with `w_uk` apart; times
-            the attention's scale.
+        query: [H·(C + R), Q] with W_uk merged in, or [H·(nope + R), Q] without; times the attention's scale.
         w_uk: [H, nope, C]; None where it is merged into `query`.
-        out: [D, H·C] with W_uv in it, or [D, H·v] with `w_uv` apart.
+        out: [D, H·C] with W_uv merged in, or [D, H·v] without.
         w_uv: [H, C, v]; None where it is merged into `out`.
     """
 
@@ -72,7 +71,7 @@ class LatentProjections:
 
     @classmethod
     def of(cls, attention: LatentAttention, config: ModelConfig) -> LatentProjections:
-        """From the module."""
+        """The weights of a module."""
         heads, nope, rope = attention.heads, attention.nope, attention.rope
         latent, v_size = attention.rank, attention.v_size
         order = _pairs(rope, config.rope_interleave)
@@ -90,7 +89,7 @@ class LatentProjections:
         out = attention.o_proj.weight.view(-1, heads, v_size)
         merged_query: Tensor | None = w_uk
         if latent * plain.shape[2] <= _WORTH * nope * (plain.shape[2] + latent):
-            # In float64: the product is rounded once, like the factors.
+            # In float64, so that the product is rounded once, like the factors.
             plain = (w_uk.double().transpose(1, 2) @ plain.double()).to(plain.dtype)
             merged_query = None
         merged_out: Tensor | None = w_uv.transpose(1, 2)
@@ -109,68 +108,77 @@ class LatentProjections:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Routed:
-    """Gate and shared experts of a mixture-of-experts layer."""
+class RoutedWeights:
+    """Gate and shared experts of a mixture-of-experts layer.
+
+    Attributes:
+        weight: [E, D], the gate's centroids.
+        bias: [E], the bias for the choice of experts.
+        shared: The shared experts.
+    """
 
     weight: Tensor
     bias: Tensor
-    shared: Mixed
+    shared: SwiGLUWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One block.
+class LayerWeights:
+    """One transformer block.
 
     Attributes:
-        index: model layer index.
-        mlp: the dense network; None where there are experts.
-        routed: their gate and the shared ones; None in a dense layer.
+        index: Model layer index.
+        attention_norm: [D], the norm before attention.
+        attention: Projections of the attention.
+        mlp_norm: [D], the norm before the feed-forward part.
+        mlp: The network of a dense layer; None in a mixture-of-experts layer.
+        routed: Gate and shared experts; None in a dense layer.
     """
 
     index: int
     attention_norm: Tensor
     attention: LatentProjections
     mlp_norm: Tensor
-    mlp: Mixed | None
-    routed: Routed | None
+    mlp: SwiGLUWeights | None
+    routed: RoutedWeights | None
 
     @classmethod
-    def of(cls, block: Block, index: int, config: ModelConfig) -> Layer:
-        """From the module."""
+    def of(cls, block: Block, index: int, config: ModelConfig) -> LayerWeights:
+        """The weights of a module."""
         mlp = block.mlp
         routed = None
         if isinstance(mlp, MoE):
-            routed = Routed(
+            routed = RoutedWeights(
                 weight=mlp.gate.weight.detach(),
                 bias=mlp.gate.e_score_correction_bias.detach().clone(),
-                shared=Mixed.of(mlp.shared_experts),
+                shared=SwiGLUWeights.of(mlp.shared_experts),
             )
         return cls(
             index=index,
             attention_norm=block.input_layernorm.weight.detach(),
             attention=LatentProjections.of(block.self_attn, config),
             mlp_norm=block.post_attention_layernorm.weight.detach(),
-            mlp=Mixed.of(mlp) if isinstance(mlp, SwiGLU) else None,
+            mlp=SwiGLUWeights.of(mlp) if isinstance(mlp, SwiGLU) else None,
             routed=routed,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Module:
-    """One multi-token-prediction module; its joining weights are None in `parallel` mode."""
+class ModuleWeights:
+    """One multi-token-prediction module; the join and the norms before it are None in `parallel` mode."""
 
-    layer: Layer
+    layer: LayerWeights
     norm: Tensor
     embedding_norm: Tensor | None
     hidden_norm: Tensor | None
     join: Tensor | None
 
     @classmethod
-    def of(cls, module: MTPModule, index: int, config: ModelConfig) -> Module:
-        """From the module."""
+    def of(cls, module: MTPModule, index: int, config: ModelConfig) -> ModuleWeights:
+        """The weights of a module."""
         chain = config.mtp_mode == "chain"
         return cls(
-            layer=Layer.of(module, index, config),
+            layer=LayerWeights.of(module, index, config),
             norm=module.shared_head.norm.weight.detach(),
             embedding_norm=module.enorm.weight.detach() if chain else None,
             hidden_norm=module.hnorm.weight.detach() if chain else None,
@@ -180,35 +188,36 @@ class Module:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkWeights:
-    """The whole trunk: embedding [V, D], layers, final norm, head [V, D], MTP modules."""
+    """The whole trunk: embedding [V, D], layers, final norm [D], head [V, D], MTP modules."""
 
     config: ModelConfig
     embedding: Tensor
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Tensor
-    modules: tuple[Module, ...]
+    modules: tuple[ModuleWeights, ...]
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: Transformer, *, modules: bool = True) -> TrunkWeights:
-        """From a model, whose own weights can go after that.
+        """The weights of a model, which is not needed afterwards.
 
         Args:
-            modules: take the MTP modules; without them inference is plain.
+            model: The model.
+            modules: Whether to take the MTP modules; without them no drafts are made.
         """
         config = model.config
         blocks = model.model.layers
-        drafting: list[Module] = []
+        drafting: list[ModuleWeights] = []
         for index in config.mtp_layers if modules else ():
             block = blocks[index]
             assert isinstance(block, MTPModule)
-            drafting.append(Module.of(block, index, config))
-        main: list[Layer] = []
+            drafting.append(ModuleWeights.of(block, index, config))
+        main: list[LayerWeights] = []
         for index in range(config.num_hidden_layers):
             block = blocks[index]
             assert isinstance(block, Block)
-            main.append(Layer.of(block, index, config))
+            main.append(LayerWeights.of(block, index, config))
         return cls(
             config=config,
             embedding=model.model.embed_tokens.weight.detach(),
@@ -220,9 +229,16 @@ class TrunkWeights:
 
 
 def _pairs(size: int, interleave: bool) -> Tensor:
-    """The order in which rotary dimensions that turn together are neighbours."""
+    """The order in which the two rotary dimensions of each pair are neighbours."""
     order = torch.arange(size)
     return order if interleave else order.view(2, size // 2).t().flatten()
 
 
-__all__ = ["LatentProjections", "Layer", "Mixed", "Module", "Routed", "TrunkWeights"]
+__all__ = [
+    "LatentProjections",
+    "LayerWeights",
+    "ModuleWeights",
+    "RoutedWeights",
+    "SwiGLUWeights",
+    "TrunkWeights",
+]

@@ -126,7 +126,8 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Seal(self, request, context):
-        """Before Prepare, where experts have several holders: gradients of the step are complete, for the others to fetch.
+        """Called before Prepare where experts have several holders: no more gradients of the step are accepted, so that
+        the other holders can fetch them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,7 +200,7 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Put(self, request_iterator, context):
-        """The first frame has Header.stored; the tensors follow as those of Fetch do.
+        """The first frame has Header.stored; the tensors follow as in Fetch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

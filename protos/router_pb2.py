@@ -26,7 +26,7 @@ from protos import expert_pb2 as protos_dot_expert__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/router.proto\x12\traymoe.v1\x1a\x13protos/expert.proto\x1a\x13protos/tensor.proto\"L\n\x0cRouteRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\x05\x12!\n\x06hidden\x18\x03 \x01(\x0b\x32\x11.raymoe.v1.Tensor\"\xa7\x01\n\nRouteReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12!\n\x06output\x18\x03 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\"\n\x07\x65xperts\x18\x04 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\x12\x14\n\x0c\x62ias_version\x18\x06 \x01(\x03\x32\x45\n\x06Router\x12;\n\x05Route\x12\x17.raymoe.v1.RouteRequest\x1a\x15.raymoe.v1.RouteReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/router.proto\x12\traymoe.v1\x1a\x13protos/expert.proto\x1a\x13protos/tensor.proto\"L\n\x0cRouteRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\x05\x12!\n\x06hidden\x18\x03 \x01(\x0b\x32\x11.raymoe.v1.Tensor\"\x97\x01\n\nRouteReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12!\n\x06status\x18\x02 \x01(\x0b\x32\x11.raymoe.v1.Status\x12!\n\x06output\x18\x03 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\"\n\x07\x65xperts\x18\x04 \x01(\x0b\x32\x11.raymoe.v1.Tensor\x12\r\n\x05\x65poch\x18\x05 \x01(\x03J\x04\x08\x06\x10\x07\x32\x45\n\x06Router\x12;\n\x05Route\x12\x17.raymoe.v1.RouteRequest\x1a\x15.raymoe.v1.RouteReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTEREQUEST']._serialized_start=76
   _globals['_ROUTEREQUEST']._serialized_end=152
   _globals['_ROUTEREPLY']._serialized_start=155
-  _globals['_ROUTEREPLY']._serialized_end=322
-  _globals['_ROUTER']._serialized_start=324
-  _globals['_ROUTER']._serialized_end=393
+  _globals['_ROUTEREPLY']._serialized_end=306
+  _globals['_ROUTER']._serialized_start=308
+  _globals['_ROUTER']._serialized_end=377
 # @@protoc_insertion_point(module_scope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.messages.transfer_orders import EXPERTS, Stored
+from actors.messages.transfer_orders import EXPERTS, StoredCopy
 from actors.messages.trunk_parts import TRUNK, complete
 
 DECISIONS = "decisions"
@@ -30,7 +30,7 @@ class CommonSnapshot:
 
 
 def newest_common(
-    inventories: Mapping[str, Sequence[Stored]], *, layers: Sequence[int], n_experts: int
+    inventories: Mapping[str, Sequence[StoredCopy]], *, layers: Sequence[int], n_experts: int
 ) -> CommonSnapshot | None:
     """The newest step of which all experts, the trunk and the decisions are in memory; None without one.
 
@@ -48,7 +48,7 @@ def newest_common(
 
 
 def _common(
-    step: int, inventories: Mapping[str, Sequence[Stored]], layers: Sequence[int], n_experts: int
+    step: int, inventories: Mapping[str, Sequence[StoredCopy]], layers: Sequence[int], n_experts: int
 ) -> CommonSnapshot | None:
     rows = {layer: [set[str]() for _ in range(n_experts)] for layer in layers}
     decisions: list[str] = []

@@ -78,7 +78,7 @@ class HostSnapshots:
         for id, keeper in keepers.items():
             with suppress(RaymoeError):
                 for stored in members[id][1].inventory() if id in members else ():
-                    mine = (stored.kind, stored.of, stored.step) == (EXPERTS, id, step)
+                    mine = (stored.kind, stored.owner, stored.step) == (EXPERTS, id, step)
                     if mine and keeper not in stored.pushed and keeper not in stored.failed:
                         return False
         return True

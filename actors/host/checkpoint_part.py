@@ -1,7 +1,7 @@
 """An expert host's part of a checkpoint: its weights under Hugging Face's names, and AdamW's moments.
 
-Files of one host: `model-<host>.safetensors` and `optimizer-<host>.safetensors`. Every tensor is one
-expert's, so that hosts of another placement can each read just their own.
+A host writes `model-<host>.safetensors` and `optimizer-<host>.safetensors`. Every tensor belongs to one
+expert, so that hosts of another placement can read only the experts that they hold.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _KINDS = ("exp_avg", "exp_avg_sq")
 
 
 class MomentSource(Protocol):
-    """Where a host gets its experts' moments from."""
+    """A source of the optimizer moments of experts."""
 
     def moments(self, layer: int, expert: int) -> tuple[Pair, Pair]:
-        """(exp_avg, exp_avg_sq) of w13 [2I, D], and those of w2 [D, I]."""
+        """(exp_avg, exp_avg_sq) of w13 [2I, D], and (exp_avg, exp_avg_sq) of w2 [D, I]."""
         ...
 
 
@@ -35,12 +35,13 @@ def save_experts(
     weights: Iterable[tuple[int, int, Tensor, Tensor]],
     moments: Iterable[tuple[int, int, Pair, Pair]],
 ) -> list[str]:
-    """Write a host's experts; the names of the files.
+    """Write a host's experts and return the names of the files.
 
     Args:
-        directory: exists.
-        weights: layer, expert, w13, w2.
-        moments: layer, expert, and (exp_avg, exp_avg_sq) of each; none when the host does not train.
+        directory: An existing directory.
+        host_id: Id of the host.
+        weights: Layer, expert, w13 and w2 of each expert.
+        moments: Layer, expert and (exp_avg, exp_avg_sq) of w13 and w2; empty when the host does not train.
     """
     files = []
     named = {
@@ -60,7 +61,7 @@ def save_experts(
 
 
 class SavedMoments:
-    """The moments in a checkpoint's `optimizer-*.safetensors`, whichever hosts wrote them.
+    """The moments in the `optimizer-*.safetensors` files of a checkpoint, whose experts may lie in any file.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -74,10 +75,10 @@ class SavedMoments:
             self._readers.update(dict.fromkeys(reader.names, reader))
 
     def moments(self, layer: int, expert: int) -> tuple[Pair, Pair]:
-        """See `MomentSource`.
+        """The moments of an expert.
 
         Raises:
-            CheckpointError: the expert's moments are not there.
+            CheckpointError: the expert's moments are missing.
         """
         first, second = (self._of(layer, expert, kind) for kind in _KINDS)
         return (first[0], second[0]), (first[1], second[1])

@@ -1,186 +1,190 @@
 """An expert host: a shard of the routed experts of all MoE layers, with gradients and moments in training.
 
-Steps are 0-based. A host that has committed steps 0 … s-1 is at step s: it holds the weights that step
-s computes with. A request of step s+1 that comes while s is being committed waits until its layer has
-been; every other step is refused. Without an optimizer (serving) the host looks at no step, and may
-hold several versions of its weights, by epoch: routers change from one to another at different times.
+`ExpertHost` is put together from one object for each task: requests of routers (`request_execution`), commits
+of optimizer steps (`step_commits`), moves of expert state (`state_transfers`) and snapshots
+(`snapshot_replication`, `snapshot_store`). All of them work on the same versions (`hosted_versions`).
+
+A host that trains has one current version. A serving host may hold several versions of its weights, by epoch,
+because routers change from one to another at different times.
 """
 
 from __future__ import annotations
 
-from time import perf_counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from actors.host.expert_layers import Layer
-from actors.host.expert_versions import Version
-from actors.host.host_state import HostState
-from actors.host.request_payload import local_experts, payload
+from actors.host.checkpoint_part import Pair, save_experts
+from actors.host.host_settings import HostResources, HostSettings, InitialExperts
+from actors.host.hosted_versions import HostedVersions
+from actors.host.request_execution import RequestExecutor
+from actors.host.snapshot_replication import SnapshotReplication
+from actors.host.snapshot_store import SnapshotStore
+from actors.host.state_transfers import StateTransfers, initial_version
+from actors.host.step_commits import StepCommits
+from actors.host.usage_meter import UsageMeter
 from actors.messages.host_control import HostStats
-from channels.base import Phase, Request, RequestId
-from channels.shm.mailbox import HostMailbox
-from errors import ProtocolError, RaymoeError, StaleEpoch
-from kernels.experts import mix_experts
-from model.device_copies import to_cpu
-from model.experts.grouped_swiglu import experts_backward, experts_forward
+from actors.messages.timeline import Timeline
+from actors.messages.transfer_orders import Assembly, Blob, Pull, StoredCopy
+from cluster.topology import HostInfo
+from errors import ProtocolError
+from model.config import ModelConfig
 
 
-class ExpertHost(HostState):
-    """Answers routers' requests, and the coordinator's prepare and commit; takes what `HostState` takes.
+class ExpertHost:
+    """Answers routers' requests and the coordinator's commands; implements `HostControl` and `Peer`.
 
-    All methods may be called from several threads at once.
+    All methods may be called from several threads at the same time.
+
+    Args:
+        host_id: Name of the host.
+        config: The model.
+        initial: The experts that the host starts with.
+        settings: How the host computes.
+        resources: Checkpoints, memory and other hosts, for assemblies.
+        timeline: Records when the host computes.
+
+    Attributes:
+        versions: The experts, by epoch.
+        snapshots: Copies of state kept in memory for recovery.
+        transfers: Moves of expert state.
+        handle: Answers one request; see `RequestExecutor.handle`. Channels call it directly.
+        answer: Answers a request in a mailbox; see `RequestExecutor.answer`. Mailboxes call it directly.
+
+    Raises:
+        CheckpointError: from the source of the initial experts.
     """
 
-    def answer(self, box: HostMailbox) -> None:
-        """Answer a request in a mailbox; what cannot be is refused, and comes again to `handle`."""
-        epoch, index = box.call
-        version = self._versions.held.get(epoch)
-        layer = None if version is None else version.layers.get(index)
-        fits = box.width == self.config.hidden_size and box.dtype == self._numpy_dtype
-        if layer is None or layer.optimizer is not None or not fits:
-            box.reply(answered=False)
-            return
-        self._meter.begin()
-        started = perf_counter()
-        n, n_pairs = box.accept(layer.local_of)
-        if n:
-            parts = box.box
-            partial = parts.partial[:n]
-            partial[:] = 0
-            mix_experts(
-                parts.rows[:n],
-                box.row_ptr[: n + 1],
-                box.expert[:n_pairs],
-                parts.gate[:n_pairs],
-                layer.shard.w13.numpy(),
-                layer.shard.w2.numpy(),
-                partial,
-            )
-        box.reply(answered=n > 0)
-        self._meter.forward(Phase.INFER, n, perf_counter() - started, index, layer, box.expert[:n_pairs])
-        self._meter.end()
+    def __init__(
+        self,
+        host_id: str,
+        config: ModelConfig,
+        initial: InitialExperts,
+        *,
+        settings: HostSettings | None = None,
+        resources: HostResources | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        settings = settings or HostSettings()
+        resources = resources or HostResources()
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.id = host_id
+        self.config = config
+        self.settings = settings
+        self.versions = HostedVersions(host_id, initial_version(config, settings, initial))
+        self.snapshots = SnapshotStore(host_id, config, settings.dtype)
+        self.transfers = StateTransfers(host_id, config, settings, self.versions, self.snapshots, resources)
+        self._commits = StepCommits(host_id, self.versions, timeline)
+        self._replication = SnapshotReplication(
+            host_id, self.versions, self.snapshots, resources.connect, settings.commit_timeout
+        )
+        self._meter = UsageMeter(config)
+        requests = RequestExecutor(host_id, config, settings, self.versions, self._meter, timeline)
+        self.handle = requests.handle
+        self.answer = requests.answer
 
-    def handle(self, request: Request) -> tuple[Tensor, ...]:
-        """Answer one request of a router; see `channels.base` for the payloads.
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return torch.device(self.settings.device)
 
-        Raises:
-            StaleEpoch: the request was routed with an epoch that the host does not hold.
-            ProtocolError: an expert of another host, a step that is not current, a malformed payload, or
-                a BACKWARD without its FORWARD.
-        """
-        self._meter.begin()
-        try:
-            return self._handle(request)
-        finally:
-            self._meter.end()
+    @property
+    def step(self) -> int:
+        """Number of steps committed, which is the step that the current weights are for."""
+        return self.versions.current.step
 
-    def _handle(self, request: Request) -> tuple[Tensor, ...]:
-        id = request.id
-        version = self._versions.held.get(id.epoch)
-        if id.phase is Phase.RELEASE:
-            if version is not None:
-                version.ledger.release(id)
-            return ()
-        if version is None:
-            raise self._stale(id)
-        layer = version.layers.get(id.layer)
-        if layer is None:
-            raise ProtocolError(
-                f"expert host {self.id} has no experts of layer {id.layer}, only of {sorted(version.layers)}"
-            )
-        self._await_step(version, layer, id)
-        work = self._backward if id.phase is Phase.BACKWARD else self._forward
-        if self._timeline is None:
-            return work(version, layer, request)
-        name, track = f"{id.phase.name.lower()} {id.layer}", f"{id.router}, microbatch {id.microbatch}"
-        with self._timeline.span(id.step, name, track=track, rows=request.tensors[0].shape[0]):
-            return work(version, layer, request)
+    @property
+    def epoch(self) -> int:
+        """Epoch of the current version."""
+        return self.versions.current.epoch
 
-    def prepare(self, step: int, epoch: int | None = None) -> float:
-        """First half of a commit: seal the step's gradients and return the sum of their squares (float64).
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        """Keep the current version alone, under another epoch."""
+        self.versions.rename(epoch)
 
-        Those of experts that others hold too are summed over the holders, all of which have sealed them, and
-        counted by one.
-
-        Args:
-            epoch: that whoever asks believes current; None for whichever is.
-
-        Raises:
-            ProtocolError: the host is at another step or epoch.
-            ChannelError: another holder of its experts is lost.
-        """
-        version = self._seal(step, epoch)
-        # Without the lock: a holder that hangs shall keep nobody else waiting.
-        if version.shares is not None:
-            version.shares.gather(version.layers, step)
-            return version.shares.squared_norm(version.layers)
-        optimizers = (layer.optimizer for layer in version.layers.values())
-        return sum((one.squared_norm() for one in optimizers if one is not None), 0.0)
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """All epochs whose requests are answered."""
+        return tuple(self.versions.held)
 
     def seal(self, step: int, epoch: int | None = None) -> None:
-        """Take no more gradients of a step, so that other holders of experts can fetch them.
+        self._commits.seal(step, epoch)
 
-        Raises:
-            ProtocolError: the host is at another step or epoch.
-        """
-        self._seal(step, epoch)
-
-    def _seal(self, step: int, epoch: int | None) -> Version:
-        with self._committing:
-            version = self._versions.at(epoch)
-            self._versions.check(version, step)
-            version.sealed = True
-            return version
+    def prepare(self, step: int, epoch: int | None = None) -> float:
+        return self._commits.prepare(step, epoch)
 
     def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
-        """Second half: AdamW with gradients times `scale`; layer by layer, each usable at once.
+        self._commits.commit(step, learning_rate, scale, epoch)
 
-        A repeat of the last commit does nothing. Activations that were never used are dropped.
+    def save(self, directory: str, epoch: int | None = None) -> list[str]:
+        """Write the host's weights and moments into a checkpoint; the names of the files.
+
+        Of an expert with several holders, one holder writes.
 
         Raises:
-            ProtocolError: the step is neither the prepared one nor the last committed one, or the epoch is
-                not the current one: whoever asks is of an attempt that is over.
+            ProtocolError: the host is at another epoch.
+            CheckpointError: the directory cannot be written to.
         """
-        changed = self._versions.changed
-        with self._committing:
-            version = self._versions.at(epoch)
-            if step == version.step - 1:
-                return
-            self._versions.check(version, step)
-            shares = version.shares
-            if not version.sealed or not (shares is None or shares.has(step)):
-                raise ProtocolError(f"commit of step {step} on expert host {self.id} without a prepare")
-            version.moving = True
-            try:
-                version.ledger.clear()
-                for index, layer in version.layers.items():
-                    if layer.optimizer is not None:
-                        if shares is not None:
-                            shares.apply(index, layer)
-                        layer.optimizer.step(learning_rate, scale)
-                        layer.optimizer.zero_grad()
-                    with changed:
-                        layer.step = step + 1
-                        changed.notify_all()
-            except Exception as error:
-                # A part of the layers may have moved: nothing that this host holds is of one version now.
-                with changed:
-                    version.failure = f"expert host {self.id} failed in the commit of step {step}: {error}"
-                    changed.notify_all()
-                raise
-            with changed:
-                version.step, version.sealed, version.moving = step + 1, False, False
-                changed.notify_all()
-            if self._timeline is not None:
-                self._timeline.done(step)
+        with self.versions.commit_lock:
+            version = self.versions.at(epoch)
+            weights = (one for one in version.weights() if version.speaks_for(one[0], one[1]))
+            moments = (one for one in version.moments() if version.speaks_for(one[0], one[1]))
+            return save_experts(Path(directory), self.id, weights, moments)
+
+    def assemble(self, order: Assembly) -> None:
+        self.transfers.assemble(order)
+
+    def retain(self, *epochs: int) -> None:
+        """Drop the experts of all epochs except these, the last of which becomes the current one.
+
+        Requests under way complete with the version that they started with. In training the host goes on from
+        the current version's step and drops its snapshots of later steps.
+
+        Raises:
+            ProtocolError: the host does not hold one of them.
+        """
+
+        def drop_later_snapshots() -> None:
+            if self.settings.trains:
+                self.snapshots.rewind(self.step)
+
+        self.versions.retain(epochs, on_switch=drop_later_snapshots)
+
+    def fetch(self, pull: Pull) -> Iterator[bytes]:
+        return self.transfers.fetch(pull)
+
+    def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
+        """Copy the state of a step aside and send the copy to buddies; see `SnapshotReplication.snapshot`.
+
+        Raises:
+            ProtocolError: the host does not train, or is at another step or epoch.
+        """
+        if not self.settings.trains:
+            raise ProtocolError(f"expert host {self.id} does not train: it has no step to copy")
+        self._replication.snapshot(step, buddies, epoch)
+
+    def store(self, frames: Iterator[bytes]) -> None:
+        self.snapshots.store(frames)
+
+    def put(self, blob: Blob) -> None:
+        self.snapshots.put(blob)
+
+    def get(self, name: str, step: int) -> Blob:
+        return self.snapshots.get(name, step)
+
+    def inventory(self) -> list[StoredCopy]:
+        return self.snapshots.inventory()
 
     def loads(self) -> Tensor:
-        """[L, E] int64, pairs of forward passes since the host began, rows by `ModelConfig.moe_layers`."""
+        """Token-expert pairs of forward passes since the host started: [L, E] int64, rows by `moe_layers`."""
         return self._meter.loads()
 
     def stats(self) -> HostStats:
-        """Counters; cheap, at any time."""
-        versions = self._versions
+        versions = self.versions
         current = versions.current
         kept = [version.ledger.kept() for version in versions.held.values()]
         requests, rows, busy = self._meter.read()
@@ -198,81 +202,27 @@ class ExpertHost(HostState):
             in_flight=self._meter.in_flight,
             epochs=tuple(versions.held),
             experts={index: len(layer.experts) for index, layer in current.layers.items()},
-            failed_pushes=self._memory.failed_pushes(),
+            failed_pushes=self.snapshots.failed_pushes(),
         )
 
-    def _forward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
-        id = request.id
-        rows, _, _, gate = payload(request, 4, self._device)
-        if rows.dtype != self.dtype or rows.ndim != 2 or rows.shape[1] != self.config.hidden_size:
-            raise ProtocolError(
-                f"expert host {self.id} takes rows [n, {self.config.hidden_size}] of {self.dtype}, "
-                f"not {list(rows.shape)} of {rows.dtype}"
-            )
-        keep = id.phase is Phase.FORWARD
-        if keep and layer.optimizer is None:
-            raise ProtocolError(f"expert host {self.id} holds no optimizer: it answers INFER, not FORWARD")
-        row_ptr, local = local_experts(self.id, layer, request)
-        started = perf_counter()
-        partial, saved = experts_forward(layer.shard, rows, row_ptr, local, gate, keep=keep)
-        if saved is not None:
-            version.ledger.keep(id, saved)
-        reply = self._answered(request, partial)
-        seconds = perf_counter() - started
-        self._meter.forward(id.phase, rows.shape[0], seconds, id.layer, layer, local.numpy())
-        return reply
+    def gradients(self) -> list[Tensor]:
+        """The flat gradient buffers, which workers all-reduce when each of them holds the experts."""
+        return self.versions.current.gradients()
 
-    def _backward(self, version: Version, layer: Layer, request: Request) -> tuple[Tensor, ...]:
-        (d_partial,) = payload(request, 1, self._device)
-        call, saved = version.ledger.begin_backward(request.id)
-        if saved is not None:
-            try:
-                if version.sealed:
-                    raise ProtocolError(f"step {request.id.step} is sealed: its gradients have been counted")
-                if d_partial.shape != saved.rows.shape:
-                    raise ProtocolError(
-                        f"d_partial is {list(d_partial.shape)}, the rows were {list(saved.rows.shape)}"
-                    )
-                started = perf_counter()
-                call.reply = self._answered(request, *experts_backward(layer.shard, saved, d_partial))
-                self._meter.backward(d_partial.shape[0], perf_counter() - started)
-            except BaseException as error:
-                call.error = f"{type(error).__name__}: {error}"
-                raise
-            finally:
-                call.finish()
-        return call.wait(self._commit_timeout)
+    def weights(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Every expert of the current version; see `HostedVersion.weights`."""
+        return self.versions.current.weights()
 
-    def _answered(self, request: Request, *made: Tensor) -> tuple[Tensor, ...]:
-        """A reply on the device that the request's rows came on."""
-        return made if request.tensors[0].device == self._device else to_cpu(*made)
+    def moments(self) -> Iterator[tuple[int, int, Pair, Pair]]:
+        """The moments of every expert of the current version; see `HostedVersion.moments`."""
+        return self.versions.current.moments()
 
-    def _await_step(self, version: Version, layer: Layer, id: RequestId) -> None:
-        if layer.optimizer is None or (id.step == layer.step and version.failure is None):
-            return
-        changed = self._versions.changed
-        with changed:
-            if id.step == layer.step + 1:
-                changed.wait_for(
-                    lambda: layer.step >= id.step or version.gone or version.failure is not None,
-                    self._commit_timeout,
-                )
-            if version.gone:
-                raise self._stale(id)
-            if version.failure is not None:
-                raise RaymoeError(version.failure)
-            if id.step != layer.step:
-                raise ProtocolError(
-                    f"router {id.router!r} asks for step {id.step} of layer {id.layer}, but expert host "
-                    f"{self.id} is at step {layer.step}"
-                )
+    def ping(self, timeout: float) -> None:
+        pass
 
-    def _stale(self, id: RequestId) -> StaleEpoch:
-        return StaleEpoch(
-            f"expert host {self.id} is at placement epoch {self.epoch}, the request of router "
-            f"{id.router!r} at {id.epoch}: fetch the routing table and send again",
-            epoch=self.epoch,
-        )
+    def close(self) -> None:
+        """Close the connections to other hosts."""
+        self.versions.close()
 
 
 __all__ = ["ExpertHost"]

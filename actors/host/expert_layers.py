@@ -1,7 +1,8 @@
-"""One layer's experts on a host: weights, in training gradients and moments too; and copies of them.
+"""The experts of one layer on a host: weights, in training also gradients and moments; and copies of layers.
 
-Of an expert the *parts* are w13 [2I, D] and w2 [D, I], and with its moments exp_avg and exp_avg_sq of w13,
-then of w2. In training they are what AdamW moves, which is float32 where the host computes in half precision.
+The *parts* of an expert are w13 [2I, D] and w2 [D, I], and with its moments also exp_avg and exp_avg_sq of
+w13, then of w2. In training they are the values that AdamW updates, which are float32 where the host
+computes in half precision.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ Parts = tuple[Tensor, ...]
 
 
 @dataclass(slots=True, eq=False)
-class Layer:
-    """One layer's experts, in use.
+class ExpertLayer:
+    """The experts of one layer.
 
     Attributes:
-        experts: global ids; position in the tuple = index in the shard.
-        ids: the same, for compiled functions.
+        experts: Global ids, in the order of the shard.
+        ids: The same as an array, for compiled functions.
         local_of: [E] int32, global id -> index in the shard, -1 for experts of other hosts.
-        step: steps committed.
+        shard: The weights.
+        optimizer: AdamW over the weights; None in serving.
+        step: Number of steps committed.
     """
 
     experts: tuple[int, ...]
@@ -41,7 +44,7 @@ class Layer:
     step: int
 
     def parts(self, expert: int, *, moments: bool) -> Parts:
-        """Live views of an expert's parts."""
+        """Live views of the parts of an expert."""
         at = int(self.local_of[expert])
         if self.optimizer is None:
             return (self.shard.w13[at], self.shard.w2[at])
@@ -51,23 +54,23 @@ class Layer:
         return values + tuple(one[at] for pair in self.optimizer.moments().values() for one in pair)
 
     def filled(self) -> None:
-        """Somebody has written to the parts."""
+        """Update the weights used in computation after new values were written to the parts."""
         if self.optimizer is not None:
             self.optimizer.round_values()
 
 
-Layers = dict[int, Layer]
+ExpertLayers = dict[int, ExpertLayer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerMaker:
-    """Makes layers as a host needs them.
+    """Makes the layers of a host.
 
     Attributes:
-        config: the model.
-        optimizer: settings of AdamW; None for a host that only infers.
-        dtype: that is computed in; of the weights, and of the moments unless it is half precision.
-        device: where they live.
+        config: The model.
+        optimizer: Settings of AdamW; None for a host that only infers.
+        dtype: Type of the weights, and of the moments unless it is half precision.
+        device: Where weights and moments live.
     """
 
     config: ModelConfig
@@ -75,7 +78,7 @@ class LayerMaker:
     dtype: torch.dtype
     device: torch.device
 
-    def layer(self, experts: Iterable[int], step: int) -> Layer:
+    def layer(self, experts: Iterable[int], step: int) -> ExpertLayer:
         """A layer whose weights are yet to be filled; gradients and moments are zero.
 
         Args:
@@ -100,14 +103,14 @@ class LayerMaker:
             )
             optimizer.step_count = step
             shard.d_w13, shard.d_w2 = optimizer.gradients["w13"], optimizer.gradients["w2"]
-        return Layer(ids, np.asarray(ids, np.int64), local_of, shard, optimizer, step)
+        return ExpertLayer(ids, np.asarray(ids, np.int64), local_of, shard, optimizer, step)
 
 
 class LayerCopy:
-    """A copy of one layer's weights and moments in the CPU's memory, laid out as AdamW lays out its own.
+    """A copy of one layer's weights and moments in CPU memory, with the layout of AdamW's buffers.
 
     Attributes:
-        experts: global ids.
+        experts: Global ids.
         flat: [3, total]: weights, exp_avg, exp_avg_sq.
     """
 
@@ -124,18 +127,18 @@ class LayerCopy:
         self._w2 = self.flat[:, second : second + counts[1]].view(3, n, hidden, wide)
 
     def parts(self, expert: int, *, moments: bool) -> Parts:
-        """Views of an expert's parts."""
+        """Views of the parts of an expert."""
         at = self.experts.index(expert)
         weights = (self._w13[0, at], self._w2[0, at])
         if not moments:
             return weights
         return (*weights, self._w13[1, at], self._w13[2, at], self._w2[1, at], self._w2[2, at])
 
-    def take(self, layer: Layer) -> None:
-        """Copy a layer that trains, in one sweep over memory."""
+    def take(self, layer: ExpertLayer) -> None:
+        """Copy the weights and moments of a layer that trains."""
         assert layer.optimizer is not None
         (state,) = layer.optimizer.state_buffers()
         self.flat.copy_(state)
 
 
-__all__ = ["Layer", "LayerCopy", "LayerMaker", "Layers", "Parts"]
+__all__ = ["ExpertLayer", "ExpertLayers", "LayerCopy", "LayerMaker", "Parts"]

@@ -1,8 +1,9 @@
-"""Gradients of experts that several hosts hold, summed over these hosts before a step is committed.
+"""Gradients of experts with several holders, summed over the holders before a step is committed.
 
-Tokens take turns among the replicas of an expert, so each holder has the gradients of its own share. When
-a step is sealed, holders fetch one another's and add them up in the same order: all of them apply the same
-step, and one of them speaks for the expert where something is counted or written once.
+The tokens of an expert are distributed over its holders, so each holder has the gradients of its share. When
+a step has been sealed, the holders fetch each other's gradients and add them in the same order, so all of
+them apply the same step. One holder speaks for the expert: it counts the gradient's norm and writes
+checkpoints.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from actors.host.expert_layers import Layer
-from actors.messages.tensor_stream import Inflow
+from actors.host.expert_layers import ExpertLayer
+from actors.messages.tensor_stream import TensorFiller
 from actors.messages.transfer_orders import Origin, Peer, Pull, grouped, pairs
 from cluster.topology import HostInfo
 from errors import ChannelError, RaymoeError, RemoteError, is_loss
@@ -23,14 +24,14 @@ Pair = tuple[int, int]
 """(layer, expert)."""
 
 
-class Summing:
-    """Of one host and epoch. Any thread may call.
+class GradientSums:
+    """Gradient sums of one host and epoch; several threads may call them at the same time.
 
     Args:
-        host: id of this host.
-        epoch: of the experts.
-        shared: other holders of experts of this host, each with those that it holds too.
-        connect: reaches a holder.
+        host: Id of this host.
+        epoch: Epoch of the experts.
+        shared: Other holders of this host's experts, each with the experts that it holds.
+        connect: Opens a connection to a holder.
     """
 
     def __init__(
@@ -45,28 +46,28 @@ class Summing:
         self._holders = holders
         self._gathering = threading.Lock()
         self._sums: dict[Pair, tuple[Tensor, Tensor]] = {}
-        self._gathered = -1  # the step of the sums
+        self._gathered = -1  # step of the sums
         self._opening = threading.Lock()
         self._peers: dict[str, Peer] = {}
         self._closed = False
 
     def __bool__(self) -> bool:
-        """Whether there is anything to sum."""
+        """Whether any expert has another holder."""
         return bool(self._holders)
 
     def speaks_for(self, layer: int, expert: int) -> bool:
-        """Whether it is this host that an expert is counted and written by."""
+        """Whether this host counts the expert and writes it to checkpoints."""
         holders = self._holders.get((layer, expert))
         return holders is None or holders[0] == self._host
 
-    def gather(self, layers: Mapping[int, Layer], step: int) -> None:
-        """Fetch the other holders' gradients of a step and add them up; all have sealed it, this host too.
+    def gather(self, layers: Mapping[int, ExpertLayer], step: int) -> None:
+        """Fetch the gradients of the other holders and add them up, after all holders have sealed the step.
 
-        Own gradients stay as they are, for the others to fetch. Holders come one after the other, in the
-        order of their ids: there is no more in memory than the sums and what one of them sends.
+        The host's own gradients are not changed, because the other holders fetch them. Holders are added one
+        after the other, in the order of their ids, so memory holds the sums and the gradients of one holder.
 
         Raises:
-            ChannelError: a holder is lost, or this host is to hold something else by now.
+            ChannelError: a holder is lost, or this host has been told to hold other experts.
             RaymoeError: a holder is at another step or epoch.
         """
         with self._gathering:
@@ -81,8 +82,8 @@ class Summing:
                             total += one
             self._sums, self._gathered = sums, step
 
-    def squared_norm(self, layers: Mapping[int, Layer]) -> float:
-        """Sum of the squared gradients of all experts that this host speaks for, in float64."""
+    def squared_norm(self, layers: Mapping[int, ExpertLayer]) -> float:
+        """Sum of the squared gradients of the experts that this host speaks for, in float64."""
         total = 0.0
         for index, layer in layers.items():
             for expert in layer.experts:
@@ -96,8 +97,8 @@ class Summing:
         """Whether the sums of a step are complete."""
         return self._gathered == step
 
-    def apply(self, index: int, layer: Layer) -> None:
-        """Put the sums in the place of own gradients of a layer."""
+    def apply(self, index: int, layer: ExpertLayer) -> None:
+        """Replace the gradients of a layer by the sums."""
         for expert in layer.experts:
             total = self._sums.pop((index, expert), None)
             if total is not None:
@@ -105,7 +106,7 @@ class Summing:
                     mine.copy_(summed)
 
     def close(self) -> None:
-        """Hang up on the other holders, which ends whatever is being fetched, for good."""
+        """Close the connections to the other holders for good; fetches under way fail."""
         with self._opening:
             self._closed = True
             peers, self._peers = self._peers, {}
@@ -113,7 +114,7 @@ class Summing:
             peer.close()
 
     def _part(
-        self, id: str, layers: Mapping[int, Layer], step: int
+        self, id: str, layers: Mapping[int, ExpertLayer], step: int
     ) -> Iterable[tuple[Pair, tuple[Tensor, Tensor]]]:
         if id == self._host:
             return [((layer, e), gradients(layers[layer], e)) for layer, e in self._holders]
@@ -128,15 +129,17 @@ class Summing:
             return self._peers[origin.host.id]
 
     def _fetch(
-        self, layers: Mapping[int, Layer], origin: Origin, step: int
+        self, layers: Mapping[int, ExpertLayer], origin: Origin, step: int
     ) -> dict[Pair, tuple[Tensor, Tensor]]:
         wanted = list(pairs(origin.experts))
         made = {(layer, e): tuple(map(torch.empty_like, gradients(layers[layer], e))) for layer, e in wanted}
         pull = Pull(experts=grouped(wanted), base=self._epoch, step=step, gradients=True)
         id = origin.host.id
         try:
-            Inflow([part for pair in wanted for part in made[pair]]).read(self._peer(origin).fetch(pull))
-        except (RaymoeError, ValueError) as error:  # a ValueError: it has been closed meanwhile
+            TensorFiller([part for pair in wanted for part in made[pair]]).read(
+                self._peer(origin).fetch(pull)
+            )
+        except (RaymoeError, ValueError) as error:  # ValueError: the connection was closed meanwhile
             with self._opening:
                 peer = self._peers.pop(id, None)
             if peer is not None:
@@ -149,8 +152,8 @@ class Summing:
         return {pair: (first, second) for pair, (first, second) in made.items()}
 
 
-def gradients(layer: Layer, expert: int) -> tuple[Tensor, Tensor]:
-    """Live views of an expert's gradients, of w13 and of w2."""
+def gradients(layer: ExpertLayer, expert: int) -> tuple[Tensor, Tensor]:
+    """Live views of the gradients of an expert's w13 and w2."""
     at = int(layer.local_of[expert])
     assert layer.optimizer is not None
     return layer.optimizer.gradients["w13"][at], layer.optimizer.gradients["w2"][at]
@@ -160,4 +163,4 @@ def _all(shared: Iterable[Origin]) -> list[Pair]:
     return list(dict.fromkeys(pair for origin in shared for pair in pairs(origin.experts)))
 
 
-__all__ = ["Summing", "gradients"]
+__all__ = ["GradientSums", "gradients"]

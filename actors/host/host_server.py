@@ -1,4 +1,4 @@
-"""An expert host with everything that others reach it by: the channels, and control calls."""
+"""The servers of an expert host: channels for requests, and gRPC for control calls."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 from typing import Any
 
 from actors.host.expert_host import ExpertHost
-from actors.host.host_servicer import ExpertServicer
-from actors.host.state_servicer import add_state_streams
+from actors.host.host_servicer import ExpertServicer, add_state_streams
 from channels.collective import channel as collective
 from channels.collective import nccl
 from channels.cuda import channel as cuda
@@ -23,9 +22,12 @@ class ExpertHostServer:
     """Serves a host on free ports until `close`.
 
     Args:
-        host: the host.
-        bind: the interface of the gRPC server.
-        node: the machine, as others name it.
+        host: The host.
+        bind: Network interface of the servers.
+        node: Name of the machine.
+
+    Attributes:
+        info: Addresses of the host.
     """
 
     def __init__(self, host: ExpertHost, *, bind: str = "127.0.0.1", node: str = "") -> None:
@@ -42,7 +44,7 @@ class ExpertHostServer:
         )
         more: dict[str, AcceptingServer[Any]] = {"shm": shm.serve(host.handle, host.answer)}
         on_gpu, encrypts = host.device.type == "cuda", tls.directory() is not None
-        if not encrypts:  # rows between ranks are not
+        if not encrypts:  # torch.distributed sends rows unencrypted
             more["collective"] = collective.serve(host.handle, bind=f"{bind}:0")
         if on_gpu:
             more["cuda"] = cuda.serve(host.handle, host.device)
@@ -59,13 +61,13 @@ class ExpertHostServer:
         )
 
     def hang_up(self) -> None:
-        """End every connection of a router that is open now; they may come again."""
+        """End all open connections of routers, which may reconnect."""
         for server in self._accepting:
             server.disconnect_all()
         self._grpc.disconnect_all()
 
     def close(self) -> None:
-        """Hang up on every caller."""
+        """Close all servers and connections."""
         for server in self._accepting:
             server.close()
         self._grpc.close()

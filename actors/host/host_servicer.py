@@ -1,27 +1,27 @@
-"""gRPC services over the plain classes."""
+"""gRPC service of an expert host: control calls, and streams of its state as frames without decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 
 from actors.host.expert_host import ExpertHost
-from actors.messages.control_codec import (
-    host_from,
-    stats_to,
-    tensor_to,
-)
-from actors.messages.transfer_codec import assembly_from, stored_to
+from actors.messages.control_codec import host_from, stats_to, tensor_to
+from actors.messages.transfer_codec import assembly_from, pull_from, stored_to
 from actors.rpc.control_server import not_served, refusing
-from protos import (
-    expert_pb2,
-    expert_pb2_grpc,
-)
+from channels.grpc.channel import SERVICE
+from protos import expert_pb2, expert_pb2_grpc
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServicer):
-    """An expert host's control calls; its data stream is a channel's."""
+    """Control calls of an expert host.
+
+    Args:
+        host: The host.
+        hang_up: Ends the connections of all routers; None refuses the call.
+    """
 
     def __init__(self, host: ExpertHost, hang_up: Callable[[], None] | None = None) -> None:
         self._host, self._hang_up = host, hang_up
@@ -31,7 +31,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
     ) -> expert_pb2.PrepareReply:
         with refusing(context):
             squared = self._host.prepare(request.step, _epoch(request))
-            return expert_pb2.PrepareReply(step=request.step, squared_norm=squared)
+            return expert_pb2.PrepareReply(squared_norm=squared)
 
     def Seal(self, request: expert_pb2.PrepareRequest, context: grpc.ServicerContext) -> expert_pb2.SealReply:
         with refusing(context):
@@ -42,8 +42,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request: expert_pb2.CommitRequest, context: grpc.ServicerContext
     ) -> expert_pb2.CommitReply:
         with refusing(context):
-            self._host.commit(request.step, request.lr, request.scale, _epoch(request))
-            return expert_pb2.CommitReply(step=request.step)
+            self._host.commit(request.step, request.learning_rate, request.scale, _epoch(request))
+            return expert_pb2.CommitReply()
 
     def Save(self, request: expert_pb2.SaveRequest, context: grpc.ServicerContext) -> expert_pb2.SaveReply:
         with refusing(context):
@@ -103,12 +103,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
     def Exchange(
         self, request_iterator: Iterator[expert_pb2.Frame], context: grpc.ServicerContext
     ) -> Iterator[expert_pb2.Frame]:
-        not_served(context)  # channels.grpc.channel serves it, on the same server
+        not_served(context)  # channels.grpc.channel serves this method, on the same server
 
     def Fetch(
         self, request: expert_pb2.FetchRequest, context: grpc.ServicerContext
     ) -> Iterator[expert_pb2.Frame]:
-        not_served(context)  # actors.host.state_servicer serves it and the next two
+        not_served(context)  # `add_state_streams` serves this method and the next two
 
     def Put(
         self, request_iterator: Iterator[expert_pb2.Frame], context: grpc.ServicerContext
@@ -119,6 +119,32 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request: expert_pb2.GetRequest, context: grpc.ServicerContext
     ) -> Iterator[expert_pb2.Frame]:
         not_served(context)
+
+
+def add_state_streams(host: ExpertHost, server: Any) -> None:
+    """Serve Fetch, Put and Get of expert.proto; to be called after the generated servicer has been added."""
+
+    def fetch(request: expert_pb2.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with refusing(context):
+            yield from host.fetch(pull_from(request))
+
+    def put(frames: Iterator[bytes], context: grpc.ServicerContext) -> expert_pb2.PutReply:
+        with refusing(context):
+            host.store(frames)
+            return expert_pb2.PutReply()
+
+    def get(request: expert_pb2.GetRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with refusing(context):
+            yield from host.snapshots.read(request.name, request.step)
+
+    server.add_registered_method_handlers(
+        SERVICE,
+        {
+            "Fetch": grpc.unary_stream_rpc_method_handler(fetch, expert_pb2.FetchRequest.FromString),
+            "Put": grpc.stream_unary_rpc_method_handler(put, None, expert_pb2.PutReply.SerializeToString),
+            "Get": grpc.unary_stream_rpc_method_handler(get, expert_pb2.GetRequest.FromString),
+        },
+    )
 
 
 def _epoch(
@@ -132,4 +158,4 @@ def _epoch(
     return request.epoch if request.HasField("epoch") else None
 
 
-__all__ = ["ExpertServicer"]
+__all__ = ["ExpertServicer", "add_state_streams"]

@@ -1,4 +1,10 @@
-"""What an expert host remembers of the requests of a step, so that every one of them can come twice."""
+"""The requests of a step that an expert host has seen, which makes every request idempotent.
+
+A router that loses its connection in a forward or backward pass sends the same request again, with the same
+`RequestId`. The ledger keeps the activations of a FORWARD until its BACKWARD, and the reply of a BACKWARD
+until a later request of the same lane shows that it has arrived. So a repeated BACKWARD adds its gradients
+once and gets the reply of the first, and a FORWARD that is delayed or repeated leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +22,8 @@ LaneKey = tuple[str, str, int]
 
 
 @dataclass(slots=True)
-class Backward:
-    """One BACKWARD: in progress until it is finished, then its reply, or the text of what went wrong."""
+class BackwardCall:
+    """One BACKWARD: under way, or finished with a reply or an error text."""
 
     key: Key
     reply: tuple[Tensor, ...] | None = None
@@ -25,11 +31,15 @@ class Backward:
     _done: threading.Event = field(default_factory=threading.Event)
 
     def finish(self) -> None:
-        """There is a reply, or an error."""
+        """Wake the threads that wait for the reply."""
         self._done.set()
 
     def wait(self, timeout: float) -> tuple[Tensor, ...]:
-        """The reply, once whoever computes it is done."""
+        """Wait until the reply has been computed, and return it.
+
+        Raises:
+            RaymoeError: the computation failed, or took longer than `timeout` seconds.
+        """
         if not self._done.wait(timeout):
             raise RaymoeError(f"the same BACKWARD is still being computed after {timeout:g} s")
         if self.reply is None:
@@ -37,24 +47,24 @@ class Backward:
         return self.reply
 
 
-class Ledger:
-    """Activations by key, and the last BACKWARD of each lane, a lane being a (router, microbatch).
+class RequestLedger:
+    """Activations by key, and the last BACKWARD of each lane; a lane is one (router, microbatch).
 
-    A router runs one microbatch's calls in order, so any later request of the lane says that the
-    reply of the BACKWARD before it has arrived. A repeat of an earlier request, which may come late from a
-    connection that the router has given up, says nothing.
+    A router sends the calls of a microbatch in order, so any later request of the lane acknowledges the
+    reply of the BACKWARD before it. A repeat of an earlier request, which may arrive late over an abandoned
+    connection, acknowledges nothing.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._saved: dict[Key, SavedForward] = {}
-        self._last: dict[LaneKey, Backward] = {}
+        self._last: dict[LaneKey, BackwardCall] = {}
         self._applied: set[Key] = set()
 
     def keep(self, id: RequestId, saved: SavedForward) -> None:
         """Keep the activations of a FORWARD until its BACKWARD; a repeat replaces them.
 
-        A FORWARD whose BACKWARD has been applied (it was delayed, or is computed again) keeps nothing.
+        A FORWARD whose BACKWARD has been applied already keeps nothing.
         """
         with self._lock:
             if id.key in self._applied:
@@ -64,16 +74,18 @@ class Ledger:
             self._saved[id.key] = saved
 
     def release(self, id: RequestId) -> None:
-        """Drop the activations of a call, if there are any."""
+        """Drop the activations of a call, if any are kept."""
         with self._lock:
             self._acknowledge(id)
             self._saved.pop(id.key, None)
 
-    def begin_backward(self, id: RequestId) -> tuple[Backward, SavedForward | None]:
-        """The BACKWARD of this id, and the activations if the caller is the one who has to compute it.
+    def begin_backward(self, id: RequestId) -> tuple[BackwardCall, SavedForward | None]:
+        """The BACKWARD of this id, and its activations if the caller has to compute it.
+
+        For a repeat the activations are None, and the caller waits for the reply of the first.
 
         Raises:
-            ProtocolError: no FORWARD of this key, or a repeat of a BACKWARD whose reply is gone.
+            ProtocolError: there was no FORWARD of this key, or the BACKWARD's reply has been acknowledged.
         """
         with self._lock:
             last = self._last.get(_lane(id))
@@ -90,13 +102,13 @@ class Ledger:
                     f"BACKWARD of layer {id.layer}, step {id.step}, microbatch {id.microbatch} of router "
                     f"{id.router!r} {known}; a router sends FORWARD, then BACKWARD once per call"
                 )
-            call = Backward(id.key)
+            call = BackwardCall(id.key)
             self._last[_lane(id)] = call
             self._applied.add(id.key)
             return call, saved
 
     def clear(self) -> int:
-        """Forget everything (a step ended); the number of activations that were never used."""
+        """Forget all requests, at the end of a step; returns the number of unused activations."""
         with self._lock:
             unused = len(self._saved)
             self._saved.clear()
@@ -105,7 +117,7 @@ class Ledger:
             return unused
 
     def kept(self) -> tuple[int, int]:
-        """Activations kept and their bytes."""
+        """Number of activations kept, and their bytes."""
         with self._lock:
             kept = tuple(self._saved.values())
         return len(kept), sum(
@@ -113,7 +125,7 @@ class Ledger:
         )
 
     def _acknowledge(self, id: RequestId) -> None:
-        """Drop the lane's last reply when this is a later call."""
+        """Drop the last reply of the lane if this is a later call."""
         lane = _lane(id)
         last = self._last.get(lane)
         if last is not None and last.key != id.key:
@@ -124,4 +136,4 @@ def _lane(id: RequestId) -> LaneKey:
     return (id.run, id.router, id.microbatch)
 
 
-__all__ = ["Backward", "Ledger"]
+__all__ = ["BackwardCall", "RequestLedger"]

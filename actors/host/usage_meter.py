@@ -1,4 +1,4 @@
-"""What an expert host did since it began: requests, rows, seconds, and rows for each expert."""
+"""Counters of an expert host since its start: requests, rows, seconds, and pairs for each expert."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.host.expert_layers import Layer
+from actors.host.expert_layers import ExpertLayer
 from channels.base import Phase
 from kernels.dispatch import count_pairs
 from model.config import ModelConfig
 
 
-class Meter:
-    """Counters that several threads add to.
+class UsageMeter:
+    """Counters that several threads update.
+
+    Args:
+        config: The model.
 
     Attributes:
-        in_flight: requests being handled now.
+        in_flight: Number of requests being handled now.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -33,12 +36,12 @@ class Meter:
         self.in_flight = 0
 
     def begin(self) -> None:
-        """A request has come."""
+        """Count the arrival of a request."""
         with self._lock:
             self.in_flight += 1
 
     def end(self) -> None:
-        """It has been answered or refused."""
+        """Count the end of a request, answered or refused."""
         with self._lock:
             self.in_flight -= 1
 
@@ -48,14 +51,18 @@ class Meter:
         rows: int,
         seconds: float,
         index: int,
-        layer: Layer,
+        layer: ExpertLayer,
         local: npt.NDArray[np.integer[Any]],
     ) -> None:
-        """A forward pass has been computed.
+        """Count a forward pass.
 
         Args:
-            index: the model's layer.
-            local: [nnz], its pairs' experts as indices into the layer's shard.
+            phase: INFER or FORWARD.
+            rows: Number of rows.
+            seconds: Time of the computation.
+            index: Model layer index.
+            layer: The layer's experts.
+            local: [nnz], experts of the pairs as indices into the layer's shard.
         """
         with self._lock:
             self._requests[phase] += 1
@@ -64,22 +71,22 @@ class Meter:
             count_pairs(local, layer.ids, self._of_layer[index])
 
     def backward(self, rows: int, seconds: float) -> None:
-        """A backward pass has been computed."""
+        """Count a backward pass."""
         with self._lock:
             self._requests[Phase.BACKWARD] += 1
             self._rows += rows
             self._busy += seconds
 
     def read(self) -> tuple[dict[str, int], int, float]:
-        """Requests by phase, rows, and seconds of computing, summed over threads."""
+        """Requests by phase, rows, and seconds of computation summed over threads."""
         with self._lock:
             requests = {phase.name: self._requests[phase] for phase in Phase if self._requests[phase]}
             return requests, self._rows, self._busy
 
     def loads(self) -> Tensor:
-        """[L, E] int64, pairs computed, rows in the order of `ModelConfig.moe_layers`."""
+        """Token-expert pairs computed: [L, E] int64, rows in the order of `ModelConfig.moe_layers`."""
         with self._lock:
             return torch.from_numpy(self._loads.copy())
 
 
-__all__ = ["Meter"]
+__all__ = ["UsageMeter"]

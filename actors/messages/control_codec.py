@@ -96,46 +96,38 @@ def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
 def stats_to(stats: HostStats) -> expert_pb2.StatusReply:
     """See `HostStats`."""
     return expert_pb2.StatusReply(
-        host=stats.id,
+        id=stats.id,
         epoch=stats.epoch,
         step=stats.step,
         parameters=stats.parameters,
         kept=stats.kept,
+        kept_bytes=stats.kept_bytes,
         rows=stats.rows,
-        requests=sum(stats.requests.values()),
+        requests=stats.requests,
         busy_seconds=stats.busy_seconds,
+        in_flight=stats.in_flight,
         epochs=stats.epochs,
         experts=dict(stats.experts),
-        metrics={
-            "kept_bytes": float(stats.kept_bytes),
-            "in_flight": float(stats.in_flight),
-            "failed_pushes": float(stats.failed_pushes),
-            **{f"requests.{phase}": float(count) for phase, count in stats.requests.items()},
-        },
+        failed_pushes=stats.failed_pushes,
     )
 
 
 def stats_from(message: expert_pb2.StatusReply) -> HostStats:
     """The inverse of `stats_to`."""
-    metrics = message.metrics
     return HostStats(
-        id=message.host,
+        id=message.id,
         step=message.step,
         epoch=message.epoch,
         kept=message.kept,
-        kept_bytes=int(metrics["kept_bytes"]),
+        kept_bytes=message.kept_bytes,
         parameters=message.parameters,
-        requests={
-            name.removeprefix("requests."): int(count)
-            for name, count in metrics.items()
-            if name.startswith("requests.")
-        },
+        requests=dict(message.requests),
         rows=message.rows,
         busy_seconds=message.busy_seconds,
-        in_flight=int(metrics["in_flight"]),
+        in_flight=message.in_flight,
         epochs=tuple(message.epochs),
         experts=dict(message.experts),
-        failed_pushes=int(metrics["failed_pushes"]),
+        failed_pushes=message.failed_pushes,
     )
 
 

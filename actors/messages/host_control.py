@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from actors.messages.transfer_orders import Assembly, Blob, Stored
+from actors.messages.transfer_orders import Assembly, Blob, StoredCopy
 from cluster.topology import HostInfo
 
 
@@ -78,7 +78,7 @@ class HostControl(Protocol):
         """Keep a snapshot of the state, and send it to buddies in the background; a repeat does nothing."""
         ...
 
-    def inventory(self) -> Sequence[Stored]:
+    def inventory(self) -> Sequence[StoredCopy]:
         """Descriptions of what the host keeps in memory: snapshots, its own and other hosts', and blobs."""
         ...
 

@@ -1,8 +1,8 @@
 """Tensors as a stream of frames: flat, one after the other, large ones in pieces, small ones together.
 
-Both ends know which tensors these are, from the request or from the stream's first frame. A frame is
-encoded, which copies, before it is checked that what it was read from has not changed meanwhile; so nobody
-waits for a slow reader, and what has arrived is of one state.
+Both ends know the tensors, from the request or from the heading frame of the stream. The sender takes no
+lock: it copies tensors into a frame and then checks that they have not changed meanwhile. So a slow reader
+delays nothing, and a stream that arrives completely belongs to one state.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from errors import ProtocolError
 from protos import expert_pb2
 
 FRAME_BYTES: Final = 4 << 20
-_MOST_PIECES: Final = 32  # the layouts of so few are remembered by `channels.framing.header`
+_MOST_PIECES: Final = 32  # `channels.framing.header` caches layouts of up to this many tensors
 
 
-def frames(tensors: Iterable[Tensor], intact: Callable[[], None]) -> Iterator[bytes]:
-    """Encode tensors.
+def tensor_frames(tensors: Iterable[Tensor], intact: Callable[[], None]) -> Iterator[bytes]:
+    """Encode tensors as frames.
 
     Args:
-        intact: called after each frame has been made; raises when its tensors may have changed.
+        tensors: The tensors, in order.
+        intact: Called after each frame has been encoded; raises if the tensors may have changed.
     """
     pieces: list[Tensor] = []
     size = 0
@@ -50,11 +51,14 @@ def _frame(pieces: Sequence[Tensor], intact: Callable[[], None]) -> bytes:
     return frame
 
 
-class Inflow:
-    """Fills tensors, which are contiguous, from frames.
+class TensorFiller:
+    """Fills contiguous tensors from frames.
+
+    Args:
+        targets: The tensors, in the order of the stream.
 
     Attributes:
-        at: index of the tensor that is being filled.
+        at: Index of the tensor that is being filled, among those that are not empty.
     """
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
@@ -63,10 +67,10 @@ class Inflow:
         self.at = 0
 
     def read(self, frames: Iterable[bytes]) -> None:
-        """Fill all of them.
+        """Fill all tensors.
 
         Raises:
-            ProtocolError: too little came, or too much, or of another type.
+            ProtocolError: the frames carry too few or too many numbers, or another type.
             RaymoeError: from `frames`.
         """
         for frame in frames:
@@ -91,16 +95,16 @@ class Inflow:
             self.at, self._filled = self.at + 1, 0
 
 
-def head(stored: expert_pb2.StoredState) -> bytes:
-    """The first frame of a stream that says itself what it carries."""
+def heading_frame(stored: expert_pb2.StoredState) -> bytes:
+    """The first frame of a stream of stored state, which describes the state."""
     return expert_pb2.Frame(header=expert_pb2.Header(stored=stored)).SerializeToString()
 
 
-def read_head(frames: Iterator[bytes]) -> expert_pb2.StoredState:
-    """Take the first frame off a stream.
+def read_heading(frames: Iterator[bytes]) -> expert_pb2.StoredState:
+    """Read the first frame of a stream of stored state.
 
     Raises:
-        ProtocolError: it says nothing of what the stream carries.
+        ProtocolError: the frame does not describe stored state.
     """
     try:
         frame = expert_pb2.Frame.FromString(next(frames, b""))
@@ -111,4 +115,4 @@ def read_head(frames: Iterator[bytes]) -> expert_pb2.StoredState:
     return frame.header.stored
 
 
-__all__ = ["FRAME_BYTES", "Inflow", "frames", "head", "read_head"]
+__all__ = ["FRAME_BYTES", "TensorFiller", "heading_frame", "read_heading", "tensor_frames"]

@@ -1,4 +1,4 @@
-"""Orders to move experts, and what hosts keep in memory, as protobuf messages, and back."""
+"""Conversions between transfer orders, stored copies and their protobuf messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from actors.messages.control_codec import DTYPES, TORCH_DTYPES, host_from, host_to
-from actors.messages.tensor_stream import frames, head
-from actors.messages.transfer_orders import Assembly, Blob, ExpertIds, Origin, Pull, Stored
+from actors.messages.tensor_stream import heading_frame, tensor_frames
+from actors.messages.transfer_orders import Assembly, Blob, ExpertIds, Origin, Pull, StoredCopy
 from errors import ProtocolError
 from protos import expert_pb2
 
@@ -17,7 +17,7 @@ _MOST_ELEMENTS = 1 << 40
 
 
 def experts_to(experts: ExpertIds) -> list[expert_pb2.LayerExperts]:
-    """See `ExpertIds`."""
+    """Expert ids as messages, one for each layer."""
     return [expert_pb2.LayerExperts(layer=layer, experts=ids) for layer, ids in experts.items()]
 
 
@@ -27,7 +27,7 @@ def experts_from(message: Iterable[expert_pb2.LayerExperts]) -> dict[int, tuple[
 
 
 def assembly_to(order: Assembly) -> expert_pb2.AssembleRequest:
-    """See `Assembly`."""
+    """An assembly order as a message."""
     return expert_pb2.AssembleRequest(
         epoch=order.epoch,
         experts=experts_to(order.experts),
@@ -63,7 +63,7 @@ def _origin_from(message: expert_pb2.Origin) -> Origin:
 
 
 def pull_to(pull: Pull) -> expert_pb2.FetchRequest:
-    """See `Pull`."""
+    """A pull as a message."""
     return expert_pb2.FetchRequest(
         experts=experts_to(pull.experts),
         base=pull.base,
@@ -84,11 +84,11 @@ def pull_from(message: expert_pb2.FetchRequest) -> Pull:
     )
 
 
-def stored_to(stored: Stored) -> expert_pb2.StoredState:
-    """See `Stored`."""
+def stored_to(stored: StoredCopy) -> expert_pb2.StoredState:
+    """The description of a stored copy as a message."""
     return expert_pb2.StoredState(
         kind=stored.kind,
-        of=stored.of,
+        owner=stored.owner,
         step=stored.step,
         epoch=stored.epoch,
         experts=experts_to(stored.experts),
@@ -97,11 +97,11 @@ def stored_to(stored: Stored) -> expert_pb2.StoredState:
     )
 
 
-def stored_from(message: expert_pb2.StoredState) -> Stored:
+def stored_from(message: expert_pb2.StoredState) -> StoredCopy:
     """The inverse of `stored_to`."""
-    return Stored(
+    return StoredCopy(
         kind=message.kind,
-        of=message.of,
+        owner=message.owner,
         step=message.step,
         epoch=message.epoch,
         experts=experts_from(message.experts),
@@ -111,17 +111,17 @@ def stored_from(message: expert_pb2.StoredState) -> Stored:
 
 
 def blob_to(blob: Blob) -> expert_pb2.StoredState:
-    """What a `Blob` is, without its tensors' bytes.
+    """The description of a blob: names, types and shapes of its tensors, without their bytes.
 
     Raises:
-        ProtocolError: a tensor of a type that the wire does not know.
+        ProtocolError: a tensor's type does not exist on the wire.
     """
     for name, tensor in blob.tensors.items():
         if tensor.dtype not in DTYPES:
             raise ProtocolError(f"{name} is {tensor.dtype}, which does not travel")
     return expert_pb2.StoredState(
         kind=blob.name,
-        of=blob.name,
+        owner=blob.name,
         step=blob.step,
         epoch=-1,
         tensors=tensor_shapes(blob.tensors),
@@ -130,7 +130,7 @@ def blob_to(blob: Blob) -> expert_pb2.StoredState:
 
 
 def tensor_shapes(tensors: Mapping[str, Tensor]) -> list[expert_pb2.StoredTensor]:
-    """Names, types and shapes of tensors that the wire knows."""
+    """Names, types and shapes of tensors, whose types must exist on the wire."""
     return [
         expert_pb2.StoredTensor(name=name, dtype=DTYPES[tensor.dtype], shape=tensor.shape)
         for name, tensor in tensors.items()
@@ -138,15 +138,15 @@ def tensor_shapes(tensors: Mapping[str, Tensor]) -> list[expert_pb2.StoredTensor
 
 
 def blob_from(message: expert_pb2.StoredState, tensors: Mapping[str, Tensor]) -> Blob:
-    """The inverse of `blob_to`, with its tensors."""
-    return Blob(name=message.of, step=message.step, tensors=tensors, note=message.note)
+    """A blob from its description and its tensors."""
+    return Blob(name=message.owner, step=message.step, tensors=tensors, note=message.note)
 
 
 def empty_tensors(message: expert_pb2.StoredState) -> dict[str, Tensor]:
-    """Memory for the tensors of a blob.
+    """Uninitialized tensors with the types and shapes that a blob's description names.
 
     Raises:
-        ProtocolError: an unknown type or an absurd shape.
+        ProtocolError: a type is unknown, or a shape is negative or too large.
     """
     made = {}
     for one in message.tensors:
@@ -161,9 +161,9 @@ def empty_tensors(message: expert_pb2.StoredState) -> dict[str, Tensor]:
 
 
 def blob_frames(blob: Blob) -> Iterator[bytes]:
-    """The stream of a blob, whose tensors must not change until it has been read."""
-    yield head(blob_to(blob))
-    yield from frames(blob.tensors.values(), lambda: None)
+    """A blob as a stream of frames; its tensors must not change until the stream has been read."""
+    yield heading_frame(blob_to(blob))
+    yield from tensor_frames(blob.tensors.values(), lambda: None)
 
 
 __all__ = [

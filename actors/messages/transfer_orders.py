@@ -1,4 +1,4 @@
-"""How experts' state moves between hosts: orders to put an epoch together, and what hosts keep in memory."""
+"""Orders that move expert state between hosts, and descriptions of the copies that hosts keep in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ ExpertIds = Mapping[int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """A host to pull experts from, and which."""
+    """A host that experts are pulled from.
+
+    Attributes:
+        host: The host.
+        experts: The experts that it has.
+    """
 
     host: HostInfo
     experts: ExpertIds
@@ -24,21 +29,21 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembly:
-    """What a host shall hold under a new epoch, and where it gets it from.
+    """The experts that a host holds under a new epoch, and the sources of their state.
 
-    An expert that the host has itself (live in `base`, or in its own snapshot of `step`) is taken from
-    there, else from the origin that names it, else from the directory.
+    An expert that the host has itself (live in `base`, or in its own snapshot of `step`) is taken from there;
+    otherwise from the origin that names it; otherwise from the directory.
 
     Attributes:
-        epoch: the new one.
-        experts: all that the host holds under it; maybe none.
-        base: epoch whose live state is taken, here and at the origins; None takes snapshots of `step`.
-        step: the step that the state is for, in training; None in serving.
-        origins: peers, each with the experts that it has.
-        directory: a checkpoint for whatever is left; None when nothing may be.
-        moments: whether the optimizer's moments are read from the directory too; else they are zeros.
-        shared: in training, other holders of experts that this host holds, each with those: gradients are
-            summed over them.
+        epoch: The new epoch.
+        experts: All experts that the host holds under it; may be empty.
+        base: Epoch whose live state is taken, here and at the origins; None takes snapshots of `step`.
+        step: The step that the state is for, in training; None in serving.
+        origins: Other hosts, each with the experts that it has.
+        directory: Checkpoint for the remaining experts; None does not allow any.
+        moments: Whether the optimizer's moments are read from the directory, too; otherwise they are zeros.
+        shared: In training, other holders of this host's experts, each with the experts that both hold;
+            gradients are summed over them.
     """
 
     epoch: int
@@ -53,14 +58,14 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
-    """What one host asks of another: the state of some experts.
+    """A request of one host to another for the state of experts.
 
     Attributes:
-        experts: which, in the order of the answer.
-        base: epoch whose live state it shall be; None takes what is kept of `step`.
-        step: the step that the state is for; None in serving.
-        moments: whether the optimizer's moments come too.
-        gradients: the gradients of `step` instead, once they are sealed.
+        experts: The experts, in the order of the answer.
+        base: Epoch whose live state is requested; None requests a snapshot of `step`.
+        step: The step that the state is for; None in serving.
+        moments: Whether the optimizer's moments are requested, too.
+        gradients: Whether the sealed gradients of `step` are requested in place of the state.
     """
 
     experts: ExpertIds
@@ -72,10 +77,13 @@ class Pull:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Blob:
-    """Named tensors that somebody leaves in a host's memory, for a step.
+    """Named tensors of a step that a worker stores in a host's memory.
 
     Attributes:
-        note: whatever text belongs to them, as JSON.
+        name: Name of the blob, such as `trunk`.
+        step: Step that the tensors are for.
+        tensors: The tensors, by name.
+        note: JSON stored with them.
     """
 
     name: str
@@ -85,24 +93,25 @@ class Blob:
 
 
 EXPERTS = "experts"
+"""Kind of a `StoredCopy` of a host's experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """One complete entry of a host's memory.
+class StoredCopy:
+    """Description of a complete copy in a host's memory.
 
     Attributes:
         kind: `experts`, or the name of a blob (`trunk`).
-        of: the host whose experts they are, or the blob's name.
-        step: the step that the state is for.
-        epoch: in which the experts were copied; -1 for a blob.
-        experts: which they are.
-        pushed: buddies that have a copy of this host's own.
-        failed: buddies that have none -> why.
+        owner: Id of the host whose experts these are, or the name of the blob.
+        step: The step that the state is for.
+        epoch: Epoch in which the experts were copied; -1 for a blob.
+        experts: The experts in the copy.
+        pushed: Buddies that have received the host's own copy.
+        failed: Buddy -> error text, for buddies that have not.
     """
 
     kind: str
-    of: str
+    owner: str
     step: int
     epoch: int = -1
     experts: ExpertIds = field(default_factory=dict)
@@ -111,30 +120,34 @@ class Stored:
 
 
 class Peer(Protocol):
-    """What a host asks of another one; `HostClient` is one."""
+    """Calls of one expert host to another, implemented by `ExpertHost` and `HostClient`."""
 
     def fetch(self, pull: Pull) -> Iterator[bytes]:
-        """Frames with the state of experts; see `actors.messages.tensor_stream.fill`."""
+        """The state of experts, as frames of `actors.messages.tensor_stream`.
+
+        Raises:
+            ProtocolError: the host does not have an expert, or not at the step requested.
+        """
         ...
 
     def store(self, frames: Iterator[bytes]) -> None:
-        """Keep what the frames carry."""
+        """Keep the copy that the frames carry."""
         ...
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         ...
 
 
 def pairs(experts: ExpertIds) -> Iterator[tuple[int, int]]:
-    """(layer, expert) of all, in their order."""
+    """All pairs (layer, expert), in order."""
     for layer, ids in experts.items():
         for expert in ids:
             yield layer, expert
 
 
 def grouped(some: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
-    """The inverse of `pairs`, for pairs whose layers follow one another."""
+    """The inverse of `pairs`, for pairs ordered by layer."""
     found: dict[int, list[int]] = {}
     for layer, expert in some:
         found.setdefault(layer, []).append(expert)
@@ -149,7 +162,7 @@ __all__ = [
     "Origin",
     "Peer",
     "Pull",
-    "Stored",
+    "StoredCopy",
     "grouped",
     "pairs",
 ]

@@ -1,4 +1,4 @@
-"""Names of what workers leave of the trunk in hosts' memory: a whole one, or parts that make one. Pure."""
+"""Names of trunk snapshots in hosts' memory: a whole trunk, or one part for each worker."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import re
 from collections.abc import Collection
 
 TRUNK = "trunk"
-"""A whole trunk, and the beginning of the names of parts."""
+"""Name of a whole trunk, and the beginning of the names of parts."""
 
 _PART = re.compile(rf"{TRUNK}-(\d+)-of-(\d+)")
 
 
 def part_name(rank: int, parts: int) -> str:
-    """The part that worker `rank` of `parts` leaves."""
+    """Name of the part of worker `rank`, of `parts` workers."""
     return f"{TRUNK}-{rank}-of-{parts}"
 
 
 def part_of(name: str) -> tuple[int, int] | None:
-    """The inverse of `part_name`; None for other names."""
+    """(rank, parts) of a part's name; None for other names."""
     found = _PART.fullmatch(name)
     return None if found is None else (int(found[1]), int(found[2]))
 
 
 def complete(names: Collection[str]) -> tuple[str, ...]:
-    """Of names of one step, some that make a whole trunk, in order; none where nothing does."""
+    """Names that make up a whole trunk, in order, among the names of one step; empty if there are none."""
     if TRUNK in names:
         return (TRUNK,)
     for parts in sorted({part[1] for part in map(part_of, names) if part is not None}):

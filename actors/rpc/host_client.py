@@ -12,7 +12,7 @@ from torch import Tensor
 from actors.messages.control_codec import host_to, stats_from, tensor_from
 from actors.messages.host_control import HostStats
 from actors.messages.transfer_codec import assembly_to, stored_from
-from actors.messages.transfer_orders import Assembly, Blob, Pull, Stored
+from actors.messages.transfer_orders import Assembly, Blob, Pull, StoredCopy
 from actors.rpc.control_server import control_channel, raising
 from actors.rpc.state_client import StateClient
 from cluster.topology import HostInfo
@@ -48,7 +48,7 @@ class HostClient:
 
     def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
         """See `ExpertHost.commit`."""
-        request = expert_pb2.CommitRequest(step=step, lr=learning_rate, scale=scale, epoch=epoch)
+        request = expert_pb2.CommitRequest(step=step, learning_rate=learning_rate, scale=scale, epoch=epoch)
         with raising(self._peer):
             self._stub.Commit(request, timeout=self._timeout)
 
@@ -89,7 +89,7 @@ class HostClient:
         """See `ExpertHost.get`."""
         return self._state.get(name, step)
 
-    def inventory(self) -> Sequence[Stored]:
+    def inventory(self) -> Sequence[StoredCopy]:
         """See `ExpertHost.inventory`."""
         with raising(self._peer):
             reply = self._stub.Inventory(expert_pb2.InventoryRequest(), timeout=self._timeout)

@@ -1,4 +1,4 @@
-"""The streams of an expert host's state over gRPC, the caller's end: frames as they are."""
+"""Client of the streams of an expert host's state over gRPC, whose frames are not decoded by gRPC."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from actors.messages.tensor_stream import Inflow, read_head
+from actors.messages.tensor_stream import TensorFiller, read_heading
 from actors.messages.transfer_codec import blob_frames, blob_from, empty_tensors, pull_to
 from actors.messages.transfer_orders import Blob, Pull
 from actors.rpc.control_server import raising
@@ -19,8 +19,8 @@ class StateClient:
     """Fetch, Put and Get of one host.
 
     Args:
-        channel: to it; the owner closes it.
-        peer: names it in errors.
+        channel: gRPC channel to the host; closed by its owner.
+        peer: Name of the host in error messages.
     """
 
     def __init__(self, channel: grpc.Channel, peer: str) -> None:
@@ -34,14 +34,14 @@ class StateClient:
         )
 
     def fetch(self, pull: Pull) -> Iterator[bytes]:
-        """See `HostState.fetch`."""
+        """The state of experts, as frames."""
         return self._frames(self._fetch(pull_to(pull)))
 
     def store(self, frames: Iterator[bytes]) -> None:
-        """See `HostState.store`."""
+        """Store a copy that is given as frames; an error raised by `frames` is raised here."""
         failed: list[Exception] = []
 
-        def until_failure() -> Iterator[bytes]:  # gRPC would log the error, and say something else
+        def until_failure() -> Iterator[bytes]:  # gRPC would log the error and report another one
             try:
                 yield from frames
             except Exception as error:
@@ -55,15 +55,15 @@ class StateClient:
                 raise failed[0]
 
     def put(self, blob: Blob) -> None:
-        """See `HostState.put`."""
+        """Store named tensors."""
         self.store(blob_frames(blob))
 
     def get(self, name: str, step: int) -> Blob:
-        """See `HostState.get`."""
+        """Named tensors of a step."""
         stream = self._frames(self._get(expert_pb2.GetRequest(name=name, step=step)))
-        said = read_head(stream)
+        said = read_heading(stream)
         tensors = empty_tensors(said)
-        Inflow(list(tensors.values())).read(stream)
+        TensorFiller(list(tensors.values())).read(stream)
         return blob_from(said, tensors)
 
     def _frames(self, stream: Any) -> Iterator[bytes]:

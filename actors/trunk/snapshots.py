@@ -14,7 +14,7 @@ from typing import Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from actors.messages.transfer_orders import Blob, Stored
+from actors.messages.transfer_orders import Blob, StoredCopy
 from actors.messages.trunk_parts import complete
 from actors.trunk.parameters import TrunkParameters
 from cluster.topology import HostInfo
@@ -35,7 +35,7 @@ class Keeper(Protocol):
 
     def get(self, name: str, step: int) -> Blob: ...
 
-    def inventory(self) -> Sequence[Stored]: ...
+    def inventory(self) -> Sequence[StoredCopy]: ...
 
     def close(self) -> None: ...
 

@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.coordinator.coordinator import Coordinator
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost
 from actors.messages.coordinator_state import CoordinatorState
 from actors.remote import CoordinatorActor, ExpertHostActor, ask, require_reach, start
 from actors.rpc.coordinator_client import AdminClient, CoordinatorClient

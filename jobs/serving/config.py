@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import ValidationError, field_validator, model_validator
 
 from cluster.config import ClusterConfig, GpuShare, Reserved, Seconds
-from engine.engine import EngineSettings
+from engine.settings import EngineSettings
 from errors import ConfigError
 from jobs.api.backend import Limits
 from jobs.config.config_file import apply_override

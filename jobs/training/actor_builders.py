@@ -9,8 +9,8 @@ from pathlib import Path
 from actors.coordinator.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import Beginning, TrainingSteps
+from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.host.checkpoint_part import MomentSource
-from actors.host.expert_host import ExpertHost
 from actors.messages.coordinator_state import CoordinatorState
 from actors.messages.host_control import HostControl
 from actors.messages.transfer_orders import Peer
@@ -55,16 +55,14 @@ def build_host(
     return ExpertHost(
         id,
         config.model,
-        {},
-        weight_source(config, start),
-        open_source=open_source,
-        open_moments=open_moments,
-        optimizer=optimizer_settings(config),
-        dtype=resolve_dtype(config),
-        threads=host_threads(config.cluster),
-        step=start.step,
-        device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
-        connect=connect,
+        InitialExperts(source=weight_source(config, start), step=start.step),
+        settings=HostSettings(
+            optimizer=optimizer_settings(config),
+            dtype=resolve_dtype(config),
+            threads=host_threads(config.cluster),
+            device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
+        ),
+        resources=HostResources(open_source=open_source, open_moments=open_moments, connect=connect),
         timeline=None if output is None else timeline(config, start, id, output),
     )
 

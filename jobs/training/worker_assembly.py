@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.messages.timeline import Timeline
 from actors.router import Router, RouterSettings
 from actors.router.lane_turns import LaneWaits, Turns
@@ -137,13 +137,15 @@ def _experts_in_process(config: RunConfig, start: RunStart, device: torch.device
     return ExpertHost(
         "in-process",
         config.model,
-        {layer: everything for layer in config.model.moe_layers},
-        weight_source(config, start),
-        optimizer=optimizer_settings(config),
-        moments=moment_source(start),
-        dtype=resolve_dtype(config),
-        step=start.step,
-        device=device,
+        InitialExperts(
+            source=weight_source(config, start),
+            experts={layer: everything for layer in config.model.moe_layers},
+            moments=moment_source(start),
+            step=start.step,
+        ),
+        settings=HostSettings(
+            optimizer=optimizer_settings(config), dtype=resolve_dtype(config), device=device
+        ),
     )
 
 

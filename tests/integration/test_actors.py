@@ -19,7 +19,7 @@ from actors.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import Beginning, TrainingSteps
 from actors.coordinator.transfer_plan import PlacementSpec
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.messages import control_codec as wire
 from actors.messages.steps import OptimizerSettings, StepReport, TrainingPlan
 from actors.remote import CoordinatorActor, ExpertHostActor, RouterActor, ask, start
@@ -70,12 +70,9 @@ def build_host(index: int) -> ExpertHost:
     return ExpertHost(
         f"host-{index}",
         CONFIG,
-        {},
-        source(),
-        open_source=lambda _: source(),
-        optimizer=SETTINGS,
-        dtype=torch.float64,
-        threads=1,
+        InitialExperts(source=source()),
+        settings=HostSettings(optimizer=SETTINGS, dtype=torch.float64, threads=1),
+        resources=HostResources(open_source=lambda _: source()),
     )
 
 

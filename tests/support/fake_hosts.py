@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from actors.messages.host_control import HostStats
-from actors.messages.transfer_orders import EXPERTS, Assembly, Blob, Stored
+from actors.messages.transfer_orders import EXPERTS, Assembly, Blob, StoredCopy
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RemoteError
 
@@ -172,13 +172,13 @@ class FakeHost:
         self._up()
         return self.blobs[name, step]
 
-    def inventory(self) -> list[Stored]:
+    def inventory(self) -> list[StoredCopy]:
         self._up()
         own = [
-            Stored(kind=EXPERTS, of=of, step=step, experts=held, pushed=tuple(self.world))
+            StoredCopy(kind=EXPERTS, owner=of, step=step, experts=held, pushed=tuple(self.world))
             for (of, step), held in self.kept.items()
         ]
-        return own + [Stored(kind=name, of=name, step=step) for name, step in self.blobs]
+        return own + [StoredCopy(kind=name, owner=name, step=step) for name, step in self.blobs]
 
 
 def zeros(layers: int, experts: int) -> Tensor:

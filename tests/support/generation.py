@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.router import Router, RouterSettings
 from actors.router.engine_lanes import EngineLanes
 from channels.choose import connect
@@ -133,9 +133,8 @@ def engine_over(
         ExpertHost(
             f"host-{index}",
             config,
-            experts_held(holders, config.moe_layers, index),
-            _Source(model),
-            dtype=torch.float64,
+            InitialExperts(source=_Source(model), experts=experts_held(holders, config.moe_layers, index)),
+            settings=HostSettings(dtype=torch.float64),
         )
         for index in range(hosts)
     ]

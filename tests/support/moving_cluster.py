@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.host.host_server import ExpertHostServer
 from actors.messages.transfer_orders import Assembly, Origin
 from actors.rpc.host_client import HostClient
@@ -36,7 +36,7 @@ def split(*hosts: str) -> dict[str, dict[int, tuple[int, ...]]]:
 class MovingCluster:
     """Hosts by name; `began` has the experts that each begins with, `{}` for none."""
 
-    def __init__(self, began: Holding, *, train: bool = True, **options: Any) -> None:
+    def __init__(self, began: Holding, *, train: bool = True, **resources: Any) -> None:
         self.train = train
         self.epoch = 0
         self.step = 0
@@ -44,18 +44,16 @@ class MovingCluster:
         self.hosts: dict[str, ExpertHost] = {}
         self.servers: dict[str, ExpertHostServer] = {}
         for name, experts in began.items():
-            self.add(name, experts, **options)
+            self.add(name, experts, **resources)
 
-    def add(self, name: str, experts: Mapping[int, Sequence[int]], **options: Any) -> ExpertHost:
+    def add(self, name: str, experts: Mapping[int, Sequence[int]], **resources: Any) -> ExpertHost:
         settings = SETTINGS if self.train else None
         host = ExpertHost(
             name,
             CONFIG,
-            experts,
-            SeededSource(),
-            optimizer=settings,
-            dtype=torch.float64,
-            **{"commit_timeout": 20.0, "connect": HostClient} | options,
+            InitialExperts(source=SeededSource(), experts=experts),
+            settings=HostSettings(optimizer=settings, dtype=torch.float64, commit_timeout=20.0),
+            resources=HostResources(**resources),
         )
         self.hosts[name] = host
         self.servers[name] = ExpertHostServer(host)

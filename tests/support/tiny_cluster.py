@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.messages.steps import OptimizerSettings
 from actors.router import Router, RouterSettings
 from actors.router.lane import Lane
@@ -103,14 +103,16 @@ class TinyCluster:
             ExpertHost(
                 f"host-{index}",
                 CONFIG,
-                {} if empty else experts_held(self.holders, LAYERS, index),
-                SeededSource(),
-                open_source=(lambda _: SeededSource()) if empty else None,
-                optimizer=SETTINGS if train else None,
-                dtype=torch.float64,
-                epoch=epoch,
-                step=step,
-                commit_timeout=20,
+                InitialExperts(
+                    source=SeededSource(),
+                    experts={} if empty else experts_held(self.holders, LAYERS, index),
+                    epoch=epoch,
+                    step=step,
+                ),
+                settings=HostSettings(
+                    optimizer=SETTINGS if train else None, dtype=torch.float64, commit_timeout=20
+                ),
+                resources=HostResources(open_source=(lambda _: SeededSource()) if empty else None),
             )
             for index in range(n_hosts)
         ]

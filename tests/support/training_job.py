@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from actors.coordinator.training_steps import TrainingSteps
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost
 from channels.base import Channel
 from channels.choose import connect
 from cluster.topology import HostInfo

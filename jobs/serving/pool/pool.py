@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator.coordinator import Coordinator, HostPolicy, InitialWeights
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.messages.coordinator_state import CoordinatorState
 from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
 from actors.rpc.host_client import HostClient
@@ -201,13 +201,15 @@ def build_serving_host(config: ServeConfig, directory: Path, id: str) -> ExpertH
     return ExpertHost(
         id,
         model,
-        {},
-        source,
-        open_source=open_source,
-        require_room=partial(require_room, who=f"expert host {id}"),
-        dtype=dtype,
-        threads=host_threads(config.cluster),
-        device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
+        InitialExperts(source=source),
+        settings=HostSettings(
+            dtype=dtype,
+            threads=host_threads(config.cluster),
+            device=compute_device(config.cluster.gpus_per_host, "cluster.gpus_per_host"),
+        ),
+        resources=HostResources(
+            open_source=open_source, require_room=partial(require_room, who=f"expert host {id}")
+        ),
     )
 
 

@@ -185,7 +185,7 @@ def test_a_stream_of_garbage_ends_alone(caplog: pytest.LogCaptureFixture) -> Non
 def test_generated_stubs_exchange_frames_and_control_calls_beside_them() -> None:
     class Servicer(expert_pb2_grpc.ExpertServicer):
         def Prepare(self, request: Any, context: Any) -> expert_pb2.PrepareReply:
-            return expert_pb2.PrepareReply(step=request.step, squared_norm=2.0)
+            return expert_pb2.PrepareReply(squared_norm=2.0)
 
     def register(server: Any) -> None:
         expert_pb2_grpc.add_ExpertServicer_to_server(Servicer(), server)

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from engine.assistant import _assist, _end
+from engine.few_rows.assistant import _assist, _end
 from kernels.team import Desk
 
 

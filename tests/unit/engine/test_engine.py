@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import Engine, EngineSettings, SamplingParams, Sequence, TrunkWeights
-from engine.few_rows import collect_few
+from engine.few_rows.batch import collect_few
 from errors import ConfigError
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
@@ -282,7 +282,7 @@ def test_no_draft_lies_beyond_the_longest_text(
     model = build(num_nextn_predict_layers=3, mtp_mode=mode, max_position_embeddings=32)
     last: list[int] = []
     monkeypatch.setattr(
-        "engine.few_rows.collect_few",
+        "engine.few_rows.runner.collect_few",
         lambda stretches, **sizes: (
             last.append(max(stretch.end for stretch in stretches)) or collect_few(stretches, **sizes)
         ),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
+from engine.acceptance import Acceptance
 from engine.sampling import probabilities
 from engine.scheduler import Share
 from model.causal_lm import CausalLM
@@ -147,21 +148,22 @@ def test_drafts_do_not_change_the_distribution(
     assert between(drafted, plain[name]) > REJECTED
 
 
-class Eager(Engine):
+class Eager(Acceptance):
     """A sampler that accepts drafts too often, with odds of 9 to 8."""
 
-    def _accept(self, share: Share, logits: Tensor, likeliest: list[int]) -> list[int]:
+    def accept(self, share: Share, logits: Tensor, greedy: list[int]) -> list[int]:
         logits = logits.clone()
         for at, draft in enumerate(share.sequence.drafts[: share.drafts]):
             logits[at - 1 - share.drafts, draft] += math.log(9 / 8)
-        return super()._accept(share, logits, likeliest)
+        return super().accept(share, logits, greedy)
 
 
 def test_a_sampler_that_favours_drafts_is_found_out(
-    model: CausalLM, plain: dict[str, Counter[Tokens]]
+    model: CausalLM, plain: dict[str, Counter[Tokens]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "temperature 1"
-    biased, _ = draw(model, 2, PARAMS[name], first_seed=0, kind=Eager)
+    monkeypatch.setattr("engine.engine.Acceptance", Eager)
+    biased, _ = draw(model, 2, PARAMS[name], first_seed=0)
     assert against(exact(model, PARAMS[name]), biased) < REJECTED
     assert between(biased, plain[name]) < REJECTED
 

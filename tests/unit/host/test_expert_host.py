@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostSettings, InitialExperts
 from channels.base import Phase, Request, RequestId
 from errors import ProtocolError, RaymoeError, StaleEpoch
 from model.experts.grouped_swiglu import experts_forward
@@ -187,7 +187,7 @@ def test_what_is_written_to_a_request_after_its_check_does_not_count(
         request.tensors[2].fill_(1 << 20)
         return experts_forward(*arguments, keep=keep)
 
-    monkeypatch.setattr("actors.host.expert_host.experts_forward", late)
+    monkeypatch.setattr("actors.host.request_execution.experts_forward", late)
     assert torch.equal(host.handle(request)[0], expected)
 
 
@@ -325,7 +325,12 @@ def test_any_placement_loads_the_same_weights() -> None:
 def test_threads_are_set_once() -> None:
     before = torch.get_num_threads()
     try:
-        ExpertHost("host-0", CONFIG, {LAYER: (0,)}, SeededSource(), threads=before + 1)
+        ExpertHost(
+            "host-0",
+            CONFIG,
+            InitialExperts(source=SeededSource(), experts={LAYER: (0,)}),
+            settings=HostSettings(threads=before + 1),
+        )
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)

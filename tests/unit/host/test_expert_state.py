@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.host.checkpoint_part import SavedMoments
-from actors.host.expert_host import ExpertHost
 from cluster import experts_held, plan_placement
 from errors import CheckpointError
 from support.moving_cluster import Weights
@@ -34,12 +34,13 @@ def test_another_placement_goes_on_from_the_files_to_the_bit(tmp_path: Path) -> 
         ExpertHost(
             f"host-{index}",
             CONFIG,
-            experts_held(holders, LAYERS, index),
-            Weights(tmp_path),
-            optimizer=SETTINGS,
-            moments=SavedMoments(tmp_path),
-            dtype=torch.float64,
-            step=2,
+            InitialExperts(
+                source=Weights(tmp_path),
+                experts=experts_held(holders, LAYERS, index),
+                moments=SavedMoments(tmp_path),
+                step=2,
+            ),
+            settings=HostSettings(optimizer=SETTINGS, dtype=torch.float64),
         )
         for index in range(3)
     ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.coordinator.transfer_plan import PlacementSpec
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.messages.transfer_orders import Assembly
 from actors.router import Router
 from actors.router.table_updates import CoordinatorTables
@@ -35,13 +35,22 @@ class Scaled(SeededSource):
         return w13, w2 * self.factor
 
 
+FLOAT64 = HostSettings(dtype=torch.float64)
+NOTHING = InitialExperts(source=SeededSource())
+SCALED = HostResources(open_source=Scaled)
+
+
 def serving_host(
     open_source: Callable[[str], SeededSource] | None = Scaled, index: int = 0, hosts: int = 1
 ) -> ExpertHost:
     holders = TinyCluster(hosts).holders
     experts = experts_held(holders, LAYERS, index)
     return ExpertHost(
-        f"host-{index}", CONFIG, experts, SeededSource(), open_source=open_source, dtype=torch.float64
+        f"host-{index}",
+        CONFIG,
+        InitialExperts(source=SeededSource(), experts=experts),
+        settings=FLOAT64,
+        resources=HostResources(open_source=open_source),
     )
 
 
@@ -145,7 +154,7 @@ class Weighted(TinyCluster):
         super().__init__(n_hosts)
         for index, server in enumerate(self.servers):
             self.hosts[index] = ExpertHost(
-                f"host-{index}", CONFIG, {}, SeededSource(), open_source=Scaled, dtype=torch.float64
+                f"host-{index}", CONFIG, NOTHING, settings=FLOAT64, resources=SCALED
             )
             server.handler = self.hosts[index].handle
         by_id = {host.id: host for host in self.hosts}
@@ -197,14 +206,14 @@ def test_replicas_change_one_after_the_other_each_with_one_version() -> None:
 def test_one_host_that_cannot_load_makes_all_of_them_drop_it() -> None:
     with Weighted(2) as cluster:
         before = computed(cluster.replica("a"))
-        cluster.hosts[1]._open_source = None
+        cluster.hosts[1].transfers.resources = HostResources()
         with pytest.raises(
             RaymoeError, match=r"host-1 failed to load the weights: .* takes no other weights"
         ):
             cluster.coordinator.placements.load("3", "new")
         assert [host.epochs for host in cluster.hosts] == [(0,)] * 2
         assert torch.equal(computed(cluster.replica("b")), before)
-        cluster.hosts[1]._open_source = Scaled
+        cluster.hosts[1].transfers.resources = SCALED
         assert cluster.coordinator.placements.load("3", "new") == 2  # no epoch stands for two attempts
 
 
@@ -245,7 +254,7 @@ def test_a_reload_for_which_there_is_no_room_is_refused_in_one_line() -> None:
 
     with Weighted(2) as cluster:
         before = computed(cluster.replica("a"))
-        cluster.hosts[0]._require_room = require_room
+        cluster.hosts[0].transfers.resources = HostResources(open_source=Scaled, require_room=require_room)
         with pytest.raises(ResourceError, match=r"host-0 failed to load .* needs more than") as caught:
             cluster.coordinator.placements.load("3", "new")
         assert "\n" not in str(caught.value)
@@ -262,11 +271,9 @@ def test_what_a_host_begins_with_needs_no_room_beside_anything() -> None:
     host = ExpertHost(
         "host-0",
         CONFIG,
-        {},
-        SeededSource(),
-        open_source=Scaled,
-        require_room=refuse,
-        dtype=torch.float64,
+        NOTHING,
+        settings=FLOAT64,
+        resources=HostResources(open_source=Scaled, require_room=refuse),
     )
     host.assemble(Assembly(epoch=0, experts={LAYERS[0]: (0, 1)}, directory="1"))
     assert host.epochs == (0,)

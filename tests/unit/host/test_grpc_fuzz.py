@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.host.host_server import ExpertHostServer
 from actors.rpc.host_client import HostClient
 from channels import choose
@@ -106,7 +106,8 @@ def test_malformed_frames(count: int, secured: bool, tmp_path: Path, monkeypatch
     if secured:
         make_certificates(tmp_path / "tls", days=1, ca_days=1)
         monkeypatch.setenv(tls.VARIABLE, str(tmp_path / "tls"))
-    host = ExpertHost("host-0", CONFIG, {LAYERS[0]: (0,)}, SeededSource(), dtype=torch.float64)
+    initial = InitialExperts(source=SeededSource(), experts={LAYERS[0]: (0,)})
+    host = ExpertHost("host-0", CONFIG, initial, settings=HostSettings(dtype=torch.float64))
     server = ExpertHostServer(host)
     good, client = choose.connect(server.info.addresses["grpc"]), HostClient(server.info, timeout=20)
     asked = request()

@@ -13,8 +13,8 @@ import torch
 from actors.host.checkpoint_part import SavedMoments
 from actors.messages import tensor_stream as state_stream
 from actors.messages import transfer_codec as state_wire
-from actors.messages.tensor_stream import Inflow
-from actors.messages.transfer_orders import Assembly, Origin, Pull, Stored
+from actors.messages.tensor_stream import TensorFiller
+from actors.messages.transfer_orders import Assembly, Origin, Pull, StoredCopy
 from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request
 from cluster.topology import HostInfo
@@ -95,7 +95,7 @@ def test_the_count_of_steps_moves_too(made: Any) -> None:
     cluster = made({**ONE, "b": {}})
     cluster.advance(3)
     cluster.move(split("b"))
-    layers = cluster.hosts["b"]._versions.current.layers
+    layers = cluster.hosts["b"].versions.current.layers
     assert [(layer.optimizer.step_count, layer.step) for layer in layers.values()] == [(3, 3)] * len(LAYERS)
     assert not any(gradient.any() for gradient in cluster.hosts["b"].gradients())
 
@@ -145,15 +145,15 @@ def test_a_repeat_does_nothing_and_another_order_is_refused(made: Any) -> None:
     order = Assembly(epoch=1, experts=ONE["a"], base=0, step=0, origins=cluster.origins())
     with cluster.client("b") as client:
         client.assemble(order)
-        version = cluster.hosts["b"]._versions.held[1]
+        version = cluster.hosts["b"].versions.held[1]
         client.assemble(order)
-        assert cluster.hosts["b"]._versions.held[1] is version
+        assert cluster.hosts["b"].versions.held[1] is version
         with pytest.raises(ProtocolError, match="holds epoch 1 already"):
             client.assemble(Assembly(epoch=1, experts={}, base=0, step=0))
         client.retain(1)
         client.assemble(order)
         client.retain(1)
-    assert cluster.hosts["b"]._versions.current is version
+    assert cluster.hosts["b"].versions.current is version
 
 
 def test_a_host_that_began_empty_takes_the_epoch_it_began_with(made: Any) -> None:
@@ -391,8 +391,8 @@ def test_orders_survive_the_wire() -> None:
         assert state_wire.assembly_from(state_wire.assembly_to(order)) == order
     for pull in (Pull(experts={1: (2,)}, base=0), Pull(experts={}, step=0, moments=True)):
         assert state_wire.pull_from(state_wire.pull_to(pull)) == pull
-    stored = Stored(
-        kind="experts", of="b", step=2, epoch=1, experts={1: (3,)}, pushed=("c",), failed={"d": "no"}
+    stored = StoredCopy(
+        kind="experts", owner="b", step=2, epoch=1, experts={1: (3,)}, pushed=("c",), failed={"d": "no"}
     )
     assert state_wire.stored_from(state_wire.stored_to(stored)) == stored
 
@@ -407,16 +407,16 @@ def test_orders_survive_the_wire() -> None:
     ],
 )
 def test_a_stream_of_the_wrong_tensors_is_refused(sent: list[torch.Tensor], message: str) -> None:
-    inflow = Inflow([torch.empty(2, 3), torch.empty(4)])
+    filler = TensorFiller([torch.empty(2, 3), torch.empty(4)])
     with pytest.raises(ProtocolError, match=message):
-        inflow.read(state_stream.frames(sent, lambda: None))
+        filler.read(state_stream.tensor_frames(sent, lambda: None))
 
 
 def test_large_tensors_go_in_pieces_and_small_ones_together() -> None:
     tensors = [torch.randn(n) for n in (5 << 20, 3, 0, 7, 1 << 20)]
-    frames = list(state_stream.frames(tensors, lambda: None))
+    frames = list(state_stream.tensor_frames(tensors, lambda: None))
     assert max(map(len, frames)) < state_stream.FRAME_BYTES + 4096
     assert len(frames) == 7
     filled = [torch.empty_like(tensor) for tensor in tensors]
-    Inflow(filled).read(frames)
+    TensorFiller(filled).read(frames)
     assert all(torch.equal(a, b) for a, b in zip(tensors, filled, strict=True))

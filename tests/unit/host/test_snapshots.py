@@ -13,7 +13,7 @@ import torch
 
 from actors.host.checkpoint_part import SavedMoments
 from actors.host.expert_layers import LayerCopy
-from actors.host.snapshot_store import Memory
+from actors.host.snapshot_store import SnapshotStore
 from actors.messages import tensor_stream as state_stream
 from actors.messages.transfer_orders import Assembly, Blob, Origin, Pull
 from channels.base import Phase
@@ -50,14 +50,14 @@ def snapshot(cluster: MovingCluster) -> None:
             lambda n=name, b=buddy: any(  # type: ignore[misc]
                 one.pushed == (b,)
                 for one in cluster.hosts[n].inventory()
-                if (one.of, one.step) == (n, cluster.step)
+                if (one.owner, one.step) == (n, cluster.step)
             )
         )
 
 
 def entries(cluster: MovingCluster, name: str) -> list[tuple[str, str, int]]:
     with cluster.client(name) as client:
-        return [(one.kind, one.of, one.step) for one in client.inventory()]
+        return [(one.kind, one.owner, one.step) for one in client.inventory()]
 
 
 def test_a_run_goes_on_from_memory_when_a_host_is_gone(made: Any) -> None:
@@ -117,11 +117,11 @@ def test_the_newest_two_steps_are_kept_and_memory_is_used_again(made: Any) -> No
     used, where, owed = [], [], 0
     for _ in range(5):
         snapshot(cluster)
-        memory = cluster.hosts["a"]._memory
+        memory = cluster.hosts["a"].snapshots
         used.append(memory.memory_bytes())
         where.append({tensor.data_ptr() for copy in memory._copies for tensor in copy.memory()})
         owed = 2 * sum(
-            sum(layer.optimizer.state_buffers()[0].nbytes for layer in host._versions.current.layers.values())
+            sum(layer.optimizer.state_buffers()[0].nbytes for layer in host.versions.current.layers.values())
             for host in (cluster.hosts["a"], cluster.hosts["c"])
         )
         cluster.advance()
@@ -139,23 +139,23 @@ def test_a_snapshot_is_what_the_state_was(made: Any) -> None:
     cluster.advance()
     found = {}
     for key in before:
-        parts, intact = host._memory.find(1, *key)
+        parts, intact = host.snapshots.find(1, *key)
         found[key] = list(parts)
         intact()
     assert same(before, found)
-    assert host._memory.find(2, *key) is None
+    assert host.snapshots.find(2, *key) is None
 
 
 def test_a_repeat_does_nothing_and_another_epoch_takes_its_place(made: Any) -> None:
     cluster = made(ONE)
     host = cluster.hosts["a"]
     host.snapshot(0, [])
-    (copy,) = host._memory._copies
+    (copy,) = host.snapshots._copies
     host.snapshot(0, [])
-    assert host._memory._copies == [copy]
+    assert host.snapshots._copies == [copy]
     host.assemble(Assembly(epoch=1, experts={LAYERS[0]: (3,)}, base=0, step=0))
     host.retain(1)
-    assert host._memory._copies == [copy]
+    assert host.snapshots._copies == [copy]
     host.snapshot(0, [])
     (stored,) = host.inventory()
     assert (stored.epoch, stored.experts) == (1, {LAYERS[0]: (3,)})
@@ -209,7 +209,7 @@ def test_requests_are_answered_while_memory_is_copied_and_a_commit_waits(
     thread.join(20)
     stepping.join(20)
     assert host.step == 1
-    assert same(before, {key: list(host._memory.find(0, *key)[0]) for key in before})
+    assert same(before, {key: list(host.snapshots.find(0, *key)[0]) for key in before})
 
 
 def test_a_push_that_fails_is_remembered_and_breaks_nothing(made: Any) -> None:
@@ -224,7 +224,7 @@ def test_a_push_that_fails_is_remembered_and_breaks_nothing(made: Any) -> None:
         assert client.stats().failed_pushes == 1
         cluster.advance()
         client.snapshot(1, [])
-    assert cluster.hosts["b"].inventory()[0].of == "a"
+    assert cluster.hosts["b"].inventory()[0].owner == "a"
 
 
 def test_a_peer_serves_what_it_keeps_for_others(made: Any) -> None:
@@ -326,7 +326,7 @@ def test_a_sender_that_fails_in_the_middle_leaves_nothing(made: Any) -> None:
     with cluster.client("a") as client:
         with pytest.raises(ProtocolError, match="changed its mind"):
             client.store(failing())
-        until(lambda: cluster.hosts["a"]._memory.memory_bytes() == 0)
+        until(lambda: cluster.hosts["a"].snapshots.memory_bytes() == 0)
         assert client.inventory() == []
         client.put(sent)
         assert torch.equal(client.get("trunk", 1).tensors["x"], torch.ones(4))
@@ -335,31 +335,37 @@ def test_a_sender_that_fails_in_the_middle_leaves_nothing(made: Any) -> None:
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({"kind": "experts", "of": "a"}, "keeps its own experts itself"),
-        ({"kind": "trunk", "of": "b"}, "neither experts nor a blob"),
-        ({"kind": "experts", "of": "b", "experts": [{"layer": 0, "experts": [1]}]}, "has no experts"),
-        ({"kind": "experts", "of": "b", "experts": [{"layer": 1, "experts": [1]}]}, "ended within number 0"),
-        ({"kind": "t", "of": "t", "tensors": [{"name": "x", "dtype": 1, "shape": [-1]}]}, "cannot be"),
-        ({"kind": "t", "of": "t", "tensors": [{"name": "x", "dtype": 1, "shape": [1 << 50]}]}, "cannot be"),
-        ({"kind": "t", "of": "t", "tensors": [{"name": "x", "shape": [1]}]}, "cannot be"),
+        ({"kind": "experts", "owner": "a"}, "keeps its own experts itself"),
+        ({"kind": "trunk", "owner": "b"}, "neither experts nor a blob"),
+        ({"kind": "experts", "owner": "b", "experts": [{"layer": 0, "experts": [1]}]}, "has no experts"),
+        (
+            {"kind": "experts", "owner": "b", "experts": [{"layer": 1, "experts": [1]}]},
+            "ended within number 0",
+        ),
+        ({"kind": "t", "owner": "t", "tensors": [{"name": "x", "dtype": 1, "shape": [-1]}]}, "cannot be"),
+        (
+            {"kind": "t", "owner": "t", "tensors": [{"name": "x", "dtype": 1, "shape": [1 << 50]}]},
+            "cannot be",
+        ),
+        ({"kind": "t", "owner": "t", "tensors": [{"name": "x", "shape": [1]}]}, "cannot be"),
     ],
 )
 def test_a_stream_of_what_cannot_be_is_refused(stored: Any, message: str) -> None:
-    memory = Memory("a", CONFIG, torch.float64)
+    memory = SnapshotStore("a", CONFIG, torch.float64)
     with pytest.raises(ProtocolError, match=message):
-        memory.store(iter([state_stream.head(expert_pb2.StoredState(**stored))]))
+        memory.store(iter([state_stream.heading_frame(expert_pb2.StoredState(**stored))]))
     assert memory.memory_bytes() == 0
 
 
 @pytest.mark.parametrize("frames", [[], [b""], [b"\xff\xff"], [expert_pb2.Frame().SerializeToString()]])
 def test_a_stream_without_a_head_is_refused(frames: list[bytes]) -> None:
     with pytest.raises(ProtocolError, match="stream"):
-        Memory("a", CONFIG, torch.float64).store(iter(frames))
+        SnapshotStore("a", CONFIG, torch.float64).store(iter(frames))
 
 
 def test_the_same_is_not_stored_twice_at_a_time() -> None:
-    memory = Memory("a", CONFIG, torch.float64)
-    head = state_stream.head(expert_pb2.StoredState(kind="t", of="t", step=1))
+    memory = SnapshotStore("a", CONFIG, torch.float64)
+    head = state_stream.heading_frame(expert_pb2.StoredState(kind="t", owner="t", step=1))
 
     def twice() -> Iterator[bytes]:
         yield head
@@ -374,13 +380,13 @@ def test_a_snapshot_of_an_epoch_that_is_gone_is_refused(made: Any, monkeypatch: 
     cluster = made(ONE)
     host = cluster.hosts["a"]
     host.assemble(Assembly(epoch=1, experts=ONE["a"], base=0, step=0))
-    settle = host._versions.settle
+    await_commit = host.versions.await_commit
 
     def late(*arguments: Any) -> None:
-        settle(*arguments)
+        await_commit(*arguments)
         host.retain(1)
 
-    monkeypatch.setattr(host._versions, "settle", late)
+    monkeypatch.setattr(host.versions, "await_commit", late)
     with pytest.raises(ProtocolError, match="has gone on to epoch 1"):
         host.snapshot(0, [])
     with pytest.raises(StaleEpoch):

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from typer.testing import CliRunner
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.host.host_server import ExpertHostServer
 from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request, RequestId
@@ -122,7 +122,8 @@ def test_an_expired_certificate_is_refused_by_either_end(
 
 
 def test_files_that_are_replaced_count_from_the_next_handshake(folder: Path, tmp_path: Path) -> None:
-    host = ExpertHost("host-0", CONFIG, {LAYERS[0]: (0,)}, SeededSource(), dtype=torch.float64)
+    initial = InitialExperts(source=SeededSource(), experts={LAYERS[0]: (0,)})
+    host = ExpertHost("host-0", CONFIG, initial, settings=HostSettings(dtype=torch.float64))
     server = ExpertHostServer(host)
     client = HostClient(server.info, timeout=20)
     client.ping(20)
@@ -139,7 +140,8 @@ def test_files_that_are_replaced_count_from_the_next_handshake(folder: Path, tmp
 
 
 def test_a_file_that_is_missing_for_a_moment_fails_no_call(folder: Path, tmp_path: Path) -> None:
-    host = ExpertHost("host-0", CONFIG, {LAYERS[0]: (0,)}, SeededSource(), dtype=torch.float64)
+    initial = InitialExperts(source=SeededSource(), experts={LAYERS[0]: (0,)})
+    host = ExpertHost("host-0", CONFIG, initial, settings=HostSettings(dtype=torch.float64))
     server = ExpertHostServer(host)
     client = HostClient(server.info, timeout=20)
     client.ping(20)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.messages.transfer_orders import Assembly
 from actors.router import Router, RouterSettings
 from actors.router.call_context import ReplicaShifts
@@ -252,10 +252,8 @@ def test_a_newer_table_heals(made: Callable[..., Cluster], kind: str) -> None:
     spare = ExpertHost(
         "host-9",
         CONFIG,
-        experts_held(cluster.holders, LAYERS, 1),
-        SeededSource(),
-        dtype=torch.float64,
-        epoch=1,
+        InitialExperts(source=SeededSource(), experts=experts_held(cluster.holders, LAYERS, 1), epoch=1),
+        settings=HostSettings(dtype=torch.float64),
     )
     keeps = experts_held(cluster.holders, LAYERS, 0)
     cluster.hosts[0].assemble(Assembly(epoch=1, experts=keeps, base=0))

@@ -14,7 +14,7 @@ from actors.coordinator.common_snapshot import TRUNK
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.training_steps import Beginning, TrainingSteps
 from actors.coordinator.transfer_plan import PlacementSpec
-from actors.host.expert_host import ExpertHost
+from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.host.host_server import ExpertHostServer
 from actors.messages.steps import StepDecision, StepReport, TrainingPlan
 from actors.messages.transfer_orders import Blob, Pull
@@ -69,12 +69,9 @@ class Cluster:
         self.hosts[id] = ExpertHost(
             id,
             CONFIG,
-            {},
-            SeededSource(),
-            open_source=lambda _: SeededSource(),
-            optimizer=SETTINGS,
-            dtype=torch.float64,
-            commit_timeout=20.0,
+            InitialExperts(source=SeededSource()),
+            settings=HostSettings(optimizer=SETTINGS, dtype=torch.float64, commit_timeout=20.0),
+            resources=HostResources(open_source=lambda _: SeededSource()),
         )
         self.servers[id] = ExpertHostServer(self.hosts[id])
         self.coordinator.register_host(self.servers[id].info)

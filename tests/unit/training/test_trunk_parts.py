@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.coordinator.common_snapshot import DECISIONS, newest_common
-from actors.messages.transfer_orders import EXPERTS, Stored
+from actors.messages.transfer_orders import EXPERTS, StoredCopy
 from actors.messages.trunk_parts import TRUNK, complete, part_name, part_of
 from actors.router.deferred_loss import DeferredLoss, DeferringCall, ZeroExperts
 from actors.router.training_call import dispatched
@@ -47,10 +47,10 @@ def test_rows_are_dealt_out_as_torch_does(size: int, parts: int) -> None:
 
 
 def test_a_step_is_common_when_all_parts_of_the_trunk_are_somewhere() -> None:
-    def blob(name: str, step: int) -> Stored:
-        return Stored(kind=name, of=name, step=step)
+    def blob(name: str, step: int) -> StoredCopy:
+        return StoredCopy(kind=name, owner=name, step=step)
 
-    experts = [Stored(kind=EXPERTS, of="a", step=step, experts={1: (0, 1)}) for step in (2, 4)]
+    experts = [StoredCopy(kind=EXPERTS, owner="a", step=step, experts={1: (0, 1)}) for step in (2, 4)]
     a = [*experts, blob(DECISIONS, 2), blob(DECISIONS, 4), *(blob(part_name(0, 2), step) for step in (2, 4))]
     found = newest_common({"a": a, "b": [blob(part_name(1, 2), 2)]}, layers=[1], n_experts=2)
     assert found is not None

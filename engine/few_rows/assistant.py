@@ -1,6 +1,6 @@
-"""A second thread for the attention of long contexts, in compiled code and without the interpreter's lock.
+"""A second thread for the attention of long contexts, in compiled code without the interpreter's lock.
 
-It takes pieces of work from a desk as long as some come, and sleeps when none has come for a while.
+The thread polls a `Desk` for work, and sleeps after a while without work.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import weakref
 
 from kernels.team import Array, Desk, assist
 
-_LOOKS = 4000  # for work, between two looks at the clock: for those it needs the interpreter's lock
-_RESTLESS = 2e-3  # seconds without work after which it sleeps
+_LOOKS = 4000  # polls of the desk between two readings of the clock, which need the interpreter's lock
+_RESTLESS = 2e-3  # seconds without work after which the thread sleeps
 
 
 class Assistant:
-    """Starts when it is first wanted; ends with its last reference.
+    """A thread that starts at the first call of `ready` and ends when this object is deleted.
 
     Args:
-        desk: where the work lies.
-        caches: [layers, slots, W].
-        page_size: positions of a page.
+        desk: Where work is taken from.
+        caches: [layers, slots, W], the KV cache.
+        page_size: Positions of a page.
     """
 
     def __init__(self, desk: Desk, caches: Array, page_size: int) -> None:
@@ -31,7 +31,7 @@ class Assistant:
         self._started = False
 
     def ready(self) -> bool:
-        """Whether it looks for work now. If not it will: it is woken, or started."""
+        """Whether the thread is polling for work; if not, start it or wake it for later calls."""
         if self._awake.is_set():
             return True
         if not self._started:
@@ -51,7 +51,7 @@ def _assist(
             last = time.monotonic()
         elif time.monotonic() - last > _RESTLESS:
             awake.clear()
-            if not ended.is_set():  # or `_end` has been and gone: nobody would wake this thread again
+            if not ended.is_set():  # after `_end` has run, nothing would wake this thread
                 awake.wait()
             last = time.monotonic()
 

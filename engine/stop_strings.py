@@ -1,0 +1,47 @@
+"""Stop strings in a text that grows token by token; a stop string may span several tokens.
+
+The text of a request is searched as a whole and not token by token, so it does not matter where tokens begin
+and end. An end of the text that a stop string may begin with is held back until more text decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """The stop strings of one request.
+
+    Args:
+        stops: Strings that end the text.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+
+    def __bool__(self) -> bool:
+        """Whether there is any stop string."""
+        return bool(self._stops)
+
+    def find(self, text: str, start: int) -> int | None:
+        """Position of the first stop string in `text[start:]`, or None."""
+        found = [at for stop in self._stops if (at := text.find(stop, start)) >= 0]
+        return min(found, default=None)
+
+    def certain_length(self, text: str, start: int) -> int:
+        """Length of the text without an end that may be the beginning of a stop string.
+
+        Args:
+            text: Text without a stop string after `start`.
+            start: Position before which no stop string begins.
+        """
+        certain = len(text)
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(text) - start), 0, -1):
+                if text.endswith(stop[:size]):
+                    certain = min(certain, len(text) - size)
+                    break
+        return certain
+
+
+__all__ = ["StopStrings"]
