@@ -65,13 +65,13 @@ def model() -> CausalLM:
 
 
 def draw(
-    model: CausalLM, drafts: int, fields: dict[str, float], *, first_seed: int, kind: type[Engine] = Engine
+    model: CausalLM, drafts: int, fields: dict[str, float], *, first_seed: int
 ) -> tuple[Counter[Tokens], Engine]:
     """Counts of the tokens that follow the prompt, over `DRAWS` requests with different seeds."""
     settings = EngineSettings(
         cache_tokens=16384, page_size=8, max_batch_tokens=4096, max_sequences=1024, drafts=drafts
     )
-    engine = kind(TrunkWeights.of(model.trunk), model.experts, settings)
+    engine = Engine(TrunkWeights.of(model.trunk), model.experts, settings)
     sequences = [
         engine.add(str(seed), PROMPT, SamplingParams(max_tokens=LENGTH, seed=seed, **fields))
         for seed in range(first_seed, first_seed + DRAWS)
