@@ -1,6 +1,7 @@
-"""Clients with the methods of the plain classes, over gRPC.
+"""Client of an expert host over gRPC.
 
-Errors come back as what they were, with the peer named; a peer that is gone is a `ChannelError`.
+An error of the host is raised with its own class and names the host; when its process is gone, a
+`ChannelError` is raised.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from protos import expert_pb2, expert_pb2_grpc
 
 
 class HostClient:
-    """Commands an `ExpertHost`; implements `actors.messages.steps.HostControl`.
+    """Client of an `ExpertHost`; implements `HostControl` and `Peer`, which describe the methods.
 
     Args:
-        host: the host; its address of kind `grpc` is used.
-        timeout: seconds for one call, those apart that move or save state; None waits for ever.
+        host: The host; its address of kind `grpc` is used.
+        timeout: Seconds for one call, except for calls that move or save state; None waits without a limit.
     """
 
     def __init__(self, host: HostInfo, *, timeout: float | None = None) -> None:
@@ -36,92 +37,79 @@ class HostClient:
         self._state = StateClient(self._channel, self._peer)
 
     def prepare(self, step: int, epoch: int | None = None) -> float:
-        """See `ExpertHost.prepare`."""
         request = expert_pb2.PrepareRequest(step=step, epoch=epoch)
         with raising(self._peer):
             return float(self._stub.Prepare(request).squared_norm)
 
     def seal(self, step: int, epoch: int | None = None) -> None:
-        """See `ExpertHost.seal`."""
         with raising(self._peer):
             self._stub.Seal(expert_pb2.PrepareRequest(step=step, epoch=epoch), timeout=self._timeout)
 
     def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None = None) -> None:
-        """See `ExpertHost.commit`."""
         request = expert_pb2.CommitRequest(step=step, learning_rate=learning_rate, scale=scale, epoch=epoch)
         with raising(self._peer):
             self._stub.Commit(request, timeout=self._timeout)
 
     def save(self, directory: str, epoch: int | None = None) -> Sequence[str]:
-        """See `ExpertHost.save`."""
         with raising(self._peer):
             return list(self._stub.Save(expert_pb2.SaveRequest(directory=directory, epoch=epoch)).files)
 
     def assemble(self, order: Assembly) -> None:
-        """See `ExpertHost.assemble`."""
         with raising(self._peer):
             self._stub.Assemble(assembly_to(order))
 
     def retain(self, *epochs: int) -> None:
-        """See `ExpertHost.retain`."""
         with raising(self._peer):
             self._stub.Retain(expert_pb2.RetainRequest(epochs=epochs), timeout=self._timeout)
 
     def fetch(self, pull: Pull) -> Iterator[bytes]:
-        """See `ExpertHost.fetch`."""
         return self._state.fetch(pull)
 
     def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None = None) -> None:
-        """See `ExpertHost.snapshot`; returns when the state has been copied aside."""
+        """Have the host keep a snapshot; returns when the state has been copied in the host's memory."""
         request = expert_pb2.SnapshotRequest(step=step, buddies=map(host_to, buddies), epoch=epoch)
         with raising(self._peer):
             self._stub.Snapshot(request)
 
     def store(self, frames: Iterator[bytes]) -> None:
-        """See `ExpertHost.store`."""
         self._state.store(frames)
 
     def put(self, blob: Blob) -> None:
-        """See `ExpertHost.put`."""
         self._state.put(blob)
 
     def get(self, name: str, step: int) -> Blob:
-        """See `ExpertHost.get`."""
         return self._state.get(name, step)
 
     def inventory(self) -> Sequence[StoredCopy]:
-        """See `ExpertHost.inventory`."""
         with raising(self._peer):
             reply = self._stub.Inventory(expert_pb2.InventoryRequest(), timeout=self._timeout)
         return [stored_from(one) for one in reply.stored]
 
     def loads(self) -> Tensor:
-        """See `ExpertHost.loads`."""
         with raising(self._peer):
             return tensor_from(self._stub.Loads(expert_pb2.LoadsRequest(), timeout=self._timeout).loads)
 
     def hang_up(self) -> None:
-        """See `ExpertHostServer.hang_up`."""
+        """Have the host close its routers' connections, which may be opened again."""
         with raising(self._peer):
             self._stub.HangUp(expert_pb2.HangUpRequest(), timeout=self._timeout)
 
     def ping(self, timeout: float) -> None:
-        """Whether the host answers, within so many seconds.
+        """Check that the host answers within `timeout` seconds.
 
         Raises:
-            ChannelTimeout: not in time.
-            ChannelError: its process is gone.
+            ChannelTimeout: It does not answer in time.
+            ChannelError: Its process is gone.
         """
         with raising(self._peer):
             self._stub.Ping(expert_pb2.PingRequest(), timeout=timeout)
 
     def stats(self) -> HostStats:
-        """See `ExpertHost.stats`."""
         with raising(self._peer):
             return stats_from(self._stub.Status(expert_pb2.StatusRequest(), timeout=self._timeout))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection; calls under way fail."""
         self._channel.close()
 
 
