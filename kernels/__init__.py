@@ -1,1 +1,1 @@
-"""Compiled arithmetic, for where starting a tensor operation costs more than what it does."""
+"""Compiled arithmetic, where the start of a tensor operation would take longer than the arithmetic."""

@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ def _cached(dispatcher: Any) -> Any:
 
 
 class _PackageLocator:
-    """Where a function's compiled code lies: a folder of its package's sources within the one Numba found.
+    """Location of a function's compiled code, which depends on all sources of its package.
 
     Args:
-        found: Numba's locator, which knows a folder that can be written to.
-        source: the function's file.
+        found: Numba's locator, with a folder that can be written to.
+        source: The function's file.
     """
 
     def __init__(self, found: Any, source: Path) -> None:
@@ -87,6 +88,11 @@ class _PackageCacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
 
 class _PackageCache(FunctionCache):  # type: ignore[misc]
     _impl_class = _PackageCacheImpl
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        # A process of other sources may have removed the folder: the function is compiled again next time.
+        with suppress(OSError):
+            super().save_overload(sig, data)
 
 
 def _digest(folder: Path) -> str:

@@ -1,4 +1,6 @@
-"""Routed pairs by host, and by a host's own experts: counting where tensor operations would sort.
+"""Grouping of routed (token, expert) pairs by host, and checks of a request's pairs on the host.
+
+Tensor operations would sort the pairs; here they are counted in two passes.
 
 Shapes: N tokens, K experts per token, E experts, H hosts, nnz = N·K pairs, n rows over all hosts; R ways
 to choose one replica of every expert.
@@ -24,8 +26,8 @@ def split_by_host(idx, gates, host_of, n_hosts, shift):
         shift: 0 or more.
 
     Returns:
-        row [n] int64, row_ptr [n + H] int32 (each host's begins with 0), expert [nnz] int32, pair [nnz]
-        int64, gate [nnz], and where each host's rows and pairs begin, [H + 1] both.
+        row [n] int64, row_ptr [n + H] int32 (that of each host begins with 0), expert [nnz] int32, pair [nnz]
+        int64, gate [nnz], and the starts of each host's rows and pairs, both [H + 1].
     """
     n_tokens, top_k = idx.shape
     ways = host_of.shape[0]
@@ -75,16 +77,16 @@ def split_by_host(idx, gates, host_of, n_hosts, shift):
 
 @compiled
 def localize(row_ptr, expert, local_of, local):
-    """Global expert ids as indices into a host's shard, and whether a request's shape can be.
+    """Convert global expert ids to indices into a host's shard, and check the pairs of a request.
 
     Args:
         row_ptr: [n + 1] int32, as a peer sent it.
-        expert: [nnz] int32, likewise.
+        expert: [nnz] int32, as a peer sent it.
         local_of: [E] int32, -1 for experts of other hosts.
         local: [nnz] int32, written.
 
     Returns:
-        FINE; MALFORMED where row_ptr does not rise from 0 to nnz; FOREIGN where an expert is not here.
+        FINE; MALFORMED where row_ptr does not rise from 0 to nnz; FOREIGN for an expert of another host.
     """
     if row_ptr[0] != 0 or row_ptr[-1] != expert.shape[0]:
         return MALFORMED
@@ -92,7 +94,7 @@ def localize(row_ptr, expert, local_of, local):
         if row_ptr[i] > row_ptr[i + 1]:
             return MALFORMED
     for p in range(expert.shape[0]):
-        e = expert[p]  # once: the peer may write to it still
+        e = expert[p]  # read once: the peer may still write to it
         if e < 0 or e >= local_of.shape[0] or local_of[e] < 0:
             return FOREIGN
         local[p] = local_of[e]
@@ -101,7 +103,7 @@ def localize(row_ptr, expert, local_of, local):
 
 @compiled
 def count_pairs(local, ids, loads):
-    """Add the pairs of a request to `loads`.
+    """Add a request's number of pairs per expert to `loads`.
 
     Args:
         local: [nnz], indices into a host's shard.

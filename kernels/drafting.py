@@ -1,4 +1,4 @@
-"""What a multi-token-prediction module computes beside its block: its input, and the likeliest token.
+"""The input of a multi-token-prediction module's block, and the likeliest token of its output.
 
 Shapes: N rows, D hidden, V vocabulary.
 """
@@ -14,13 +14,15 @@ from kernels.norm import rms_norm
 
 @compiled_reordered
 def join(tokens, embedding, embedding_norm, hidden, hidden_norm, weight, eps, out):
-    """out[n] = weight [RMSNorm(embedding[tokens[n]]); RMSNorm(hidden[n])]: what an MTP module begins with.
+    """out[n] = weight [RMSNorm(embedding[tokens[n]]); RMSNorm(hidden[n])], eq. 21 of arXiv 2412.19437.
 
     Args:
         tokens: [N].
         embedding: [V, D].
         hidden: [N, D].
         weight: [D, 2D], as it is or rounded.
+        eps: Epsilon of both norms.
+        out: [N, D], written.
     """
     rows, size = hidden.shape
     both = np.empty((rows, 2 * size), hidden.dtype)
@@ -34,7 +36,7 @@ def join(tokens, embedding, embedding_norm, hidden, hidden_norm, weight, eps, ou
 
 @compiled_reordered
 def likeliest(x, weight, out):
-    """out[n] = the j with the largest <weight[j], x[n]>, of equals the first.
+    """out[n] = the j with the largest <weight[j], x[n]>, the first of equal ones.
 
     Args:
         x: [N, D].

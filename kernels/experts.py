@@ -1,4 +1,4 @@
-"""SwiGLU networks over a few rows: dense, and as the routed experts that each row was sent to.
+"""SwiGLU networks over a few rows: a dense one, and the routed experts that each row was sent to.
 
 Shapes: N rows, D hidden, E experts, I their intermediate width, nnz (row, expert) pairs.
 """
@@ -35,11 +35,11 @@ def mix_experts(x, row_ptr, expert, gate, w13, w2, out):
 
     Args:
         x: [N, D].
-        row_ptr: [N + 1], the pairs of row n are row_ptr[n] ... row_ptr[n + 1].
+        row_ptr: [N + 1], the pairs of row n are row_ptr[n] … row_ptr[n + 1].
         expert: [nnz], indices into the weights.
         gate: [nnz].
         w13: [E, 2I, D], as they are or rounded.
-        w2: [E, D, I], likewise.
+        w2: [E, D, I], as they are or rounded.
     """
     n_experts, size, width = shape_of(w2)
     one = x.dtype.type(1)

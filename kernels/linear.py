@@ -1,7 +1,7 @@
 """Matrix products of a few rows, each one sweep over the weights, which may be rounded to 8 bits.
 
-A matrix-vector product of BLAS reads several rows of a matrix at a time; one row after the other is what the
-memory is fast at. Float32 and float64, in C order.
+In a matrix-vector product BLAS reads several rows of a matrix at a time. Here rows are read one after the
+other, which is the fastest way to read memory. Arrays are float32 or float64, in C order.
 
 Shapes: N rows, K inputs, J outputs.
 """
@@ -49,7 +49,7 @@ def project(x, weight, out):
 
 
 def product(x, weight, out):
-    """`project` with weights as they are, or with a `kernels.rounded.Rounded`."""
+    """`project` for weights as they are or rounded (`kernels.rounded.Rounded`)."""
 
 
 @overload(product)
@@ -60,7 +60,7 @@ def _product_overload(x, weight, out):
 
 
 def matrix_at(weights, at):
-    """One of several matrices [..., J, K]."""
+    """Return weights[at] of matrices [..., J, K], as they are or rounded."""
 
 
 @overload(matrix_at)
@@ -71,7 +71,7 @@ def _matrix_at_overload(weights, at):
 
 
 def shape_of(weights):
-    """Of weights [..., J, K]."""
+    """Return the shape of weights [..., J, K], as they are or rounded."""
 
 
 @overload(shape_of)
@@ -91,10 +91,10 @@ def _project_rounded(x, weight, scale, out):
 
 @compiled_reordered
 def round_rows(x):
-    """Rows [N, K] as 16-bit integers, and what each of them is to be multiplied with.
+    """Round rows [N, K] to 16-bit integers; also return the scale of each row.
 
-    They have as many bits as keep sums with 8-bit weights within 32: products of such integers are what any
-    processor adds up fastest, and next to the weights' error theirs is nothing.
+    The integers have as many bits as keep sums of their products with 8-bit weights within 32 bits.
+    Processors add such products fastest, and the rounding error is small beside that of the weights.
     """
     rows, size = x.shape
     most = x.dtype.type(min(32767, (2**31 - 1) // (127 * size)))
@@ -113,6 +113,7 @@ def round_rows(x):
 
 @compiled_reordered
 def dot_rounded(a, b):
+    """Dot product of int8 and int16 vectors in 32 bits."""
     total = np.int32(0)
     for k in range(a.shape[0]):
         total = np.int32(total + np.int32(a[k]) * np.int32(b[k]))

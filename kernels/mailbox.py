@@ -1,8 +1,8 @@
-"""A request and its reply in memory that two processes share, without a call of the system.
+"""Requests and replies in memory that a client and an expert host share, without system calls.
 
-The client fills a box and raises its request's number, the host answers and raises its reply's; each waits
-by looking, and lets others run between two looks, since more processes may look than there are cores.
-What the other end writes is read once and checked against the box's own room.
+The client fills a box and increases the number of its request; the host replies and increases the number of
+its reply. Both poll, and yield the core between two looks, since more processes may poll than there are cores.
+Values that the other process writes are read once and checked against the size of the box.
 
 Shapes: n rows of D numbers, nnz (row, expert) pairs; a box has room for B rows and P pairs; R ways to
 choose one replica of every expert.
@@ -22,11 +22,11 @@ Array = npt.NDArray[Any]
 # Words of a box's head, each in a cache line of its own where both ends write.
 REQUEST: Final = 0
 REPLY: Final = 8
-ASLEEP: Final = 16  # the host waits on its socket and wants to be woken
-RING: Final = 24  # packets that the client has sent on the socket
+ASLEEP: Final = 16  # 1 while the host waits on its socket and has to be woken
+RING: Final = 24  # number of packets that the client has sent on the socket
 STATUS: Final = 32
 EPOCH, STEP, LAYER, ROWS, PAIRS = (40, 41, 42, 43, 44)
-ENDED: Final = 52  # the client's connection was shut: none of its threads waits on
+ENDED: Final = 52  # 1 after the client's connection was closed: its threads stop waiting
 WORDS: Final = 64
 
 NOTHING, MAIL, PACKET = (0, 1, 2)
@@ -39,10 +39,10 @@ class Box(NamedTuple):
     Attributes:
         words: [64] int64, the head.
         row_ptr: [B + 1] int32, the pairs of row i are row_ptr[i] … row_ptr[i + 1].
-        expert: [P] int32, of each pair.
-        gate: [P], of each pair.
-        rows: [B, D], of the request.
-        partial: [B, D], of the reply.
+        expert: [P] int32, expert of each pair.
+        gate: [P], gate of each pair.
+        rows: [B, D], rows of the request.
+        partial: [B, D], rows of the reply.
     """
 
     words: Array
@@ -92,13 +92,13 @@ class CallNumbers(NamedTuple):
 
 @compiled
 def load(words, index):
-    """A word that the other end may write."""
+    """Read a word that the other process may write."""
     return atomics.load(words, index)
 
 
 @compiled
 def store(words, index, value):
-    """Write a word that the other end may read; all that was written before is there when it sees it."""
+    """Write a word that the other process may read; it then also sees all that was written before."""
     atomics.store(words, index, value)
 
 
@@ -114,7 +114,7 @@ def post(box, token, routed, recipient, call):
         call: a `CallNumbers` as a plain tuple.
 
     Returns:
-        Number of rows sent (0 if no token goes to the host: nothing is sent), and whether the host sleeps.
+        Number of rows sent, and whether the host sleeps. Without a token for the host, nothing is sent.
     """
     b, tokens, to, numbers = Box(*box), RoutedRows(*routed), Recipient(*recipient), CallNumbers(*call)
     n = pairs = 0
@@ -150,8 +150,15 @@ def post(box, token, routed, recipient, call):
 def collect(words, partial, token, n, number, looks, out):
     """Wait for the reply to a request and add its rows to `out` [N, D].
 
+    Args:
+        words, partial: Parts of the box.
+        token: [B] int64, the token of each row, as written by `post`.
+        n: Number of rows sent.
+        number: Number of the request.
+        looks: Number of looks after which to give up.
+
     Returns:
-        PENDING after so many looks or when the wait was ended, ANSWERED, or REFUSED (nothing is added).
+        PENDING after `looks` looks or when the connection was closed, ANSWERED, or REFUSED (adds nothing).
     """
     while atomics.load(words, REPLY) != number:
         if looks == 0 or atomics.load(words, ENDED) != 0:
@@ -168,10 +175,16 @@ def collect(words, partial, token, n, number, looks, out):
 
 @compiled
 def watch(words, answered, packets, looks):
-    """Wait as a host for a request beyond the last one answered, or for word of a packet on the socket.
+    """Wait on the host for a request after the last answered one, or for a packet on the socket.
+
+    Args:
+        words: Head of the box.
+        answered: Number of the last answered request.
+        packets: Number of packets read from the socket.
+        looks: Number of looks after which to give up.
 
     Returns:
-        NOTHING after so many looks, MAIL or PACKET, and the number of the newest request.
+        NOTHING after `looks` looks, MAIL or PACKET; and the number of the newest request.
     """
     while True:
         asked = atomics.load(words, REQUEST)
@@ -187,15 +200,16 @@ def watch(words, answered, packets, looks):
 
 @compiled
 def accept(words, row_ptr, expert, local_of, own_ptr, own_expert):
-    """Take a request's pairs out of a box, checked, with experts as indices into the host's shard.
+    """Copy a request's pairs out of a box and check them; experts become indices into the host's shard.
 
     Args:
+        words, row_ptr, expert: Parts of the box.
         local_of: [E] int32, -1 for experts of other hosts.
         own_ptr: [B + 1] int64, written.
         own_expert: [P] int64, written.
 
     Returns:
-        Rows and pairs; none where the request cannot be.
+        Number of rows and of pairs; 0 and 0 for a malformed request.
     """
     n, pairs = words[ROWS], words[PAIRS]
     if not (0 < n < own_ptr.shape[0] and 0 < pairs <= own_expert.shape[0]):

@@ -9,7 +9,7 @@ from kernels.compiled import compiled_reordered
 
 @compiled_reordered
 def rms_norm(x, weight, eps, out):
-    """RMSNorm of x's first columns, as many as there are weights, into `out`."""
+    """Write RMSNorm(x) into `out`, over as many of the first columns as there are weights."""
     size = weight.shape[0]
     for n in range(x.shape[0]):
         total = x.dtype.type(0)

@@ -1,4 +1,4 @@
-"""Weights in 8 bits, a quarter of the memory to read, for what may err: a draft is verified."""
+"""Weights rounded to 8 bits, a quarter of the memory to read; for drafts, which are verified."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_BLOCK = 1 << 20  # weights that are rounded at a time
+_BLOCK = 1 << 20  # number of weights that are rounded at a time
 
 
 class Rounded(NamedTuple):
-    """Matrices [..., J, K], each row with a scale of its own.
+    """Matrices [..., J, K] in 8 bits, with a scale for each row.
 
     Attributes:
-        rows: [..., J, K] int8, of -127 … 127.
-        scale: [..., J], what each row is to be multiplied with.
+        rows: [..., J, K] int8, from -127 to 127.
+        scale: [..., J], factor of each row.
     """
 
     rows: Array
@@ -25,7 +25,7 @@ class Rounded(NamedTuple):
 
     @classmethod
     def of(cls, weight: Array) -> Rounded:
-        """The nearest to weights [..., J, K]."""
+        """Round weights [..., J, K] to the nearest."""
         size = weight.shape[-1]
         flat = weight.reshape(-1, size)
         scale = np.empty(len(flat), weight.dtype)

@@ -35,8 +35,8 @@ class Desk(NamedTuple):
         words: [24] int64, `NEXT`, `DONE`, `PIECES` and `LAYER`.
         queries: [N, H', W], in the cache's space.
         seen: [N, H', C], the heads' weighted sums of latents.
-        length: [N], entries that each row sees.
-        pages: [N, P], of each row's sequence.
+        length: [N] int64, number of entries that each row sees.
+        pages: [N, P] int64, pages of each row's sequence.
     """
 
     words: Array

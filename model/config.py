@@ -1,4 +1,4 @@
-"""Configuration of a model and of its load balance, checked when it is read.
+"""Configuration of a model and of its load balance, validated on construction.
 
 The fields of `ModelConfig` carry the names of a Hugging Face DeepSeek-V3 `config.json`.
 """
@@ -20,7 +20,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class _Frozen(BaseModel):
-    """A value object: immutable, its numbers finite, and an unknown field is an error."""
+    """An immutable value with finite numbers, which refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -80,7 +80,7 @@ def plan_dispatch(
 def _counted(
     idx: Tensor, gates: Tensor, host_of: Tensor, n_hosts: int, shift: int
 ) -> tuple[HostSlice | None, ...]:
-    """In two passes over the pairs, on the machine's own memory."""
+    """Slices by counting, in two passes over pairs in the CPU's memory."""
     *flat, first_row, first_pair = split_by_host(
         idx.contiguous().numpy(), gates.contiguous().numpy(), host_of.numpy(), n_hosts, shift
     )
@@ -103,7 +103,7 @@ def _counted(
 def _sorted(
     expert: Tensor, gate: Tensor, host_of_pair: Tensor, n_tokens: int, n_hosts: int
 ) -> tuple[HostSlice | None, ...]:
-    """By sorting, on any device."""
+    """Slices by sorting, on any device: the reference of `_counted`."""
     top_k = expert.numel() // n_tokens
     host, pair = host_of_pair.sort(stable=True)
     # (host, token) ascending: one key per row that leaves, so that rows of all hosts are found in one pass.

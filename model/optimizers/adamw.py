@@ -1,12 +1,11 @@
 """AdamW over flat buffers: one pass over memory per step, however many tensors there are.
 
-Tensors of one dtype, device and decay group lie one after the other in one flat buffer; their gradients
-and both moments likewise. Each tensor becomes a view into it, so a step, a clearing and a norm are each
-one call over contiguous memory.
+Tensors of one dtype and device that decay alike lie one after the other in one flat buffer, and so do their
+gradients and both moments. Each tensor becomes a view of the buffer, so that a step, clearing the gradients
+and a norm are each one call over contiguous memory.
 
-Tensors of half precision are what is computed with, and no more: a step moves their *values*, which are
-float32 as their gradients and moments are, and rounds them into the tensors. Small steps would get lost in
-bfloat16, whose numbers have 8 bits.
+Half-precision tensors have float32 *values* beside them, like their gradients and moments: a step moves the
+values and rounds them into the tensors. Small steps would be lost in bfloat16, which has 8 bits of precision.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from torch import Tensor
 
 from errors import CheckpointError, ProtocolError
 
-_ALIGNMENT = 64  # bytes; every tensor starts on a cache line, as one of its own would
+_ALIGNMENT = 64  # bytes; every tensor starts on a cache line
 _NORM_CHUNK = 1 << 16  # elements; a chunk's float64 copy stays in the cache
 
 
 def decays_by_shape(name: str, tensor: Tensor) -> bool:
-    """Matrices decay; norms and other vectors do not."""
+    """Whether a tensor decays: matrices do, norms and other vectors do not."""
     return tensor.ndim >= 2
 
 
 def value_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the values, gradients and moments of tensors that are computed with in `dtype`."""
+    """Type of the values, gradients and moments of tensors of type `dtype`."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
@@ -97,7 +96,7 @@ def squared_sum(tensor: Tensor) -> float:
 
 
 def flat_offsets(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
-    """Where tensors of so many elements begin in a flat buffer, and its length; in elements."""
+    """Offsets of tensors with `counts` elements in a flat buffer, and its length; in elements."""
     unit = _ALIGNMENT // itemsize
     offsets, total = [], 0
     for count in counts:
@@ -131,19 +130,19 @@ class AdamW:
     """`torch.optim.AdamW(fused=True)` for named tensors that it moves into flat buffers.
 
     On construction each tensor's `.data` becomes a view of the flat buffer, and the `.grad` of those that
-    require one a view of the flat gradient buffer (autograd then adds into it in place). Clear gradients
-    with `zero_grad()` here, never to None elsewhere. Who writes to the values of tensors of half precision
-    calls `round_values` afterwards.
+    require one a view of the flat gradient buffer (autograd then adds into it in place). Clear gradients with
+    `zero_grad()`, and never set them to None. Call `round_values` after writing to the values of
+    half-precision tensors.
 
     Args:
-        tensors: (name, tensor) pairs, parameters or plain tensors; names unique.
-        beta1, beta2, epsilon: as in AdamW.
-        weight_decay: decoupled, for the tensors that `decays` picks.
-        decays: (name, tensor) -> whether it decays.
+        tensors: (name, tensor) pairs, parameters or plain tensors, with unique names.
+        beta1, beta2, epsilon: Coefficients of AdamW.
+        weight_decay: Decoupled weight decay of the tensors that `decays` selects.
+        decays: Whether a tensor of this name decays.
 
     Attributes:
-        gradients: by name, in the order given, views of the flat gradient buffer.
-        step_count: steps taken.
+        gradients: Views of the flat gradient buffer by name, in the order of `tensors`.
+        step_count: Number of steps taken.
     """
 
     def __init__(
@@ -179,9 +178,9 @@ class AdamW:
         first = self._tensors[names[0]]
         dtype, device = value_dtype(first.dtype), first.device
         offsets, total = flat_offsets([self._tensors[name].numel() for name in names], dtype.itemsize)
-        # Zero padding stays zero under AdamW: no gradient, no moment, nothing to decay.
+        # Zero padding stays zero under AdamW: it has no gradient, no moment and nothing to decay.
         flat = torch.zeros(4, total, dtype=dtype, device=device)
-        # The gradient first: what a snapshot keeps lies in one piece behind it.
+        # The gradient first: the state that a snapshot keeps lies in one piece behind it.
         gradient, value, exp_avg, exp_avg_sq = flat.unbind(0)
         rounded = None if dtype == first.dtype else torch.zeros(total, dtype=first.dtype, device=device)
         step = torch.zeros((), dtype=torch.float32, device=device)
@@ -211,7 +210,7 @@ class AdamW:
         The gradients are left in an unspecified scale: call `zero_grad` before the next accumulation.
 
         Raises:
-            ProtocolError: somebody replaced or dropped a tensor's `.grad`.
+            ProtocolError: A tensor's `.grad` was replaced or dropped.
         """
         self._check_attached()
         self.step_count += 1
@@ -231,13 +230,13 @@ class AdamW:
 
     @torch.no_grad()
     def round_values(self) -> None:
-        """Bring tensors of half precision up to their values, which somebody has written to."""
+        """Round the values into the half-precision tensors, after the values were written to."""
         for group in self._groups:
             _round(group)
 
     @torch.no_grad()
     def reset(self, step: int) -> None:
-        """Forget moments and gradients, as at the beginning, so many steps into a run."""
+        """Set moments and gradients to zero, and the number of steps to `step`."""
         self.step_count = step
         for group in self._groups:
             group.gradient.zero_()
@@ -254,23 +253,23 @@ class AdamW:
         return sum(squared_sum(group.gradient) for group in self._groups)
 
     def gradient_buffers(self) -> list[Tensor]:
-        """The flat gradient buffers, for data-parallel workers to sum up in place."""
+        """Flat gradient buffers, which data-parallel workers sum in place."""
         return [group.gradient for group in self._groups]
 
     def state_buffers(self) -> list[Tensor]:
-        """Values and both moments as they lie in memory, [3, total] each: live views, for fast copies."""
+        """Live views of values and both moments as they lie in memory, [3, total] each, for fast copies."""
         return [group.state for group in self._groups]
 
     def values(self) -> dict[str, Tensor]:
-        """What steps move, by name: live views, in the tensors' shapes; the tensors, or float32 of them."""
+        """Live views of the values by name, in the tensors' shapes; float32 for half-precision tensors."""
         return dict(self._values)
 
     @torch.no_grad()
     def load_values(self, values: Mapping[str, Tensor]) -> None:
-        """Take over values, and the tensors with them; of other names there may be more.
+        """Copy values in and round them into the tensors; other names are ignored.
 
         Raises:
-            CheckpointError: one is missing, or of another shape.
+            CheckpointError: A value is missing, or of another shape.
         """
         for name, mine in self._values.items():
             other = values.get(name)
@@ -281,15 +280,15 @@ class AdamW:
         self.round_values()
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(exp_avg, exp_avg_sq) by name: live views, in the tensors' shapes."""
+        """Live views of (exp_avg, exp_avg_sq) by name, in the tensors' shapes."""
         return dict(self._moments)
 
     @torch.no_grad()
     def load_moments(self, moments: Mapping[str, tuple[Tensor, Tensor]], *, step: int) -> None:
-        """Take over moments of a checkpoint, and the number of steps that made them.
+        """Copy in the moments of a checkpoint, and the number of steps that they come from.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, or of another shape.
+            CheckpointError: A tensor is missing, unknown, or of another shape.
         """
         if moments.keys() != self._moments.keys():
             odd = ", ".join(sorted(moments.keys() ^ self._moments.keys())[:3])

@@ -1,6 +1,6 @@
 """Values that change over a run: piecewise-constant schedules, and the learning rate's warm-up and cosine.
 
-Steps are counted from 0: step s is the optimizer step that makes version s into version s + 1.
+Steps are counted from 0: step s is the optimizer step from version s to version s + 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Value = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Point(BaseModel):
-    """From `step` on, the schedule has `value`."""
+    """One entry of a schedule, whose value holds from `step` on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,7 @@ Schedule = Annotated[_Value | tuple[Point, ...], AfterValidator(_ordered)]
 
 
 def value_at(schedule: float | Sequence[Point], step: int) -> float:
-    """The schedule's value at an optimizer step: that of the last entry which is not later."""
+    """The schedule's value at an optimizer step: that of the last entry at or before it."""
     if isinstance(schedule, (int, float)):
         return float(schedule)
     value = schedule[0].value

@@ -1,7 +1,7 @@
-"""AdamW over shards: each worker moves its own rows of every parameter that `fully_shard` has dealt out.
+"""AdamW over shards: each worker moves its own rows of every parameter that `fully_shard` has sharded.
 
-The sibling of `model.optimizers.adamw.AdamW`, with the same arithmetic. A sharded parameter's memory belongs
-to `fully_shard`, so tensors stay where they are, and a step is one call over a list of them.
+The arithmetic is that of `model.optimizers.adamw.AdamW`. A sharded parameter's memory belongs to
+`fully_shard`, so tensors stay where they are, and a step is one call over a list of them.
 
 Shapes: a parameter [R, …] lies on n workers in pieces of ceil(R / n) rows; the last may be shorter, or empty.
 """
@@ -23,14 +23,14 @@ VALUE, KINDS = "value", ("exp_avg", "exp_avg_sq")
 
 
 def rows_of(rank: int, parts: int, size: int) -> range:
-    """The rows of a parameter of `size` rows that worker `rank` of `parts` has; maybe none."""
+    """Rows of a parameter of `size` rows that worker `rank` of `parts` holds; possibly none."""
     each = -(-size // parts)
     return range(min(rank * each, size), min((rank + 1) * each, size))
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """A parameter, and this worker's rows of its value and moments."""
+    """A parameter, with this worker's rows of its value and moments."""
 
     parameter: nn.Parameter
     value: Tensor
@@ -42,13 +42,13 @@ class ShardedAdamW:
     """`torch.optim.AdamW(fused=True)` for parameters that `fully_shard` has sharded by their rows.
 
     Args:
-        parameters: (name, parameter) pairs, DTensors of one dtype; names unique.
-        rank, parts: whose shards they are.
-        beta1, beta2, epsilon: as in AdamW.
-        weight_decay: decoupled, for parameters that are matrices as a whole.
+        parameters: (name, parameter) pairs, DTensors of one dtype, with unique names.
+        rank, parts: This worker, and the number of workers.
+        beta1, beta2, epsilon: Coefficients of AdamW.
+        weight_decay: Decoupled weight decay of parameters that are matrices as a whole.
 
     Attributes:
-        step_count: steps taken.
+        step_count: Number of steps taken.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
-        """One AdamW step with gradients times `scale` (the clip factor, > 0); see `AdamW.step`."""
+        """One AdamW step with gradients times `scale`, the clip factor, > 0."""
         self.step_count += 1
         self._step.fill_(self.step_count)
         for decays, rule in self._rules.items():
@@ -101,18 +101,18 @@ class ShardedAdamW:
                 )
 
     def zero_grad(self) -> None:
-        """Drop all gradients; `fully_shard` makes new ones."""
+        """Drop all gradients; `fully_shard` allocates new ones."""
         for shard in self._shards.values():
             shard.parameter.grad = None
 
     def squared_norm(self) -> float:
-        """Sum of the squared gradients of this worker's rows, in float64: those of all workers add up."""
+        """Sum of the squared gradients of this worker's rows, in float64; sums of all workers add up."""
         gradients = (shard.parameter.grad for shard in self._shards.values())
         return sum(squared_sum(_local(gradient)) for gradient in gradients if gradient is not None)
 
     @torch.no_grad()
     def reset(self, step: int) -> None:
-        """Forget moments and gradients, as at the beginning, so many steps into a run."""
+        """Set moments to zero, drop gradients, and set the number of steps to `step`."""
         self.step_count = step
         self.zero_grad()
         for shard in self._shards.values():
@@ -120,7 +120,7 @@ class ShardedAdamW:
             shard.exp_avg_sq.zero_()
 
     def local(self) -> dict[str, Tensor]:
-        """This worker's rows of values and moments, `name.value` and so on: live."""
+        """Live tensors of this worker's rows, as `name.value`, `name.exp_avg` and `name.exp_avg_sq`."""
         found: dict[str, Tensor] = {}
         for name, shard in self._shards.items():
             for kind in (VALUE, *KINDS):
@@ -128,15 +128,15 @@ class ShardedAdamW:
         return found
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Names and whole shapes."""
+        """Shapes of the whole parameters by name."""
         return {name: shard.parameter.shape for name, shard in self._shards.items()}
 
     @torch.no_grad()
     def load(self, name: str, kind: str, whole: Tensor) -> None:
-        """Take this worker's rows of a value or moment.
+        """Copy in this worker's rows of a whole value or moment.
 
         Raises:
-            CheckpointError: unknown, or of another shape.
+            CheckpointError: The parameter is unknown, or of another shape.
         """
         shard = self._shards.get(name)
         if shard is None or whole.shape != shard.parameter.shape:
@@ -147,7 +147,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor], *, rank: int, parts: int) -> None:
-        """Take what this worker has of the rows that worker `rank` of `parts` had; see `local`."""
+        """Copy in this worker's rows as far as `tensors`, the `local` of worker `rank` of `parts`, has them."""
         for name, shard in self._shards.items():
             size = shard.parameter.shape[0]
             mine, theirs = rows_of(self.rank, self.parts, size), rows_of(rank, parts, size)
@@ -160,7 +160,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Values or moments gathered from all workers, one after the other: all of them call this at once."""
+        """Yield whole values or moments, gathered from all workers, which all have to iterate together."""
         for name, shard in self._shards.items():
             like = cast(DTensor, shard.parameter.detach())
             gathered = DTensor.from_local(
@@ -180,7 +180,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _gradient(shard: _Shard) -> Tensor:
     gradient = shard.parameter.grad
-    # As in the flat buffer of `AdamW`: what had no part in the loss has a gradient of zero, and decays.
+    # As in `AdamW`: a parameter without a part in the loss has a zero gradient, and decays.
     return torch.zeros_like(shard.value) if gradient is None else _local(gradient)
 
 

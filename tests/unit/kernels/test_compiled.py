@@ -35,23 +35,23 @@ def _forget() -> None:
         del sys.modules[name]
 
 
-def _import_anew() -> ModuleType:
+def _import_again() -> ModuleType:
     _forget()
     importlib.invalidate_caches()
     return importlib.import_module("small_kernels.caller")
 
 
 def test_a_changed_callee_in_another_file_changes_the_callers_result(package: Path) -> None:
-    first = _import_anew()
+    first = _import_again()
     assert first.outer(1) == 20
     assert first.outer.stats.cache_misses
-    same = _import_anew()
+    same = _import_again()
     assert same.outer(1) == 20
     assert same.outer.stats.cache_hits and not same.outer.stats.cache_misses
     (before,) = (package / "__pycache__").glob("compiled-*")
 
     (package / "callee.py").write_text(CALLEE.format(2))
-    changed = _import_anew()
+    changed = _import_again()
     assert changed.outer(1) == 30
     (after,) = (package / "__pycache__").glob("compiled-*")
     assert after != before, "code of other sources was not removed"

@@ -234,7 +234,7 @@ def test_attention(
     up_value = rand(*((0, 0, 0) if merged else (heads, LATENT, v_size)), dtype=dtype)
     back = rand(size, heads * (LATENT if merged else v_size), dtype=dtype)
     cos, sin = np.cos(rand(20, ROPE // 2)).astype(dtype), np.sin(rand(20, ROPE // 2)).astype(dtype)
-    cache = np.full((60, HEAD_IN), np.nan, dtype)  # of entries that nobody sees
+    cache = np.full((60, HEAD_IN), np.nan, dtype)  # NaN in entries that no row sees
     table = np.array([[3, 1, 0, 0], [5, 4, 2, 7], [6, 8, 0, 0]])
     sequence, position = np.array([0, 1, 2, 2]), np.array([4, 15, 6, 7])
     slot = np.array([table[s, p // PAGE] * PAGE + p % PAGE for s, p in zip(sequence, position, strict=True)])
