@@ -147,7 +147,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor], *, rank: int, parts: int) -> None:
-        """Copy in this worker's rows as far as `tensors`, the `local` of worker `rank` of `parts`, has them."""
+        """Copy in the part of this worker's rows that `tensors` has, the `local` of worker `rank` of `parts`."""
         for name, shard in self._shards.items():
             size = shard.parameter.shape[0]
             mine, theirs = rows_of(self.rank, self.parts, size), rows_of(rank, parts, size)
