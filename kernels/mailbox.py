@@ -1,7 +1,7 @@
 """Requests and replies in memory that a client and an expert host share, without system calls.
 
 The client fills a box and increases the number of its request; the host replies and increases the number of
-its reply. Both poll, and yield the core between two looks, since there may be fewer cores than processes.
+its reply. Both poll and yield the core between two looks, since cores may be fewer than processes.
 Values that the other process writes are read once and checked against the size of the box.
 
 Shapes: n rows of D numbers, nnz (row, expert) pairs; a box has room for B rows and P pairs; R ways to
