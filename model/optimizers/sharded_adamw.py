@@ -147,7 +147,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor], *, rank: int, parts: int) -> None:
-        """Copy in the rows that this worker shares with worker `rank` of `parts`, from the latter's `local`."""
+        """Copy in the rows that this worker shares with worker `rank` of `parts`, from its `local`."""
         for name, shard in self._shards.items():
             size = shard.parameter.shape[0]
             mine, theirs = rows_of(self.rank, self.parts, size), rows_of(rank, parts, size)
