@@ -51,6 +51,15 @@ def stack() -> Iterator[ExitStack]:
 
 
 def serve_coordinator(stack: ExitStack, *, train: bool = True) -> CoordinatorClient:
+    """Serve a coordinator; return a client of it."""
+    client = CoordinatorClient(coordinator_address(stack, train=train))
+    stack.callback(client.close)
+    return client
+
+
+def coordinator_address(stack: ExitStack, *, train: bool) -> str:
+    """Serve a coordinator; return its address."""
+
     def steps(placements: PlacementController) -> TrainingSteps:
         return TrainingSteps(PLAN, (len(LAYERS), CONFIG.n_routed_experts), placements)
 
@@ -69,9 +78,7 @@ def serve_coordinator(stack: ExitStack, *, train: bool = True) -> CoordinatorCli
 
     server = ControlServer(register)
     stack.callback(server.close)
-    client = CoordinatorClient(server.address)
-    stack.callback(client.close)
-    return client
+    return server.address
 
 
 NAME = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
@@ -231,12 +238,14 @@ def test_a_text_too_long_for_a_status_arrives_cut(stack: ExitStack) -> None:
 
 def test_a_job_is_operated_over_grpc(stack: ExitStack) -> None:
     cluster = TinyCluster(3, train=False, empty=True)
-    client = serve_coordinator(stack, train=False)
+    address = coordinator_address(stack, train=False)
+    client = CoordinatorClient(address)
+    stack.callback(client.close)
     servers = serve_hosts(stack, cluster)
     for server in servers[:2]:
         client.register_host(server.info)
     client.place_experts()
-    admin = AdminClient(client._peer.partition("(")[2].rstrip(")"))
+    admin = AdminClient(address)
     stack.callback(admin.close)
     status = admin.status()
     assert (status["mode"], status["wanted"], status["replicas_min"]) == ("serve", 2, 1)

@@ -67,9 +67,6 @@ def test_a_lost_host_sends_all_back_to_the_last_step_in_memory() -> None:
 
 
 def test_a_loss_before_the_first_interval_needs_no_checkpoint() -> None:
-    def none_there() -> Any:
-        raise RaymoeError("a checkpoint was asked for")
-
     with Run(replace(PLAN, snapshot_interval=100), n_hosts=3) as run:
         until(lambda: copied(run, 0))
         run.steps._recovery._beginning = None
