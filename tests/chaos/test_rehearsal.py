@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.commands.serve import running, save_model, tiny_model
-from support.commands.streams import Load, greedy_requests
+from support.commands.streams import StreamLoad, greedy_requests
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 SETTINGS = {
@@ -32,7 +32,7 @@ def test_a_rehearsal_under_load(tmp_path: Path, channel: str) -> None:
     options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
     requests = greedy_requests(8, 60)
     with running(model, directory, tmp_path / "serve.log", *options) as server:
-        calm = asyncio.run(Load(server, requests).run())
+        calm = asyncio.run(StreamLoad(server, requests).run())
         at = ("--coordinator", server.coordinator, "--address", server.ray)
         chaos = subprocess.Popen(
             [sys.executable, "-m", "jobs.cli", "chaos", *FAULTS, *at, "--json"],
@@ -42,7 +42,7 @@ def test_a_rehearsal_under_load(tmp_path: Path, channel: str) -> None:
         gaps = []
         with chaos:
             while chaos.poll() is None:
-                load = Load(server, requests)
+                load = StreamLoad(server, requests)
                 assert asyncio.run(load.run()) == calm
                 gaps.append(load.gap)
             assert chaos.stdout is not None

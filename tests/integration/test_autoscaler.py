@@ -21,7 +21,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from actors.rpc.coordinator_client import AdminClient
 from support.commands.serve import running, save_model, tiny_model
-from support.commands.streams import Load, disturbed, greedy_requests
+from support.commands.streams import StreamLoad, disturbed, greedy_requests
 
 pytestmark = [
     pytest.mark.soak,
@@ -150,12 +150,14 @@ def follow(cluster: str, tmp_path: Path) -> None:
     address = ("--address", cluster)
     with running(tiny_model(), directory, tmp_path / "serve.log", *options, *address) as server:
         assert len(wait_for_nodes(server.ray, 1)) == 1
-        calm = asyncio.run(Load(server, requests).run())
+        calm = asyncio.run(StreamLoad(server, requests).run())
         admin = AdminClient(f"grpc:{server.coordinator}")
         for target in (4, 1):
             began = time.monotonic()
             load = asyncio.run(
-                disturbed(Load(server, requests), STREAMS * 5, lambda n=target: admin.scale(n, timeout=240.0))  # type: ignore[misc]
+                disturbed(
+                    StreamLoad(server, requests), STREAMS * 5, lambda n=target: admin.scale(n, timeout=240.0)
+                )  # type: ignore[misc]
             )
             assert load.told == calm
             scaled = time.monotonic() - began

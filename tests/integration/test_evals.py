@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from support.commands.serve import Server, running, save_model, tiny_model, tiny_tokenizer
+from support.commands.serve import ServeProcess, running, save_model, tiny_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 SENTENCES = ["the cat sat on the mat", "the hat sat", "a cat and a hat", "on the mat and the hat the cat sat"]
@@ -21,7 +21,7 @@ LONGEST = 128
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     # As many rows as tokens: transformers scores rows without a token, the server does not.
     model = tiny_model(vocab_size=tiny_tokenizer()[0].get_vocab_size())
     directory = save_model(model, tmp_path_factory.mktemp("served") / "tiny")
@@ -99,7 +99,9 @@ def evaluate(model: str, arguments: str, tasks: Path, output: Path) -> tuple[Any
     return json.loads(results.read_text())["results"], samples
 
 
-def test_scores_and_samples_are_those_of_transformers(server: Server, tasks: Path, tmp_path: Path) -> None:
+def test_scores_and_samples_are_those_of_transformers(
+    server: ServeProcess, tasks: Path, tmp_path: Path
+) -> None:
     served, ours = evaluate(
         "local-completions",
         f"model=tiny,base_url={server.url}/v1/completions,tokenizer={server.directory},"

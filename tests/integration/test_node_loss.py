@@ -15,7 +15,7 @@ from actors.rpc.coordinator_client import AdminClient
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.disturbed_run import DisturbedRun, differ
 from support.commands.serve import running, save_model, tiny_model
-from support.commands.streams import Load, disturbed, greedy_requests
+from support.commands.streams import StreamLoad, disturbed, greedy_requests
 
 pytestmark = [
     pytest.mark.soak,
@@ -78,9 +78,9 @@ def test_a_node_is_lost_while_serving(cluster: Cluster, tmp_path: Path) -> None:
         admin = AdminClient(f"grpc:{server.coordinator}")
         nodes = wait_for_hosts(admin, 3, replicas=2)
         assert len(set(nodes)) == 3, "the hosts are on one another's nodes"
-        calm = asyncio.run(Load(server, requests).run())
+        calm = asyncio.run(StreamLoad(server, requests).run())
         load = asyncio.run(
-            disturbed(Load(server, requests), STREAMS * 10, lambda: remove_one_of(cluster, nodes))
+            disturbed(StreamLoad(server, requests), STREAMS * 10, lambda: remove_one_of(cluster, nodes))
         )
         assert load.told == calm
         print(f"a node lost in serving: longest gap {load.gap:.2f} s")

@@ -24,7 +24,7 @@ from model.causal_lm import CausalLM
 from support.commands.serve import (
     PROMPT,
     TWO_REPLICAS,
-    Server,
+    ServeProcess,
     SharedServer,
     greedy,
     running,
@@ -72,7 +72,7 @@ def expected(models: dict[str, CausalLM]) -> dict[str, dict[str, str]]:
     }
 
 
-def reload(server: Server, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def reload(server: ServeProcess, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "jobs.cli", "reload", str(directory), "--json"),
@@ -85,14 +85,14 @@ def reload(server: Server, directory: Path, *options: str) -> subprocess.Complet
     )
 
 
-def reloaded(server: Server, directory: Path) -> dict[str, Any]:
+def reloaded(server: ServeProcess, directory: Path) -> dict[str, Any]:
     done = reload(server, directory)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-def served(server: Server, directory: Path) -> None:
+def served(server: ServeProcess, directory: Path) -> None:
     """Reload the checkpoint unless it is the one in use."""
     if not server.client.models.list().data[0].model_dump()["version"].startswith(f"{directory.name}-"):
         reloaded(server, directory)
@@ -117,7 +117,7 @@ async def ask(client: AsyncOpenAI, prompt: str, count: int = COUNT) -> Answer:
     return Answer(prompt, text, tuple(versions), began, time.monotonic())
 
 
-async def traffic(server: Server, streams: int, enough: asyncio.Event) -> list[Answer]:
+async def traffic(server: ServeProcess, streams: int, enough: asyncio.Event) -> list[Answer]:
     """Send requests one after the other on several streams until `enough` is set; return the answers."""
     async with server.async_client as client:
 
@@ -131,13 +131,13 @@ async def traffic(server: Server, streams: int, enough: asyncio.Event) -> list[A
 
 
 @pytest.fixture(scope="module")
-def server(shared_server: SharedServer) -> Iterator[Server]:
+def server(shared_server: SharedServer) -> Iterator[ServeProcess]:
     yield shared_server.with_settings(TWO_REPLICAS)
     shared_server.close()  # it serves other weights now
 
 
 def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
-    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+    server: ServeProcess, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
     async def scene() -> tuple[list[Answer], list[tuple[float, float, dict[str, Any]]]]:
         enough = asyncio.Event()
@@ -181,7 +181,7 @@ def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
 
 
 def test_a_request_on_its_way_goes_on_with_the_new_weights(
-    server: Server, models: dict[str, CausalLM], directories: dict[str, Path]
+    server: ServeProcess, models: dict[str, CausalLM], directories: dict[str, Path]
 ) -> None:
     served(server, directories[OLD])
 
@@ -205,7 +205,7 @@ def test_a_request_on_its_way_goes_on_with_the_new_weights(
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_is_served_on(
-    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]], tmp_path: Path
+    server: ServeProcess, directories: dict[str, Path], expected: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     served(server, directories["new"])
     incomplete = tmp_path / "incomplete"
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_is_served_on(
     assert again["version"] == again["previous"]
 
 
-def replica_processes(server: Server, deployment: str) -> list[psutil.Process]:
+def replica_processes(server: ServeProcess, deployment: str) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(server.process.pid).children(recursive=True)
@@ -245,7 +245,7 @@ def kill(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
-def answer_in_time(server: Server, seconds: float = 120) -> tuple[str, str]:
+def answer_in_time(server: ServeProcess, seconds: float = 120) -> tuple[str, str]:
     """Ask until a request succeeds; return its text and version."""
     deadline = time.monotonic() + seconds
     while True:
@@ -260,7 +260,7 @@ def answer_in_time(server: Server, seconds: float = 120) -> tuple[str, str]:
 
 @pytest.mark.soak
 def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
-    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+    server: ServeProcess, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
     served(server, directories["new"])
     replicas = replica_processes(server, "trunk")
@@ -273,7 +273,7 @@ def test_a_replica_that_starts_later_begins_with_the_weights_in_use(
 
 @pytest.mark.soak
 def test_hosts_that_die_in_the_middle_of_a_reload_do_not_stop_it(
-    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+    server: ServeProcess, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
     for name, after in ((OLD, 0.0), ("new", 0.5), (OLD, 1.0), ("new", 2.0)):
         hosts = actors(server, HOST)
@@ -294,7 +294,7 @@ def test_hosts_that_die_in_the_middle_of_a_reload_do_not_stop_it(
     ],
 )
 def test_without_a_deployment_there_is_nothing_to_reload(
-    server: Server, directories: dict[str, Path], options: tuple[str, ...], said: str
+    server: ServeProcess, directories: dict[str, Path], options: tuple[str, ...], said: str
 ) -> None:
     done = reload(server, directories[OLD], *options)
     assert done.returncode == 1
@@ -304,7 +304,7 @@ def test_without_a_deployment_there_is_nothing_to_reload(
 
 @pytest.mark.soak
 def test_a_pool_that_crashes_comes_back_with_the_checkpoint_of_the_deployment(
-    server: Server, directories: dict[str, Path], expected: dict[str, dict[str, str]]
+    server: ServeProcess, directories: dict[str, Path], expected: dict[str, dict[str, str]]
 ) -> None:
     """The deployment goes back to its first checkpoint, so this test is the last with this server."""
     served(server, directories["new"])

@@ -24,7 +24,7 @@ from errors import RaymoeError
 from support.commands.serve import (
     ONE_REPLICA,
     PROMPT,
-    Server,
+    ServeProcess,
     SharedServer,
     save_model,
     tiny_model,
@@ -40,11 +40,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(shared_server: SharedServer) -> Server:
+def server(shared_server: SharedServer) -> ServeProcess:
     return shared_server.with_settings(ONE_REPLICA, grpc=True)
 
 
-def test_the_server_says_what_the_model_says(server: Server) -> None:
+def test_the_server_says_what_the_model_says(server: ServeProcess) -> None:
     expected = server.greedy(24)
     choice = server.client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=24, temperature=0, extra_body={"ignore_eos": True}, logprobs=0
@@ -57,7 +57,7 @@ def test_the_server_says_what_the_model_says(server: Server) -> None:
     ]
 
 
-def test_the_official_client_with_every_parameter(server: Server) -> None:
+def test_the_official_client_with_every_parameter(server: ServeProcess) -> None:
     client = server.client
     assert [model.id for model in client.models.list()] == ["tiny"]
     whole = client.chat.completions.create(
@@ -110,7 +110,7 @@ def test_the_official_client_with_every_parameter(server: Server) -> None:
     assert usage.completion_tokens == again.usage.completion_tokens
 
 
-def test_errors_reach_the_official_client_as_its_own(server: Server) -> None:
+def test_errors_reach_the_official_client_as_its_own(server: ServeProcess) -> None:
     client = server.client
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
@@ -119,7 +119,7 @@ def test_errors_reach_the_official_client_as_its_own(server: Server) -> None:
     assert caught.value.param == "temperature"
 
 
-def test_many_at_once_get_what_each_gets_alone(server: Server) -> None:
+def test_many_at_once_get_what_each_gets_alone(server: ServeProcess) -> None:
     def alone(index: int) -> str:
         answer = server.client.completions.create(
             model="tiny", prompt=PROMPT[: 3 + index % 10], max_tokens=4 + index, temperature=0.8, seed=index
@@ -145,7 +145,7 @@ def test_many_at_once_get_what_each_gets_alone(server: Server) -> None:
     assert asyncio.run(together()) == [alone(index) for index in range(12)]
 
 
-def test_two_hundred_dropped_requests_leave_nothing(server: Server) -> None:
+def test_two_hundred_dropped_requests_leave_nothing(server: ServeProcess) -> None:
     source = random.Random(0)
 
     async def drop(client: AsyncOpenAI) -> None:
@@ -173,7 +173,7 @@ def test_two_hundred_dropped_requests_leave_nothing(server: Server) -> None:
     assert server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).usage is not None
 
 
-def kept_by_hosts(server: Server) -> list[int]:
+def kept_by_hosts(server: ServeProcess) -> list[int]:
     """Number of activations that each expert host keeps, asked at each of its ports that answers."""
     kept = []
     for host in server.hosts():
@@ -191,7 +191,7 @@ def kept_by_hosts(server: Server) -> list[int]:
     return kept
 
 
-def test_expert_hosts_of_an_embedded_cluster_listen_on_the_loopback(server: Server) -> None:
+def test_expert_hosts_of_an_embedded_cluster_listen_on_the_loopback(server: ServeProcess) -> None:
     hosts = server.hosts()
     assert len(hosts) == 2
     # Beside Ray's ports, each host has a gRPC port of raymoe.
@@ -200,7 +200,7 @@ def test_expert_hosts_of_an_embedded_cluster_listen_on_the_loopback(server: Serv
         assert any(address.endswith("127.0.0.1") for address in listening)
 
 
-def test_a_killed_host_is_not_missed(server: Server) -> None:
+def test_a_killed_host_is_not_missed(server: ServeProcess) -> None:
     """The killed host's experts are loaded elsewhere, and another host takes its place."""
 
     def health() -> int:

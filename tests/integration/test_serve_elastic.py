@@ -17,8 +17,8 @@ import pytest
 
 from actors.rpc.coordinator_client import AdminClient
 from errors import ConfigError
-from support.commands.serve import TWO_REPLICAS, Server, SharedServer, running, save_model, tiny_model
-from support.commands.streams import COORDINATOR, HOST, Load, Told, actors, disturbed, greedy_requests
+from support.commands.serve import TWO_REPLICAS, ServeProcess, SharedServer, running, save_model, tiny_model
+from support.commands.streams import COORDINATOR, HOST, StreamLoad, Told, actors, disturbed, greedy_requests
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("two replicas")]
 STREAMS, TOKENS = 16, 120
@@ -27,20 +27,20 @@ REQUESTS = greedy_requests(STREAMS, TOKENS)
 
 
 @pytest.fixture(scope="module")
-def server(shared_server: SharedServer) -> Server:
+def server(shared_server: SharedServer) -> ServeProcess:
     return shared_server.with_settings(TWO_REPLICAS)
 
 
 @pytest.fixture(scope="module")
-def admin(server: Server) -> Iterator[AdminClient]:
+def admin(server: ServeProcess) -> Iterator[AdminClient]:
     client = AdminClient(f"grpc:{server.coordinator}")
     yield client
     client.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: Server) -> list[Told]:
-    told = asyncio.run(Load(server, REQUESTS).run())
+def undisturbed(server: ServeProcess) -> list[Told]:
+    told = asyncio.run(StreamLoad(server, REQUESTS).run())
     assert all(reason == "length" for *_, reason in told)
     return told
 
@@ -57,16 +57,18 @@ def settled(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict[str, A
         time.sleep(0.1)
 
 
-def under_load(server: Server, undisturbed: list[Told], disturb: Callable[[], object], at: int) -> Load:
+def under_load(
+    server: ServeProcess, undisturbed: list[Told], disturb: Callable[[], object], at: int
+) -> StreamLoad:
     """Run the streams, disturb them after `at` chunks, and assert that no answer changes."""
-    load = asyncio.run(disturbed(Load(server, REQUESTS), at, disturb))
+    load = asyncio.run(disturbed(StreamLoad(server, REQUESTS), at, disturb))
     assert load.told == undisturbed
     return load
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_killed_host_costs_nothing_but_time(
-    server: Server, admin: AdminClient, undisturbed: list[Told], seed: int
+    server: ServeProcess, admin: AdminClient, undisturbed: list[Told], seed: int
 ) -> None:
     settled(admin, HOSTS)
     source = random.Random(seed)
@@ -81,7 +83,7 @@ def test_a_killed_host_costs_nothing_but_time(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_twenty_hosts_are_lost(
-    server: Server, admin: AdminClient, undisturbed: list[Told], how: signal.Signals
+    server: ServeProcess, admin: AdminClient, undisturbed: list[Told], how: signal.Signals
 ) -> None:
     gaps = []
     for seed in range(20):
@@ -94,7 +96,9 @@ def test_twenty_hosts_are_lost(
     print(f"{how.name} 20 times: longest gaps {', '.join(f'{gap:.2f}' for gap in sorted(gaps))} s")
 
 
-def test_a_host_that_hangs_is_given_up(server: Server, admin: AdminClient, undisturbed: list[Told]) -> None:
+def test_a_host_that_hangs_is_given_up(
+    server: ServeProcess, admin: AdminClient, undisturbed: list[Told]
+) -> None:
     settled(admin, HOSTS)
     hung = actors(server, HOST)[0]
     load = under_load(server, undisturbed, lambda: hung.send_signal(signal.SIGSTOP), STREAMS * 10)
@@ -104,7 +108,7 @@ def test_a_host_that_hangs_is_given_up(server: Server, admin: AdminClient, undis
 
 
 def test_a_killed_coordinator_is_not_missed(
-    server: Server, admin: AdminClient, undisturbed: list[Told]
+    server: ServeProcess, admin: AdminClient, undisturbed: list[Told]
 ) -> None:
     before = settled(admin, HOSTS)
     load = under_load(server, undisturbed, lambda: actors(server, COORDINATOR)[0].kill(), STREAMS * 10)
@@ -127,7 +131,9 @@ def settled_again(admin: AdminClient) -> dict[str, Any]:
             time.sleep(0.1)
 
 
-def test_hosts_come_and_go_under_load(server: Server, admin: AdminClient, undisturbed: list[Told]) -> None:
+def test_hosts_come_and_go_under_load(
+    server: ServeProcess, admin: AdminClient, undisturbed: list[Told]
+) -> None:
     settled(admin, HOSTS)
     for target in (2, 4, 1, 3):
         took: list[dict[str, Any]] = []
@@ -145,7 +151,7 @@ def test_hosts_come_and_go_under_load(server: Server, admin: AdminClient, undist
         )
 
 
-def test_a_chosen_host_is_drained(server: Server, admin: AdminClient, undisturbed: list[Told]) -> None:
+def test_a_chosen_host_is_drained(server: ServeProcess, admin: AdminClient, undisturbed: list[Told]) -> None:
     names = [host["id"] for host in settled(admin, HOSTS)["hosts"]]
     load = under_load(server, undisturbed, lambda: admin.drain(names[1], replace=True), STREAMS * 10)
     left = [host["id"] for host in settled(admin, HOSTS)["hosts"]]
@@ -153,7 +159,7 @@ def test_a_chosen_host_is_drained(server: Server, admin: AdminClient, undisturbe
     print(f"drained: longest gap {load.gap:.2f} s")
 
 
-def test_what_cannot_be_is_refused_in_one_line(server: Server, admin: AdminClient) -> None:
+def test_what_cannot_be_is_refused_in_one_line(server: ServeProcess, admin: AdminClient) -> None:
     settled(admin, HOSTS)
     for wrong in (0, 9):
         with pytest.raises(ConfigError, match=f"{wrong} expert hosts cannot be: .* 8 routed experts"):
@@ -170,7 +176,7 @@ def test_without_replicas_streams_wait_for_the_reload(tmp_path: Path) -> None:
     options = ("--set", f"cluster.expert_hosts={HOSTS}", "--set", "cluster.dead_after=1.0")
     with running(model, directory, tmp_path / "serve.log", *options) as server:
         admin = AdminClient(f"grpc:{server.coordinator}")
-        calm = asyncio.run(Load(server, REQUESTS).run())
+        calm = asyncio.run(StreamLoad(server, REQUESTS).run())
         settled(admin, HOSTS, replicas=1)
         load = under_load(server, calm, lambda: actors(server, HOST)[0].kill(), STREAMS * 10)
         moved = [

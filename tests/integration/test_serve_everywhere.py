@@ -13,7 +13,7 @@ import schemathesis
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from support.commands.serve import PROMPT, Server, running, save_model, tiny_model, tiny_tokenizer
+from support.commands.serve import PROMPT, ServeProcess, running, save_model, tiny_model, tiny_tokenizer
 from support.fuzzing import assert_robust
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
@@ -38,7 +38,7 @@ def by_transformers(directory: Path) -> list[str]:
     return said
 
 
-def by_server(server: Server) -> list[str]:
+def by_server(server: ServeProcess) -> list[str]:
     """The texts that the server adds to the prompts, several requests at a time."""
 
     def one(prompt: str) -> str:

@@ -18,19 +18,19 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 from protos.generation_pb2_grpc import GenerationStub
-from support.commands.serve import KEY, ONE_REPLICA, PROMPT, Server, SharedServer
+from support.commands.serve import KEY, ONE_REPLICA, PROMPT, ServeProcess, SharedServer
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("one replica")]
 SERVICE = "raymoe.v1.Generation"
 
 
 @pytest.fixture(scope="module")
-def server(shared_server: SharedServer) -> Server:
+def server(shared_server: SharedServer) -> ServeProcess:
     return shared_server.with_settings(ONE_REPLICA, grpc=True)
 
 
 @pytest.fixture
-def channel(server: Server) -> Iterator[grpc.Channel]:
+def channel(server: ServeProcess) -> Iterator[grpc.Channel]:
     assert server.grpc is not None
     with grpc.insecure_channel(server.grpc) as channel:
         yield channel
@@ -46,7 +46,7 @@ def text(replies: list[GenerateReply]) -> str:
     return "".join(reply.text for reply in replies)
 
 
-def test_the_same_tokens_as_the_model_and_as_over_http(server: Server, channel: grpc.Channel) -> None:
+def test_the_same_tokens_as_the_model_and_as_over_http(server: ServeProcess, channel: grpc.Channel) -> None:
     replies = list(call(channel, max_tokens=24, ignore_eos=True, model="tiny"))
     assert [token for reply in replies for token in reply.token_ids] == server.greedy(24)
     assert len(replies) > 1  # streamed
@@ -59,7 +59,7 @@ def test_the_same_tokens_as_the_model_and_as_over_http(server: Server, channel: 
     assert {reply.system_fingerprint for reply in replies} == {whole.system_fingerprint}
 
 
-def test_sampling_with_a_seed_and_prompts_of_tokens(server: Server, channel: grpc.Channel) -> None:
+def test_sampling_with_a_seed_and_prompts_of_tokens(server: ServeProcess, channel: grpc.Channel) -> None:
     ids = [40, 41, 42]
     whole = server.client.completions.create(
         model="tiny", prompt=ids, max_tokens=9, temperature=0.9, seed=7, n=2
@@ -89,7 +89,7 @@ def test_refusals_are_statuses(
     assert said in caught.value.details()
 
 
-def test_calls_from_other_machines_are_refused(server: Server) -> None:
+def test_calls_from_other_machines_are_refused(server: ServeProcess) -> None:
     assert server.grpc is not None
     port = server.grpc.rpartition(":")[2]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -102,7 +102,7 @@ def test_calls_from_other_machines_are_refused(server: Server) -> None:
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_starts(server: Server) -> None:
+def test_a_port_that_is_taken_is_refused_before_anything_starts(server: ServeProcess) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -121,7 +121,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(server: Server) 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_cancelled_call_frees_its_pages(server: Server, channel: grpc.Channel) -> None:
+def test_a_cancelled_call_frees_its_pages(server: ServeProcess, channel: grpc.Channel) -> None:
     calls = [call(channel, max_tokens=400, ignore_eos=True, temperature=1.0) for _ in range(20)]
     for one in calls:
         next(iter(one))
@@ -143,7 +143,7 @@ def test_reflection_lists_and_describes_the_service(channel: grpc.Channel) -> No
     assert method.output_type.full_name == "raymoe.v1.GenerateReply"
 
 
-def test_health_is_told_and_a_killed_host_is_not_missed(server: Server, channel: grpc.Channel) -> None:
+def test_health_is_told_and_a_killed_host_is_not_missed(server: ServeProcess, channel: grpc.Channel) -> None:
     health = HealthStub(channel)
     for name in ("", SERVICE):
         assert health.Check(HealthCheckRequest(service=name)).status == HealthCheckResponse.SERVING

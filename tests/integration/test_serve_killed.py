@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from support.commands.serve import PROMPT, TWO_REPLICAS, Server, SharedServer
-from support.commands.streams import TRUNK, Load, Told, actors
+from support.commands.serve import PROMPT, TWO_REPLICAS, ServeProcess, SharedServer
+from support.commands.streams import TRUNK, StreamLoad, Told, actors
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("two replicas")]
 COUNT = 160
@@ -24,7 +24,7 @@ STREAMS = 12
 
 
 @pytest.fixture(scope="module")
-def server(shared_server: SharedServer) -> Server:
+def server(shared_server: SharedServer) -> ServeProcess:
     return shared_server.with_settings(TWO_REPLICAS)
 
 
@@ -45,7 +45,7 @@ def request(index: int) -> dict[str, Any]:
     }
 
 
-def trunks(server: Server) -> list[psutil.Process]:
+def trunks(server: ServeProcess) -> list[psutil.Process]:
     """The processes of the server's trunk replicas."""
     return actors(server, TRUNK)
 
@@ -53,14 +53,14 @@ def trunks(server: Server) -> list[psutil.Process]:
 REQUESTS = [request(index) for index in range(STREAMS)]
 
 
-def engines(server: Server) -> int:
+def engines(server: ServeProcess) -> int:
     """Number of trunk replicas that answer."""
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     return sum(line.startswith("raymoe_num_requests_running{") for line in lines)
 
 
-def all_there(server: Server) -> None:
+def all_there(server: ServeProcess) -> None:
     deadline = time.monotonic() + 120
     while engines(server) < 2:
         assert time.monotonic() < deadline
@@ -68,16 +68,16 @@ def all_there(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: Server) -> list[Told]:
+def undisturbed(server: ServeProcess) -> list[Told]:
     all_there(server)
-    told = asyncio.run(Load(server, REQUESTS).run())
+    told = asyncio.run(StreamLoad(server, REQUESTS).run())
     assert all(reason == "length" for *_, reason in told)
     return told
 
 
-async def disturbed(server: Server, at: list[int], disturb: Callable[[], object]) -> Load:
+async def disturbed(server: ServeProcess, at: list[int], disturb: Callable[[], object]) -> StreamLoad:
     """Run the load and disturb it whenever one of these numbers of chunks has come."""
-    load = Load(server, REQUESTS)
+    load = StreamLoad(server, REQUESTS)
     running = asyncio.create_task(load.run())
     for count in at:
         while load.chunks < count and not running.done():
@@ -90,7 +90,7 @@ async def disturbed(server: Server, at: list[int], disturb: Callable[[], object]
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_replica_costs_time_and_nothing_else(
-    server: Server, undisturbed: list[Told], seed: int
+    server: ServeProcess, undisturbed: list[Told], seed: int
 ) -> None:
     all_there(server)
     source = random.Random(seed)
@@ -103,7 +103,7 @@ def test_a_killed_replica_costs_time_and_nothing_else(
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_twenty_replicas_are_lost(server: Server, undisturbed: list[Told], how: signal.Signals) -> None:
+def test_twenty_replicas_are_lost(server: ServeProcess, undisturbed: list[Told], how: signal.Signals) -> None:
     gaps = []
     for seed in range(20):
         all_there(server)
@@ -120,7 +120,7 @@ def test_twenty_replicas_are_lost(server: Server, undisturbed: list[Told], how: 
 
 
 @pytest.mark.soak
-def test_replicas_that_are_killed_one_after_the_other(server: Server, undisturbed: list[Told]) -> None:
+def test_replicas_that_are_killed_one_after_the_other(server: ServeProcess, undisturbed: list[Told]) -> None:
     """The second replica is killed as soon as Serve has restarted the first."""
     all_there(server)
     killed: list[psutil.Process] = []
@@ -139,7 +139,7 @@ def test_replicas_that_are_killed_one_after_the_other(server: Server, undisturbe
     assert len(killed) == 2
 
 
-def test_all_replicas_killed_at_once_are_waited_for(server: Server, undisturbed: list[Told]) -> None:
+def test_all_replicas_killed_at_once_are_waited_for(server: ServeProcess, undisturbed: list[Told]) -> None:
     all_there(server)
 
     def kill() -> None:
@@ -151,7 +151,7 @@ def test_all_replicas_killed_at_once_are_waited_for(server: Server, undisturbed:
     print(f"all killed: longest gap between two chunks {load.gap:.2f} s")
 
 
-def test_a_replica_that_hangs_is_given_up(server: Server, undisturbed: list[Told]) -> None:
+def test_a_replica_that_hangs_is_given_up(server: ServeProcess, undisturbed: list[Told]) -> None:
     all_there(server)
     hung: list[psutil.Process] = []
 
@@ -175,7 +175,7 @@ def rounded(choices: list[Any]) -> Any:
     )
 
 
-def test_answers_in_one_piece_and_conversations_survive_as_well(server: Server) -> None:
+def test_answers_in_one_piece_and_conversations_survive_as_well(server: ServeProcess) -> None:
     all_there(server)
 
     async def ask_all() -> list[Any]:

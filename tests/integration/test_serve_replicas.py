@@ -19,7 +19,7 @@ from jobs.serving.config import ServeConfig
 from support.commands.serve import (
     PROMPT,
     TWO_REPLICAS,
-    Server,
+    ServeProcess,
     SharedServer,
     save_model,
     tiny_model,
@@ -41,11 +41,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(shared_server: SharedServer) -> Server:
+def server(shared_server: SharedServer) -> ServeProcess:
     return shared_server.with_settings(TWO_REPLICAS)
 
 
-def processes(server: Server, title: str) -> list[psutil.Process]:
+def processes(server: ServeProcess, title: str) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(server.process.pid).children(recursive=True)
@@ -53,7 +53,7 @@ def processes(server: Server, title: str) -> list[psutil.Process]:
     ]
 
 
-def metric(server: Server, name: str) -> dict[str, float]:
+def metric(server: ServeProcess, name: str) -> dict[str, float]:
     """Values of a metric, by their labels."""
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
@@ -61,7 +61,7 @@ def metric(server: Server, name: str) -> dict[str, float]:
     return {labels: float(value) for labels, value in rows}
 
 
-def test_both_replicas_answer_with_the_same_hosts(server: Server) -> None:
+def test_both_replicas_answer_with_the_same_hosts(server: ServeProcess) -> None:
     assert len(processes(server, "ServeReplica:raymoe:trunk")) == 2
     assert len(server.hosts()) == 3
     assert list(metric(server, "expert_hosts").values()) == [3.0]

@@ -75,7 +75,7 @@ COVERING = [
 
 
 @dataclass(frozen=True)
-class Case:
+class GenerationCase:
     """A model with prompts, and the tokens that transformers generates after them."""
 
     model: CausalLM
@@ -84,11 +84,11 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], GenerationCase]:
     """A function from a model's name to its case, each made once."""
-    made: dict[str, Case] = {}
+    made: dict[str, GenerationCase] = {}
 
-    def get(name: str) -> Case:
+    def get(name: str) -> GenerationCase:
         if name not in made:
             torch.set_num_threads(1)
             model = MODELS[name](tmp_path_factory.mktemp("run"))
@@ -99,7 +99,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
             )
             expected = generated_by_transformers(model, prompts, NEW)
             assert len({token for tokens in expected for token in tokens}) > 20  # not one token over and over
-            made[name] = Case(model, prompts, expected)
+            made[name] = GenerationCase(model, prompts, expected)
         return made[name]
 
     return get
@@ -109,7 +109,7 @@ def said(requests: list[Sequence]) -> list[list[int]]:
     return [request.output for request in requests]
 
 
-def check(case: Case, settings: str, hosts: int, channel: str, *, learned: bool) -> None:
+def check(case: GenerationCase, settings: str, hosts: int, channel: str, *, learned: bool) -> None:
     with engine_over(case.model, SETTINGS[settings], hosts=hosts, channel=channel) as engine:
         assert said(greedily(engine, case.prompts, NEW)) == case.expected
         assert (engine.scheduler.preemptions > 0) == ("preemption" in settings)
@@ -121,7 +121,7 @@ def check(case: Case, settings: str, hosts: int, channel: str, *, learned: bool)
 
 @pytest.mark.parametrize(("model", "settings", "hosts", "channel"), COVERING, ids=str)
 def test_the_tokens_are_those_of_transformers(
-    case_of: Callable[[str], Case], model: str, settings: str, hosts: int, channel: str
+    case_of: Callable[[str], GenerationCase], model: str, settings: str, hosts: int, channel: str
 ) -> None:
     check(case_of(model), settings, hosts, channel, learned=model.startswith("trained"))
 
@@ -131,7 +131,7 @@ def test_the_tokens_are_those_of_transformers(
     ("model", "settings", "hosts", "channel"), [case for case in ALL if case not in COVERING], ids=str
 )
 def test_the_tokens_are_those_of_transformers_everywhere(
-    case_of: Callable[[str], Case], model: str, settings: str, hosts: int, channel: str
+    case_of: Callable[[str], GenerationCase], model: str, settings: str, hosts: int, channel: str
 ) -> None:
     check(case_of(model), settings, hosts, channel, learned=model.startswith("trained"))
 
@@ -147,7 +147,9 @@ def assert_known(requests: list[Sequence]) -> None:
 
 @pytest.mark.parametrize("model", ["random", "trained"])
 @pytest.mark.parametrize("hosts", [0, 2])
-def test_a_known_prefix_changes_no_token(case_of: Callable[[str], Case], model: str, hosts: int) -> None:
+def test_a_known_prefix_changes_no_token(
+    case_of: Callable[[str], GenerationCase], model: str, hosts: int
+) -> None:
     case = case_of(model)
     with engine_over(case.model, EngineSettings(page_size=4), hosts=hosts, channel="shm") as engine:
         assert said(greedily(engine, case.prompts, NEW)) == case.expected

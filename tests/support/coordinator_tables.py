@@ -13,7 +13,7 @@ from errors import ChannelError
 from support.tiny_cluster import LAYERS, local_experts, tokens
 
 
-class Tables:
+class FakeTables:
     """A coordinator's routing tables, and the suspicions reported to it.
 
     Attributes:

@@ -177,7 +177,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-class Weights:
+class CheckpointSource:
     """A source of weights over the checkpoint files of several hosts."""
 
     def __init__(self, directory: Path) -> None:

@@ -38,7 +38,7 @@ from jobs.training.run_start import RunStart
 from jobs.training.worker_assembly import HostAccess, assemble_worker
 from jobs.training.worker_group import WorkerGroup
 from protos import coordinator_pb2_grpc
-from support.training_job import Corpus, Outcome, weights_of
+from support.training_job import Corpus, RunOutcome, weights_of
 
 _PATIENCE = 60.0  # seconds to wait for any result
 
@@ -85,7 +85,7 @@ class _Cut:
             raise ChannelError("the network is gone")
 
 
-class _Watched:
+class _WatchedChannel:
     """A channel that shows its requests to a fault first."""
 
     def __init__(self, inner: Channel, doom: _Doom | _Cut) -> None:
@@ -100,7 +100,7 @@ class _Watched:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class _WorkerJob:
     rank: int
     workers: int
     config: dict[str, Any]
@@ -114,7 +114,7 @@ class _Job:
 
 
 @dataclass(kw_only=True)
-class Share:
+class WorkerResult:
     """The state of a worker at the end of a run.
 
     Attributes:
@@ -127,7 +127,7 @@ class Share:
     gradient_bytes: int = 0
 
 
-def _work(job: _Job) -> Share:
+def _work(job: _WorkerJob) -> WorkerResult:
     from jobs.training.ray_worker import ProcessGroupReducer
 
     config = RunConfig.from_dict(job.config)
@@ -140,7 +140,7 @@ def _work(job: _Job) -> Share:
     doom = _Doom(job.end) if job.end is not None else _Cut(job.cut) if job.cut is not None else None
     if doom is not None:
         opened = connect
-        connect = lambda host: _Watched(opened(host), doom)  # type: ignore[assignment,return-value]  # noqa: E731
+        connect = lambda host: _WatchedChannel(opened(host), doom)  # type: ignore[assignment,return-value]  # noqa: E731
     hosts = None
     if config.cluster.expert_hosts:
         reach = partial(HostClient, timeout=_PATIENCE)
@@ -159,7 +159,7 @@ def _work(job: _Job) -> Share:
         coordinator=coordinator,
         hosts=hosts,
     )
-    share = Share()
+    share = WorkerResult()
     apply = made.trunk.apply
 
     def watched(decision: Any) -> None:
@@ -221,13 +221,13 @@ class Workers:
         self._running: list[tuple[Any, Connection]] = []
         self._meetings = 0
 
-    def run(self, jobs: list[_Job]) -> list[Share | BaseException]:
+    def run(self, jobs: list[_WorkerJob]) -> list[WorkerResult | BaseException]:
         """Do all jobs at once; return the result of each, an `EOFError` where the process has ended."""
         while len(self._running) < len(jobs):
             self._running.append(self._begin(_serve))
         for (_, pipe), job in zip(self._running, jobs, strict=False):
             pipe.send(job)
-        found: list[Share | BaseException] = []
+        found: list[WorkerResult | BaseException] = []
         for _, pipe in self._running[: len(jobs)]:
             try:
                 assert pipe.poll(2 * _PATIENCE), "a worker hangs"
@@ -286,7 +286,7 @@ def train_sharded(
     lose_worker: Moment | None = None,
     cut_worker: Moment | None = None,
     go_on_with: int | None = None,
-) -> tuple[Outcome, list[Share], list[tuple[str, float]]]:
+) -> tuple[RunOutcome, list[WorkerResult], list[tuple[str, float]]]:
     """Run a training job to its end; raises what a worker raised.
 
     Args:
@@ -332,9 +332,9 @@ def train_sharded(
         )
         stack.callback(control.close)
 
-        def jobs(n: int) -> list[_Job]:
+        def jobs(n: int) -> list[_WorkerJob]:
             workers._meetings += 1
-            job = _Job(
+            job = _WorkerJob(
                 rank=0,
                 workers=n,
                 config=config.to_dict(),
@@ -358,11 +358,11 @@ def train_sharded(
         for one in found:
             if isinstance(one, BaseException):
                 raise one
-        shares = [one for one in found if isinstance(one, Share)]
-        outcome = Outcome(trunk=shares[0].trunk, metrics=read_metrics(output / METRICS_FILE))
+        shares = [one for one in found if isinstance(one, WorkerResult)]
+        outcome = RunOutcome(trunk=shares[0].trunk, metrics=read_metrics(output / METRICS_FILE))
         outcome.experts = {k: v for host in hosts for k, v in weights_of(host).items()}
         outcome.losses = [line["main_loss"] for line in outcome.metrics]
         return outcome, shares, list(steps.pauses)
 
 
-__all__ = ["Moment", "Share", "Workers", "train_sharded"]
+__all__ = ["Moment", "WorkerResult", "Workers", "train_sharded"]

@@ -44,7 +44,7 @@ class Corpus:
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class RunOutcome:
     """The result of a run.
 
     Attributes:
@@ -148,7 +148,7 @@ def train(
     stop_after: int | None = None,
     on_step: Callable[[int, Sequence[ExpertHost]], None] | None = None,
     wrap: Callable[[Channel], Channel] = lambda channel: channel,
-) -> Outcome:
+) -> RunOutcome:
     """Run a training job to its end; raises what a worker raised. `wrap` comes between lanes and channels."""
     start = start or RunStart(run="test")
     workers, n_hosts = config.training.workers, config.cluster.expert_hosts
@@ -168,7 +168,7 @@ def train(
         if n_hosts:
             coordinator.place_experts()
         reducer = ThreadReducer(workers)
-        outcome = Outcome()
+        outcome = RunOutcome()
         errors: list[BaseException] = []
 
         def open_channel(info: HostInfo) -> Channel:
@@ -182,7 +182,7 @@ def train(
                     group=WorkerGroup(rank=rank, workers=workers, reducer=reducer.of(rank)),
                     start=start,
                     output=output,
-                    coordinator=_Watched(coordinator.steps, hosts, on_step, stop_after),
+                    coordinator=_WatchedCoordinator(coordinator.steps, hosts, on_step, stop_after),
                     hosts=HostAccess(table=coordinator.table(), connect=open_channel, reach=reach)
                     if n_hosts
                     else None,
@@ -217,7 +217,7 @@ def train(
     return outcome
 
 
-class _Watched:
+class _WatchedCoordinator:
     """A coordinator that calls a test after each step of worker 0, and lets it stop the run."""
 
     def __init__(
@@ -250,7 +250,7 @@ class _Watched:
         return self._inner.metrics(since_step)
 
 
-def difference(one: Outcome, other: Outcome) -> tuple[float, float, float]:
+def difference(one: RunOutcome, other: RunOutcome) -> tuple[float, float, float]:
     """Largest differences of losses, of weights (trunk and experts), and of the gates' biases."""
     assert len(one.losses) == len(other.losses)
     assert one.experts.keys() == other.experts.keys()
@@ -271,4 +271,4 @@ def weights_of(host: ExpertHost) -> dict[tuple[int, int], tuple[Tensor, Tensor]]
     return {(layer, expert): (w13.clone(), w2.clone()) for layer, expert, w13, w2 in host.weights()}
 
 
-__all__ = ["Corpus", "Outcome", "ThreadReducer", "difference", "text_corpus", "tiny", "train"]
+__all__ = ["Corpus", "RunOutcome", "ThreadReducer", "difference", "text_corpus", "tiny", "train"]

@@ -97,7 +97,7 @@ def greedy(model: CausalLM, prompt: str, count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Server:
+class ServeProcess:
     """A running `raymoe serve`."""
 
     url: str
@@ -170,13 +170,13 @@ def start(directory: Path, log: Path, *options: str) -> tuple[subprocess.Popen[s
 
 
 @contextmanager
-def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Iterator[Server]:
+def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Iterator[ServeProcess]:
     """A running server; at the end it is told to stop, and must leave no process."""
     process, at = start(directory, log, *options)
     family = psutil.Process(process.pid).children(recursive=True)
     try:
         with OpenAI(base_url=f"{at['url']}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
-            yield Server(
+            yield ServeProcess(
                 at["url"], at["grpc"], at["ray"], at["coordinator"], process, model, directory, client
             )
     except BaseException:
@@ -199,10 +199,10 @@ class SharedServer:
     def __init__(self) -> None:
         self.folder = Path()
         self._settings: dict[str, object] | None = None
-        self._server: Server | None = None
+        self._server: ServeProcess | None = None
         self._closing = ExitStack()
 
-    def with_settings(self, settings: dict[str, object], *, grpc: bool = False) -> Server:
+    def with_settings(self, settings: dict[str, object], *, grpc: bool = False) -> ServeProcess:
         """A server of `tiny_model()` with these settings; a server with other settings is stopped first."""
         wanted = {**settings, "grpc": grpc}
         if self._server is None or self._settings != wanted or self._server.process.poll() is not None:

@@ -11,13 +11,13 @@ from typing import Any
 import psutil
 from openai import AsyncOpenAI
 
-from support.commands.serve import PROMPT, Server
+from support.commands.serve import PROMPT, ServeProcess
 
 Told = tuple[str, tuple[str, ...], tuple[float, ...], str | None]
 
 
 @dataclass
-class Load:
+class StreamLoad:
     """Streams that run together.
 
     Attributes:
@@ -27,7 +27,7 @@ class Load:
         told: Text, tokens, log probabilities and finish reason of each stream.
     """
 
-    server: Server
+    server: ServeProcess
     requests: list[dict[str, Any]]
     chunks: int = 0
     gap: float = 0.0
@@ -70,7 +70,7 @@ def greedy_requests(streams: int, tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-async def disturbed(load: Load, at: int, disturb: Callable[[], object]) -> Load:
+async def disturbed(load: StreamLoad, at: int, disturb: Callable[[], object]) -> StreamLoad:
     """Run a load and disturb it, in another thread, once `at` chunks have come."""
     running = asyncio.create_task(load.run())
     while load.chunks < at and not running.done():
@@ -83,7 +83,7 @@ async def disturbed(load: Load, at: int, disturb: Callable[[], object]) -> Load:
     return load
 
 
-def actors(server: Server, title: str) -> list[psutil.Process]:
+def actors(server: ServeProcess, title: str) -> list[psutil.Process]:
     """The server's processes of this title, oldest first."""
     found = []
     for child in psutil.Process(server.process.pid).children(recursive=True):
@@ -97,4 +97,4 @@ def actors(server: Server, title: str) -> list[psutil.Process]:
 
 HOST, TRUNK, COORDINATOR = "_ExpertHostProcess", "ServeReplica:raymoe:trunk", "_CoordinatorProcess"
 
-__all__ = ["COORDINATOR", "HOST", "TRUNK", "Load", "Told", "actors", "disturbed", "greedy_requests"]
+__all__ = ["COORDINATOR", "HOST", "TRUNK", "StreamLoad", "Told", "actors", "disturbed", "greedy_requests"]

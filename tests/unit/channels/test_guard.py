@@ -12,7 +12,7 @@ from channels.grpc.guard import Guard, Rate
 from protos import expert_pb2, expert_pb2_grpc
 
 
-class Clock:
+class RateClock:
     now = 0.0
 
     def __call__(self) -> float:
@@ -20,7 +20,7 @@ class Clock:
 
 
 def test_a_bucket_empties_and_fills() -> None:
-    clock = Clock()
+    clock = RateClock()
     rate = Rate(per_second=2.0, burst=3.0, clock=clock)
     assert [rate.admits("a") for _ in range(4)] == [True, True, True, False]
     assert rate.admits("b")
@@ -31,7 +31,7 @@ def test_a_bucket_empties_and_fills() -> None:
 
 
 def test_addresses_are_forgotten_in_time() -> None:
-    rate = Rate(per_second=1.0, burst=1.0, clock=Clock())
+    rate = Rate(per_second=1.0, burst=1.0, clock=RateClock())
     assert all(rate.admits(str(i)) for i in range(10_000))
     assert len(rate._left) <= 4096
 

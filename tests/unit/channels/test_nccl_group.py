@@ -22,7 +22,7 @@ class Work:
         raise RuntimeError("NCCL communicator was aborted")
 
 
-class Group:
+class FakeProcessGroup:
     Options = SimpleNamespace
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
@@ -41,7 +41,9 @@ def test_a_failed_receive_is_an_error_and_the_variable_is_as_it_was(
     monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
     if before is not None:
         monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", before)
-    monkeypatch.setattr(nccl, "_dist", SimpleNamespace(ProcessGroupNCCL=Group, PrefixStore=lambda *_: None))
+    monkeypatch.setattr(
+        nccl, "_dist", SimpleNamespace(ProcessGroupNCCL=FakeProcessGroup, PrefixStore=lambda *_: None)
+    )
     meeting: Any = None
     made = nccl.NcclGroup(meeting, 0, "there", "127.0.0.1", 1.0, device=torch.device("cuda", 0))
     assert made._group.blocking == "1"

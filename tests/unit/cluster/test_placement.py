@@ -106,7 +106,7 @@ def test_the_configuration_refuses_unknown_fields_and_negative_counts() -> None:
 
 
 @dataclass(frozen=True)
-class Case:
+class PlacementCase:
     """A placement problem: experts, groups, hosts and nodes."""
 
     n_layers: int
@@ -146,7 +146,7 @@ NODES = st.one_of(
     st.builds(lambda nodes, each: tuple(range(nodes)) * each, st.integers(1, 4), st.integers(1, 3)),
 )
 CASES = st.builds(
-    Case,
+    PlacementCase,
     n_layers=st.integers(1, 3),
     n_group=st.integers(1, 4),
     size=st.integers(1, 5),
@@ -157,7 +157,7 @@ CASES = st.builds(
 ).filter(lambda case: len(case.nodes) <= case.n_group * case.size)
 
 
-def obeys(case: Case, sites: list[Site], placement: Placement) -> None:
+def obeys(case: PlacementCase, sites: list[Site], placement: Placement) -> None:
     """Assert the rules that hold for every placement."""
     node = {site.id: site.node for site in sites}
     assert placement.sites == tuple(node)
@@ -187,7 +187,7 @@ def even_nodes(sites: list[Site]) -> bool:
 
 @given(CASES)
 @settings(deadline=None)
-def test_a_placement_obeys_the_rules_and_is_always_the_same(case: Case) -> None:
+def test_a_placement_obeys_the_rules_and_is_always_the_same(case: PlacementCase) -> None:
     placement = case.plan(case.sites)
     obeys(case, case.sites, placement)
     assert case.plan(case.sites) == placement
@@ -195,7 +195,7 @@ def test_a_placement_obeys_the_rules_and_is_always_the_same(case: Case) -> None:
 
 @given(CASES)
 @settings(deadline=None)
-def test_without_replicas_loads_and_holding_it_is_the_plain_placement(case: Case) -> None:
+def test_without_replicas_loads_and_holding_it_is_the_plain_placement(case: PlacementCase) -> None:
     n_experts = case.n_group * case.size
     placement = plan(case.sites, n_layers=case.n_layers, n_experts=n_experts, n_group=case.n_group)
     assert placement.indices() == plan_placement(case.n_layers, n_experts, case.n_group, len(case.nodes))
@@ -203,7 +203,7 @@ def test_without_replicas_loads_and_holding_it_is_the_plain_placement(case: Case
 
 @given(CASES)
 @settings(deadline=None)
-def test_counts_differ_by_no_more_than_one_unit(case: Case) -> None:
+def test_counts_differ_by_no_more_than_one_unit(case: PlacementCase) -> None:
     if not even_nodes(case.sites):
         return
     n_hosts = len(case.nodes)
@@ -217,7 +217,7 @@ def test_counts_differ_by_no_more_than_one_unit(case: Case) -> None:
 
 @given(CASES)
 @settings(deadline=None)
-def test_groups_stay_on_one_host_while_there_are_not_more_hosts(case: Case) -> None:
+def test_groups_stay_on_one_host_while_there_are_not_more_hosts(case: PlacementCase) -> None:
     if case.seed is not None or len(case.nodes) > case.n_group:
         return
     for row in case.plan(case.sites).holders:
@@ -227,14 +227,14 @@ def test_groups_stay_on_one_host_while_there_are_not_more_hosts(case: Case) -> N
 
 @given(CASES)
 @settings(deadline=None)
-def test_nothing_moves_without_need(case: Case) -> None:
+def test_nothing_moves_without_need(case: PlacementCase) -> None:
     placement = case.plan(case.sites)
     assert experts_to_fetch(case.plan(case.sites, placement), placement.holding()) == {}
 
 
 @given(CASES, st.data())
 @settings(deadline=None)
-def test_a_host_that_goes_moves_only_what_it_held(case: Case, data: st.DataObject) -> None:
+def test_a_host_that_goes_moves_only_what_it_held(case: PlacementCase, data: st.DataObject) -> None:
     if case.seed is not None or len(case.nodes) < 2:
         return
     before = case.plan(case.sites)
@@ -255,7 +255,7 @@ def test_a_host_that_goes_moves_only_what_it_held(case: Case, data: st.DataObjec
 
 @given(CASES, st.integers(0, 3))
 @settings(deadline=None)
-def test_a_host_that_joins_takes_its_share_and_no_more(case: Case, node: int) -> None:
+def test_a_host_that_joins_takes_its_share_and_no_more(case: PlacementCase, node: int) -> None:
     sites = [*case.sites, Site("new", f"node-{node}")]
     if case.seed is not None or len(sites) > case.n_group * case.size:
         return
@@ -272,7 +272,7 @@ def test_a_host_that_joins_takes_its_share_and_no_more(case: Case, node: int) ->
 
 @given(CASES, st.data())
 @settings(max_examples=60, deadline=None)
-def test_rules_and_few_moves_hold_over_a_life_of_changes(case: Case, data: st.DataObject) -> None:
+def test_rules_and_few_moves_hold_over_a_life_of_changes(case: PlacementCase, data: st.DataObject) -> None:
     sites = case.sites
     placement = case.plan(sites)
     for turn in range(4):
@@ -295,7 +295,9 @@ def test_rules_and_few_moves_hold_over_a_life_of_changes(case: Case, data: st.Da
 
 def test_a_drift_of_load_moves_few_experts() -> None:
     random = np.random.default_rng(0)
-    case = Case(n_layers=4, n_group=8, size=32, nodes=tuple(range(8)) * 2, replicas=1, redundant=16, seed=0)
+    case = PlacementCase(
+        n_layers=4, n_group=8, size=32, nodes=tuple(range(8)) * 2, replicas=1, redundant=16, seed=0
+    )
     loads = random.lognormal(0, 0.5, (4, 256))
     shape = {"n_layers": 4, "n_experts": 256, "n_group": 8, "redundant": 16}
     before = plan(case.sites, **shape, loads=loads)

@@ -25,7 +25,7 @@ SETTINGS = AutoscalingSettings(
 )
 
 
-class Cluster:
+class ScalingCluster:
     """Serving hosts, a clock, and the autoscaler and health check over them."""
 
     def __init__(self, hosts: int = 2, *, redundant: int = 0, threshold: float | None = 0.8) -> None:
@@ -86,7 +86,7 @@ def skewed() -> torch.Tensor:
 
 
 def test_load_brings_hosts_and_its_end_takes_them_away() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     assert isinstance(cluster.second(0.9), NoDecision)  # measured once
     assert isinstance(cluster.second(0.9), NoDecision)  # for too short a time
     decisions = [cluster.second(0.9) for _ in range(3)]
@@ -107,13 +107,13 @@ def test_load_brings_hosts_and_its_end_takes_them_away() -> None:
 
 
 def test_even_load_changes_nothing() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     assert all(isinstance(cluster.second(0.5), NoDecision) for _ in range(20))
     assert cluster.membership.scaling is None
 
 
 def test_a_scale_that_fails_is_noted_and_left_for_the_cooldown() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     for _ in range(4):
         cluster.second(0.9)
     cluster.roster.orders(starting=0, failed={"host-2": "no CPUs"}, stopped=[])
@@ -124,7 +124,7 @@ def test_a_scale_that_fails_is_noted_and_left_for_the_cooldown() -> None:
 
 
 def test_a_host_that_does_not_answer_is_left_out_of_the_measure() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     cluster.world["host-1"].dead = True
     for _ in range(3):
         cluster.second(0.9)
@@ -133,7 +133,7 @@ def test_a_host_that_does_not_answer_is_left_out_of_the_measure() -> None:
 
 
 def test_experts_are_placed_by_load_when_hosts_are_out_of_balance() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     cluster.rebalancer.look()
     assert isinstance(cluster.rebalancer.look(), NoDecision)
     before = cluster.placements.published.current
@@ -158,7 +158,7 @@ def test_experts_are_placed_by_load_when_hosts_are_out_of_balance() -> None:
 
 
 def test_hosts_that_join_later_are_filled_by_load_too() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     cluster.rebalancer.look()
     cluster.rows(skewed())
     cluster.rebalancer.look()
@@ -172,7 +172,7 @@ def test_hosts_that_join_later_are_filled_by_load_too() -> None:
 
 
 def test_redundant_experts_go_to_the_hot_ones_once_loads_are_known() -> None:
-    cluster = Cluster(3, redundant=2, threshold=None)
+    cluster = ScalingCluster(3, redundant=2, threshold=None)
     cluster.rebalancer.look()
     loads = torch.full((len(LAYERS), EXPERTS), 10, dtype=torch.int64)
     loads[:, 5] = 1000
@@ -190,7 +190,7 @@ def test_redundant_experts_go_to_the_hot_ones_once_loads_are_known() -> None:
 
 
 def test_few_rows_say_nothing() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     cluster.rebalancer.look()
     cluster.rows(torch.eye(len(LAYERS), EXPERTS).long())
     decision = cluster.rebalancer.look()
@@ -200,7 +200,7 @@ def test_few_rows_say_nothing() -> None:
 
 
 def test_a_host_that_hangs_is_dead_after_its_patience_and_one_that_hangs_up_at_once() -> None:
-    cluster = Cluster(3)
+    cluster = ScalingCluster(3)
     health = FailureDetector(cluster.roster, 4.0, clock=lambda: cluster.now)
     health.look()
     cluster.world["host-1"].hung = True
@@ -220,7 +220,7 @@ def test_a_host_that_hangs_is_dead_after_its_patience_and_one_that_hangs_up_at_o
 
 
 def test_who_was_away_itself_takes_nobody_for_dead() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     health = FailureDetector(cluster.roster, 4.0, clock=lambda: cluster.now)
     health.look()
     slow = cluster.world["host-1"]
@@ -237,7 +237,7 @@ def test_who_was_away_itself_takes_nobody_for_dead() -> None:
 
 
 def test_loads_of_hosts_that_die_are_left_out() -> None:
-    cluster = Cluster(2)
+    cluster = ScalingCluster(2)
     cluster.rebalancer.look()
     cluster.rows(skewed())
     cluster.world["host-1"].dead = True

@@ -11,7 +11,7 @@ import pytest
 from engine.pacing import DraftPacer, PacingSettings, Speed
 
 
-class Machine:
+class SimulatedEngine:
     """Simulated steps.
 
     Args:
@@ -47,7 +47,7 @@ def share(flags: list[bool]) -> float:
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
 def test_drafts_that_pay_stay_and_looking_elsewhere_is_cheap(noise: float) -> None:
     pacer = DraftPacer()
-    drafted = Machine(cost=1.2, accepted=0.8, noise=noise).run(pacer, 8000)
+    drafted = SimulatedEngine(cost=1.2, accepted=0.8, noise=noise).run(pacer, 8000)
     assert pacer.modes == {1: True}
     assert 0.97 < share(drafted[400:]) < 1.0  # it does look, and spends less than 3 % on it
 
@@ -55,7 +55,7 @@ def test_drafts_that_pay_stay_and_looking_elsewhere_is_cheap(noise: float) -> No
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
 def test_drafts_that_do_not_pay_are_switched_off_soon(noise: float) -> None:
     pacer = DraftPacer()
-    machine = Machine(cost=2.0, accepted=0.2, noise=noise)
+    machine = SimulatedEngine(cost=2.0, accepted=0.2, noise=noise)
     machine.run(pacer, 200)
     assert pacer.modes == {1: False}
     drafted = machine.run(pacer, 8000)
@@ -65,14 +65,14 @@ def test_drafts_that_do_not_pay_are_switched_off_soon(noise: float) -> None:
 
 def test_a_loss_of_a_tenth_is_found_under_noise() -> None:
     pacer = DraftPacer()
-    machine = Machine(cost=1.5, accepted=0.35, noise=0.1)
+    machine = SimulatedEngine(cost=1.5, accepted=0.35, noise=0.1)
     machine.run(pacer, 6000)
     assert pacer.modes == {1: False}
 
 
 def test_it_follows_what_requests_are_about() -> None:
     pacer = DraftPacer()
-    machine = Machine(cost=1.4, accepted=0.9, noise=0.1)
+    machine = SimulatedEngine(cost=1.4, accepted=0.9, noise=0.1)
     for accepted, mode in ((0.9, True), (0.05, False), (0.9, True)):
         machine.accepted = accepted
         machine.run(pacer, 2500)
@@ -83,7 +83,7 @@ def test_it_follows_what_requests_are_about() -> None:
 def test_noise_does_not_make_it_flap(seed: int) -> None:
     """With no difference in speed, drafting is switched rarely."""
     pacer = DraftPacer()
-    machine = Machine(cost=1.5, accepted=0.5, noise=0.3, seed=seed)
+    machine = SimulatedEngine(cost=1.5, accepted=0.5, noise=0.3, seed=seed)
     changes = 0
     before = {1: True}
     for _ in range(20000):
@@ -95,7 +95,7 @@ def test_noise_does_not_make_it_flap(seed: int) -> None:
 
 def test_a_machine_that_slows_down_tells_nothing_about_drafts() -> None:
     pacer = DraftPacer()
-    machine = Machine(cost=1.3, accepted=0.8, noise=0.05)
+    machine = SimulatedEngine(cost=1.3, accepted=0.8, noise=0.05)
     for round in range(20):
         machine.slowness = 1.0 if round % 2 else 3.0
         machine.run(pacer, 400)
@@ -104,7 +104,7 @@ def test_a_machine_that_slows_down_tells_nothing_about_drafts() -> None:
 
 def test_each_number_of_sequences_has_an_answer_of_its_own() -> None:
     pacer = DraftPacer()
-    alone, crowd = Machine(cost=1.2, accepted=0.8), Machine(cost=1.9, accepted=0.5)
+    alone, crowd = SimulatedEngine(cost=1.2, accepted=0.8), SimulatedEngine(cost=1.9, accepted=0.5)
     for _ in range(10):
         alone.run(pacer, 300)
         crowd.run(pacer, 300, lambda _: 32)
@@ -116,10 +116,10 @@ def test_each_number_of_sequences_has_an_answer_of_its_own() -> None:
 
 def test_a_number_between_two_answers_does_not_switch_at_every_step() -> None:
     pacer = DraftPacer()
-    Machine(cost=1.2, accepted=0.8).run(pacer, 2000, lambda _: 4)
-    Machine(cost=1.9, accepted=0.2).run(pacer, 2000, lambda _: 6)
+    SimulatedEngine(cost=1.2, accepted=0.8).run(pacer, 2000, lambda _: 4)
+    SimulatedEngine(cost=1.9, accepted=0.2).run(pacer, 2000, lambda _: 6)
     assert pacer.modes == {4: True, 6: False}
-    between = Machine(cost=1.9, accepted=0.2)
+    between = SimulatedEngine(cost=1.9, accepted=0.2)
     between.drafting = False
     drafted = between.run(pacer, 1000, lambda at: 5 + at % 2)
     assert sum(one != other for one, other in pairwise(drafted)) <= 2 * 4
@@ -127,7 +127,7 @@ def test_a_number_between_two_answers_does_not_switch_at_every_step() -> None:
 
 def test_a_trial_cut_short_is_made_again() -> None:
     pacer = DraftPacer()
-    machine = Machine(cost=2.0, accepted=0.2)
+    machine = SimulatedEngine(cost=2.0, accepted=0.2)
     while machine.step(pacer, 1):  # until a trial begins
         pass
     machine.run(pacer, 10, lambda _: 64)
@@ -138,7 +138,9 @@ def test_a_trial_cut_short_is_made_again() -> None:
 
 def test_the_same_steps_get_the_same_answers() -> None:
     runs = [
-        Machine(cost=1.5, accepted=0.5, noise=0.3).run(DraftPacer(), 3000, lambda at: 1 + at // 50 % 9)
+        SimulatedEngine(cost=1.5, accepted=0.5, noise=0.3).run(
+            DraftPacer(), 3000, lambda at: 1 + at // 50 % 9
+        )
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
@@ -146,7 +148,7 @@ def test_the_same_steps_get_the_same_answers() -> None:
 
 def test_the_budget_is_what_is_spent() -> None:
     settings = PacingSettings(trial=4, budget=0.01, first_trials=0)
-    drafted = Machine(cost=1.1, accepted=0.9).run(DraftPacer(settings), 10000)
+    drafted = SimulatedEngine(cost=1.1, accepted=0.9).run(DraftPacer(settings), 10000)
     assert 0.98 < share(drafted) < 0.995
 
 

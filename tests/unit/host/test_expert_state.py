@@ -10,7 +10,7 @@ from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.host.checkpoint_part import SavedMoments
 from cluster import experts_held, plan_placement
 from errors import CheckpointError
-from support.moving_cluster import Weights
+from support.moving_cluster import CheckpointSource
 from support.tiny_cluster import CONFIG, LAYERS, SETTINGS, TinyCluster, tokens
 
 
@@ -35,7 +35,7 @@ def test_another_placement_goes_on_from_the_files_to_the_bit(tmp_path: Path) -> 
             f"host-{index}",
             CONFIG,
             InitialExperts(
-                source=Weights(tmp_path),
+                source=CheckpointSource(tmp_path),
                 experts=experts_held(holders, LAYERS, index),
                 moments=SavedMoments(tmp_path),
                 step=2,

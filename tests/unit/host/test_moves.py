@@ -19,7 +19,7 @@ from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request
 from cluster.topology import HostInfo
 from errors import ChannelError, ProtocolError, RaymoeError, RemoteError, StaleEpoch
-from support.moving_cluster import ALL, MovingCluster, Weights, same, split
+from support.moving_cluster import ALL, CheckpointSource, MovingCluster, same, split
 from support.tiny_cluster import LAYERS, SeededSource, tokens
 
 ONE = {"a": {layer: ALL for layer in LAYERS}}
@@ -110,7 +110,7 @@ def test_what_nobody_has_is_read_from_the_checkpoint(made: Any, tmp_path: Path) 
     at_four = cluster.state()
     other = made(
         {"c": {}, "d": {}},
-        open_source=lambda directory: Weights(Path(directory)),
+        open_source=lambda directory: CheckpointSource(Path(directory)),
         open_moments=lambda directory: SavedMoments(Path(directory)),
     )
     other.move(split("c", "d"), base=None, step=2, origins=(), directory=str(tmp_path), moments=True)

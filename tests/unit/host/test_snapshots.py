@@ -20,7 +20,7 @@ from channels.base import Phase
 from cluster.topology import HostInfo
 from errors import ProtocolError, StaleEpoch
 from protos import expert_pb2
-from support.moving_cluster import ALL, MovingCluster, Weights, same, split, until
+from support.moving_cluster import ALL, CheckpointSource, MovingCluster, same, split, until
 from support.tiny_cluster import CONFIG, LAYERS, tokens
 
 ONE = {"a": {layer: ALL for layer in LAYERS}}
@@ -90,7 +90,7 @@ def test_a_run_goes_on_from_memory_when_a_host_is_gone(made: Any) -> None:
 def test_what_no_memory_has_comes_from_the_checkpoint(made: Any, tmp_path: Path) -> None:
     cluster = made(
         split("a", "b", "c"),
-        open_source=lambda directory: Weights(Path(directory)),
+        open_source=lambda directory: CheckpointSource(Path(directory)),
         open_moments=lambda directory: SavedMoments(Path(directory)),
     )
     cluster.advance()

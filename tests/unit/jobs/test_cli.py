@@ -169,7 +169,7 @@ def test_results_for_people_are_aligned(capsys: pytest.CaptureFixture[str]) -> N
     ]
 
 
-class Clock:
+class ProgressClock:
     def __init__(self) -> None:
         self.now = 0.0
 
@@ -182,7 +182,7 @@ def _step(progress: Progress, step: int, **more: Any) -> None:
 
 
 def test_progress_without_a_terminal_is_a_line_every_few_seconds() -> None:
-    clock, out = Clock(), io.StringIO()
+    clock, out = ProgressClock(), io.StringIO()
     with Progress(10, console=Console(file=out, width=60), clock=clock) as progress:
         for step in range(1, 11):
             clock.now += 2.0
@@ -195,7 +195,7 @@ def test_progress_without_a_terminal_is_a_line_every_few_seconds() -> None:
 
 
 def test_progress_of_a_resumed_run_tells_the_time_by_its_own_steps() -> None:
-    clock = Clock()
+    clock = ProgressClock()
     progress = Progress(100, console=Console(file=io.StringIO()), clock=clock)
     clock.now = 50.0  # until everything is up
     _step(progress, 90)
@@ -207,7 +207,9 @@ def test_progress_of_a_resumed_run_tells_the_time_by_its_own_steps() -> None:
 
 def test_progress_on_a_terminal_draws_a_bar() -> None:
     out = io.StringIO()
-    with Progress(4, console=Console(file=out, force_terminal=True, width=120), clock=Clock()) as progress:
+    with Progress(
+        4, console=Console(file=out, force_terminal=True, width=120), clock=ProgressClock()
+    ) as progress:
         _step(progress, 4, note="validation 2.1")
     assert "4/4" in out.getvalue()
     assert "validation 2.1" in out.getvalue()

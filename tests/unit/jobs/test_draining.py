@@ -9,7 +9,7 @@ from errors import ChannelError, ResourceError
 from jobs.tools.node_drain import DrainResult, drain_hosts
 
 
-class Job:
+class FakeAdmin:
     """A fake coordinator client: hosts, and the result of draining each."""
 
     def __init__(self, **ends: bool | Exception) -> None:
@@ -29,25 +29,25 @@ class Job:
         return {"done": end}
 
 
-class Dead(Job):
+class Dead(FakeAdmin):
     def status(self) -> dict[str, Any]:
         raise ChannelError("the coordinator cannot be reached")
 
 
 def test_hosts_of_the_node_are_drained() -> None:
-    job = Job(a=True, b=True)
+    job = FakeAdmin(a=True, b=True)
     assert drain_hosts(job, "here", time.monotonic() + 60) == DrainResult(["a", "b"], [])
     assert all(0 < limit <= 60 for limit in job.limits)
 
 
 def test_one_that_fails_does_not_keep_the_others() -> None:
-    found = drain_hosts(Job(a=ResourceError("no room"), b=False, c=True), "here", time.monotonic() + 60)
+    found = drain_hosts(FakeAdmin(a=ResourceError("no room"), b=False, c=True), "here", time.monotonic() + 60)
     assert found.drained == ["c"]
     assert found.failed == ["a: no room", "b still holds experts; give it more --timeout"]
 
 
 def test_one_that_comes_late_is_asked_all_the_same() -> None:
-    job = Job(a=True)
+    job = FakeAdmin(a=True)
     assert drain_hosts(job, "here", time.monotonic() - 1).drained == ["a"]
     assert job.limits == [0.0]
 

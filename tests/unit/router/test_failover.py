@@ -27,7 +27,7 @@ from channels.shm import channel as shm
 from channels.shm.mailbox import HostMailbox
 from cluster import HostInfo, RoutingTable, experts_held
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError
-from support.coordinator_tables import Tables, check
+from support.coordinator_tables import FakeTables, check
 from support.moving_cluster import until
 from support.tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, local_experts, tokens
 
@@ -38,7 +38,7 @@ LONG = 600.0
 """Seconds, more than the time limit of a test: a test that ends has not waited for what takes as long."""
 
 
-class Site:
+class FailingHost:
     """A host whose failures a test chooses."""
 
     def __init__(self, host: ExpertHost, kind: str) -> None:
@@ -86,15 +86,15 @@ class Site:
         self.before = dying
 
 
-class Cluster(TinyCluster):
+class FailoverCluster(TinyCluster):
     """Hosts of one kind of channel."""
 
     def __init__(self, kind: str, n_hosts: int, replicas: int) -> None:
         super().__init__(n_hosts, train=False, replicas=replicas)
         self.kind = kind
-        self.sites = [Site(host, kind) for host in self.hosts]
+        self.sites = [FailingHost(host, kind) for host in self.hosts]
         self.infos = tuple(site.info for site in self.sites)
-        self.tables = Tables(self.table(0))
+        self.tables = FakeTables(self.table(0))
         self.routers: list[Router] = []
 
     def connect(self, host: HostInfo) -> Channel:
@@ -149,11 +149,11 @@ def _a_busy_machine_lets_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def made() -> Iterator[Callable[..., Cluster]]:
-    clusters: list[Cluster] = []
+def made() -> Iterator[Callable[..., FailoverCluster]]:
+    clusters: list[FailoverCluster] = []
 
-    def make(kind: str, n_hosts: int, replicas: int) -> Cluster:
-        clusters.append(Cluster(kind, n_hosts, replicas))
+    def make(kind: str, n_hosts: int, replicas: int) -> FailoverCluster:
+        clusters.append(FailoverCluster(kind, n_hosts, replicas))
         return clusters[-1]
 
     yield make
@@ -162,7 +162,7 @@ def made() -> Iterator[Callable[..., Cluster]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_host_that_is_gone_is_gone_around(made: Callable[..., Cluster], kind: str) -> None:
+def test_a_host_that_is_gone_is_gone_around(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 3, 2)
     lane = cluster.ready()
     cluster.sites[1].server.close()
@@ -174,7 +174,7 @@ def test_a_host_that_is_gone_is_gone_around(made: Callable[..., Cluster], kind: 
 
 
 @pytest.mark.parametrize("kind", REMOTE)
-def test_a_host_that_dies_over_a_call_is_gone_around(made: Callable[..., Cluster], kind: str) -> None:
+def test_a_host_that_dies_over_a_call_is_gone_around(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 3, 2)
     lane = cluster.ready()
     cluster.sites[1].dies()
@@ -183,7 +183,7 @@ def test_a_host_that_dies_over_a_call_is_gone_around(made: Callable[..., Cluster
 
 
 @pytest.mark.parametrize("kind", REMOTE)
-def test_a_host_that_never_answers_is_gone_around(made: Callable[..., Cluster], kind: str) -> None:
+def test_a_host_that_never_answers_is_gone_around(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 3, 2)
     lane = cluster.ready(timeout=0.3)
     cluster.sites[0].silent.set()
@@ -195,7 +195,7 @@ def test_a_host_that_never_answers_is_gone_around(made: Callable[..., Cluster], 
 
 
 @pytest.mark.parametrize("kind", REMOTE)
-def test_the_watch_ends_the_wait_for_a_hung_host(made: Callable[..., Cluster], kind: str) -> None:
+def test_the_watch_ends_the_wait_for_a_hung_host(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 3, 2)
     lane = cluster.ready(watch=True)
     cluster.sites[2].silent.set()
@@ -211,7 +211,7 @@ def test_the_watch_ends_the_wait_for_a_hung_host(made: Callable[..., Cluster], k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_hosts_are_lost(made: Callable[..., Cluster], kind: str) -> None:
+def test_several_hosts_are_lost(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 4, 3)
     lane = cluster.ready()
     for at in (0, 1):
@@ -221,7 +221,7 @@ def test_several_hosts_are_lost(made: Callable[..., Cluster], kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_replica_the_error_names_the_host(made: Callable[..., Cluster], kind: str) -> None:
+def test_without_a_replica_the_error_names_the_host(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 2, 1)
     lane = cluster.ready()
     cluster.sites[1].server.close()
@@ -232,7 +232,7 @@ def test_without_a_replica_the_error_names_the_host(made: Callable[..., Cluster]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_patience_has_an_end(made: Callable[..., Cluster], kind: str) -> None:
+def test_patience_has_an_end(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 3, 2)
     lane = cluster.ready(patience=0.5)
     for at in (0, 1):  # all that hold the first group
@@ -244,7 +244,7 @@ def test_patience_has_an_end(made: Callable[..., Cluster], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_newer_table_heals(made: Callable[..., Cluster], kind: str) -> None:
+def test_a_newer_table_heals(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 2, 1)
     lane = cluster.ready(patience=LONG)
     cluster.sites[1].server.close()
@@ -257,7 +257,7 @@ def test_a_newer_table_heals(made: Callable[..., Cluster], kind: str) -> None:
     )
     keeps = experts_held(cluster.holders, LAYERS, 0)
     cluster.hosts[0].assemble(Assembly(epoch=1, experts=keeps, base=0))
-    cluster.sites.append(Site(spare, cluster.kind))
+    cluster.sites.append(FailingHost(spare, cluster.kind))
     hosts = (cluster.infos[0], cluster.sites[-1].info)
 
     cluster.tables.asked.clear()
@@ -272,7 +272,7 @@ def test_a_newer_table_heals(made: Callable[..., Cluster], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_connection_that_drops_is_made_anew(made: Callable[..., Cluster], kind: str) -> None:
+def test_a_connection_that_drops_is_made_anew(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 2, 1)
     lane = cluster.ready(patience=LONG)
     for seed in range(3):
@@ -283,7 +283,7 @@ def test_a_connection_that_drops_is_made_anew(made: Callable[..., Cluster], kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_is_no_loss(made: Callable[..., Cluster], kind: str) -> None:
+def test_an_answer_is_no_loss(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 2, 2)
     lane = cluster.ready(patience=LONG)
 
@@ -301,7 +301,7 @@ def test_an_answer_is_no_loss(made: Callable[..., Cluster], kind: str) -> None:
     check(lane)
 
 
-def test_only_calls_that_want_an_expert_wait_for_its_host(made: Callable[..., Cluster]) -> None:
+def test_only_calls_that_want_an_expert_wait_for_its_host(made: Callable[..., FailoverCluster]) -> None:
     cluster = made("local", 2, 1)
     cluster.tables.table = cluster.without(1)
     router = Router("r", "run", CONFIG, cluster.tables.table, cluster.connect, tables=cluster.tables)
@@ -326,7 +326,7 @@ def test_only_calls_that_want_an_expert_wait_for_its_host(made: Callable[..., Cl
 
 
 @pytest.mark.parametrize("kind", REMOTE)
-def test_a_slow_host_is_hedged_and_not_suspected(made: Callable[..., Cluster], kind: str) -> None:
+def test_a_slow_host_is_hedged_and_not_suspected(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 3, 2)
     lane = cluster.ready(hedge_after=0.2)
     cluster.sites[0].silent.set()
@@ -338,7 +338,7 @@ def test_a_slow_host_is_hedged_and_not_suspected(made: Callable[..., Cluster], k
 
 
 @pytest.mark.parametrize("kind", ["local", "mail"])
-def test_one_token_at_a_time_splits_evenly(made: Callable[..., Cluster], kind: str) -> None:
+def test_one_token_at_a_time_splits_evenly(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 2, 2)
     lane = cluster.ready()
     before = [host.stats().rows for host in cluster.hosts]
@@ -366,7 +366,9 @@ def test_every_layer_takes_turns_whatever_their_number() -> None:
 
 
 @pytest.mark.parametrize("silence", ["nothing new", "away", "stale"])
-def test_the_watch_neither_spins_nor_outlives_its_router(made: Callable[..., Cluster], silence: str) -> None:
+def test_the_watch_neither_spins_nor_outlives_its_router(
+    made: Callable[..., FailoverCluster], silence: str
+) -> None:
     cluster = made("local", 2, 2)
     tables = cluster.tables
     tables.away = silence == "away"
@@ -389,7 +391,7 @@ def test_the_watch_neither_spins_nor_outlives_its_router(made: Callable[..., Clu
     assert not thread.is_alive()
 
 
-def test_connecting_to_a_host_that_goes_is_given_up(made: Callable[..., Cluster]) -> None:
+def test_connecting_to_a_host_that_goes_is_given_up(made: Callable[..., FailoverCluster]) -> None:
     cluster = made("local", 3, 2)
     lane = cluster.ready(watch=True)
     lane.close()
@@ -413,7 +415,7 @@ def test_connecting_to_a_host_that_goes_is_given_up(made: Callable[..., Cluster]
 @pytest.mark.parametrize("kind", REMOTE)
 @pytest.mark.parametrize("end", ["cut", "close"])
 def test_a_wait_ends_when_another_thread_ends_the_channel(
-    made: Callable[..., Cluster], kind: str, end: str
+    made: Callable[..., FailoverCluster], kind: str, end: str
 ) -> None:
     cluster = made(kind, 1, 1)
     lane = cluster.ready()

@@ -19,7 +19,7 @@ from actors.router.mailbox_call import MailboxCall
 from benchmarks.contenders import host_process, until_closed
 from channels import choose
 from cluster import HostInfo, RoutingTable
-from support.coordinator_tables import Tables, check
+from support.coordinator_tables import FakeTables, check
 from support.moving_cluster import until
 from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
 
@@ -43,7 +43,7 @@ def hosts() -> Iterator[tuple[HostInfo, ...]]:
 def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, ...], kind: str) -> None:
     holders = TinyCluster(HOSTS, train=False, replicas=2).holders
     table = RoutingTable(epoch=0, hosts=hosts, holders=holders)
-    tables = Tables(table)
+    tables = FakeTables(table)
     left = tuple(tuple(tuple(at for at in row if at != 2) for row in layer) for layer in holders)
     router = Router(
         "replica",

@@ -25,7 +25,7 @@ NEW = WeightsVersion(epoch=1, directory="/new", name="new")
 LATEST = WeightsVersion(epoch=2, directory="/latest", name="latest")
 
 
-class Weights:
+class FakeExchanger:
     """An exchanger that records its calls; its exchanges wait for a gate."""
 
     def __init__(self, rollout: Rollout) -> None:
@@ -58,13 +58,13 @@ async def until(holds: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def replica(rollout: Rollout, name: str, loaded: asyncio.Event | None = None) -> Any:
-    weights = Weights(rollout)
+    weights = FakeExchanger(rollout)
     weights.used = rollout.join(name)
 
     async def report(standing: ReplicaState) -> None:
         rollout.report(name, standing)
 
-    async def load() -> Weights:
+    async def load() -> FakeExchanger:
         if loaded is not None:
             await loaded.wait()
         return weights
@@ -237,13 +237,13 @@ def test_what_a_replica_missed_it_does_later() -> None:
         async with replica(rollout, "a"):
             await rollout.prepare(NEW)
             await rollout.exchange()
-        follower_of_old = Weights(rollout)
+        follower_of_old = FakeExchanger(rollout)
         rollout.join("b")
 
         async def report(standing: ReplicaState) -> None:
             rollout.report("b", standing)
 
-        async def there() -> Weights:
+        async def there() -> FakeExchanger:
             return follower_of_old
 
         follower = Follower("run", OLD, ask=lambda known: rollout.ask("b", known), report=report)
@@ -258,12 +258,12 @@ def test_what_a_replica_missed_it_does_later() -> None:
 def test_a_replica_whose_pool_is_another_says_so_and_keeps_its_weights() -> None:
     async def scene() -> None:
         rollout = Rollout("another run", NEW)
-        weights = Weights(rollout)
+        weights = FakeExchanger(rollout)
 
         async def report(standing: ReplicaState) -> None:
             raise AssertionError("an orphan reports nothing")
 
-        async def there() -> Weights:
+        async def there() -> FakeExchanger:
             return weights
 
         follower = Follower("run", OLD, ask=lambda known: rollout.ask("a", known), report=report)

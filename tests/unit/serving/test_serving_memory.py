@@ -129,7 +129,7 @@ def test_a_model_for_one_process_is_refused_before_it_is_read(
         loading.load_model(tmp_path)
 
 
-class Machine:
+class MachineFiles:
     """Files of /proc and /sys/fs/cgroup."""
 
     def __init__(self, directory: Path, membership: str) -> None:
@@ -150,7 +150,7 @@ class Machine:
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, "0::/\n")
+    machine = MachineFiles(tmp_path, "0::/\n")
     assert machine.free == 1000
     machine.group("", memory__max="max\n", memory__current="700\n")
     assert machine.free == 1000
@@ -164,14 +164,14 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_any_group_around_counts(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, "0::/pods/mine\n")
+    machine = MachineFiles(tmp_path, "0::/pods/mine\n")
     machine.group("pods/mine", memory__max="max\n", memory__current="10\n")
     machine.group("pods", memory__max="310\n", memory__current="10\n")
     assert machine.free == 300
 
 
 def test_cgroups_of_version_1(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n")
+    machine = MachineFiles(tmp_path, "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n")
     files = {"memory__limit_in_bytes": "400\n", "memory__usage_in_bytes": "100\n"}
     # As a container sees it: its path is that of the machine around it, its group the root.
     machine.group("memory", **files, memory__stat="inactive_file 1\ntotal_inactive_file 30\n")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.training_job import Outcome, difference, text_corpus, tiny, train
+from support.training_job import RunOutcome, difference, text_corpus, tiny, train
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def run(variant: str, hosts: int, output: Path) -> Outcome:
+def run(variant: str, hosts: int, output: Path) -> RunOutcome:
     sections = {name: dict(fields) for name, fields in VARIANTS[variant].items()}
     sections["training"] = {
         **{"dtype": "float64", "steps": 6, "batch_size": 4, "eval_interval": 3, "tensorboard": False},

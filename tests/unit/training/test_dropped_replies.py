@@ -18,7 +18,7 @@ from channels.base import Channel, Phase, Request, Ticket
 from cluster import HostInfo
 from errors import ChannelError, RemoteError
 from support.tiny_cluster import LAYERS, TinyCluster, tokens
-from support.training_job import Outcome, difference, text_corpus, tiny, train
+from support.training_job import RunOutcome, difference, text_corpus, tiny, train
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ class LossyTicket:
         return reply
 
 
-def run(output: Path, faults: Faults, channel: str, workers: int, in_flight: int) -> Outcome:
+def run(output: Path, faults: Faults, channel: str, workers: int, in_flight: int) -> RunOutcome:
     config = tiny(
         training={
             "dtype": "float64",

@@ -17,7 +17,7 @@ from model.causal_lm import CausalLM
 from model.checkpoints.shards import ShardReader
 from model.experts.grouped_swiglu import ExpertShard, experts_backward, experts_forward
 from model.optimizers.adamw import AdamW
-from support.training_job import Outcome, difference, text_corpus, tiny, train
+from support.training_job import RunOutcome, difference, text_corpus, tiny, train
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 12, 6
@@ -114,13 +114,13 @@ def config(dtype: str, workers: int = 1) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
     torch.set_num_threads(1)
     run = config("bfloat16")
     return train(run, text_corpus(run, TEXT), tmp_path_factory.mktemp("whole"), channel="shm")
 
 
-def test_a_run_learns_what_float32_learns(whole: Outcome, tmp_path: Path) -> None:
+def test_a_run_learns_what_float32_learns(whole: RunOutcome, tmp_path: Path) -> None:
     run = config("float32")
     full = train(run, text_corpus(run, TEXT), tmp_path, channel="shm")
     assert full.losses[-1] < full.losses[0] - 0.1
@@ -129,7 +129,7 @@ def test_a_run_learns_what_float32_learns(whole: Outcome, tmp_path: Path) -> Non
     assert {one.dtype for pair in whole.experts.values() for one in pair} == {torch.float32}
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(whole: Outcome, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(whole: RunOutcome, tmp_path: Path) -> None:
     run = config("bfloat16")
     corpus = text_corpus(run, TEXT)
     train(run, corpus, tmp_path, channel="shm", stop_after=STOP)

@@ -31,7 +31,7 @@ E = CONFIG.n_routed_experts
 PLAN = TrainingPlan(steps=100, workers=1, learning_rate=1e-2, clip_norm=0.5, snapshot_interval=1)
 
 
-class Cluster:
+class ReplicatedCluster:
     """A coordinator, hosts behind gRPC, and one worker whose trunk is random tokens."""
 
     def __init__(self, n_hosts: int, *, replicas: int = 1, redundant: int = 0) -> None:
@@ -118,7 +118,7 @@ class Cluster:
         for server in self.servers.values():
             server.close()
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> ReplicatedCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,11 +128,13 @@ class Cluster:
 @pytest.fixture(scope="module")
 def plain() -> tuple[list[StepDecision], dict[tuple[int, int], list[Tensor]]]:
     """Five steps with one holder of each expert."""
-    with Cluster(1) as cluster:
+    with ReplicatedCluster(1) as cluster:
         return [cluster.run(step) for step in range(5)], cluster.state()
 
 
-def agrees(cluster: Cluster, decisions: list[StepDecision], plain: tuple[list[StepDecision], dict]) -> None:  # type: ignore[type-arg]
+def agrees(
+    cluster: ReplicatedCluster, decisions: list[StepDecision], plain: tuple[list[StepDecision], dict]
+) -> None:  # type: ignore[type-arg]
     expected, state = plain
     assert [one.grad_norm for one in decisions] == pytest.approx([o.grad_norm for o in expected], rel=1e-12)
     assert any(one.scale < 1 for one in expected), "no step was clipped"
@@ -141,7 +143,7 @@ def agrees(cluster: Cluster, decisions: list[StepDecision], plain: tuple[list[St
 
 @pytest.mark.parametrize(("hosts", "replicas"), [(3, 2), (2, 2), (4, 3)])
 def test_replicas_change_no_step(hosts: int, replicas: int, plain) -> None:  # type: ignore[no-untyped-def]
-    with Cluster(hosts, replicas=replicas) as cluster:
+    with ReplicatedCluster(hosts, replicas=replicas) as cluster:
         assert set(cluster.holders()) == {replicas}
         decisions = [cluster.run(step) for step in range(5)]
         agrees(cluster, decisions, plain)
@@ -150,7 +152,7 @@ def test_replicas_change_no_step(hosts: int, replicas: int, plain) -> None:  # t
 
 
 def test_hot_experts_get_replicas_between_two_steps(plain) -> None:  # type: ignore[no-untyped-def]
-    with Cluster(3, redundant=2) as cluster:
+    with ReplicatedCluster(3, redundant=2) as cluster:
         assert set(cluster.holders()) == {1}
         decisions = [cluster.run(step) for step in range(2)]
         loads = torch.ones(len(LAYERS), E)
@@ -162,7 +164,7 @@ def test_hot_experts_get_replicas_between_two_steps(plain) -> None:  # type: ign
 
 
 def test_a_checkpoint_has_every_expert_once(tmp_path: Path) -> None:
-    with Cluster(3, replicas=2) as cluster:
+    with ReplicatedCluster(3, replicas=2) as cluster:
         cluster.run(0)
         files = cluster.training.save(str(tmp_path), 1)
         names = Counter(name for file in files for name in ShardReader(tmp_path / file).names)
@@ -173,7 +175,7 @@ def test_a_checkpoint_has_every_expert_once(tmp_path: Path) -> None:
 
 def test_a_lost_holder_interrupts_though_others_hold_its_experts(plain) -> None:  # type: ignore[no-untyped-def]
     """The lost host's share of the step's gradients is lost."""
-    with Cluster(3, replicas=2) as cluster:
+    with ReplicatedCluster(3, replicas=2) as cluster:
         decisions = [cluster.run(step) for step in range(3)]
         cluster.servers.pop("host-1").close()
         del cluster.hosts["host-1"]
@@ -189,7 +191,7 @@ def test_a_lost_holder_interrupts_though_others_hold_its_experts(plain) -> None:
 
 
 def test_a_host_that_was_not_told_of_its_epoch_is_told_again(plain) -> None:  # type: ignore[no-untyped-def]
-    with Cluster(3, replicas=2) as cluster:
+    with ReplicatedCluster(3, replicas=2) as cluster:
         decisions = [cluster.run(0)]
         host = cluster.hosts["host-1"]
         retain = host.retain
@@ -206,7 +208,7 @@ def test_a_host_that_was_not_told_of_its_epoch_is_told_again(plain) -> None:  # 
 
 def test_a_host_that_dies_while_experts_move_to_it_is_missed(tmp_path: Path) -> None:
     """The host was in no table when it died, so no call reports its loss; others hold its experts."""
-    with Cluster(2, replicas=2) as cluster:
+    with ReplicatedCluster(2, replicas=2) as cluster:
         cluster.run(0)
         cluster.coordinator.scale(3, 0.0)
         cluster.add("host-2")
@@ -234,7 +236,7 @@ def test_a_host_that_dies_while_experts_move_to_it_is_missed(tmp_path: Path) -> 
 
 
 def test_no_step_is_committed_without_its_sums() -> None:
-    with Cluster(2, replicas=2) as cluster:
+    with ReplicatedCluster(2, replicas=2) as cluster:
         cluster.run(0)
         for host in cluster.hosts.values():
             host.seal(1)
@@ -243,7 +245,7 @@ def test_no_step_is_committed_without_its_sums() -> None:
 
 
 def test_gradients_are_given_when_they_are_sealed_and_not_before() -> None:
-    with Cluster(2, replicas=2) as cluster:
+    with ReplicatedCluster(2, replicas=2) as cluster:
         cluster.run(0)
         host = cluster.hosts["host-0"]
         pull = {"experts": {LAYERS[0]: (0,)}, "base": host.epoch, "gradients": True}

@@ -17,7 +17,7 @@ from jobs.training.metrics_file import METRICS_FILE
 from jobs.training.resumed_config import resumed_config
 from jobs.training.run_start import RunStart
 from jobs.training.train import _start
-from support.training_job import Outcome, difference, text_corpus, tiny, train
+from support.training_job import RunOutcome, difference, text_corpus, tiny, train
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def config(hosts: int, workers: int, balance: str = "bias") -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
     """A run that nothing interrupts."""
     torch.set_num_threads(1)
     run = config(2, 1)
@@ -80,7 +80,7 @@ def test_a_timeline_is_of_the_run_that_it_was_asked_for(stopped: Path, tmp_path:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("hosts", "workers"), [(2, 1), (4, 2), (1, 2), (0, 1), (0, 2)])
 def test_goes_on_with_the_same_trajectory(
-    whole: Outcome, stopped: Path, tmp_path: Path, hosts: int, workers: int
+    whole: RunOutcome, stopped: Path, tmp_path: Path, hosts: int, workers: int
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(stopped, output)
@@ -96,7 +96,7 @@ def test_goes_on_with_the_same_trajectory(
     assert bias == 0.0
 
 
-def test_recompute_changes_nothing_but_memory(whole: Outcome, tmp_path: Path) -> None:
+def test_recompute_changes_nothing_but_memory(whole: RunOutcome, tmp_path: Path) -> None:
     values = config(2, 1).to_dict()
     values["training"]["recompute"] = True
     run = RunConfig.from_dict(values)

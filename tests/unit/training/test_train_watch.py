@@ -21,7 +21,7 @@ class Trainer:
         self.done.wait(60)
 
 
-class Coordinator:
+class FakeCoordinator:
     """A fake coordinator: gives its answers in turn, then the last one again; errors are raised."""
 
     def __init__(self, *said: str | RaymoeError | None) -> None:
@@ -47,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(30)
 def test_a_run_that_failed_ends_though_a_worker_waits_for_the_one_that_did() -> None:
     trainer = Trainer()
-    said = Coordinator(None, ChannelError("away"), "worker 1: by mistake")
+    said = FakeCoordinator(None, ChannelError("away"), "worker 1: by mistake")
     watch = jobs.training.run_watch.RunWatch(trainer, said, 0, None)  # type: ignore[arg-type]
     with pytest.raises(RaymoeError, match="worker 1: by mistake"):
         watch.until_done()
@@ -58,6 +58,6 @@ def test_a_run_that_failed_ends_though_a_worker_waits_for_the_one_that_did() -> 
 @pytest.mark.timeout(30)
 def test_a_run_that_goes_on_is_waited_for() -> None:
     trainer = Trainer()
-    watch = jobs.training.run_watch.RunWatch(trainer, Coordinator(None), 0, None)  # type: ignore[arg-type]
+    watch = jobs.training.run_watch.RunWatch(trainer, FakeCoordinator(None), 0, None)  # type: ignore[arg-type]
     threading.Timer(0.3, trainer.done.set).start()
     assert watch.until_done() is False

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.training_job import Outcome, difference, text_corpus, tiny, train
+from support.training_job import RunOutcome, difference, text_corpus, tiny, train
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ COVERING = [
 
 def run(
     dtype: str, hosts: int, workers: int, channel: str, steps: int, output: Path, **training: int
-) -> Outcome:
+) -> RunOutcome:
     config = tiny(
         training={
             "dtype": dtype,
@@ -54,7 +54,7 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunOutcome]:
     """The run of one worker with its experts in process, for each dtype."""
     torch.set_num_threads(1)
     return {
@@ -63,7 +63,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     }
 
 
-def assert_same(outcome: Outcome, reference: Outcome, dtype: str) -> None:
+def assert_same(outcome: RunOutcome, reference: RunOutcome, dtype: str) -> None:
     losses, weights, bias = difference(outcome, reference)
     assert bias == 0.0
     if dtype == "float64":
@@ -73,7 +73,7 @@ def assert_same(outcome: Outcome, reference: Outcome, dtype: str) -> None:
         assert losses <= 1e-3
 
 
-def test_the_reference_learns(references: dict[str, Outcome]) -> None:
+def test_the_reference_learns(references: dict[str, RunOutcome]) -> None:
     """Without this, the comparisons could hold between runs that learn nothing."""
     for outcome in references.values():
         assert len(outcome.losses) == 50
@@ -87,7 +87,7 @@ def test_the_reference_learns(references: dict[str, Outcome]) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("dtype", "hosts", "workers", "channel"), COVERING)
 def test_same_trajectory(
-    references: dict[str, Outcome], tmp_path: Path, dtype: str, hosts: int, workers: int, channel: str
+    references: dict[str, RunOutcome], tmp_path: Path, dtype: str, hosts: int, workers: int, channel: str
 ) -> None:
     assert_same(run(dtype, hosts, workers, channel, 50, tmp_path), references[dtype], dtype)
 
@@ -95,7 +95,7 @@ def test_same_trajectory(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("channel", ["local", "shm"])
 def test_lanes_that_take_turns_change_nothing(
-    references: dict[str, Outcome], tmp_path: Path, channel: str
+    references: dict[str, RunOutcome], tmp_path: Path, channel: str
 ) -> None:
     outcome = run("float64", 2, 1, channel, 50, tmp_path, microbatches_in_flight=3, computing_at_once=1)
     assert_same(outcome, references["float64"], "float64")
@@ -104,7 +104,7 @@ def test_lanes_that_take_turns_change_nothing(
 @pytest.mark.soak
 @pytest.mark.parametrize(("dtype", "hosts", "workers", "channel"), ALL)
 def test_same_trajectory_everywhere(
-    references: dict[str, Outcome], tmp_path: Path, dtype: str, hosts: int, workers: int, channel: str
+    references: dict[str, RunOutcome], tmp_path: Path, dtype: str, hosts: int, workers: int, channel: str
 ) -> None:
     if hosts == 0 and channel != "local":
         pytest.skip("experts in process are reached by the local channel alone")

@@ -17,7 +17,7 @@ from jobs.config.run_config import RunConfig
 from jobs.training.run_start import RunStart
 from model.checkpoints.shards import ShardReader
 from support.sharded_workers import Moment, Workers, train_sharded
-from support.training_job import Outcome, difference, text_corpus, tiny, train
+from support.training_job import RunOutcome, difference, text_corpus, tiny, train
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 12, 6
@@ -58,14 +58,14 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
     """A run of one worker that has all of the trunk, which nothing interrupts."""
     torch.set_num_threads(1)
     run = config("ddp", workers=1)
     return train(run, text_corpus(run, TEXT), tmp_path_factory.mktemp("whole"), channel="shm")
 
 
-def agrees(outcome: Outcome, whole: Outcome) -> None:
+def agrees(outcome: RunOutcome, whole: RunOutcome) -> None:
     assert [line["step"] for line in outcome.metrics] == list(range(1, STEPS + 1))
     losses, weights, bias = difference(outcome, whole)
     assert losses <= 1e-9
@@ -86,7 +86,7 @@ def went_back_to(pauses: list[tuple[str, float]]) -> int:
 
 @pytest.mark.parametrize(("recompute", "sequence_weight"), [(False, 1e-4), (True, 0.0)])
 def test_steps_are_those_of_whole_trunks(
-    workers: Workers, whole: Outcome, tmp_path: Path, recompute: bool, sequence_weight: float
+    workers: Workers, whole: RunOutcome, tmp_path: Path, recompute: bool, sequence_weight: float
 ) -> None:
     run = config(recompute=recompute, sequence_weight=sequence_weight)
     if sequence_weight:
@@ -116,7 +116,7 @@ def test_a_share_takes_half_the_memory(workers: Workers, tmp_path: Path) -> None
     ("first", "then"), [(("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("fsdp", 1))]
 )
 def test_a_stopped_run_goes_on_either_way(
-    workers: Workers, whole: Outcome, tmp_path: Path, first: tuple[str, int], then: tuple[str, int]
+    workers: Workers, whole: RunOutcome, tmp_path: Path, first: tuple[str, int], then: tuple[str, int]
 ) -> None:
     start, stop_after = None, STOP
     for sharding, n in (first, then):
@@ -145,7 +145,7 @@ def test_checkpoints_are_the_same_files(workers: Workers, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.BACKWARD])
 def test_a_host_lost_in_the_middle_of_a_pass_hangs_nobody(
-    workers: Workers, whole: Outcome, tmp_path: Path, phase: Phase
+    workers: Workers, whole: RunOutcome, tmp_path: Path, phase: Phase
 ) -> None:
     run = config(hosts=3, interval=0)
     outcome, _, pauses = train_sharded(
@@ -157,7 +157,7 @@ def test_a_host_lost_in_the_middle_of_a_pass_hangs_nobody(
 
 @pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.BACKWARD])
 def test_what_one_worker_alone_loses_hangs_nobody(
-    workers: Workers, whole: Outcome, tmp_path: Path, phase: Phase
+    workers: Workers, whole: RunOutcome, tmp_path: Path, phase: Phase
 ) -> None:
     run = config(interval=0)
     outcome, _, pauses = train_sharded(
@@ -167,7 +167,9 @@ def test_what_one_worker_alone_loses_hangs_nobody(
     agrees(outcome, whole)
 
 
-def test_a_host_lost_in_an_evaluation_hangs_nobody(workers: Workers, whole: Outcome, tmp_path: Path) -> None:
+def test_a_host_lost_in_an_evaluation_hangs_nobody(
+    workers: Workers, whole: RunOutcome, tmp_path: Path
+) -> None:
     run = config(hosts=3, interval=0)
     outcome, _, pauses = train_sharded(
         workers, run, text_corpus(run, TEXT), tmp_path, lose_host=Moment(step=5, phase=Phase.INFER)
@@ -178,7 +180,7 @@ def test_a_host_lost_in_an_evaluation_hangs_nobody(workers: Workers, whole: Outc
 
 @pytest.mark.parametrize("remaining", [2, 1])
 def test_new_workers_take_the_trunk_from_hosts(
-    workers: Workers, whole: Outcome, tmp_path: Path, remaining: int
+    workers: Workers, whole: RunOutcome, tmp_path: Path, remaining: int
 ) -> None:
     run = config(interval=0)
     outcome, _, pauses = train_sharded(
@@ -193,7 +195,7 @@ def test_new_workers_take_the_trunk_from_hosts(
     agrees(outcome, whole)
 
 
-def test_experts_in_the_workers(workers: Workers, whole: Outcome, tmp_path: Path) -> None:
+def test_experts_in_the_workers(workers: Workers, whole: RunOutcome, tmp_path: Path) -> None:
     run = config(hosts=0)
     outcome, _, _ = train_sharded(workers, run, text_corpus(run, TEXT), tmp_path)
     outcome.experts = whole.experts  # they are in processes that have ended
