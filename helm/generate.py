@@ -1,4 +1,4 @@
-"""Make values.schema.json and the list of values anew: `python -m helm.generate`, from the project's root."""
+"""Write values.schema.json and the list of values: `python -m helm.generate`, from the project's root."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "kubernetes.md"
 
 
 def generated() -> dict[Path, str]:
-    """What the files should hold."""
+    """The contents of the generated files."""
     root = read_values()
     document = DOCUMENT.read_text(encoding="utf-8")
     return {
@@ -23,7 +23,7 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write them."""
+    """Write the generated files."""
     for file, text in generated().items():
         file.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""values.schema.json, from values.yaml and raymoe's own configuration: closed, so that a typo is an error."""
+"""values.schema.json, from values.yaml and raymoe's own configuration; closed, so that a typo is an error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list:
 
 
 def values_schema(root: Value) -> Schema:
-    """The schema of all values; draft 7, which helm 3 and helm 4 read.
+    """The JSON schema of all values, in draft 7, which helm 3 and helm 4 read.
 
     Raises:
         ValueError: a mapping or null of values.yaml does not say what may be in it.
@@ -88,7 +88,7 @@ def _described(value: Value, schema: Schema) -> Schema:
 
 
 def _definitions(name: str, schema: Mapping[str, Any]) -> Schema:
-    """A pydantic model's schema and those within; nothing is required: raymoe fills in what is left out."""
+    """The schemas of a pydantic model and its parts, without required fields, since raymoe has defaults."""
     parts = {name: schema, **schema["$defs"]}
     return {part: _as_values(text) for part, text in parts.items()}
 

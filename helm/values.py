@@ -52,7 +52,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class _Comment:
-    """What stands above a key; `described` if it says what the key does."""
+    """The comment above a key; `described` if it says what the key does."""
 
     text: str
     described: bool
@@ -89,7 +89,7 @@ def _value(path: tuple[str, ...], default: Any, comments: Mapping[tuple[str, ...
 
 
 def _comments(lines: list[str]) -> dict[tuple[str, ...], _Comment]:
-    """What stands above each key, by its path."""
+    """The comment above each key, by the key's path."""
     found: dict[tuple[str, ...], _Comment] = {}
     around: list[tuple[int, str]] = []  # the keys that a line is within, with their indentation
     above: list[str] = []

@@ -42,7 +42,7 @@ def test_each_protection_that_is_off_has_its_warning(settings: tuple[str, ...], 
 def test_the_warnings_say_who_can_do_what() -> None:
     assert "raymoe's own ports" not in notes(*SERVE, NO_POLICY), "they ask for a certificate"
     assert "NetworkPolicies alone keep others away" in notes(*SERVE, NO_TLS)
-    assert "whoever reaches them may use them" in notes(*SERVE, NO_TLS, NO_POLICY)
+    assert "any client that reaches them may use them" in notes(*SERVE, NO_TLS, NO_POLICY)
     assert "and send requests" in notes(*SERVE, NO_POLICY)
     assert "and send requests" not in notes(*SERVE, NO_POLICY, KEYS)
     assert "and send requests" not in notes("mode=train", NO_POLICY)

@@ -27,7 +27,7 @@
 {{- end -}}
 
 {{- /* Where Ray finds CPUs: all groups but those for experts, which offer none. A group whose pods name no CPUs has those
-of its nodes, which nobody knows here. */ -}}
+of its nodes, which are unknown here. */ -}}
 {{- define "raymoe.cpuGroups" -}}
 {{- $groups := dict -}}{{- $known := true -}}
 {{- range $name, $group := include "raymoe.groups" . | fromYaml -}}
