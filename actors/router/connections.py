@@ -19,7 +19,7 @@ from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError, Rem
 
 Connect = Callable[[HostInfo], Channel]
 
-_GONE: Final = "the host is in no routing table any more"
+_GONE: Final = "the host has left the routing table"
 _LOOK: Final = 0.02  # seconds between two checks of whether a host that is being connected to has left
 
 

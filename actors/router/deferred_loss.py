@@ -62,20 +62,20 @@ class ZeroCall:
     """A training call that sends nothing; its sums and gradients are zeros."""
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
-        """Remember the shapes."""
+        """Remember the shapes of rows and gates."""
         # Of one element each: the rows themselves would be kept to the backward pass.
         self._zeros = rows.new_zeros(1), gates.new_zeros(1)
         self._shapes = rows.shape, gates.shape
 
     def combine(self) -> Tensor:
-        """Zeros [N, D]."""
+        """The sums: zeros [N, D]."""
         return self._zeros[0].new_zeros(self._shapes[0])
 
     def send_gradients(self, d_out: Tensor) -> None:
-        """Discard them."""
+        """Discard the gradient."""
 
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
-        """Zeros [N, D] and [N, K]."""
+        """The gradients: zeros [N, D] and [N, K]."""
         rows, gates = self._zeros
         return rows.new_zeros(self._shapes[0]), gates.new_zeros(self._shapes[1])
 

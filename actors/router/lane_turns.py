@@ -53,7 +53,7 @@ class LaneWaits:
 
     @contextmanager
     def away(self, step: int, host_id: str) -> Iterator[None]:
-        """Surrounds one wait."""
+        """Surrounds one wait for a host, in a step."""
         turns, timeline = self._turns, self._timeline
         with (
             nullcontext() if turns is None else turns.away(),

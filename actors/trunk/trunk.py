@@ -101,7 +101,7 @@ class TrunkWorker:
 
     @property
     def model(self) -> Transformer:
-        """The trunk."""
+        """The trunk that computes."""
         return self._model
 
     @property

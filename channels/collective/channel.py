@@ -78,7 +78,7 @@ class EndMaker(Protocol):
 
 
 class CollectiveChannel(OrderedChannel):
-    """The router's end."""
+    """The router's end of the collective channel."""
 
     def __init__(self, name: str, end: RankEnd) -> None:
         super().__init__(name)
@@ -104,7 +104,7 @@ class CollectiveChannel(OrderedChannel):
 
 
 class CollectiveServer(AcceptingServer[RankEnd]):
-    """The host's end.
+    """The host's end of the collective channel.
 
     Args:
         end: Makes its end of each connection; None makes a `GlooEnd`.
@@ -184,7 +184,7 @@ def connect(address: str, *, timeout: float = 30.0, end: EndMaker | None = None,
     except TimeoutError as error:
         raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
     except OSError as error:
-        raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
+        raise ChannelError(f"no process listens at {address} ({error}); has its process ended?") from error
     try:
         interface = connection.getsockname()[0]
         left = deadline - time.monotonic()

@@ -60,8 +60,8 @@ class GlooEnd:
         self, connection: socket.socket, rank: int, *, peer: str, interface: str, timeout: float
     ) -> None:
         self.caller = peer
-        self._line = MessageSocket(connection, peer)
-        self._rows = Rows(self._line, rank, peer, interface, timeout)
+        self._socket = MessageSocket(connection, peer)
+        self._rows = Rows(self._socket, rank, peer, interface, timeout)
 
     def send(self, text: bytes, payload: Layout, tensors: Sequence[torch.Tensor]) -> None:
         headers.require_fit(payload.size)
@@ -70,13 +70,13 @@ class GlooEnd:
         inline = b"".join(near)
         head = Head(text, payload.size, inline, self._rows.received)
         if parts.large:
-            self._rows.send([tensors[at] for at, _ in parts.large], lambda: self._line.write(head))
+            self._rows.send([tensors[at] for at, _ in parts.large], lambda: self._socket.write(head))
         else:
-            self._line.write(head)
+            self._socket.write(head)
 
     def head(self, deadline: float | None = None) -> Head:
         self._rows.post_ahead()
-        head = self._line.read(deadline)
+        head = self._socket.read(deadline)
         self._rows.arrived(head.received)
         return head
 
@@ -103,11 +103,11 @@ class GlooEnd:
         return device.type == "cpu"
 
     def shut(self) -> None:
-        self._line.shut()
+        self._socket.shut()
 
     def close(self) -> None:
         self.shut()
-        self._line.close()
+        self._socket.close()
         self._rows.close()
 
 

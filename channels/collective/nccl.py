@@ -108,8 +108,8 @@ class NcclEnd:
         self._ended = threading.Event()
         # Only a caller's messages have large tensors of the CPU, and a host reads them whatever it is
         # writing.
-        self._line = MessageSocket(connection, peer, inline=MAX_MESSAGE)
-        rendezvous = Rendezvous(self._line, time.monotonic() + timeout)
+        self._socket = MessageSocket(connection, peer, inline=MAX_MESSAGE)
+        rendezvous = Rendezvous(self._socket, time.monotonic() + timeout)
         form = make or partial(NcclGroup, device=device)
         both: list[OneWayGroup] = []
         try:
@@ -142,7 +142,7 @@ class NcclEnd:
         ours = [tensor for tensor, far in zip(tensors, there, strict=True) if not far]
         near: list[Any] = [buffer_of(tensor) for tensor in ours if tensor.numel()]
         text = mask.to_bytes(_MASK, "little") + text
-        self._line.write(Head(text, payload.size, b"".join(near), self._received))
+        self._socket.write(Head(text, payload.size, b"".join(near), self._received))
         far_ones = [tensor.detach().contiguous() for tensor, far in zip(tensors, there, strict=True) if far]
         if far_ones:
             try:
@@ -151,7 +151,7 @@ class NcclEnd:
                 raise ChannelError(f"{self.caller} closed the connection; has its process ended?") from error
 
     def head(self, deadline: float | None = None) -> Head:
-        head = self._line.read(deadline)
+        head = self._socket.read(deadline)
         while self._leaving and self._left < head.received:
             self._leaving.popleft()
             self._left += 1
@@ -187,11 +187,11 @@ class NcclEnd:
 
     def shut(self) -> None:
         self._ended.set()
-        self._line.shut()
+        self._socket.shut()
 
     def close(self) -> None:
         self.shut()
-        self._line.close()
+        self._socket.close()
         for group in (self._out, self._in):
             group.end()
         self._leaving.clear()

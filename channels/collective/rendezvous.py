@@ -22,9 +22,9 @@ class Rendezvous(_dist.Store):  # type: ignore[misc]
         deadline: Of `time.monotonic`, for the group to form.
     """
 
-    def __init__(self, line: MessageSocket, deadline: float) -> None:
+    def __init__(self, connection: MessageSocket, deadline: float) -> None:
         super().__init__()
-        self._line, self._deadline = line, deadline
+        self._socket, self._deadline = connection, deadline
         self._known: dict[str, bytes] = {}
         self._guard = threading.RLock()
         self._over = False
@@ -35,19 +35,19 @@ class Rendezvous(_dist.Store):  # type: ignore[misc]
         with self._guard:
             self._known[key] = told
             if not self._over:
-                self._line.write(Head(key.encode(), len(told), told))
+                self._socket.write(Head(key.encode(), len(told), told))
 
     def get(self, key: str) -> bytes:
         """Wait for the value of a key, set by either end."""
         with self._guard:
             while key not in self._known:
                 if self._over:
-                    raise ProtocolError(f"nobody tells of {key} any more")
-                told = self._line.read(self._deadline)
+                    raise ProtocolError(f"the group formed without the key {key}")
+                told = self._socket.read(self._deadline)
                 if told.size != len(told.inline):
-                    raise ProtocolError(f"{told.size} bytes for a group to form")
+                    raise ProtocolError(f"{told.size} bytes for a key of a rendezvous")
                 if len(self._known) >= _MAX_KEYS:
-                    raise ProtocolError(f"more than {_MAX_KEYS} things for a group to form")
+                    raise ProtocolError(f"more than {_MAX_KEYS} keys for a group to form")
                 self._known[told.text.decode("utf-8", "replace")] = bytes(told.inline)
             return self._known[key]
 

@@ -30,7 +30,7 @@ _FORMING: Final = 30.0
 
 
 class CudaChannel(OrderedChannel):
-    """The router's end."""
+    """The router's end of the channel between processes on one GPU."""
 
     def __init__(self, name: str, end: CudaEnd) -> None:
         super().__init__(name)
@@ -47,7 +47,7 @@ class CudaChannel(OrderedChannel):
     def _receive(self, deadline: float | None) -> Reply:
         packet, there = self._end.receive(deadline)
         if not self._written:
-            raise ProtocolError(f"{self.name} replies to a request that nobody made")
+            raise ProtocolError(f"{self.name} replies without a request")
         self._end.reusable(self._written.popleft())
         try:
             spans = headers.read_reply(packet.text, packet.size)
@@ -67,7 +67,7 @@ class CudaChannel(OrderedChannel):
 
 
 class CudaServer(AcceptingServer[CudaEnd]):
-    """The host's end."""
+    """The host's end of the channel between processes on one GPU."""
 
     def __init__(self, handler: Handler, memory: DeviceMemory, place: str) -> None:
         self._handler, self._memory = handler, memory

@@ -41,7 +41,7 @@ class DeviceTensors(NamedTuple):
         whole = list(tensors)
         for at, where in zip(self.places, self.spans, strict=True):
             if at >= len(whole):
-                raise ProtocolError(f"a note tells of tensor {at} of a message with {len(whole)}")
+                raise ProtocolError(f"a note names tensor {at} of a message with {len(whole)} tensors")
             whole[at] = _view(self.segment.memory, where)
         return whole
 
@@ -80,7 +80,7 @@ class CudaEnd:
                 self._offer()
             packet = self.bell.receive(deadline)
             if not packet.note:
-                raise ProtocolError("a message ahead of the segment to try")
+                raise ProtocolError("a message came before the greeting")
             self.memory.open(packet.text, TRIAL_BYTES)
             if not first:
                 self._offer()
@@ -162,12 +162,12 @@ class CudaEnd:
                 self._open[number] = self.memory.open(handle, capacity)
             segment = self._open.get(number)
             if segment is None:
-                raise ProtocolError(f"a note names device segment {number}, of which it has not told")
+                raise ProtocolError(f"a note names device segment {number}, which is not open")
             spans = headers.read_reply(text, segment.memory.numel())
         except (struct.error, DecodeError) as error:
             raise ProtocolError(f"a note cannot be read: {error}") from None
         if len(spans) != n_places:
-            raise ProtocolError(f"a note tells of {n_places} tensors and places {len(spans)}")
+            raise ProtocolError(f"a note announces {n_places} tensors and has spans of {len(spans)}")
         for done in numbers[:n_done]:
             self._pool.release(done)
         with _calls():

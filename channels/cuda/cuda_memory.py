@@ -48,7 +48,7 @@ class CudaMemory:
         try:
             told = unpacked(handle)
             if len(told) != _STORAGE + 2:
-                raise ValueError(f"it tells of {len(told)} things")
+                raise ValueError(f"a handle of {len(told)} values")
             storage = [self._device.index, *told[1:_STORAGE]]  # the peer may number the GPUs differently
             opened = torch.UntypedStorage._new_shared_cuda(*storage)
             memory = torch.empty(0, dtype=torch.uint8, device=self._device).set_(opened)[:capacity]
@@ -56,7 +56,9 @@ class CudaMemory:
         except (RuntimeError, TypeError, ValueError, struct.error) as error:
             raise ProtocolError(f"the peer's device memory cannot be opened: {error}") from None
         if memory.numel() != capacity:
-            raise ProtocolError(f"the peer's device memory has not the {capacity} bytes that it says")
+            raise ProtocolError(
+                f"the peer's device memory does not have the {capacity} bytes that it announces"
+            )
         return CudaSegment(memory, *events)
 
 

@@ -136,7 +136,7 @@ class AcceptingServer(Generic[C]):
             caller = "a caller" if found is None else found.caller
             # The text only: a log record that keeps the error would keep its traceback's frames and their
             # memory.
-            _log.warning("%s: hung up on %s: %s", self._address, caller, str(error))
+            _log.warning("%s: closed the connection to %s: %s", self._address, caller, str(error))
         except (ChannelError, OSError) as error:
             if found is None and not self._closed:
                 _log.warning("%s: refused a connection: %s", self._address, str(error))

@@ -70,7 +70,7 @@ def tensor_at(memory: np.ndarray[Any, Any], address: int, where: TensorSpan) -> 
         return torch.empty(shape, dtype=dtype)
     if (address + offset) % dtype.itemsize:
         memory, offset = memory[offset:end].copy(), 0
-    # By way of numpy, which takes the shape at once: a third of the time of torch.frombuffer and a view, and
+    # With numpy, which takes the shape at once: a third of the time of torch.frombuffer and a view, and
     # without releasing the interpreter's lock, which a thread may have to wait for afterwards.
     tensor = torch.from_numpy(np.ndarray(shape, _NUMPY_DTYPE[dtype], memory, offset))
     return tensor.view(dtype) if dtype is torch.bfloat16 else tensor

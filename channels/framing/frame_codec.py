@@ -100,7 +100,9 @@ def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise ProtocolError(f"a frame of {len(frame)} bytes ends or runs wild within a number, at byte {at}")
+    raise ProtocolError(
+        f"a frame of {len(frame)} bytes ends within a number, or has one of more than 64 bits, at byte {at}"
+    )
 
 
 def _split(frame: bytes) -> tuple[bytes, int, int]:
@@ -124,7 +126,9 @@ def _split(frame: bytes) -> tuple[bytes, int, int]:
                 f"field {field} of a frame ends at byte {at + length}, but the frame has {len(frame)} bytes"
             )
         if (field in (1, 14, 15) and wire != 2) or not field:
-            raise ProtocolError(f"field {field} of a frame has wire type {wire}; it is not one of ours")
+            raise ProtocolError(
+                f"field {field} of a frame has wire type {wire}; frames of raymoe have another one"
+            )
         if field == 1:
             texts.append(frame[at : at + length])  # as in protobuf: occurrences of a message merge
         elif field == 15:

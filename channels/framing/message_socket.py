@@ -68,7 +68,7 @@ class MessageSocket:
         try:
             self._socket.sendall(b"".join((_HEAD.pack(len(text), len(inline), size, received), text, inline)))
         except OSError as error:
-            raise ChannelError(f"{self._peer} hung up ({error})") from None
+            raise ChannelError(f"{self._peer} closed the connection ({error})") from None
 
     def read(self, deadline: float | None = None) -> Head:
         """The next message.
@@ -81,7 +81,7 @@ class MessageSocket:
         self._have(_HEAD.size, deadline)
         length, small, size, received = _HEAD.unpack_from(self._come, self._at)
         if length > _MAX_HEADER or small > self._inline or size > MAX_MESSAGE:
-            raise ProtocolError(f"a message of {length} + {small} + {size} bytes, which is none of ours")
+            raise ProtocolError(f"a message of {length} + {small} + {size} bytes is malformed")
         self._have(_HEAD.size + length + small, deadline)
         text = self._at + _HEAD.size
         inline = text + length
@@ -107,12 +107,12 @@ class MessageSocket:
                 except BlockingIOError:  # the socket's own timeout, which may be shorter
                     continue
                 if not got:
-                    raise ChannelError(f"{self._peer} hung up; has its process ended?")
+                    raise ChannelError(f"{self._peer} closed the connection; has its process ended?")
                 self._end += got
         except TimeoutError:
             raise ChannelTimeout(f"{self._peer} does not answer") from None
         except OSError as error:
-            raise ChannelError(f"{self._peer} hung up ({error})") from None
+            raise ChannelError(f"{self._peer} closed the connection ({error})") from None
 
     def _limit(self, seconds: float | None) -> None:
         """Set the socket's timeout, if it has changed: that costs a system call."""

@@ -106,7 +106,7 @@ class GrpcChannel(OrderedChannel):
 
 
 class GrpcServer:
-    """The host's end: a gRPC server with the stream of frames, and the control calls of `services`."""
+    """The host's end: a gRPC server with the stream of frames and the control calls of `services`."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class GrpcServer:
                 try:
                     request = frame_codec.decode_request(frame)
                 except ProtocolError as error:
-                    _log.warning("%s: hung up on %s: %s", self._address, context.peer(), error)
+                    _log.warning("%s: closed the connection to %s: %s", self._address, context.peer(), error)
                     context.set_code(grpc.StatusCode.INVALID_ARGUMENT)
                     context.set_details(str(error))
                     return
@@ -247,7 +247,7 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
                 raise ChannelError(f"{address} did not listen at first, and does now: connect again")
             short = why.rpartition("last error: ")[2]
             raise ChannelError(
-                f"nobody listens at {address} ({short}); has its process ended?{tls.mistrust(why)}"
+                f"no process listens at {address} ({short}); has its process ended?{tls.mistrust(why)}"
             )
     except BaseException:
         channel.close()

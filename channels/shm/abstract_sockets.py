@@ -40,7 +40,7 @@ def dial(name: str, address: str, timeout: float) -> socket.socket:
         raise ChannelTimeout(f"{address} does not accept connections within {timeout} s") from error
     except OSError as error:
         connection.close()
-        raise ChannelError(f"nobody listens at {address} ({error}); has its process ended?") from error
+        raise ChannelError(f"no process listens at {address} ({error}); has its process ended?") from error
 
 
 __all__ = ["dial", "listen"]

@@ -56,7 +56,7 @@ class SegmentLoan(OwnedBuffer):
 
 
 class ShmChannel(OrderedChannel):
-    """The router's end."""
+    """The router's end of the shared memory channel."""
 
     def __init__(self, name: str, connection: socket.socket) -> None:
         super().__init__(name)
@@ -76,7 +76,7 @@ class ShmChannel(OrderedChannel):
         packet = self._bell.receive(deadline)
         segment = packet.segment
         if not self._written:
-            raise ProtocolError(f"{self.name} replies to a request that nobody made")
+            raise ProtocolError(f"{self.name} replies without a request")
         self._bell.reusable(self._written.popleft())
         try:
             spans = headers.read_reply(packet.text, packet.size)
@@ -117,7 +117,7 @@ class ShmChannel(OrderedChannel):
 
 
 class ShmServer(AcceptingServer[Doorbell]):
-    """The host's end."""
+    """The host's end of the shared memory channel."""
 
     def __init__(self, handler: Handler, answer: MailboxHandler | None = None) -> None:
         self._handler = handler

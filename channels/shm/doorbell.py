@@ -151,7 +151,7 @@ class Doorbell:
             else:
                 socket.send_fds(self._socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
         except OSError as error:
-            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+            raise ChannelError(f"pid {self.peer} closed the connection: {error}") from error
 
     def wake_peer(self) -> None:
         """Wake the peer with an empty packet.
@@ -186,8 +186,8 @@ class Doorbell:
         except BlockingIOError:
             return
         except OSError as error:
-            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
-        raise ChannelError(f"pid {self.peer} hung up")
+            raise ChannelError(f"pid {self.peer} closed the connection: {error}") from error
+        raise ChannelError(f"pid {self.peer} closed the connection")
 
     def open_mailbox(self, width: int, pairs: int, dtype: np.dtype[Any]) -> ShmMailbox:
         """Open a mailbox and send its memory to the peer; its `ready` says when the peer reads it.
@@ -221,14 +221,14 @@ class Doorbell:
         except BlockingIOError:
             raise ChannelTimeout(f"pid {self.peer} does not answer") from None
         except OSError as error:
-            raise ChannelError(f"pid {self.peer} hung up: {error}") from error
+            raise ChannelError(f"pid {self.peer} closed the connection: {error}") from error
         descriptors = array.array("i") if ancillary else _NONE
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(data[: len(data) - len(data) % _INT])
         try:
             if not length:
-                raise ChannelError(f"pid {self.peer} hung up")
+                raise ChannelError(f"pid {self.peer} closed the connection")
             if flags & _CUT:
                 raise ProtocolError("a packet is longer than any may be")
             return self._read_packet(memoryview(self._buffer)[:length], descriptors)
@@ -256,9 +256,13 @@ class Doorbell:
         magic, index, capacity, size, n_released = _HEAD.unpack_from(packet)
         text = _HEAD.size + 4 * n_released
         if magic != _MAGIC or text > len(packet):
-            raise ProtocolError(f"a packet of {len(packet)} bytes does not begin as ours do")
+            raise ProtocolError(
+                f"a packet of {len(packet)} bytes has another beginning than a packet of raymoe"
+            )
         if len(descriptors) != (1 if capacity else 0):
-            raise ProtocolError(f"a packet brings {len(descriptors)} descriptors, which it does not announce")
+            raise ProtocolError(
+                f"a packet has {len(descriptors)} descriptors, another number than it announces"
+            )
         if n_released:
             for released in struct.unpack_from(f"<{n_released}I", packet, _HEAD.size):
                 self._pool.release(released)

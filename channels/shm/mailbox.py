@@ -161,7 +161,9 @@ class HostMailbox:
         dtype = _DTYPES.get(size)
         most = memory.nbytes
         if dtype is None or not (0 < width < most and 0 < pairs < most):
-            raise ProtocolError(f"a mailbox of {most} bytes has no such shape: {width}, {pairs}, {size}")
+            raise ProtocolError(
+                f"a mailbox of {most} bytes cannot hold {pairs} pairs of {width} numbers of {size} bytes"
+            )
         if size_of(width, pairs, dtype) > most:
             raise ProtocolError(f"a mailbox of {most} bytes is shorter than its {pairs} pairs of {width}")
         self.width, self.dtype = width, dtype

@@ -78,7 +78,7 @@ class SegmentPool(Generic[S, H]):
             ProtocolError: It was not in use.
         """
         if number not in self._segments or number in self._free:
-            raise ProtocolError(f"the peer gave back segment {number}, which it did not have")
+            raise ProtocolError(f"the peer released segment {number}, which is not in use")
         self._free.add(number)
 
     def clear(self) -> None:
@@ -91,7 +91,9 @@ class SegmentPool(Generic[S, H]):
         for number in range(self._most):
             if number not in self._segments:
                 return number
-        raise ProtocolError(f"the peer holds on to {self._most} segments of memory; release results")
+        raise ProtocolError(
+            f"the peer has released none of {self._most} segments of memory; drop earlier replies"
+        )
 
     def _size(self, number: int) -> int:
         return self._capacity(self._segments[number])
@@ -150,7 +152,7 @@ def sealed_segment(index: int, descriptor: int, capacity: int) -> ShmSegment:
         raise ProtocolError(f"the peer sends segment {index} of {capacity} bytes, beyond every limit")
     try:
         if os.fstat(descriptor).st_size != capacity:
-            raise ProtocolError(f"segment {index} has not the {capacity} bytes that the peer says")
+            raise ProtocolError(f"segment {index} does not have the {capacity} bytes that the peer announces")
         if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise ProtocolError(f"segment {index} is not sealed against cutting")
         return ShmSegment(index, descriptor, capacity)
@@ -187,7 +189,7 @@ class SegmentMirror:
         """
         segment = self._segments.get(index)
         if segment is None or segment.capacity < size:
-            raise ProtocolError(f"the peer writes {size} bytes to segment {index}, which has not that many")
+            raise ProtocolError(f"the peer writes {size} bytes to segment {index}, which is smaller")
         return segment
 
     def clear(self) -> None:

@@ -204,9 +204,9 @@ def test_garbage_on_the_doorbell_ends_that_connection_alone() -> None:
 def test_nobody_listening_is_said() -> None:
     server = shm.serve(handle)
     server.close()
-    with pytest.raises(ChannelError, match="nobody listens"):
+    with pytest.raises(ChannelError, match="no process listens"):
         choose.connect(server.address)
-    with pytest.raises(ChannelError, match="nobody listens at grpc:"):
+    with pytest.raises(ChannelError, match="no process listens at grpc:"):
         choose.connect("grpc:127.0.0.1:1", timeout=60.0)
     with socket.socket() as deaf:  # accepts connections and never answers
         deaf.bind(("127.0.0.1", 0))
@@ -357,7 +357,7 @@ def test_tensors_that_overlap_are_none_of_ours() -> None:
     assert isinstance(bad, collective.CollectiveChannel)
     one = headers.layout((torch.empty(1 << 16),))
     text = headers.request_text(request().id, one) + one.text  # which protobuf reads as two of them
-    bad._end._line.write(Head(text, one.size))
+    bad._end._socket.write(Head(text, one.size))
     with pytest.raises(ChannelError):
         bad._end.head(time.monotonic() + 30)
     bad.close()

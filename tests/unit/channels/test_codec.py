@@ -140,10 +140,10 @@ F32 = tensor_pb2.DTYPE_FLOAT32
     ("frame", "message"),
     [
         (b"", "has no id"),
-        (b"\x0a", "ends or runs wild"),
+        (b"\x0a", "ends within a number, or has one of more than 64 bits"),
         (b"\x0a\x05abc", r"ends at byte 7, but the frame has 5"),
         (b"\x0a\x03abc", "cannot be read"),
-        (b"\x7a" + b"\xff" * 10, "runs wild"),
+        (b"\x7a" + b"\xff" * 10, "one of more than 64 bits"),
         (b"\x0b", "wire type 3"),
         (b"\x08\x01", "field 1 of a frame has wire type 0"),
         (expert_pb2.Frame(header=expert_pb2.Header()).SerializeToString(), "has no id"),

@@ -226,7 +226,7 @@ def test_why_two_do_not_connect_is_told(
         assert "certificates of one authority, or neither: compare RAYMOE_TLS_DIR" in why_not(server.address)
     server.close()
     gone = why_not(server.address)
-    assert "nobody listens at" in gone and tls.VARIABLE not in gone
+    assert "no process listens at" in gone and tls.VARIABLE not in gone
 
 
 def test_a_key_of_another_certificate_and_no_pem_are_named(folder: Path, tmp_path: Path) -> None:
