@@ -49,14 +49,14 @@ class Sequence:
     params: SamplingParams
     ends: frozenset[int] = frozenset()
     output: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)
-    computed: int = 0
-    pages: list[int] = field(default_factory=list)
-    known_pages: int = 0
-    cached: int = 0
-    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
+    drafts: list[int] = field(default_factory=list, init=False)
+    computed: int = field(default=0, init=False)
+    pages: list[int] = field(default_factory=list, init=False)
+    known_pages: int = field(default=0, init=False)
+    cached: int = field(default=0, init=False)
+    finish_reason: str | None = field(default=None, init=False)
     resumed: int = field(init=False)
     rng: random.Random = field(init=False, repr=False)
 

@@ -33,7 +33,7 @@ class ExpertHostServer:
     def __init__(self, host: ExpertHost, *, bind: str = "127.0.0.1", node: str = "") -> None:
         self._host = host
         self._accepting: tuple[AcceptingServer[Any], ...] = ()
-        servicer = ExpertServicer(host, self.hang_up)
+        servicer = ExpertServicer(host, self.disconnect_routers)
         self._grpc = grpc.serve(
             host.handle,
             bind=f"{bind}:0",
@@ -60,7 +60,7 @@ class ExpertHostServer:
             addresses=addresses,
         )
 
-    def hang_up(self) -> None:
+    def disconnect_routers(self) -> None:
         """End all open connections of routers, which may reconnect."""
         for server in self._accepting:
             server.disconnect_all()

@@ -20,11 +20,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
 
     Args:
         host: The host.
-        hang_up: Ends the connections of all routers; None refuses the call.
+        disconnect_routers: Ends the connections of all routers; None refuses the call.
     """
 
-    def __init__(self, host: ExpertHost, hang_up: Callable[[], None] | None = None) -> None:
-        self._host, self._hang_up = host, hang_up
+    def __init__(self, host: ExpertHost, disconnect_routers: Callable[[], None] | None = None) -> None:
+        self._host, self._disconnect_routers = host, disconnect_routers
 
     def Prepare(
         self, request: expert_pb2.PrepareRequest, context: grpc.ServicerContext
@@ -67,9 +67,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         self, request: expert_pb2.HangUpRequest, context: grpc.ServicerContext
     ) -> expert_pb2.HangUpReply:
         with refusing(context):
-            if self._hang_up is None:
+            if self._disconnect_routers is None:
                 not_served(context)
-            self._hang_up()
+            self._disconnect_routers()
             return expert_pb2.HangUpReply()
 
     def Ping(self, request: expert_pb2.PingRequest, context: grpc.ServicerContext) -> expert_pb2.PingReply:

@@ -29,23 +29,24 @@ class HostedVersion:
     Attributes:
         step: Number of steps committed, which is the step that the weights are for.
         order: The order that the version was assembled by; None for the experts that the host started with.
+        sums: Gradient sums over other holders of the same experts; None in serving.
+        ledger: The requests of the current step.
         sealed: Whether the gradients of the current step have been counted, so that no more are accepted.
         moving: Whether a commit is changing the weights.
         gone: Whether the host has dropped the version.
         failure: Error text of a commit that failed and left layers at different steps.
-        sums: Gradient sums over other holders of the same experts.
     """
 
     epoch: int
     layers: ExpertLayers
     step: int
     order: Assembly | None = None
-    ledger: RequestLedger = field(default_factory=RequestLedger)
-    sealed: bool = False
-    moving: bool = False
-    gone: bool = False
-    failure: str | None = None
     sums: GradientSums | None = None
+    ledger: RequestLedger = field(default_factory=RequestLedger, init=False)
+    sealed: bool = field(default=False, init=False)
+    moving: bool = field(default=False, init=False)
+    gone: bool = field(default=False, init=False)
+    failure: str | None = field(default=None, init=False)
 
     @property
     def shared_sums(self) -> GradientSums | None:

@@ -39,9 +39,9 @@ class StateCopy:
     layers: dict[int, LayerCopy]
     tensors: dict[str, Tensor]
     note: str = ""
-    complete: bool = False
-    gone: bool = False
-    pushes: dict[str, str | None] = field(default_factory=dict)
+    complete: bool = field(default=False, init=False)
+    gone: bool = field(default=False, init=False)
+    pushes: dict[str, str | None] = field(default_factory=dict, init=False)
 
     def check(self) -> None:
         """Check that the copy has not been dropped.

@@ -89,7 +89,7 @@ class HostClient:
         with raising(self._peer):
             return tensor_from(self._stub.Loads(expert_pb2.LoadsRequest(), timeout=self._timeout).loads)
 
-    def hang_up(self) -> None:
+    def disconnect_routers(self) -> None:
         """Have the host close its routers' connections, which may be opened again."""
         with raising(self._peer):
             self._stub.HangUp(expert_pb2.HangUpRequest(), timeout=self._timeout)

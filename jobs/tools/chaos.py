@@ -128,7 +128,7 @@ def _drop(job: AdminClient, fault: Fault) -> str:
     host = hosts[int(fault.pick * len(hosts))]
     client = HostClient(host, timeout=10.0)
     try:
-        client.hang_up()
+        client.disconnect_routers()
     finally:
         client.close()
     return f"connections of {host.id}"
