@@ -217,7 +217,9 @@ class Workers:
     """Worker processes that serve one run after the other."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported torch, which takes each new process seconds.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__, "jobs.training.worker_group"])
         self._running: list[tuple[Any, Connection]] = []
         self._meetings = 0
 
