@@ -270,7 +270,7 @@ class RunState:
         """Change the status, with the lock held; False, and no change, if the diagram has no such arrow."""
         if status not in _FOLLOWING[self.status]:
             return False
-        self.status, self.reason = status, reason
+        self.reason, self.status = reason, status  # in this order: `failure` is read without the lock
         self.changed.notify_all()
         return True
 

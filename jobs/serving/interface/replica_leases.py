@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _ASK_AGAIN_SECONDS = 1.0  # Serve may have chosen a replica that hangs
 _ASKED_AT_MOST = 3
+_LONGEST_PATIENCE = 8  # times the first one: a deployment without replicas is not flooded with questions
 _RETRY_SECONDS = 0.05
 _REUSE_SECONDS = 0.5  # well below the time for which a replica keeps a lease open
 _LONGEST_SECONDS = 10.0  # after which Serve is asked again, because its replicas change
@@ -87,14 +88,15 @@ class ServeLeases:
 
     async def _ask_serve(self) -> ReplicaLease:
         asked: list[asyncio.Task[ReplicaLease]] = []  # oldest first
+        patience = _ASK_AGAIN_SECONDS
         try:
             while True:
-                if len(asked) == _ASKED_AT_MOST:  # all of them may have reached one replica, which hangs
-                    asked.pop(0).cancel()
-                asked.append(asyncio.create_task(self._ask_once()))
-                done, _ = await asyncio.wait(
-                    asked, timeout=_ASK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
+                if not any(one.done() for one in asked):
+                    if len(asked) == _ASKED_AT_MOST:  # all of them may have reached one replica, which hangs
+                        asked.pop(0).cancel()
+                        patience = min(2 * patience, _LONGEST_PATIENCE * _ASK_AGAIN_SECONDS)
+                    asked.append(asyncio.create_task(self._ask_once()))
+                done, _ = await asyncio.wait(asked, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 asked = [one for one in asked if one not in done]
                 for one in done:
                     if one.exception() is None:

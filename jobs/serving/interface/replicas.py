@@ -20,6 +20,7 @@ _SERVE_SECONDS = 1.0  # time for Serve to name a replica before the replicas the
 _SERVE_SUSPECT_SECONDS = 0.25  # the same, while some replica has not answered
 _POOL_SECONDS = 0.3
 _ANSWER_SECONDS = 0.1  # answers within this time are compared by load
+_LONGEST_PAUSE_SECONDS = 2.0  # between two rounds of questions while no replica answers
 
 
 class Replicas:
@@ -42,7 +43,13 @@ class Replicas:
         self._dead_after = dead_after
         self._connections: dict[str, ReplicaConnection] = {}
         self._suspects: set[str] = set()
+        self._asking: asyncio.Task[dict[str, int]] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def suspects(self) -> frozenset[str]:
+        """Addresses of replicas that were lost and have not answered since."""
+        return frozenset(self._suspects)
 
     async def take(self) -> ReplicaLease:
         """A lease on the replica that Serve names, or on one that answers if Serve names none that does.
@@ -51,16 +58,17 @@ class Replicas:
         its queue is the shortest of all, and Serve may name it again and again.
         """
         named = asyncio.create_task(self._named())
+        pause = _SERVE_SUSPECT_SECONDS if self._suspects else _SERVE_SECONDS
         try:
             while True:
-                patience = _SERVE_SUSPECT_SECONDS if self._suspects else _SERVE_SECONDS
-                done, _ = await asyncio.wait({named}, timeout=patience)
+                done, _ = await asyncio.wait({named}, timeout=pause)
                 if done:
                     return named.result()
-                address = await self._answering()
+                address = await self._least_loaded()
                 if address is not None and not named.done():
                     name = secrets.token_hex(16)
                     return ReplicaLease(name=name, address=address, began=time.monotonic())
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         finally:
             named.cancel()
 
@@ -75,22 +83,41 @@ class Replicas:
             except ChannelError:
                 self._leases.lost(lease)
                 await asyncio.sleep(_RETRY_SECONDS)
+            except asyncio.CancelledError:
+                self._leases.give_back(lease)
+                raise
             else:
                 self._suspects.discard(lease.address)
                 return lease
 
-    async def _answering(self) -> str | None:
-        """Address of the least loaded replica of those that answer; None where none does within a second."""
+    async def _least_loaded(self) -> str | None:
+        """Address of the least loaded replica of those that answer; None where none does within a second.
+
+        Requests that wait at the same time share one round of questions, and count one another.
+        """
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._loads())
+        loads = await asyncio.shield(self._asking)
+        if not loads:
+            return None
+        address = min(loads, key=loads.__getitem__)
+        loads[address] += 1
+        return address
+
+    async def _loads(self) -> dict[str, int]:
+        """Requests, running and waiting, at each replica that answers."""
         known = set(self._connections)
         with suppress(Exception):  # if the pool is away, the replicas used so far are asked
             async with asyncio.timeout(_POOL_SECONDS):
-                known.update((await self._addresses()).values())
+                listed = set((await self._addresses()).values())
+            known |= listed
+            self._suspects &= listed  # a replica that was replaced is suspected no longer
         asking = {
             asyncio.create_task(self.connection(address).status(timeout=_SUSPECT_SECONDS)): address
             for address in known
         }
         if not asking:
-            return None
+            return {}
         try:
             done, pending = await asyncio.wait(asking, timeout=_ANSWER_SECONDS)
             while pending and not any(one.exception() is None for one in done):
@@ -104,7 +131,7 @@ class Replicas:
             for one in asking:
                 one.cancel()
         self._suspects.difference_update(loads)
-        return min(loads, key=loads.__getitem__, default=None)
+        return loads
 
     def connection(self, address: str) -> ReplicaConnection:
         """The connection to a replica, opened again if it was lost."""
@@ -144,6 +171,8 @@ class Replicas:
 
     async def close(self) -> None:
         """Close all connections."""
+        if self._asking is not None:
+            self._asking.cancel()
         await asyncio.gather(*(connection.close() for connection in self._connections.values()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Fake(TrunkServicer):
         self.hung = asyncio.Event()
         self.asked: list[TrunkRequest] = []
         self.cancelled = 0
+        self.status_calls = 0
         self.version = "v1"
         self.unwell = ""
         self.answered = 0  # number of status calls answered
@@ -83,6 +85,7 @@ class Fake(TrunkServicer):
             raise
 
     async def Status(self, request: Any, context: Any) -> TrunkStatus:
+        self.status_calls += 1
         if self.hung.is_set():
             await asyncio.sleep(3600)
         self.answered += 1
@@ -259,6 +262,30 @@ def test_a_request_begins_although_serve_names_no_replica_that_answers() -> None
         async with scene.running() as trunks:
             assert tokens(await heard(trunks)) == expected(PROMPT)
             assert scene.picks == 1
+
+    run(check)
+
+
+def test_requests_that_ask_replicas_themselves_share_the_questions_and_the_replicas() -> None:
+    async def check() -> None:
+        scene = Scene([{}, {}, {}], absent=3600, listed=True)
+        scene.picks = 1
+        async with scene.running():
+            taken = await asyncio.gather(*(scene.replicas.take() for _ in range(9)))
+            assert Counter(lease.address for lease in taken) == dict.fromkeys(scene.addresses, 3)
+            assert [fake.status_calls for fake in scene.fakes] == [1, 1, 1]
+
+    run(check)
+
+
+def test_a_replica_that_was_replaced_is_suspected_no_longer() -> None:
+    async def check() -> None:
+        scene = Scene([{3: "dies"}, {}], absent=3600, listed=True)
+        async with scene.running() as trunks:
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            gone = scene.addresses.pop(0)  # the pool has forgotten it
+            await scene.replicas.take()
+            assert gone not in scene.replicas.suspects
 
     run(check)
 
