@@ -13,7 +13,7 @@ IMAGE ?= raymoe:$(VERSION)
 VARIANT ?= cpu
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo lint format quick test coverage soak docs chart chart-test image image-test bench protos clean
+.PHONY: setup demo lint format quick test coverage soak docs chart chart-test image image-test protos clean
 
 setup: $(STAMP)
 

@@ -85,7 +85,7 @@ shape or flags (`resize_`, `requires_grad_`): the next request may reuse them. T
 
 
 class Ticket(Protocol):
-    """The reply to one request, which may still be on its way."""
+    """The reply to one request, which may still be in flight."""
 
     def result(self, timeout: float | None = None) -> tuple[torch.Tensor, ...]:
         """Wait for the reply and return its tensors, owned by the caller.

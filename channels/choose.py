@@ -80,7 +80,7 @@ def reach(kind: str, addresses: Mapping[str, str], *, timeout: float, device: to
 
     Args:
         timeout: Seconds.
-        device: Of the caller's rows.
+        device: Device of the caller's rows.
 
     Raises:
         ConfigError, ChannelError: See `ways` and `connect`.
@@ -157,7 +157,7 @@ def taken(kind: str, addresses: Mapping[str, str]) -> str:
     """The schemes of channels that callers open to a host, the nearest first, for status reports.
 
     Args:
-        kind: As for `ways`.
+        kind: Channel kind, see `ways`.
     """
     return "/".join(one for one in _MADE_OF[kind] if one in addresses and one != "local") or "none"
 

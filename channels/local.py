@@ -1,7 +1,7 @@
 """The channel within a process: a call of the handler. Also the test double of the other channels.
 
-It keeps the promises of a wire: the handler's tensors have no autograd history, errors arrive as from another
-process, and the caller owns the tensors of a reply.
+It behaves like a channel over a wire: the handler's tensors have no autograd history, errors arrive as from
+another process, and the caller owns the tensors of a reply.
 """
 
 from __future__ import annotations

@@ -127,7 +127,10 @@ class HostSlots:
         placing.exchange(self._all_layers(), target, _SMALL)
 
     def level(self, rounds: int) -> None:
-        """Exchange replicas between all hosts in pairs: the busiest and the idlest, the next and the next."""
+        """Exchange replicas between paired hosts.
+
+        The busiest is paired with the idlest, the second busiest with the second idlest, and so on.
+        """
         placing.level(self._all_layers(), rounds, _SMALL)
 
     def _all_layers(self) -> placing.Slots:

@@ -3,7 +3,7 @@
 A host registers (joining), gets experts (serving), and leaves: because fewer hosts are wanted or it is
 drained (leaving, until its experts are elsewhere), or because it died. The consequences are data: the hosts
 that should hold experts (`sites`), and the hosts that the fleet has to start and to stop (`orders`). Every
-call is given the time, so that a test can simulate years in a second.
+call takes the time as an argument, so tests need no clock.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Event:
     """A recorded event.
 
     Attributes:
-        at: Time in seconds since the epoch.
+        at: Unix time in seconds.
         kind: One word, such as `joined`, `left`, `died`, `scaled`, `moved`, `failed`.
         text: What happened.
     """

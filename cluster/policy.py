@@ -48,14 +48,14 @@ class HostMeasurement:
 
 @dataclass(frozen=True, slots=True)
 class NoDecision:
-    """Nothing changes, and why."""
+    """A decision to change nothing, and the reason."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleDecision:
-    """There should be `target` hosts, and why."""
+    """A decision to scale: the number of hosts and the reason."""
 
     target: int
     why: str
@@ -63,7 +63,7 @@ class ScaleDecision:
 
 @dataclass(frozen=True, slots=True)
 class RebalanceDecision:
-    """Experts should be placed like this, and why."""
+    """A decision to rebalance: the placement and the reason."""
 
     placement: Placement
     why: str

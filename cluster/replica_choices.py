@@ -1,4 +1,4 @@
-"""Choice among the replicas of experts: several complete choices, of which each token uses one."""
+"""Complete selections of one holder per expert, which tokens use in turn."""
 
 from __future__ import annotations
 

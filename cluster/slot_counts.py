@@ -58,7 +58,7 @@ def held_that_stays(
     slots: NDArray[np.int64],
     nodes: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
-    """The part of `held` that stays, `[L, E, H]`: no expert has too many replicas, and no host too few slots.
+    """The held replicas that stay `[L, E, H]`, within each expert's replica count and each host's slots.
 
     Args:
         held: `[L, E, H]` whether a host holds an expert.

@@ -21,7 +21,8 @@ class HostInfo:
         id: Name of the host; never reused within a run.
         node: Machine that it runs on (a Ray node id); hosts and routers of one node share memory.
         pid: Process id.
-        addresses: Channel kind (`shm`, `grpc`) -> address that `channels.connect` takes.
+        addresses: Channel kind (such as `shm`, `cuda`, `nccl`, `collective`, `grpc`) -> address for
+            `channels.choose.connect`.
     """
 
     id: str

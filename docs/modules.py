@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "modules.md"
 PACKAGES = (
-    "cluster",
-    "protos",
     "kernels",
+    "protos",
+    "cluster",
     "model",
     "channels",
     "engine",

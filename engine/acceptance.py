@@ -1,4 +1,4 @@
-"""From the logits of a step to the new tokens of each sequence: draws tokens and verifies drafts.
+"""Draws the new tokens of each sequence from a step's logits, and verifies drafts.
 
 V is the vocabulary.
 """

@@ -49,7 +49,7 @@ class Engine:
         clock: Returns seconds.
 
     Attributes:
-        settings: As given.
+        settings: Settings of the engine.
         pool: The pages of the cache.
         scheduler: The running and waiting sequences.
         pacer: Decides whether drafts are made; None without drafts or without pacing.
@@ -109,7 +109,7 @@ class Engine:
 
         Args:
             id: Name of the request.
-            prompt: Its tokens, at least one.
+            prompt: Tokens of the prompt, at least one.
             params: How tokens are chosen and when the request ends.
             output: Tokens that another engine has generated for the request; generation continues after them.
 

@@ -1,10 +1,11 @@
-"""From logits to the next token: pure functions, whose randomness is an argument.
+"""Pure functions that draw the next token from logits.
 
-A token is a function of the logits, of the request's tokens so far and of one uniform number for each
-position. So a request with a seed gets the same tokens however the engine batches it. A draft is verified by
-drawing the token that plain decoding would draw and comparing: for a draft that is a single token and not a
-distribution, this is rejection sampling (Leviathan et al., arXiv 2211.17192), which accepts with probability
-p(draft) and otherwise samples from the rest of p. The output equals that of plain decoding token for token.
+Randomness is an argument: a token is a function of the logits, of the request's tokens so far and of one
+uniform number for each position. So a request with a seed gets the same tokens however the engine batches it.
+A draft is verified by drawing the token that plain decoding would draw and comparing: for a draft that is a
+single token and not a distribution, this is rejection sampling (Leviathan et al., arXiv 2211.17192), which
+accepts with probability p(draft) and otherwise samples from the rest of p. The output equals that of plain
+decoding token for token.
 
 V is the vocabulary.
 """

@@ -110,7 +110,7 @@ class EngineService:
 
         Args:
             id: Name of the request.
-            prompt: Its tokens.
+            prompt: Tokens of the prompt.
             params: How tokens are chosen and when the request ends.
             listener: Called in the engine's thread with every delta.
             output: Tokens that another engine has generated and reported; deltas begin after them.

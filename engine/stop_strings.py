@@ -1,7 +1,7 @@
 """Stop strings in a text that grows token by token; a stop string may span several tokens.
 
 The text of a request is searched as a whole and not token by token, so it does not matter where tokens begin
-and end. An end of the text that a stop string may begin with is held back until more text decides.
+and end. A suffix of the text that is a prefix of a stop string is held back until the next token.
 """
 
 from __future__ import annotations

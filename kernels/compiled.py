@@ -1,4 +1,4 @@
-"""The decorator of all compiled functions: Numba's njit with a cache on disk that knows the whole package.
+"""njit with a disk cache keyed by the sources of the whole package.
 
 Numba's own cache notices a change of a function's own file alone, and not of the functions that it calls in
 other files. Here compiled code lies in a folder named after a digest of all source files of the package, so

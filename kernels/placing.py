@@ -113,7 +113,7 @@ def _best_exchange(slots, busy, idle, gain):
     """The exchange of two hosts that lowers the higher load of both most, by more than `gain`.
 
     Returns:
-        By how much, and the two slots; `gain` and -1 where there is none.
+        The gain and the two slots; the given `gain` and -1, -1 if no exchange gains more.
     """
     at, hold, load, weight = slots.at, slots.hold, slots.load, slots.weight
     give, take = -1, -1

@@ -26,7 +26,7 @@ class GateWeights(NamedTuple):
         top_k: K.
         n_group: groups of n_routed_experts / n_group neighbouring experts.
         topk_group: groups that a row may use.
-        by_bias: whether groups are judged by biased affinities.
+        by_bias: whether groups are scored by biased affinities.
         normalize: divide gates by their sum (eq. 13).
         factor: routed_scaling_factor.
     """

@@ -84,7 +84,7 @@ def attend_together(desk, caches, layer, rows, page_size, shared):
 
 @compiled_reordered
 def assist(desk, caches, page_size, looks):
-    """Take pieces as they come, until none has come for `looks` looks; return whether any has come."""
+    """Process pieces until `looks` consecutive checks find none; return whether any was processed."""
     words = desk.words
     any_came = False
     left = looks

@@ -51,7 +51,7 @@ class ModelConfig(_Frozen):
         topk_group: groups that one token may use.
         num_nextn_predict_layers: number of multi-token-prediction modules.
         mtp_mode: `chain` (DeepSeek-V3, eq. 21-25) or `parallel` (Gloeckle et al., arXiv 2404.19737).
-        group_score: what a group is judged by: the sum of its best `biased` scores, as every released
+        group_score: what a group is scored by: the sum of its best `biased` scores, as every released
             checkpoint does, or of its best unbiased `affinity` values, as the paper writes.
     """
 

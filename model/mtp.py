@@ -70,10 +70,10 @@ def draft_acceptance(
         main: [B, T] greedy tokens of the main model; position i predicts token i + 1.
         draft: [B, T] greedy tokens of module `depth`; position i predicts token i + depth + 1.
         depth: k, 1 for the first module.
-        valid: [B, T], false where a draft is not to be judged (`model.losses.training_losses.targets_of`).
+        valid: [B, T], false where a draft is not to be evaluated (`model.losses.training_losses.targets_of`).
 
     Returns:
-        Number of accepted drafts, and of judged ones.
+        Number of accepted drafts, and of evaluated ones.
     """
     length = max(0, main.shape[1] - depth)
     equal = draft[:, :length] == main[:, depth:]

@@ -1,4 +1,4 @@
-"""Make the generated code anew: `python -m protos.generate`, from the project's root.
+"""Write the generated code: `python -m protos.generate`, from the project's root.
 
 The code is made with an old grpcio-tools on purpose: generated code refuses a runtime older than the
 tools it was made with, and runs under a newer one up to the next major version but one. The versions

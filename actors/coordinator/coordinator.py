@@ -55,7 +55,7 @@ class InitialWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPolicy:
-    """How many expert hosts a job has, and when the coordinator acts on them by itself.
+    """Number of expert hosts of a job, and the thresholds for scaling, rebalancing and failure detection.
 
     Attributes:
         hosts: Number of hosts that the job begins with.
@@ -77,7 +77,7 @@ class Coordinator:
 
     Args:
         spec: What is placed on the hosts.
-        policy: How many hosts there are, and how they are looked after.
+        policy: Number of hosts, and thresholds for acting on them.
         control: Opens a client of a host.
         initial: The weights that the job begins with.
         steps: Makes the steps of a training run, given the placements; None in serving.

@@ -102,7 +102,8 @@ class Recovery:
     def _restore(self) -> RestartPoint:
         """Bring the hosts to the newest step that is kept in memory, or to a checkpoint.
 
-        When hosts die meanwhile, it goes on with the others, or waits for the first new one.
+        If hosts die during recovery, it continues with the remaining hosts, or waits for a new one if
+        there is none.
 
         Raises:
             RaymoeError: Neither memory nor a checkpoint can be read.

@@ -1,4 +1,4 @@
-"""State of a training run as the coordinator knows it: a state machine that all workers' calls go through.
+"""State machine of a training run on the coordinator.
 
     STARTING ──────────────┐                 a new coordinator; hosts are at steps it does not know
                            ▼
@@ -81,7 +81,11 @@ class StepReports:
 
 
 class RunState:
-    """State of one training run. Every method takes the lock; attributes are read with it held.
+    """State of one training run.
+
+    Every method takes the lock. Attributes change with the lock held, except `pauses`, whose appends are
+    atomic. Values that have to agree with each other are read with it held, a single one also without
+    it.
 
     Args:
         workers: Workers that report each step.
@@ -119,11 +123,11 @@ class RunState:
 
     @property
     def failure(self) -> str | None:
-        """What ended the run; None while it goes on."""
+        """What ended the run; None before its end."""
         return self.reason if self.status is RunStatus.ENDED else None
 
     def hold(self, why: str) -> None:
-        """Let no worker begin before the hosts have been brought to a common step."""
+        """Block workers in `join` until the hosts are at a common step."""
         with self.changed:
             if self._move(RunStatus.STARTING, why):
                 self.attempt += 1
@@ -202,7 +206,7 @@ class RunState:
         """Add a worker, and wait until the run is running; see `TrainingSteps.join` for the arguments."""
         with self.changed:
             self._require_not_ended()
-            # A new process has no state of the steps made here; the process before of its rank may be lost.
+            # A new process lacks the state of the steps taken; the earlier process of this rank may be dead.
             is_new = attempt < 0 and (rank in self._joined or self._decision is not None)
             if self.attempt == attempt or is_new:
                 self.interrupt(why or f"worker {rank} was started again")

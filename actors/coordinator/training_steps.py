@@ -80,7 +80,7 @@ class TrainingSteps:
 
     @property
     def failure(self) -> str | None:
-        """What ended the run; None while it goes on."""
+        """What ended the run; None before its end."""
         return self._state.failure
 
     @property
@@ -105,7 +105,7 @@ class TrainingSteps:
             self._commits.take_snapshot(self._state.step, self._state.bias)
 
     def hold(self, why: str) -> None:
-        """Let no worker begin before a recovery (`recover`) is done, since the hosts' steps are not known."""
+        """Block workers in `join` until `recover` has ended, since the hosts' steps are not known."""
         self._state.hold(why)
 
     def recover(self) -> None:

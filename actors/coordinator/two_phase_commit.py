@@ -36,7 +36,7 @@ _AT_ONCE = 64  # hosts that are called at the same time
 
 
 class TwoPhaseCommit:
-    """Commits training steps on the expert hosts. Whoever calls holds `lock`.
+    """Commits training steps on the expert hosts; callers hold `lock`.
 
     Args:
         plan: Schedules and sizes.
@@ -125,7 +125,7 @@ class TwoPhaseCommit:
         """Wait until every host has committed the step before.
 
         Raises:
-            RaymoeError: A host did not.
+            RaymoeError: A host failed to commit the step before.
         """
         results("commit the last step", self._commits)
 
@@ -198,11 +198,11 @@ class TwoPhaseCommit:
 
 
 def _in_epoch(epoch: int, host: HostControl, call: Callable[[int, int | None], _T], step: int) -> _T:
-    """Command a host in an epoch; a host that does not know the epoch is told once more to use it."""
+    """Call a host for an epoch; after a ProtocolError, send `retain` and retry the call once."""
     try:
         return call(step, epoch)
     except ProtocolError:
-        host.retain(epoch)  # that message may have been lost; fails if the host does not hold the epoch
+        host.retain(epoch)  # the first `retain` may have been lost; fails if the host does not hold the epoch
         return call(step, epoch)
 
 

@@ -141,8 +141,8 @@ class ExpertHost:
     def retain(self, *epochs: int) -> None:
         """Drop the experts of all epochs except these, the last of which becomes the current one.
 
-        Requests under way complete with the version that they started with. In training the host goes on from
-        the current version's step and drops its snapshots of later steps.
+        Requests under way complete with the version that they started with. In training the host continues
+        from the current version's step and drops its snapshots of later steps.
 
         Raises:
             ProtocolError: the host does not hold one of them.

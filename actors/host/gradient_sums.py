@@ -2,7 +2,7 @@
 
 The tokens of an expert are distributed over its holders, so each holder has the gradients of its share. When
 a step has been sealed, the holders fetch each other's gradients and add them in the same order, so all of
-them apply the same step. One holder speaks for the expert: it counts the gradient's norm and writes
+them apply the same step. The primary holder counts the expert's gradient in the norm and writes the expert to
 checkpoints.
 """
 
@@ -56,7 +56,7 @@ class GradientSums:
         return bool(self._holders)
 
     def speaks_for(self, layer: int, expert: int) -> bool:
-        """Whether this host counts the expert and writes it to checkpoints."""
+        """Whether this host is the primary holder, which counts the expert and writes it to checkpoints."""
         holders = self._holders.get((layer, expert))
         return holders is None or holders[0] == self._host
 
@@ -83,7 +83,7 @@ class GradientSums:
             self._sums, self._gathered = sums, step
 
     def squared_norm(self, layers: Mapping[int, ExpertLayer]) -> float:
-        """Sum of the squared gradients of the experts that this host speaks for, in float64."""
+        """Sum of the squared gradients of the experts whose primary holder is this host, in float64."""
         total = 0.0
         for index, layer in layers.items():
             for expert in layer.experts:

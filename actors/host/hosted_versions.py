@@ -54,7 +54,7 @@ class HostedVersion:
         return self.sums if self.sums else None
 
     def speaks_for(self, layer: int, expert: int) -> bool:
-        """Whether this host, among all holders of the expert, counts it and writes it to checkpoints."""
+        """Whether this host is the primary holder, which counts the expert and writes it to checkpoints."""
         sums = self.shared_sums
         return sums is None or sums.speaks_for(layer, expert)
 
@@ -120,7 +120,7 @@ class HostedVersions:
             ProtocolError: the host holds a different version under the order's epoch.
         """
         known = self.held.get(order.epoch)
-        # A host that started without experts started with nothing that an epoch could name.
+        # A host that started without experts holds no version.
         if known is None or (known.order is None and not known.layers):
             return False
         if known.order != order:

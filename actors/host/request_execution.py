@@ -151,7 +151,7 @@ class RequestExecutor:
         return reply
 
     def _backward(self, version: HostedVersion, layer: ExpertLayer, request: Request) -> tuple[Tensor, ...]:
-        """Apply a BACKWARD once; a repeat of the request gets the reply of the first."""
+        """Apply a BACKWARD once; a retry of the request gets the reply of the first."""
         (d_partial,) = _payload(request, 1, self._device)
         call, saved = version.ledger.begin_backward(request.id)
         if saved is not None:

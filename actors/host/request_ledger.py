@@ -2,8 +2,8 @@
 
 A router that loses its connection in a forward or backward pass sends the same request again, with the same
 `RequestId`. The ledger keeps the activations of a FORWARD until its BACKWARD, and the reply of a BACKWARD
-until a later request of the same lane shows that it has arrived. So a repeated BACKWARD adds its gradients
-once and gets the reply of the first, and a FORWARD that is delayed or repeated leaves nothing behind.
+until a later request of the same lane shows that it has arrived. So a retried BACKWARD adds its gradients
+once and gets the reply of the first, and a FORWARD that is delayed or retried leaks no activations.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class BackwardCall:
 
 
 class RequestLedger:
-    """Activations by key, and the last BACKWARD of each lane; a lane is one (router, microbatch).
+    """Activations by key, and the last BACKWARD of each lane, identified by run, router and microbatch.
 
     A router sends the calls of a microbatch in order, so any later request of the lane acknowledges the
-    reply of the BACKWARD before it. A repeat of an earlier request, which may arrive late over an abandoned
+    reply of the BACKWARD before it. A retry of an earlier request, which may arrive late over an abandoned
     connection, acknowledges nothing.
     """
 
@@ -62,7 +62,7 @@ class RequestLedger:
         self._applied: set[Key] = set()
 
     def keep(self, id: RequestId, saved: SavedForward) -> None:
-        """Keep the activations of a FORWARD until its BACKWARD; a repeat replaces them.
+        """Keep the activations of a FORWARD until its BACKWARD; a retry replaces them.
 
         A FORWARD whose BACKWARD has been applied already keeps nothing.
         """
@@ -82,7 +82,7 @@ class RequestLedger:
     def begin_backward(self, id: RequestId) -> tuple[BackwardCall, SavedForward | None]:
         """The BACKWARD of this id, and its activations if the caller has to compute it.
 
-        For a repeat the activations are None, and the caller waits for the reply of the first.
+        For a retry the activations are None, and the caller waits for the reply of the first.
 
         Raises:
             ProtocolError: there was no FORWARD of this key, or the BACKWARD's reply has been acknowledged.

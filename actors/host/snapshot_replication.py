@@ -43,7 +43,7 @@ class SnapshotReplication:
     def snapshot(self, step: int, buddies: Sequence[HostInfo], epoch: int | None) -> None:
         """Copy the state of a step aside, and then send the copy to buddies in the background.
 
-        A repeat does nothing. Waits for the step's commit if that is under way. Requests are answered
+        A retry does nothing. Waits for the step's commit if that is under way. Requests are answered
         meanwhile; the next commit waits until the memory has been copied.
 
         Raises:

@@ -33,7 +33,7 @@ class StateTransfers:
         resources: Checkpoints, memory and other hosts.
 
     Attributes:
-        resources: As given; used by every assembly from now on.
+        resources: Checkpoints, memory and other hosts, used by every assembly from now on.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class StateTransfers:
     def assemble(self, order: Assembly) -> None:
         """Assemble the experts of a new epoch next to those in use, from the sources that `Assembly` names.
 
-        A repeat does nothing. Requests of earlier epochs are answered meanwhile, and those of the new epoch
+        A retry does nothing. Requests of earlier epochs are answered meanwhile, and those of the new epoch
         afterwards.
 
         Raises:

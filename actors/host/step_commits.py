@@ -1,6 +1,6 @@
 """A host's part in the commit of an optimizer step: seal its gradients, report their norm, apply AdamW.
 
-The coordinator decides the clip factor and the learning rate in between. Every call may be repeated: the host
+The coordinator decides the clip factor and the learning rate in between. Every call may be retried: the host
 applies each step once.
 """
 
@@ -17,7 +17,7 @@ class StepCommits:
     Args:
         host: Id of the host, for error messages.
         versions: The experts, by epoch.
-        timeline: Told when a step has been committed.
+        timeline: Records each committed step.
     """
 
     def __init__(self, host: str, versions: HostedVersions, timeline: Timeline | None) -> None:
@@ -62,7 +62,7 @@ class StepCommits:
     def commit(self, step: int, learning_rate: float, scale: float, epoch: int | None) -> None:
         """Apply AdamW with the gradients times `scale`, layer by layer; each layer is usable at once.
 
-        A repeat of the last commit does nothing. Activations that no BACKWARD used are dropped.
+        A retry of the last commit does nothing. Activations that no BACKWARD used are dropped.
 
         Raises:
             ProtocolError: the step is neither the prepared one nor the last committed one, or the epoch is

@@ -94,7 +94,7 @@ def table_from(message: coordinator_pb2.RoutingTable) -> RoutingTable:
 
 
 def stats_to(stats: HostStats) -> expert_pb2.StatusReply:
-    """See `HostStats`."""
+    """A `HostStats` as a protobuf message."""
     return expert_pb2.StatusReply(
         id=stats.id,
         epoch=stats.epoch,

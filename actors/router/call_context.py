@@ -34,7 +34,7 @@ class OpenCalls:
         self._calls[call.key] = call
 
     def over(self, call: OpenCall) -> None:
-        """Forget a call, which is over."""
+        """Remove a completed call."""
         self._calls.pop(call.key, None)
 
     def abandon(self) -> None:
@@ -45,15 +45,14 @@ class OpenCalls:
                 call.abandon()
 
     def clear(self) -> None:
-        """Forget all calls, whose channels are about to be closed."""
+        """Remove all calls, whose channels are about to be closed."""
         self._calls.clear()
 
 
 class ReplicaShifts:
     """Chooses the replicas that a lane's calls begin with, evenly for any number of layers.
 
-    Multiples of the golden ratio are spread evenly, and so is every k-th of them. With a mere count, a layer
-    would have the same replicas in every step where the number of layers is a multiple of theirs.
+    Shifts by multiples of the golden ratio, so that replicas are used evenly whatever the number of layers.
     """
 
     def __init__(self) -> None:

@@ -82,7 +82,7 @@ class Connections:
 
         Args:
             timeout: Seconds; None waits without a limit.
-            step: Of the request, for the timeline.
+            step: Step of the request, for the timeline.
 
         Raises:
             RemoteError: The host's error, with its name.

@@ -89,7 +89,7 @@ class ZeroExperts:
 
 
 class DeferringCall:
-    """A training call that goes on with zeros after a loss of it, or of another call of its lane."""
+    """A training call that continues with zeros after a loss of it, or of another call of its lane."""
 
     def __init__(self, call: TwoWay, deferred: DeferredLoss) -> None:
         self._call, self._deferred = call, deferred

@@ -14,7 +14,7 @@ class EngineLanes:
     """Implements `Experts`, `ArrayExperts` and `PairedExperts`; one thread uses it at a time.
 
     Args:
-        router: With two lanes, which no other thread uses.
+        router: A router with two lanes, which no other thread uses.
     """
 
     def __init__(self, router: Router) -> None:

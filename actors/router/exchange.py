@@ -67,7 +67,7 @@ class Exchange:
 
         Args:
             phase: INFER or FORWARD.
-            gates: In the CPU's memory.
+            gates: Gates [N, K], in CPU memory.
             shift: Chooses among replicas, see `plan_dispatch`.
         """
         self.slices = plan_dispatch(
@@ -90,7 +90,7 @@ class Exchange:
 
         Raises:
             RaymoeError: The first error, once every reply has been waited for; `StaleEpoch` only if there is
-                no other, since it can be healed.
+                no other error, since a newer table resolves it.
         """
         replies: list[Reply | None] = [None] * len(self.slices)
         errors: list[RaymoeError] = []

@@ -16,12 +16,12 @@ from errors import StaleEpoch
 
 
 class InferenceCall:
-    """A `Pending` whose rows [N, D] are on their way.
+    """A `Pending` whose rows [N, D] are in flight.
 
     Args:
-        rows: Of any device.
-        idx, gates: [N, K], in the CPU's memory.
-        host_map: With a host for every expert of idx.
+        rows: Rows on any device.
+        idx, gates: Experts and gates [N, K], in CPU memory.
+        host_map: A map with a host for every expert of idx.
         reroute: The search that led to this map; None if it took none.
     """
 

@@ -1,8 +1,8 @@
-"""Turns of a worker's lanes: while the tokens of one lane are away, another one computes.
+"""Turns of a worker's lanes: while one lane waits for hosts, another one computes.
 
-Threads that merely share the cores fall into step: all of them compute at the same time, and then all wait
-for the hosts at the same time. A lane that computes alone, with all cores, is away while the next one
-computes: ping-pong.
+Threads that share cores without turns synchronise: all of them compute at the same time, and then all wait
+for the hosts at the same time. With turns, a lane computes alone with all cores. While one lane waits for
+hosts, another computes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class LaneWaits:
     """Surrounds the waits of lanes for hosts: other lanes compute meanwhile, and a timeline records the wait.
 
     Args:
-        turns: Of the lanes, whose threads work within `Turns.taken`; None if they share the cores.
+        turns: Limit on the lanes that compute at once, whose threads work within `Turns.taken`; None if they
+            share the cores.
         timeline: None records nothing.
     """
 

@@ -28,7 +28,7 @@ class MailboxCall:
     """One MoE layer's rows in the hosts' mailboxes; a `Pending` and an `ArrayPending`.
 
     Args:
-        mailboxes: Of the map's hosts, in their order.
+        mailboxes: Mailboxes of the map's hosts, in their order.
         rows, idx, gates: [N, D], [N, K] and [N, K]; N fits the mailboxes.
         reroute: The search that led to this map; None if it took none.
 

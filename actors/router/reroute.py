@@ -34,8 +34,8 @@ class Lost(NamedTuple):
 class Reroute:
     """The loss policy of one inference call: the whole call is sent again, to other hosts.
 
-    Replicas of the table in use come first. Then, for `Routing.patience` seconds, the search waits for a
-    newer table, or tries the lost hosts again while the table has them: only a connection may be broken.
+    Other replicas in the current table come first. Then, for `Routing.patience` seconds, the call waits for a
+    newer table or retries the lost hosts, while the table has them: only a connection may be broken.
 
     Args:
         idx: [N, K], the experts that the call needs.
@@ -73,7 +73,7 @@ class Reroute:
         """The map to send the call again with; None if the attempt has lost no host.
 
         Raises:
-            RaymoeError: See `around`.
+            RaymoeError: The error of the first lost host; no map was found in time.
         """
         if not self._lost:
             return None

@@ -25,7 +25,7 @@ class Tables(Protocol):
         """The current table of a version of the weights.
 
         Raises:
-            RaymoeError: The coordinator is away, or knows no such weights.
+            RaymoeError: The coordinator is unreachable, or has no table for these weights.
         """
         ...
 
@@ -33,7 +33,7 @@ class Tables(Protocol):
         """Wait up to `timeout` seconds for a table with a greater serial; None if there is none.
 
         Raises:
-            RaymoeError: The coordinator is away, or knows no such weights.
+            RaymoeError: The coordinator is unreachable, or has no table for these weights.
         """
         ...
 
@@ -68,7 +68,7 @@ HostsChanged = Callable[[Collection[str], Collection[str]], None]
 
 
 class Routing:
-    """The routing table in use, and the rules of when another one is.
+    """The current routing table, and the rules for replacing it.
 
     Args:
         table: The routing table to start with.
@@ -112,7 +112,7 @@ class Routing:
         host_map = HostMap(table, self._config)
         with self._lock:
             self._take(table, host_map)
-            self._pinned = None  # a step may be repeated, under the new table
+            self._pinned = None  # a step may be retried, under the new table
 
     def install(self, table: RoutingTable) -> bool:
         """Route with a newer table of the same weights; whether it is one. Any thread, at any time."""

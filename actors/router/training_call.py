@@ -1,10 +1,10 @@
-"""One MoE layer's call of training to the expert hosts, with the way back of its gradients.
+"""A training call of one MoE layer: dispatch, combine, and their gradients.
 
-Dispatch and combine are two autograd functions joined by an empty tensor, so that whatever the caller
-computes between the two (the shared expert) overlaps with the tokens' way, forward and backward.
+Dispatch and combine are two autograd functions joined by an empty tensor, so that what the caller
+computes between the two (the shared expert) overlaps with the exchange with the hosts, forward and backward.
 
-A step is one version: a call stays with its hosts. Where a connection is dropped, the request is repeated to
-the same host, which knows by its id what it has done already (`actors.host.request_ledger`).
+A training call stays with its hosts. After a dropped connection the request is retried at the same host,
+whose ledger recognises its id (`actors.host.request_ledger`).
 
 Shapes: N tokens, D hidden, K experts per token.
 """
@@ -28,12 +28,12 @@ from errors import ChannelError, ChannelTimeout, StaleEpoch
 from model.device_copies import to_cpu, to_device
 
 _MAX_REPEATS: Final = 3
-"""Times that a request is repeated, each over a new channel."""
-_PAUSE: Final = 0.05  # seconds before the second repeat; twice as long before the third
+"""Times that a request is retried, each over a new channel."""
+_PAUSE: Final = 0.05  # seconds before the second retry; twice as long before the third
 
 
 class TwoWay(Protocol):
-    """A layer's call with its way back, as autograd uses it."""
+    """A layer's call and its gradients, as autograd uses them."""
 
     def send(self, rows: Tensor, gates: Tensor) -> None:
         """Send rows [N, D] with gates [N, K]."""
@@ -53,21 +53,21 @@ class TwoWay(Protocol):
 
 
 class Repeat:
-    """The loss policy of training: a lost request is repeated to the same host."""
+    """The loss policy of training: a lost request is retried at the same host."""
 
     def __init__(self, routing: Routing) -> None:
         self._routing = routing
         self._repeats: Counter[str] = Counter()
 
     def begin(self) -> None:
-        """Begin a direction of the call, with the full number of repeats for every host."""
+        """Begin a direction of the call, with the full number of retries for every host."""
         self._repeats.clear()
 
     def limit(self) -> float | None:
         return self._routing.timeout
 
     def lost(self, host: HostInfo, error: ChannelError) -> bool:
-        """Repeat, unless the host has had its time or its repeats, or has left the routing table."""
+        """Retry unless the reply timed out, the retries are used up, or the host has left the table."""
         repeats = self._repeats[host.id]
         if isinstance(error, ChannelTimeout) or repeats >= _MAX_REPEATS or not self._routing.counts_on(host):
             raise error
@@ -150,7 +150,7 @@ class TrainingCall:
 
 
 class _Dispatch(torch.autograd.Function):
-    """rows [N, D], gates [N, K] -> [0], with the rows on their way."""
+    """rows [N, D], gates [N, K] -> [0], with the rows in flight."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, here: Tensor, call: TwoWay) -> Tensor:

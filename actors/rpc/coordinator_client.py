@@ -153,7 +153,7 @@ class CoordinatorClient:
 
     @property
     def failure(self) -> str | None:
-        """What ended the run; None while it goes on."""
+        """What ended the run; None before its end."""
         with raising(self._peer):
             reply = self._stub.GetFailure(coordinator_pb2.GetFailureRequest(), timeout=self._timeout)
         return reply.failure if reply.HasField("failure") else None

@@ -1,4 +1,4 @@
-"""The agreement of all workers, before they sum something up, that none has lost a part of the step."""
+"""Agreement of all workers, before an all-reduce, that no worker has lost a host."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class WorkersAgreement:
     """One worker's side of the agreement.
 
     Args:
-        rank: Of this worker, from 0.
+        rank: Rank of this worker, from 0.
         workers: Number of workers.
         reducer: Sums over the workers.
         together: Whether passes take all workers, as `TrunkParameters.together` says.
 
     Attributes:
-        attempt: Of the run, see `actors.coordinator.training_steps`.
+        attempt: Current attempt of the run.
     """
 
     def __init__(self, *, rank: int, workers: int, reducer: Reducer, together: bool) -> None:
@@ -30,7 +30,7 @@ class WorkersAgreement:
         """Agree before an operation that takes all workers; does nothing where each works alone.
 
         Raises:
-            Interrupted: See `agree`.
+            Interrupted: Another worker has given up the step, or the run is in a newer attempt.
         """
         if self._together:
             self.agree()
@@ -38,7 +38,8 @@ class WorkersAgreement:
     def agree(self, loss: RaymoeError | None = None) -> None:
         """Wait for all workers, and learn whether one of them has lost a part of the step.
 
-        All workers are in the same attempt when this returns, since sums of different ones must not meet.
+        All workers are in the same attempt when this returns, since gradients of different attempts must not
+        be summed.
 
         Args:
             loss: The error for which this worker has given up the step.

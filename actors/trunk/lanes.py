@@ -30,11 +30,11 @@ class StepLane(Experts, Protocol):
 
 
 class LaneThreads:
-    """One thread for each lane, for as long as the worker lives: channels and thread pools stay warm.
+    """One thread per lane for the worker's lifetime, so that channels and thread pools are reused.
 
     Args:
         lanes: One for each microbatch in flight; `DeferringLane`s where passes take all workers.
-        turns: Of the lanes; None if they share the cores.
+        turns: Limit on the lanes that compute at once; None if they share the cores.
     """
 
     def __init__(self, lanes: Sequence[StepLane], turns: Turns | None = None) -> None:
@@ -58,7 +58,7 @@ class LaneThreads:
         """Do the work of all microbatches, as many at once as there are lanes; results in their order.
 
         Raises:
-            The first error of a lane; by then no lane is at work any more.
+            The first error of a lane, raised after all lanes have stopped.
         """
         # A waiting microbatch goes to the next free lane; after an error no lane takes another.
         waiting = deque(enumerate(microbatches))

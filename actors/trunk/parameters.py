@@ -122,7 +122,7 @@ class ReplicatedTrunk:
     """Trunk parameters that every worker has in full; gradients are summed once a step, in flat buffers.
 
     Args:
-        model: Its parameters belong to `optimizer`.
+        model: The trunk, whose parameters belong to `optimizer`.
         reducer: Sums over the workers.
         stores: Whether this worker stores snapshots with hosts; one worker does.
     """

@@ -53,8 +53,8 @@ def shard(
     """A trunk of which this worker holds its rows, not yet filled; and the module for its passes.
 
     Args:
-        mesh: Of the workers, one-dimensional, of the device's kind.
-        dtype: To compute in; in half precision, gathered parameters have it and shards are float32.
+        mesh: One-dimensional device mesh of the workers, of the device's kind.
+        dtype: Type to compute in; in half precision, gathered parameters have it and shards are float32.
     """
     values = value_dtype(dtype)
     policy = MixedPrecisionPolicy()
@@ -85,11 +85,11 @@ def shard(
 class ShardedTrunk:
     """Trunk parameters of which every worker has its rows.
 
-    Every worker has to make the same passes in the same order, or all of them wait without end.
+    Every worker has to make the same passes in the same order, since otherwise all of them wait without end.
 
     Args:
-        model, root: From `shard`.
-        optimizer: Of the model's parameters.
+        model, root: The model, and the module for its passes, from `shard`.
+        optimizer: Optimizer of the model's parameters.
         reducer: Sums over the same workers.
     """
 

@@ -50,9 +50,9 @@ class TrunkSnapshots:
     """The newest snapshots of one worker's trunk.
 
     Args:
-        trunk: Its parameters.
+        trunk: Parameters of the trunk.
         reach: Connects to a host's snapshot store.
-        rank: Of this worker; decides which hosts store its copies.
+        rank: Rank of this worker; chooses the hosts that store its copies.
     """
 
     def __init__(self, trunk: TrunkParameters, reach: Callable[[HostInfo], Keeper], *, rank: int = 0) -> None:
@@ -66,7 +66,7 @@ class TrunkSnapshots:
 
     @torch.no_grad()
     def keep(self, step: int, hosts: Sequence[HostInfo]) -> None:
-        """Keep a snapshot of step `step`; copies are sent to hosts while the run goes on.
+        """Keep a snapshot of step `step`; copies are sent to hosts while the run continues.
 
         Args:
             hosts: Two of them, on different nodes if possible, get a copy.

@@ -69,15 +69,15 @@ class TrunkWorker:
     """Runs the forward and backward passes of a worker's microbatches and applies the decided update.
 
     Args:
-        agreement: With the other workers.
-        parameters: Of the trunk.
+        agreement: Agreement with the other workers.
+        parameters: Parameters of the trunk.
         lanes: The threads that compute microbatches.
         experts: The experts of this process, if they live here.
         timeline: Records when lanes compute; None records nothing.
         recompute: Whether the backward pass recomputes activations.
 
     Attributes:
-        agreement: With the other workers.
+        agreement: Agreement with the other workers.
     """
 
     def __init__(

@@ -85,7 +85,6 @@ class CollectiveChannel(OrderedChannel):
         self._end = end
 
     def takes(self, device: torch.device) -> bool:
-        """See `channels.base.Channel`."""
         return self._end.takes(device)
 
     def _send(self, request: Request) -> None:

@@ -91,7 +91,7 @@ class GlooEnd:
         found: list[Any] = [None] * len(spans)
         near = np.frombuffer(head.inline, np.uint8)
         address = address_of(near)
-        for at, where in parts.small:  # while the large tensors are on their way
+        for at, where in parts.small:  # while the large tensors are in flight
             found[at] = tensor_at(near, address, where)
         if parts.large:
             come = self._rows.receive([where for _, where in parts.large], deadline)

@@ -77,7 +77,7 @@ class Rows:
         """Begin to send a payload; its tensors stay as they are until the peer has received it.
 
         Args:
-            announce: Sends the header; the peer wakes up and prepares while the rows are on their way.
+            announce: Sends the header; the peer wakes up and prepares while the rows are in flight.
 
         Raises:
             ChannelError: The peer closed the connection.
@@ -213,7 +213,7 @@ class _Receiver:
             return self._scratch.lend(memory, where)
         work, memory = coming
         if size <= room:
-            tensor = self._scratch.lend(memory, where)  # while the rows are on their way
+            tensor = self._scratch.lend(memory, where)  # while the rows are in flight
             self._rows.wait(work, size, deadline)
             return tensor
         whole = self._scratch.take(size)

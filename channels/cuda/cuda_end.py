@@ -73,7 +73,7 @@ class CudaEnd:
 
         Raises:
             ChannelTimeout: The deadline passed.
-            ChannelError: It cannot.
+            ChannelError: The peer's memory cannot be opened.
         """
         try:
             if first:
@@ -178,7 +178,7 @@ class CudaEnd:
         """Release a message's tensors, all reads of which have been queued.
 
         Args:
-            keeps: Whether the peer reuses its segment without being told, once it has the reply.
+            keeps: Whether the peer reuses its segment without a release message, once it has the reply.
         """
         if there is not None:
             with _calls():

@@ -256,7 +256,7 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
 
 
 def _why(channel: grpc.Channel) -> str:
-    """Why a channel could not connect, which gRPC tells to calls only; empty if it can now."""
+    """Why a channel could not connect, which gRPC reports on calls only; empty if it can now."""
     try:
         channel.unary_unary(f"/{SERVICE}/Ping", None, None)(b"", timeout=_ASKING)
     except grpc.RpcError as error:

@@ -1,9 +1,9 @@
-"""The channel within a machine: payloads in shared memory, packets over a Unix socket
-(`channels.shm.doorbell`).
+"""The channel within a machine: payloads in shared memory, packets over a Unix socket.
 
 A request is written once, into a segment, and read there by the handler; a reply likewise. Small replies are
 copied, large ones are lent to the caller: their segment is reused when the caller has dropped the tensors.
-Sockets are abstract and memory has no name, so a process that dies leaves nothing behind.
+Packets are sent by `channels.shm.doorbell`. Sockets are abstract and memory has no name, so a process that
+dies leaves nothing behind.
 """
 
 from __future__ import annotations

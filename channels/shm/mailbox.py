@@ -26,7 +26,7 @@ _WIDTH, _PAIRS, _SIZE = 48, 49, 50  # words with the mailbox's shape, written on
 _READY = 51  # word that the host sets when it reads the mailbox
 _LOOKS: Final = 1000
 """Reads of the mailbox between two checks of whether the host lives: about half a millisecond."""
-_RESTLESS: Final = 20e-3  # seconds after which a waiting client sleeps between reads
+_POLL_SECONDS: Final = 20e-3  # after which a waiting client sleeps between reads
 _DTYPES: Final[dict[int, np.dtype[Any]]] = {4: np.dtype(np.float32), 8: np.dtype(np.float64)}
 
 
@@ -131,7 +131,7 @@ class ShmMailbox:
             began = began or now
             if timeout is not None and now - began > timeout:
                 raise ChannelTimeout(f"no reply within {timeout:g} s")
-            if now - began > _RESTLESS:
+            if now - began > _POLL_SECONDS:
                 time.sleep(1e-3)
 
     def end(self) -> None:

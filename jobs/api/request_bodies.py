@@ -128,7 +128,7 @@ class Message(BaseModel):
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As a chat template takes it."""
+        """The message as a dictionary for chat templates."""
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)

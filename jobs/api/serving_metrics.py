@@ -151,7 +151,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineFigures], float]], ...] = (
     ("engine_requests", "Requests taken, also those begun by another engine.", lambda at: at.requests),
     ("num_preemptions", "Requests set back for want of pages.", lambda at: at.preemptions),
     ("spec_decode_num_drafts", "Rounds of drafts.", lambda at: at.drafts),
-    ("spec_decode_num_draft_tokens", "Drafts judged.", lambda at: at.draft_tokens),
+    ("spec_decode_num_draft_tokens", "Drafts verified.", lambda at: at.draft_tokens),
     ("spec_decode_num_accepted_tokens", "Drafts that were right.", lambda at: at.accepted_tokens),
 )
 

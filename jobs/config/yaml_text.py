@@ -67,7 +67,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
     Args:
         text: The text.
-        where: Its origin, for the error.
+        where: Origin of the text, for the error.
 
     Raises:
         ConfigError: It is not YAML; the message has `where` and the line.

@@ -1,8 +1,9 @@
 """Starts, watches and ends the actors of a job: the coordinator and the expert hosts.
 
 A fleet lives in the process that owns the job: the driver of a training run, or the pool of a deployment. Its
-actors end with it. It reports the state of the hosts to the coordinator and obeys the coordinator's orders in
-a loop. If the coordinator dies, the fleet starts another one at the same address with the last known state.
+actors end with it. In a loop, it reports the state of the hosts to the coordinator and carries out the
+coordinator's orders. If the coordinator dies, the fleet starts another one at the same address with the last
+known state.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class Fleet:
                 admin.close()
 
     def _obey(self) -> int:
-        """Report to the coordinator, obey its orders, and return the number of hosts that it wants."""
+        """Report to the coordinator, carry out its orders, and return the number of hosts that it wants."""
         assert self._client is not None
         starting = sum(host.info is None for host in self._hosts.values())
         failed, stopped = dict(self._failed), list(self._stopped)

@@ -205,7 +205,7 @@ def _deviation(config: ModelConfig) -> dict[str, str]:
     if config.group_score == "biased" and ours == _THEIR_GROUP_SCORE:
         return {}
     return {
-        "note": f"this model judges a group by its best {ours} {config.group_score} scores; transformers "
+        "note": f"this model scores a group by its best {ours} {config.group_score} scores; transformers "
         f"and vLLM always take the best {_THEIR_GROUP_SCORE} biased ones and route some tokens differently"
     }
 

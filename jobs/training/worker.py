@@ -31,7 +31,7 @@ _AWAY_SECONDS = 0.05  # between two calls of a coordinator that does not answer
 
 
 class TrainingWorker:
-    """Runs the steps of one worker until the coordinator says stop.
+    """Runs the steps of one worker until the coordinator's decision stops the run.
 
     Args:
         config: The run's configuration.
@@ -61,10 +61,10 @@ class TrainingWorker:
         self._checkpoints, self._recovery = checkpoints, recovery
         self._evaluation = HeldOutEvaluation(config, data, group=group, trunk=trunk, output=output)
         self._validation: Validation | None = None
-        self._step = 0  # until the coordinator says at which one the run is
+        self._step = 0  # until `join` returns the run's step
 
     def run(self) -> None:
-        """Train until the coordinator says stop; after the loss of a process, from the last common step."""
+        """Train until the coordinator's decision stops the run; after a loss, from the last common step."""
         attempt, why = -1, ""
         while True:
             resume, table = self._join(attempt, why)

@@ -1,4 +1,4 @@
-"""The return of a worker, whose experts are on hosts, to an earlier step of the run."""
+"""Restores a worker's trunk at an earlier step."""
 
 from __future__ import annotations
 

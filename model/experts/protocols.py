@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 class Pending(Protocol):
-    """The routed experts' output for one dispatch, possibly still on its way."""
+    """The routed experts' output for one dispatch, possibly still in flight."""
 
     def combine(self) -> Tensor:
         """Wait for the output and return the gate-weighted sums [N, D]; differentiable."""

@@ -21,7 +21,7 @@ _dist: Any = torch.distributed
 
 
 class GlooGroup:
-    """See `channels.collective.nccl.OneWayGroup`."""
+    """A group over gloo in place of a `channels.collective.nccl.OneWayGroup`."""
 
     device = torch.device("cpu")
 

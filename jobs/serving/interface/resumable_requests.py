@@ -23,7 +23,7 @@ from jobs.serving.interface.replicas import Replicas
 from jobs.serving.trunk_messages import delta_of, sampling_message
 from protos.trunk_pb2 import Sampling, TrunkRequest
 
-_LOSSES = 5  # replicas lost in a row without a token from any: the request itself may kill them
+_LOSSES = 5  # replicas lost in a row without a token from any: the request itself may crash them
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class ResumableRequests:
             ConfigError, QueueFull: A replica refuses the request.
             ResourceError: No replica could complete it.
         """
-        attempt, why = 0, "none has been there yet"
+        attempt, why = 0, "no replica has started yet"
         while not request.ended:
             attempt += 1
             name = f"{request.id}-{attempt}"
