@@ -42,7 +42,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Modules that share a server or a Ray session stay in one process; the others are dealt out.
+# One process runs all tests that start Ray; the others are dealt out.
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # What takes no more than a second or two of tests/unit, for the everyday loop.

@@ -50,12 +50,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose a part of the soak, order the modules, and make each without an `xdist_group` one of its own."""
+    """Choose a part of the soak, order the modules, and deal them out to the processes.
+
+    One process runs all tests that start Ray: two Ray clusters at a time starve each other on two cores.
+    """
     _choose_part(config, items)
     items.sort(key=_rank)  # stable
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        group = "ray" if "integration" in item.path.parts else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _choose_part(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """Servers, a Ray session, a corpus and a training run that several modules share.
 
-Modules with the same `xdist_group` run one after the other in one process and share what they start. It ends
-with the last test of the group. `tests/conftest.py` has the order of the modules.
+Modules whose `shares` marker has the same name share what they start, until the last of their tests ends.
+`tests/conftest.py` has the order of the modules.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from support.commands.train import STEPS, finish, start
 _server = SharedServer()
 
 
-def _group(item: pytest.Item | None) -> str | None:
-    mark = None if item is None else item.get_closest_marker("xdist_group")
+def _shared(item: pytest.Item | None) -> str | None:
+    mark = None if item is None else item.get_closest_marker("shares")
     return None if mark is None else mark.args[0]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """End what a group of modules shares after the last test of the group."""
+    """End what modules share after the last test that shares it."""
     yield
-    if _group(item) != _group(nextitem):
+    if _shared(item) != _shared(nextitem):
         _server.close()
         ray.shutdown()
 
@@ -38,7 +38,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def shared_server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SharedServer]:
-    """The server of this group of modules; a module with a failed test leaves none to the next one."""
+    """The server that this module shares; a module with a failed test leaves none to the next one."""
     failed = request.session.testsfailed
     _server.folder = tmp_path_factory.mktemp("server")
     yield _server

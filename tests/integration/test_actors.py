@@ -56,7 +56,7 @@ CONFIG = ModelConfig(
 )
 LAYERS = CONFIG.moe_layers
 SETTINGS = OptimizerSettings()
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.shares("ray"), pytest.mark.usefixtures("ray_cluster")]
 PLAN = TrainingPlan(steps=4, workers=1, learning_rate=1e-2, clip_norm=0.5)
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 PATIENCE = 120.0

@@ -20,7 +20,7 @@ from jobs.training.plot import PLOT_FILE
 
 pytestmark = [
     pytest.mark.timeout(540),
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.shares("ray"),
     pytest.mark.usefixtures("ray_cluster"),  # the commands find it running; they neither start nor stop one
     # Ray's own code warns of its own settings.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),

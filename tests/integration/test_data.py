@@ -25,7 +25,7 @@ from jobs.data.documents import find_files, held_out, read_documents
 TEXTS = [f"Document number {i} says " + " ".join(f"word{j % (i + 3)}" for j in range(60)) for i in range(30)]
 # Ray's own code warns of its own settings.
 pytestmark = [
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.shares("ray"),
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]

@@ -13,7 +13,7 @@ import pytest
 from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
 from support.commands.train import STEPS, assert_gone, family, finish, losses, start, wait_for_step
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("train")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.shares("train")]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from model.checkpoints.shards import ShardReader
 from support.commands.disturbed_run import COORDINATOR, HOST, SETTINGS, WORKER, DisturbedRun, differ, title_of
 from support.commands.train import family, finish, losses, start
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("train")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.shares("train")]
 
 
 def apart(one: Path, other: Path) -> float:

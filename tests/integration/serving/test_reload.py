@@ -34,7 +34,7 @@ from support.commands.serve import (
 )
 from support.commands.streams import HOST, actors
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("two replicas")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.shares("two replicas")]
 OLD = "tiny"  # the directory that the server begins with, and the name of its model
 PROMPTS = [PROMPT, "the mat and", "the hat", "a cat on the mat sat"]
 COUNT = 24

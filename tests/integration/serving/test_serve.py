@@ -31,7 +31,7 @@ from support.commands.serve import (
     tiny_tokenizer,
 )
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("one replica")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.shares("one replica")]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from errors import ConfigError
 from support.commands.serve import TWO_REPLICAS, ServeProcess, SharedServer, running, save_model, tiny_model
 from support.commands.streams import COORDINATOR, HOST, StreamLoad, Told, actors, disturbed, greedy_requests
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("two replicas")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.shares("two replicas")]
 STREAMS, TOKENS = 16, 120
 HOSTS = 3  # of TWO_REPLICAS
 REQUESTS = greedy_requests(STREAMS, TOKENS)

@@ -20,7 +20,7 @@ from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 from protos.generation_pb2_grpc import GenerationStub
 from support.commands.serve import KEY, ONE_REPLICA, PROMPT, ServeProcess, SharedServer
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("one replica")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.shares("one replica")]
 SERVICE = "raymoe.v1.Generation"
 
 

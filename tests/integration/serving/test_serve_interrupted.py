@@ -8,7 +8,7 @@ import pytest
 
 from support.commands.serve import ONE_REPLICA, PROMPT, SharedServer
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("one replica")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.shares("one replica")]
 
 
 def test_ctrl_c_lets_the_requests_under_way_end(shared_server: SharedServer) -> None:

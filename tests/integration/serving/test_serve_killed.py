@@ -18,7 +18,7 @@ import pytest
 from support.commands.serve import PROMPT, TWO_REPLICAS, ServeProcess, SharedServer
 from support.commands.streams import TRUNK, StreamLoad, Told, actors
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("two replicas")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.shares("two replicas")]
 COUNT = 160
 STREAMS = 12
 

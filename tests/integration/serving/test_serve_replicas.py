@@ -27,7 +27,7 @@ from support.commands.serve import (
 )
 
 pytestmark = [
-    pytest.mark.xdist_group("two replicas"),
+    pytest.mark.shares("two replicas"),
     pytest.mark.timeout(300),
     # Ray's own code warns of its own settings.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
