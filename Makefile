@@ -43,7 +43,7 @@ format: setup
 	$(BIN)/ruff format .
 
 # One process runs all tests that start Ray; the others are dealt out.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
 # What takes no more than a second or two of tests/unit, for the everyday loop.
 quick: setup

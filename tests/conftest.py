@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from support.soak_parts import soak_part
 
@@ -50,15 +52,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose a part of the soak, order the modules, and deal them out to the processes.
-
-    One process runs all tests that start Ray: two Ray clusters at a time starve each other on two cores.
-    """
+    """Choose a part of the soak, and order the modules."""
     _choose_part(config, items)
     items.sort(key=_rank)  # stable
-    for item in items:
-        group = "ray" if "integration" in item.path.parts else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+class _ModuleScheduling(LoadScopeScheduling):
+    """Deals modules out to the processes; one process runs all tests that start Ray.
+
+    Two Ray clusters at a time starve each other on two cores.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return "ray" if module.startswith("tests/integration/") else module
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """The scheduler of `-n`."""
+    return _ModuleScheduling(config, log)
 
 
 def _choose_part(config: pytest.Config, items: list[pytest.Item]) -> None:
