@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -24,6 +25,7 @@ from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 _FOLDER = "compiled-"
+_KEPT_SECONDS = 24 * 3600.0
 _REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -70,13 +72,14 @@ class _PackageLocator:
         return disambiguator
 
     def ensure_cache_path(self) -> None:
-        """Create the folder, and remove those of other sources."""
+        """Create the folder, and remove those of other sources that no process has added to for a day."""
         if self._path.is_dir():
             return
         os.makedirs(self._path, exist_ok=True)
         for other in self._path.parent.glob(_FOLDER + "*"):
-            if other != self._path:
-                shutil.rmtree(other, ignore_errors=True)
+            with suppress(OSError):
+                if time.time() - other.stat().st_mtime > _KEPT_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
 
 
 class _PackageCacheImpl(CompileResultCacheImpl):  # type: ignore[misc]

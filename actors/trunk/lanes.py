@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar, cast
 from actors.router.connections import LaneCounters
 from actors.router.lane_turns import Turns
 from actors.trunk.step_inputs import Microbatch
+from errors import RaymoeError
 from model.experts.protocols import Experts
 
 T = TypeVar("T")
@@ -92,9 +93,19 @@ class LaneThreads:
         self._threads[0].submit(work).result()
 
     def raise_deferred(self) -> None:
-        """Raise the first error that a lane has deferred."""
+        """Forget the errors that the lanes have deferred.
+
+        Raises:
+            RaymoeError: The first of them.
+        """
+        errors: list[RaymoeError] = []
         for lane in self._lanes:
-            lane.raise_deferred()
+            try:
+                lane.raise_deferred()
+            except RaymoeError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """End the threads."""

@@ -12,6 +12,7 @@ from actors.messages.transfer_orders import EXPERTS, StoredCopy
 from actors.messages.trunk_parts import TRUNK, complete, part_name, part_of
 from actors.router.deferred_loss import DeferredLoss, DeferringCall, ZeroExperts
 from actors.router.training_call import dispatched
+from actors.trunk.lanes import LaneThreads
 from errors import ChannelError, RemoteError
 from model.optimizers.sharded_adamw import rows_of
 
@@ -93,6 +94,28 @@ def test_a_lost_pass_comes_to_its_end_and_says_so_once() -> None:
     with pytest.raises(ChannelError, match="gone"):
         deferred.raise_deferred()
     deferred.raise_deferred()
+
+
+class LaneThatDefers:
+    """A lane with a deferred loss, or with none."""
+
+    def __init__(self, loss: Exception | None) -> None:
+        self._loss = loss
+
+    def raise_deferred(self) -> None:
+        loss, self._loss = self._loss, None
+        if loss is not None:
+            raise loss
+
+
+def test_the_first_lanes_loss_is_raised_and_that_of_the_others_forgotten() -> None:
+    lanes = LaneThreads([LaneThatDefers(loss) for loss in (None, ChannelError("one"), ChannelError("two"))])  # type: ignore[list-item]
+    try:
+        with pytest.raises(ChannelError, match="one"):
+            lanes.raise_deferred()
+        lanes.raise_deferred()
+    finally:
+        lanes.close()
 
 
 def test_an_error_that_ends_the_run_is_raised_at_once() -> None:
