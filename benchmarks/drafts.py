@@ -124,8 +124,7 @@ def _measure(
 def _beginnings(model: LoadedModel, texts: Sequence[str], prompts: int) -> list[list[int]]:
     """The first tokens of documents that are longer than prompt and answer."""
     found: list[list[int]] = []
-    for text in texts:
-        ids = model.tokenizer.encode(text[: 40 * _PROMPT], add_special_tokens=False).ids
+    for ids in model.text.documents([text[: 40 * _PROMPT] for text in texts]):
         if len(ids) > _PROMPT + _TOKENS:
             found.append(ids[:_PROMPT])
         if len(found) == prompts:

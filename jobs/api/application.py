@@ -176,7 +176,8 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
         text = backend.chat.render([message.plain() for message in request.messages])
     except DataError as error:
         raise invalid(str(error), "messages") from error
-    prompt = backend.encode(text, "messages")
+    prompt = backend.encode(text, "messages", add_special_tokens=backend.chat.plain)
+    request = backend.completed(request)
     wanted, param = request.max_completion_tokens, "max_completion_tokens"
     if wanted is None:
         wanted, param = request.max_tokens, "max_tokens"

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -18,9 +18,12 @@ from engine.service import Delta, Listener
 from errors import ConfigError, QueueFull
 from jobs.api.api_errors import ApiError, invalid
 from jobs.api.chat_template import ChatTemplate
+from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
+from jobs.checkpoints.generation_defaults import GenerationDefaults
 
 _RETRY_SECONDS = 1
+_Request = TypeVar("_Request", ChatRequest, CompletionRequest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,8 @@ class Backend:
         model: Name of the model.
         version: Returns the version of the weights in use; answers carry the version that computed them.
         longest: Tokens that prompt and answer may have together.
-        end_of_text: Token that ends a text.
+        end_of_text: Token that an empty prompt stands for.
+        defaults: Sampling parameters that a request does not set.
         health: Returns why requests cannot be answered, or None.
         engines: Returns the engines' figures by name.
         experts: Returns the expert hosts' figures; None if there are no hosts.
@@ -101,6 +105,7 @@ class Backend:
     engines: Callable[[], Awaitable[Mapping[str, EngineFigures]]] = _no_engines
     experts: Callable[[], Awaitable[ExpertFigures | None]] = _no_experts
     metrics: ServingMetrics
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
     _longest_token: int = field(init=False, repr=False)
 
@@ -135,8 +140,20 @@ class Backend:
                 code="model_not_found",
             )
 
-    def encode(self, text: str, param: str) -> list[int]:
-        """Tokenize a text.
+    def completed(self, request: _Request) -> _Request:
+        """A request with the defaults of the model for the sampling parameters that it does not set."""
+        values = self.defaults.values
+        missing = {name: value for name, value in values.items() if name not in request.model_fields_set}
+        return request.model_copy(update=missing)
+
+    def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize a text; a special token that it spells becomes that token.
+
+        Args:
+            text: A prompt, or a conversation as the chat template writes it.
+            param: Name of the parameter with the text.
+            add_special_tokens: Add those that the tokenizer's post-processor says (BOS); templates write
+                them themselves.
 
         Raises:
             ApiError: It has an unpaired surrogate, or more characters than any prompt can have.
@@ -147,14 +164,15 @@ class Backend:
             raise invalid(f"{param} has half of a surrogate pair, which is no character", param) from error
         if len(text) > self.longest * self._longest_token:  # without tokenizing, which would take seconds
             raise invalid(f"{param} has {len(text)} characters, too many for {self.longest} tokens", param)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
         """Number of tokens that may be generated after a prompt.
 
         Args:
-            wanted: Number that the request asks for; None asks for as many as possible.
+            wanted: Number that the request asks for; None takes the model's default, or else as many as
+                possible.
             param: Name of the parameter with this number.
 
         Raises:
@@ -165,7 +183,7 @@ class Backend:
             raise invalid(f"the prompt has {len(prompt)} tokens; {longest_prompt} at most", "prompt")
         room = min(self.longest - len(prompt), self.limits.max_tokens or self.longest)
         if wanted is None:
-            return room
+            return min(room, self.defaults.max_tokens or room)
         if wanted > room:
             raise invalid(
                 f"{param} is {wanted}, but after a prompt of {len(prompt)} tokens there is room for {room}",

@@ -23,6 +23,9 @@ class ChatTemplate:
         source: Source of the template, in Jinja.
         special: Texts of special tokens by name (`bos_token`, …).
 
+    Attributes:
+        plain: Whether it is the template of models that have none, which writes no special tokens.
+
     Raises:
         DataError: The template cannot be parsed.
     """
@@ -36,6 +39,7 @@ class ChatTemplate:
         except TemplateError as error:
             raise DataError(f"the chat template cannot be read: {error}") from error
         self._special = dict(special or {})
+        self.plain = source == PLAIN
 
     @classmethod
     def from_directory(cls, directory: Path) -> ChatTemplate:

@@ -36,6 +36,7 @@ def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJo
     Raises:
         ApiError: A prompt is too long, or parameters contradict each other.
     """
+    request = backend.completed(request)
     asked = len(request.prompt) if _several(request.prompt) else 1
     if asked * request.n > MAX_CHOICES:
         raise invalid(f"prompt and n make {asked * request.n} choices; {MAX_CHOICES} at most", "prompt")
@@ -69,7 +70,10 @@ def _several(given: str | Sequence[Any]) -> bool:
 def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
     """Every prompt as tokens; an empty prompt becomes the end-of-text token, which precedes every text."""
     items = list(given) if _several(given) else [given]
-    encoded = [backend.encode(item, "prompt") if isinstance(item, str) else list(item) for item in items]
+    encoded = [
+        backend.encode(item, "prompt", add_special_tokens=True) if isinstance(item, str) else list(item)
+        for item in items
+    ]
     return [tokens or [backend.end_of_text] for tokens in encoded]
 
 

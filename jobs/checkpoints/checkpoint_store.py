@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import CheckpointError
+from jobs.config.hub_names import hub_hint
 
 _FORMAT = 1
 _STATE = "state.json"
@@ -110,7 +111,9 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: There is none.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run's directory or one of its checkpoints")
+        raise CheckpointError(
+            f"{path} does not exist; give a run's directory or one of its checkpoints{hub_hint(path)}"
+        )
     if (path / _STATE).is_file():
         return path
     for directory in (path / "checkpoints", path):

@@ -12,7 +12,7 @@ from errors import CheckpointError
 from jobs.checkpoints.checkpoint_store import find_checkpoint
 from jobs.checkpoints.memory_need import check_memory, loading_need
 from jobs.config.device_and_dtype import computes_bfloat16
-from jobs.data.tokenizer import load_tokenizer
+from jobs.data.tokenizer import ModelTokenizer, load_tokenizer
 from model.checkpoints.pretrained import PretrainedSource, ShardReader, load_pretrained
 from model.experts.local import LocalExperts
 from model.transformer import Transformer
@@ -26,15 +26,18 @@ class LoadedModel:
         directory: The directory that it was loaded from.
         transformer: The trunk, with its configuration in `.config`.
         experts: All routed experts.
-        tokenizer: The tokenizer from the same directory.
-        end_of_text: Id of the token that ends a text.
+        text: The tokenizer from the same directory, with the roles of its tokens.
     """
 
     directory: Path
     transformer: Transformer
     experts: LocalExperts
-    tokenizer: Tokenizer
-    end_of_text: int
+    text: ModelTokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer alone."""
+        return self.text.tokenizer
 
 
 def find_weights(path: Path) -> Path:
@@ -70,13 +73,11 @@ def load_model(path: Path) -> LoadedModel:
         advice="use a machine with more, or raymoe serve with cluster.expert_hosts on several machines",
     )
     model = load_pretrained(directory, dtype=dtype).eval()
-    tokenizer, end_of_text = load_tokenizer(directory, model.config.vocab_size)
     return LoadedModel(
         directory=directory,
         transformer=model.trunk,
         experts=model.experts,
-        tokenizer=tokenizer,
-        end_of_text=end_of_text,
+        text=load_tokenizer(directory, model.config.vocab_size),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from errors import DataError
-from jobs.cli.options import Checkpoint, ConfigFile, Debug, Json, Overrides, Result, Threads
+from jobs.cli.options import Checkpoint, ConfigFile, Debug, Generation, Json, Overrides, Result, Threads
 from jobs.console import finish, say, surfaced
 
 
@@ -30,9 +30,16 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from stdin.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Largest number of tokens to generate; by default the model's, or 128."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Sampling temperature, 0 is greedy; by default the model's, or 0."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    generation_config: Generation = None,
     threads: Threads = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -44,7 +51,13 @@ def generate(
         from jobs.tools.generate import generate as run
 
         return run(
-            checkpoint, text, max_tokens=max_tokens, temperature=temperature, seed=seed, threads=threads
+            checkpoint,
+            text,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            generation_config=generation_config or "auto",
+            threads=threads,
         )
 
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,13 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(metavar="CKPT", help="A checkpoint, a run's directory, or a Hugging Face directory."),
 ]
+Generation = Annotated[
+    Literal["auto", "none"] | None,
+    typer.Option(
+        "--generation-config",
+        help="auto: take sampling defaults from the model's generation_config.json; none: leave it out.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Compute threads; by default one for each core.")
 ]
@@ -42,6 +49,7 @@ __all__ = [
     "Checkpoint",
     "ConfigFile",
     "Debug",
+    "Generation",
     "Json",
     "Overrides",
     "Preset",

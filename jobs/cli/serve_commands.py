@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Address, Checkpoint, Debug, Json, Overrides
+from jobs.cli.options import Address, Checkpoint, Debug, Generation, Json, Overrides
 from jobs.console import announcing, finish, surfaced
 
 
@@ -29,6 +29,7 @@ def serve(
     grpc_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port for gRPC; by default gRPC is off.")
     ] = None,
+    generation_config: Generation = None,
     address: Address = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -44,7 +45,8 @@ def serve(
     from jobs.serving.serve import Endpoints
     from jobs.serving.serve import serve as run
 
-    chosen = ServeConfig.load(config, overrides or [])
+    given = [] if generation_config is None else [f"serving.generation_config={generation_config}"]
+    chosen = ServeConfig.load(config, [*(overrides or []), *given])
 
     with announcing() as announce:
 

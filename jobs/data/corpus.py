@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,10 +24,19 @@ from tokenizers import Tokenizer
 from errors import DataError
 from jobs.config.run_config import RunConfig
 from jobs.console import counted, own_error
+from jobs.data.carried_files import TOKENIZER_FILE, CarriedFiles
 from jobs.data.documents import Document, SourceFile, find_files, held_out, name_hash, read_documents
 from jobs.data.held_out import HeldOut, zlib_bits_per_byte
 from jobs.data.packing import PackedCorpus, Packer, TokenBlock
-from jobs.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from jobs.data.tokenizer import (
+    begins_documents,
+    document_tokenizer,
+    encode_documents,
+    load_tokenizer,
+    tokenizer_files,
+    train_tokenizer,
+    trained_files,
+)
 
 _SAMPLE_BYTES = 16 << 20  # of training text that a tokenizer is trained on
 _CHUNK_BYTES = 8 << 20  # of text that one block of a dataset holds, about
@@ -57,6 +66,7 @@ class PreparedData:
         train: Rows to train on.
         train_documents: Number of documents in these rows.
         held_out: Rows to evaluate on.
+        carried: Files that every checkpoint of the run gets beside its weights.
     """
 
     tokenizer: str
@@ -64,10 +74,18 @@ class PreparedData:
     train: PackedCorpus
     train_documents: int
     held_out: HeldOut
+    carried: CarriedFiles = field(default_factory=CarriedFiles)
 
     def save_tokenizer(self, directory: Path) -> None:
-        """Write the tokenizer into a folder, in the format of transformers."""
-        save_tokenizer(Tokenizer.from_str(self.tokenizer), self.end_of_text, directory)
+        """Write the tokenizer and what is carried with it into a folder; ids go into its config.json."""
+        self.carried.write(directory)
+
+    def carrying(self, weights: Path) -> PreparedData:
+        """The same data for a run that starts from weights, whose other files its checkpoints then have."""
+        theirs = CarriedFiles.of_model(weights)
+        if not (weights / TOKENIZER_FILE).is_file():  # the tokenizer is that of data.tokenizer
+            theirs = replace(theirs, files={**theirs.files, **self.carried.files})
+        return replace(self, carried=theirs.over(self.carried))
 
 
 def prepare(
@@ -88,17 +106,20 @@ def prepare(
     note = note or (lambda _: None)
     chosen = tokenizer or (Path(config.data.tokenizer).expanduser() if config.data.tokenizer else None)
     vocab_size = config.model.vocab_size
-    given = load_tokenizer(chosen, vocab_size) if chosen else None
+    loaded = load_tokenizer(chosen, vocab_size) if chosen else None
     files = find_files(config.data.path)
     note(f"reading {counted(len(files), 'file')}")
     documents = _read(files, config.data.text_field)
     sizes = {row["name"]: row["size"] for row in _take(documents.select_columns(["name", "size"]))}
     held = held_out(list(sizes), config.data.validation_fraction)
     training, validation = _only(documents, held, keep=False), _only(documents, held, keep=True)
-    if given is None:
+    if loaded is None or chosen is None:
         note(f"training the tokenizer: {vocab_size:,} tokens")
-        given = train_tokenizer(_sample(training, sizes, held), vocab_size)
-    model, end_of_text = given
+        model, end_of_text = train_tokenizer(_sample(training, sizes, held), vocab_size)
+        carried = trained_files(model, end_of_text)
+    else:
+        model, end_of_text = loaded.tokenizer, loaded.end_of_text
+        carried = tokenizer_files(chosen, loaded)
     text = model.to_str()
 
     note(f"packing {counted(len(sizes), 'document')}")
@@ -119,7 +140,9 @@ def prepare(
             documents=len(held),
             size=sum(sizes[name] for name in held),
             zlib_bits_per_byte=zlib_bits_per_byte(row["text"] for row in _take(validation)),
+            begun=begins_documents(model),
         ),
+        carried=carried,
     )
 
 
@@ -190,8 +213,8 @@ def _pack(
 
     def encode(batch: pa.Table) -> pa.Table:
         texts = batch.column("text").to_pylist()
-        encoded = _tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-        return pa.table({"tokens": pa.array([one.ids for one in encoded], pa.large_list(pa.int32()))})
+        encoded = encode_documents(_tokenizer(tokenizer), texts, end_of_text)
+        return pa.table({"tokens": pa.array(encoded, pa.large_list(pa.int32()))})
 
     length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
     rows_per_block = max(1, (4 << 20) // length)
@@ -227,7 +250,7 @@ def _pack(
 
 @lru_cache(maxsize=1)
 def _tokenizer(text: str) -> Tokenizer:
-    return Tokenizer.from_str(text)
+    return document_tokenizer(text)
 
 
 def _take(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:

@@ -19,21 +19,24 @@ class HeldOut:
         documents: Number of documents.
         size: Bytes of all documents in UTF-8.
         zlib_bits_per_byte: Bits per byte that zlib needs for the same documents.
+        begun: Whether the first token of every document is the same (BOS), so that it costs nothing.
     """
 
     rows: PackedCorpus
     documents: int
     size: int
     zlib_bits_per_byte: float
+    begun: bool = False
 
     def bits_per_byte(self, loss_sum: float, vocab_size: int) -> float:
         """Bits per byte of text.
 
         Args:
             loss_sum: Cross-entropy in nats, summed over all valid targets of all rows.
-            vocab_size: Size of the vocabulary; the first token of a document costs log(vocab_size).
+            vocab_size: Size of the vocabulary; without BOS the first token of a document, which is no
+                target, costs log(vocab_size).
         """
-        nats = loss_sum + self.documents * math.log(vocab_size)
+        nats = loss_sum + (0.0 if self.begun else self.documents * math.log(vocab_size))
         return nats / math.log(2) / self.size
 
 

@@ -1,19 +1,101 @@
-"""Byte-level BPE tokenizers: trained on a sample or loaded, and saved for transformers' AutoTokenizer."""
+"""Tokenizers: a byte-level BPE trained on a sample, and those of models, read as transformers reads them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from errors import ConfigError, DataError
+from jobs.config.hub_names import hub_hint
 from jobs.config.run_config import SMALLEST_VOCABULARY
+from jobs.data.carried_files import (
+    GENERATION_FILE,
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    CarriedFiles,
+    as_json,
+    read_object,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the end-of-text token in common tokenizers.
 _KNOWN_ENDS = (END_OF_TEXT, "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end_of_text|>", "</s>", "<eos>")
+_ROLES = ("bos", "eos", "pad")
+_BATCH = 64  # documents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelTokenizer:
+    """A tokenizer, and the tokens that the files beside it give a role.
+
+    Attributes:
+        tokenizer: Encodes and decodes; a special token that is spelled in a text becomes that token.
+        end_of_text: Id of the token after each document.
+        ends: Ids of all tokens that end a generated text: the tokenizer's, and those of config.json and
+            generation_config.json.
+        ids: `bos_token_id`, `eos_token_id` and `pad_token_id` as the tokenizer's files have them.
+    """
+
+    tokenizer: Tokenizer
+    end_of_text: int
+    ends: frozenset[int]
+    ids: Mapping[str, int | None] = field(default_factory=dict)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids: one more than the highest; not all need to have a token."""
+        return highest_id(self.tokenizer) + 1
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of a text to continue, with those that the post-processor adds.
+
+        An empty one becomes the end-of-text token, which precedes every document.
+        """
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids or [self.end_of_text]
+
+    def documents(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Tokens of each document, as `encode_documents` makes them."""
+        encoder = document_tokenizer(self.tokenizer.to_str())
+        for start in range(0, len(texts), _BATCH):
+            yield from encode_documents(encoder, texts[start : start + _BATCH], self.end_of_text)
+
+
+def document_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer in a text of tokenizer.json, for documents: special tokens in them are plain text."""
+    tokenizer = _uncut(Tokenizer.from_str(text))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end_of_text: int) -> list[list[int]]:
+    """Tokens of each document, begun as the post-processor says, without the end-of-text token.
+
+    Args:
+        tokenizer: From `document_tokenizer`.
+        texts: The documents.
+        end_of_text: Id of the token that the packing of documents appends.
+    """
+    documents = []
+    for one in tokenizer.encode_batch_fast(list(texts)):
+        ids, added = one.ids, one.special_tokens_mask
+        documents.append(ids[:-1] if ids and added[-1] and ids[-1] == end_of_text else ids)
+    return documents
+
+
+def begins_documents(tokenizer: Tokenizer) -> bool:
+    """Whether the post-processor puts a token before every text (BOS)."""
+    added = tokenizer.encode("a").special_tokens_mask
+    return bool(added and added[0])
+
+
+def highest_id(tokenizer: Tokenizer) -> int:
+    """The highest id of a token; -1 without tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, int]:
@@ -43,37 +125,56 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, i
     return tokenizer, tokenizer.get_vocab()[END_OF_TEXT]
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> tuple[Tokenizer, int]:
-    """Load a tokenizer.json, or the one in a folder.
+def load_tokenizer(path: Path, vocab_size: int) -> ModelTokenizer:
+    """Load a tokenizer.json, or the one in a folder, with the roles that the files beside it give tokens.
 
-    Returns:
-        The tokenizer, and the id of its end-of-text token.
+    Truncation and padding that tokenizer.json may ask for are left out, as transformers does.
 
     Raises:
-        DataError: There is none, or it cannot be read.
+        DataError: There is none, or it or a file beside it cannot be read.
         ConfigError: It has more tokens than the model, or no end-of-text token.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"data.tokenizer: {file} does not exist; give a tokenizer.json or a folder with one")
+        raise DataError(
+            f"data.tokenizer: {file} does not exist; give a tokenizer.json or a folder with one"
+            f"{hub_hint(path)}"
+        )
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = _uncut(Tokenizer.from_file(str(file)))
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"data.tokenizer: {file} is not a tokenizer.json: {error}") from None
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    highest = highest_id(tokenizer) + 1
     if highest > vocab_size:
         raise ConfigError(
             f"model.vocab_size ({vocab_size}) is smaller than the {highest} tokens of {file}; "
             f"set model.vocab_size={highest}"
         )
-    return tokenizer, _end_of_text(tokenizer, file)
+    ids = _declared_ids(tokenizer, file.parent)
+    declared = [ids["eos_token_id"], *_generation_ends(file.parent)]
+    ends = [end for end in declared if end is not None] or _known_ends(tokenizer)[:1]
+    if not ends:
+        raise ConfigError(
+            f"data.tokenizer: {file} has no end-of-text token; it needs one of {', '.join(_KNOWN_ENDS)}, "
+            "or an eos_token in a tokenizer_config.json beside it"
+        )
+    return ModelTokenizer(
+        tokenizer=tokenizer,
+        end_of_text=ends[0],
+        ends=frozenset(ends),
+        ids={**ids, "eos_token_id": ends[0]},
+    )
 
 
 def save_tokenizer(tokenizer: Tokenizer, end_of_text: int, directory: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into a folder."""
+    """Write a trained tokenizer's files into a folder, in the format of transformers."""
     directory.mkdir(parents=True, exist_ok=True)
+    trained_files(tokenizer, end_of_text).write(directory)
+
+
+def trained_files(tokenizer: Tokenizer, end_of_text: int) -> CarriedFiles:
+    """The files of a trained tokenizer, with its ids for config.json."""
     end = tokenizer.id_to_token(end_of_text)
-    tokenizer.save(str(directory / "tokenizer.json"))
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
@@ -83,37 +184,76 @@ def save_tokenizer(tokenizer: Tokenizer, end_of_text: int, directory: Path) -> N
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
-    _write_json(directory / "tokenizer_config.json", described)
-    _write_json(directory / "special_tokens_map.json", {"eos_token": end, "pad_token": end})
-
-
-def _end_of_text(tokenizer: Tokenizer, file: Path) -> int:
-    for name in _end_names(file):
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return int(found)
-    raise ConfigError(
-        f"data.tokenizer: {file} has no end-of-text token; it needs one of {', '.join(_KNOWN_ENDS)}, "
-        "or an eos_token in a tokenizer_config.json beside it"
+    return CarriedFiles(
+        files={
+            TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode(),
+            "tokenizer_config.json": as_json(described),
+            "special_tokens_map.json": as_json({"eos_token": end, "pad_token": end}),
+        },
+        config={"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": end_of_text},
     )
 
 
-def _end_names(file: Path) -> tuple[str, ...]:
-    """Possible names of the end-of-text token, first that of a tokenizer_config.json in the same folder."""
-    beside = file.parent / "tokenizer_config.json"
-    if not beside.is_file():
-        return _KNOWN_ENDS
-    try:
-        named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError):
-        raise DataError(f"data.tokenizer: {beside} is not a JSON object; repair or remove it") from None
-    if isinstance(named, dict):  # an AddedToken in JSON
-        named = named.get("content")
-    return (named, *_KNOWN_ENDS) if isinstance(named, str) else _KNOWN_ENDS
+def tokenizer_files(path: Path, text: ModelTokenizer) -> CarriedFiles:
+    """The files of a tokenizer that was loaded from a path, with its ids for config.json."""
+    found = CarriedFiles.of_tokenizer(path if path.is_dir() else path.parent)
+    own = {TOKENIZER_FILE: path.read_bytes()} if path.is_file() else {}
+    return CarriedFiles(files={**found.files, **own}, config=text.ids)
 
 
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _known_ends(tokenizer: Tokenizer) -> list[int]:
+    return [found for found in map(tokenizer.token_to_id, _KNOWN_ENDS) if found is not None]
 
 
-__all__ = ["END_OF_TEXT", "load_tokenizer", "save_tokenizer", "train_tokenizer"]
+def _uncut(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _declared_ids(tokenizer: Tokenizer, folder: Path) -> dict[str, int | None]:
+    """Ids of the tokens that the files beside a tokenizer.json name; None where they name none."""
+    named = {
+        **read_object(folder / "special_tokens_map.json"),
+        **read_object(folder / "tokenizer_config.json"),
+    }
+    ids: dict[str, int | None] = {}
+    for role in _ROLES:
+        name = named.get(f"{role}_token")
+        if isinstance(name, dict):  # an AddedToken in JSON
+            name = name.get("content")
+        ids[f"{role}_token_id"] = tokenizer.token_to_id(name) if isinstance(name, str) else None
+    return ids
+
+
+def _generation_ends(folder: Path) -> list[int]:
+    """Ids of end tokens in config.json and generation_config.json, in their order.
+
+    Raises:
+        DataError: One is not a number.
+    """
+    ends: list[int] = []
+    for name in (MODEL_FILE, GENERATION_FILE):
+        given: Any = read_object(folder / name).get("eos_token_id")
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        if any(isinstance(one, bool) or not isinstance(one, int) for one in listed):
+            raise DataError(
+                f"{folder / name}: eos_token_id is {given!r}; write a token's id, a list of ids, or null"
+            )
+        ends += [one for one in listed if one >= 0]
+    return ends
+
+
+__all__ = [
+    "END_OF_TEXT",
+    "ModelTokenizer",
+    "begins_documents",
+    "document_tokenizer",
+    "encode_documents",
+    "highest_id",
+    "load_tokenizer",
+    "save_tokenizer",
+    "tokenizer_files",
+    "train_tokenizer",
+    "trained_files",
+]

@@ -11,6 +11,7 @@ from cluster.config import ClusterConfig, GpuShare, Reserved, Seconds
 from engine.settings import EngineSettings
 from errors import ConfigError
 from jobs.api.backend import Limits
+from jobs.checkpoints.generation_defaults import GenerationSource
 from jobs.config.config_file import apply_override
 from jobs.config.field_errors import Section
 from jobs.config.run_config import CountOrZero, DTypeName, Size, Threads
@@ -32,6 +33,8 @@ class ServingConfig(Section):
         pace_drafts: draft only while it saves time; false drafts always.
         overlap_from: positions of a step from which a replica computes it in two halves, so that one half
             computes while the other's experts are away; null never does.
+        generation_config: `auto` takes sampling parameters that a request does not set from the model's
+            generation_config.json, `none` takes raymoe's defaults; its end tokens hold either way.
         max_queue: requests that may wait at a replica; further ones get status 429.
         max_prompt: largest number of tokens of a prompt; null is the model's limit.
         max_tokens: largest number of tokens that a request may ask for; null is the model's limit.
@@ -56,6 +59,7 @@ class ServingConfig(Section):
     drafts: CountOrZero | None = None
     pace_drafts: bool = True
     overlap_from: Size | None = None
+    generation_config: GenerationSource = "auto"
     max_queue: CountOrZero = 256
     max_prompt: Size | None = None
     max_tokens: Size | None = None

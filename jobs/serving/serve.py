@@ -19,6 +19,7 @@ from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from errors import ConfigError, ResourceError
+from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.checkpoints.loaded_model import find_weights
 from jobs.data.tokenizer import load_tokenizer
 from jobs.fleet.expert_hosts import check_transport, on_loopback
@@ -131,6 +132,7 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, grpc
     source.check()
     model = source.config
     load_tokenizer(directory, model.vocab_size)
+    GenerationDefaults.of(directory, config.serving.generation_config)
     if config.cluster.expert_hosts > model.n_routed_experts:
         raise ConfigError(
             f"cluster.expert_hosts ({config.cluster.expert_hosts}) is more than the model's "

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from tokenizers import Tokenizer
 
 from errors import CheckpointError, ResourceError
 from jobs.checkpoints.loaded_model import compute_dtype
 from jobs.checkpoints.memory_need import free_memory
-from jobs.data.tokenizer import load_tokenizer
+from jobs.data.tokenizer import ModelTokenizer, load_tokenizer
 from jobs.serving.config import ServeConfig
 from model.checkpoints.pretrained import PretrainedSource
 from model.config import ModelConfig
@@ -66,8 +65,7 @@ class ModelShape:
 
     model: ModelConfig
     dtype: torch.dtype
-    tokenizer: Tokenizer
-    end_of_text: int
+    text: ModelTokenizer
 
     @classmethod
     def of(cls, config: ServeConfig, directory: Path) -> Self:
@@ -79,12 +77,10 @@ class ModelShape:
         """
         source = PretrainedSource(directory)
         source.check()
-        tokenizer, end_of_text = load_tokenizer(directory, source.config.vocab_size)
         return cls(
             model=source.config,
             dtype=serving_dtype(config, directory),
-            tokenizer=tokenizer,
-            end_of_text=end_of_text,
+            text=load_tokenizer(directory, source.config.vocab_size),
         )
 
     def refuse_other(self, other: ModelShape, directory: Path) -> None:
@@ -105,11 +101,15 @@ class ModelShape:
                 f"{directory}: its dtype is {other.dtype}, and that of the served model {self.dtype}; "
                 "set serving.dtype for the deployment"
             )
-        same_text = other.tokenizer.to_str() == self.tokenizer.to_str()
-        if not same_text or other.end_of_text != self.end_of_text:
+        if other.text.tokenizer.to_str() != self.text.tokenizer.to_str():
             raise CheckpointError(
                 f"{directory}: tokenizer.json differs from the served model's, with which running requests "
                 "were tokenized; deploy this checkpoint as a new application"
+            )
+        if other.text.ends != self.text.ends:
+            raise CheckpointError(
+                f"{directory}: its end tokens (eos_token_id) are {sorted(other.text.ends)}, and those of the "
+                f"served model {sorted(self.text.ends)}; deploy this checkpoint as a new application"
             )
 
 

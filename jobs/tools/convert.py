@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from errors import CheckpointError, ConfigError
+from jobs.checkpoints.checkpoint_store import CheckpointStore
 from jobs.checkpoints.loaded_model import find_weights
+from jobs.config.hub_names import hub_hint
+from jobs.data.carried_files import TOKENIZER_FILE, CarriedFiles
 from jobs.data.tokenizer import load_tokenizer
 from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize
 from model.checkpoints.hf_names import HEAD, duplicate_names, expert_names
@@ -29,12 +32,7 @@ from model.config import ModelConfig
 
 _SHARD_BYTES = 2 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+_SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _BIAS = "e_score_correction_bias"
 _THEIR_GROUP_SCORE = 2  # number of experts that score a group in other implementations
 TensorShape = tuple[int, ...]
@@ -78,6 +76,16 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -
             empty.
         ConfigError: `dtype` is unknown.
     """
+    if not source.exists():
+        raise CheckpointError(
+            f"{source} does not exist; give a directory with config.json and safetensors files"
+            f"{hub_hint(source)}"
+        )
+    if not (source / "config.json").is_file() and CheckpointStore(source / "checkpoints").complete():
+        raise CheckpointError(
+            f"{source} is a run's directory, which needs no import: generate, eval, serve and train --init "
+            f"take it as it is, and `raymoe export {source} HF_DIR` writes a Hugging Face directory"
+        )
     return _write(_CheckpointTensors(source, _dtype(dtype)), target)
 
 
@@ -142,9 +150,12 @@ class _CheckpointTensors:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in _DTYPES:
+    if name is None:
+        return None
+    full = _SHORT_NAMES.get(name, name)
+    if full not in _DTYPES:
         raise ConfigError(f"--dtype {name!r} is unknown; use one of {', '.join(_DTYPES)}")
-    return _DTYPES[name] if name is not None else None
+    return _DTYPES[full]
 
 
 def _write(source: _CheckpointTensors, target: Path) -> dict[str, Any]:
@@ -161,10 +172,8 @@ def _write(source: _CheckpointTensors, target: Path) -> dict[str, Any]:
             size += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(making / INDEX, index)
-        for name in _TOKENIZER_FILES:
-            if (source.directory / name).is_file():
-                shutil.copyfile(source.directory / name, making / name)
-        write_json(making / "config.json", _hf_config(source.config, making, source.dtype))
+        write_json(making / "config.json", _hf_config(source))
+        _carried(source).write(making)
     return {
         "directory": str(target),
         "source": str(source.directory),
@@ -188,13 +197,20 @@ def _shards(shapes: dict[str, TensorShape], itemsize: int) -> Iterator[list[str]
     yield held
 
 
-def _hf_config(config: ModelConfig, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
-    name = str(dtype).removeprefix("torch.")
+def _hf_config(source: _CheckpointTensors) -> dict[str, Any]:
+    name = str(source.dtype).removeprefix("torch.")
     # Older versions of transformers read the second name.
-    values = {**config.to_hf(), "dtype": name, "torch_dtype": name}
-    if (directory / "tokenizer.json").is_file():
-        values["eos_token_id"] = load_tokenizer(directory, config.vocab_size)[1]
-    return values
+    return {**source.config.to_hf(), "dtype": name, "torch_dtype": name}
+
+
+def _carried(source: _CheckpointTensors) -> CarriedFiles:
+    """What the source has beside its weights; ids of special tokens that its config.json does not name are
+    the tokenizer's."""
+    carried = CarriedFiles.of_model(source.directory)
+    if TOKENIZER_FILE not in carried.files:
+        return carried
+    text = load_tokenizer(source.directory, source.config.vocab_size)
+    return carried.over(CarriedFiles(config=text.ids))
 
 
 def _deviation(config: ModelConfig) -> dict[str, str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 
 from errors import CheckpointError, ConfigError, DataError
@@ -18,6 +17,7 @@ from jobs.console import counted
 from jobs.data.documents import find_files, held_out, read_documents
 from jobs.data.held_out import HeldOut, zlib_bits_per_byte
 from jobs.data.packing import pack
+from jobs.data.tokenizer import begins_documents
 from model.losses.training_losses import evaluation_loss
 
 _LENGTH = 1024  # tokens of a row for weights without a run
@@ -73,10 +73,10 @@ def judge(model: LoadedModel, texts: list[str], *, sequence_length: int, batch_s
     """Evaluate every token of the texts once, with its own document as context."""
     depth = model.transformer.config.num_nextn_predict_layers
     rows = pack(
-        _encoded(model, texts),
+        model.text.documents(texts),
         sequence_length=sequence_length,
         depth=depth,
-        end_of_text=model.end_of_text,
+        end_of_text=model.text.end_of_text,
         pad=True,
     )
     judged = HeldOut(
@@ -84,6 +84,7 @@ def judge(model: LoadedModel, texts: list[str], *, sequence_length: int, batch_s
         documents=len(texts),
         size=sum(len(text.encode()) for text in texts),
         zlib_bits_per_byte=zlib_bits_per_byte(texts),
+        begun=begins_documents(model.tokenizer),
     )
     nats, targets = 0.0, 0
     accepted, drafted = [0] * depth, [0] * depth
@@ -150,12 +151,6 @@ def _texts(
     if not documents:
         raise DataError(f"--data: {data} holds no text; give files that are not empty")
     return [document.text for document in documents]
-
-
-def _encoded(model: LoadedModel, texts: list[str]) -> Iterator[npt.ArrayLike]:
-    for start in range(0, len(texts), 64):
-        for one in model.tokenizer.encode_batch_fast(texts[start : start + 64], add_special_tokens=False):
-            yield one.ids
 
 
 __all__ = ["documents_of", "evaluate", "judge"]

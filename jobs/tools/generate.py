@@ -11,21 +11,33 @@ import torch
 
 from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from errors import DataError
+from jobs.checkpoints.generation_defaults import GenerationDefaults, GenerationSource
 from jobs.checkpoints.loaded_model import LoadedModel, load_model
 
 _PAGE = 64
+_MAX_TOKENS = 128
 
 
 def generate(
     checkpoint: Path,
     prompt: str,
     *,
-    max_tokens: int,
-    temperature: float = 0.0,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
     seed: int = 0,
+    generation_config: GenerationSource = "auto",
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt; the same arguments give the same text.
+
+    Args:
+        checkpoint: A checkpoint, a run's directory, or a Hugging Face directory.
+        prompt: The text to continue; special tokens that it spells are these tokens.
+        max_tokens: Largest number of tokens; None takes generation_config.json's max_new_tokens, else 128.
+        temperature: Sampling temperature; None takes generation_config.json's, else 0, which is greedy.
+        seed: Seed of the sampling.
+        generation_config: Whether the model's generation_config.json gives further sampling parameters.
+        threads: Compute threads; None takes one for each core.
 
     Returns:
         prompt, text (the generated text), tokens, finish_reason (`stop` at the end of the text, `length`
@@ -33,7 +45,7 @@ def generate(
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
-        DataError: The prompt is not UTF-8, or too long.
+        DataError: The prompt is not UTF-8, or too long, or generation_config.json is damaged.
     """
     try:
         prompt.encode()
@@ -42,9 +54,16 @@ def generate(
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(checkpoint)
-    ids = model.tokenizer.encode(prompt, add_special_tokens=False).ids
+    defaults = GenerationDefaults.of(model.directory, generation_config)
     began = time.perf_counter()
-    new, reason = continue_tokens(model, ids, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    new, reason = continue_tokens(
+        model,
+        model.text.prompt(prompt),
+        max_tokens=max_tokens or defaults.max_tokens or _MAX_TOKENS,
+        temperature=defaults.temperature if temperature is None else temperature,
+        seed=seed,
+        defaults=defaults,
+    )
     return {
         "prompt": prompt,
         "text": model.tokenizer.decode(new),
@@ -56,15 +75,20 @@ def generate(
 
 
 def continue_tokens(
-    model: LoadedModel, prompt: Sequence[int], *, max_tokens: int, temperature: float, seed: int
+    model: LoadedModel,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    defaults: GenerationDefaults | None = None,
 ) -> tuple[list[int], str]:
-    """Tokens after the prompt, without the end of text, and the reason why they end.
+    """Tokens after the prompt, without the end token, and the reason why they end.
 
     Raises:
         DataError: The prompt is too long.
     """
-    # An empty prompt becomes the end-of-text token, which precedes every document.
-    ids = list(prompt) or [model.end_of_text]
+    ids = list(prompt)
     longest = model.transformer.config.max_position_embeddings
     if len(ids) >= longest:
         raise DataError(
@@ -76,14 +100,15 @@ def continue_tokens(
         TrunkWeights.of(model.transformer),
         model.experts,
         EngineSettings(cache_tokens=-(-most // _PAGE) * _PAGE, page_size=_PAGE, max_sequences=1),
-        end_of_text=[model.end_of_text],
-        vocabulary=model.tokenizer.get_vocab_size(),  # the model's embedding may be larger
+        end_of_text=list(model.text.ends),
+        vocabulary=model.text.vocabulary,  # the model's embedding may be larger
     )
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    given = {} if defaults is None else defaults.values
+    params = SamplingParams(**{**given, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     sequence = engine.add("generate", ids, params)
     while engine.has_work:
         engine.step()
-    new = [token for token in sequence.output if token != model.end_of_text]
+    new = [token for token in sequence.output if token not in model.text.ends]
     return new, sequence.finish_reason or "length"
 
 

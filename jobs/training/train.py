@@ -22,6 +22,7 @@ from errors import CheckpointError, ConfigError
 from jobs.checkpoints.checkpoint_store import CheckpointStore, find_checkpoint, read_state
 from jobs.config.config_file import write_config
 from jobs.config.device_and_dtype import check_dtype
+from jobs.config.hub_names import hub_hint
 from jobs.config.run_config import RunConfig, TrainingConfig
 from jobs.console import Progress
 from jobs.data.corpus import PreparedData, prepare
@@ -104,6 +105,8 @@ def _train(
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         data = prepare(config, tokenizer=tokenizer, note=None if progress is None else progress.note)
+        if begin.weights is not None:
+            data = data.carrying(begin.weights)
         write_config(config, output / "config.yaml")
         shutil.rmtree(output / FOLDER, ignore_errors=True)  # left by the run before it was resumed
         began = time.perf_counter()
@@ -161,6 +164,11 @@ def _start(
         checkpoint = find_checkpoint(output)
         begin = RunStart(run=name, step=read_state(checkpoint).step, weights=checkpoint, moments=True)
     elif init is not None:
+        if not init.expanduser().exists():
+            raise CheckpointError(
+                f"--init {init} does not exist; give a checkpoint, a run's directory or a Hugging Face "
+                f"directory{hub_hint(init)}"
+            )
         init = init.expanduser().resolve()  # hosts and workers have other working directories
         weights = init if (init / "config.json").is_file() else find_checkpoint(init)
         _check_shape(config, weights)

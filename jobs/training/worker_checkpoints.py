@@ -83,8 +83,8 @@ class WorkerCheckpoints:
             self._experts.save(str(directory))
         else:
             self._coordinator.save(str(directory), step)
-        self._data.save_tokenizer(directory)
         write_model_config(directory, self._config.model, dtype=self._trunk.dtype)
+        self._data.save_tokenizer(directory)
         write_index(directory)
         require_experts(directory, self._config.model)
         self._store.commit(

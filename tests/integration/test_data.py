@@ -19,8 +19,11 @@ from tokenizers import Tokenizer
 from errors import ConfigError, DataError
 from jobs.config.config_file import load_config
 from jobs.config.run_config import RunConfig
+from jobs.data.carried_files import CarriedFiles
 from jobs.data.corpus import PreparedData, prepare
 from jobs.data.documents import find_files, held_out, read_documents
+from model.checkpoints.pretrained import write_model_config
+from support.foreign_model import END, MODEL, save_foreign_model
 
 TEXTS = [f"Document number {i} says " + " ".join(f"word{j % (i + 3)}" for j in range(60)) for i in range(30)]
 # Ray's own code warns of its own settings.
@@ -180,6 +183,37 @@ def test_ray_says_nothing_beside_the_error(tmp_path: Path, capfd: pytest.Capture
     finally:
         logging.getLogger("ray").setLevel(level)
     assert capfd.readouterr().err == ""
+
+
+def test_documents_begin_as_the_tokenizer_says_and_what_it_came_with_is_carried(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    foreign = save_foreign_model(tmp_path / "foreign")
+    texts = ["def the cat</s> sat", "<s>the self<|im_end|>"] * 20
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = prepare(
+        _config(tmp_path / "corpus.jsonl", "data.validation_fraction=0.1"),
+        tokenizer=foreign / "tokenizer.json",
+    )
+    theirs = AutoTokenizer.from_pretrained(foreign)
+    expected = {tuple(theirs(text, split_special_tokens=True)["input_ids"]) for text in texts}
+    stream = [token for row in _rows(data) for token in row[: data.train.sequence_length]]
+    found, at = set(), 0
+    while END in stream[at:]:
+        end = stream.index(END, at)
+        found.add(tuple(stream[at:end]))
+        at = end + 1
+    assert found == expected
+    assert data.held_out.begun
+
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    write_model_config(checkpoint, MODEL)
+    data.carrying(foreign).save_tokenizer(checkpoint)
+    given = CarriedFiles.of_model(foreign)
+    written = CarriedFiles.of_model(checkpoint)
+    assert written.files == given.files
+    assert {name: written.config[name] for name in given.config} == given.config
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_transformers_computes_the_same_logits(checkpoint: Path, tmp_path: Path)
     ours = load_model(checkpoint)
     expected = theirs(TOKENS).logits
     torch.testing.assert_close(ours.transformer(TOKENS, experts=ours.experts), expected, rtol=1e-4, atol=1e-4)
-    assert theirs.generation_config.eos_token_id == ours.end_of_text
+    assert theirs.generation_config.eos_token_id == ours.text.end_of_text
 
 
 @torch.no_grad()

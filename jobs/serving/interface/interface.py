@@ -15,6 +15,7 @@ from jobs.api import build_api
 from jobs.api.backend import Backend
 from jobs.api.chat_template import ChatTemplate
 from jobs.api.serving_metrics import ServingMetrics
+from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.data.tokenizer import load_tokenizer
 from jobs.serving.config import ServeConfig
 from jobs.serving.interface.chat_template_exchange import ChatTemplateExchange
@@ -64,31 +65,33 @@ class Interface(GrpcMethods):
         self._loopback = loopback
         config = ServeConfig.from_dict(values)
         model = PretrainedSource(Path(directory)).config
-        tokenizer, end_of_text = load_tokenizer(Path(directory), model.vocab_size)
+        text = load_tokenizer(Path(directory), model.vocab_size)
         self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
         self._closing.callback(self._link.close)
         member = await self._link.enter()
         await self._link.report(ReplicaState(uses=member.version.epoch))
         replicas = Replicas(ServeLeases(trunk), self._link.trunks, dead_after=config.cluster.dead_after)
         requests = ResumableRequests(
-            replicas, vocabulary=tokenizer.get_vocab_size(), patience=config.serving.resume_timeout
+            replicas, vocabulary=text.vocabulary, patience=config.serving.resume_timeout
         )
+        source = config.serving.generation_config
         deployment = DeploymentStatus(replicas, self._link.trunks, self._link.experts)
         self._backend = Backend(
             model=title,
             version=lambda: self._templates.version,
             service=requests,
-            tokenizer=tokenizer,
+            tokenizer=text.tokenizer,
             chat=ChatTemplate.from_directory(Path(member.version.directory)),
             longest=config.serving.engine_settings().longest(model.max_position_embeddings),
-            end_of_text=end_of_text,
+            end_of_text=text.end_of_text,
             limits=config.serving.limits(),
             health=deployment.health,
             engines=deployment.engines,
             experts=deployment.experts,
             metrics=ServingMetrics(title),
+            defaults=GenerationDefaults.of(Path(member.version.directory), source),
         )
-        self._templates = ChatTemplateExchange(self._backend, member.version.name)
+        self._templates = ChatTemplateExchange(self._backend, member.version.name, source)
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
         freeze_heap()

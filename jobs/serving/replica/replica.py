@@ -80,13 +80,13 @@ class Replica:
         self._lanes = None if self._router is None else EngineLanes(self._router)
         lanes = self._lanes
         experts = self._reach(weights)
-        tokenizer, end_of_text = load_tokenizer(directory, weights.trunk.config.vocab_size)
+        text = load_tokenizer(directory, weights.trunk.config.vocab_size)
         self._engine = Engine(
             weights.trunk,
             experts,
             serving.engine_settings(),
-            end_of_text=[end_of_text],
-            vocabulary=tokenizer.get_vocab_size(),
+            end_of_text=list(text.ends),
+            vocabulary=text.vocabulary,
             on_step=None if lanes is None else lanes.begin,
         )
         try:
@@ -95,7 +95,10 @@ class Replica:
             if lanes is not None:
                 lanes.abandon()
         self.service = EngineService(
-            self._engine, tokenizer, version=version.name, abandon=None if lanes is None else lanes.abandon
+            self._engine,
+            text.tokenizer,
+            version=version.name,
+            abandon=None if lanes is None else lanes.abandon,
         )
         self._health = HostsHealth(self._router, timeout=5.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,13 +241,7 @@ def test_generation_ends_at_the_end_of_text_and_at_the_longest_text(run: Path) -
     with pytest.raises(DataError, match=f"--prompt has {longest} tokens"):
         continue_tokens(model, [1] * longest, max_tokens=1, temperature=0.0, seed=0)
     first = continue_tokens(model, [5], max_tokens=1, temperature=0.0, seed=0)[0][0]
-    ends = LoadedModel(
-        directory=model.directory,
-        transformer=model.transformer,
-        experts=model.experts,
-        tokenizer=model.tokenizer,
-        end_of_text=first,
-    )
+    ends = replace(model, text=replace(model.text, ends=frozenset({first})))
     assert continue_tokens(ends, [5], max_tokens=9, temperature=0.0, seed=0) == ([], "stop")
 
 
@@ -293,7 +288,7 @@ def test_evaluation_is_that_of_each_document_alone(run: Path) -> None:
     nats = 0.0
     tokens = 0
     for text in texts:
-        ids = [*model.tokenizer.encode(text).ids, model.end_of_text]
+        ids = [*model.tokenizer.encode(text).ids, model.text.end_of_text]
         with torch.no_grad():
             logits = model.transformer(torch.tensor([ids]), experts=model.experts)[0]
         nats += torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum").item()

@@ -52,9 +52,9 @@ def test_transformers_reads_what_was_saved(tmp_path: Path) -> None:
 def test_a_saved_one_loads_from_its_folder_or_file(tmp_path: Path) -> None:
     save_tokenizer(TOKENIZER, END, tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        loaded, end = load_tokenizer(path, 320)
-        assert loaded.to_str() == TOKENIZER.to_str()
-        assert end == END
+        loaded = load_tokenizer(path, 320)
+        assert loaded.tokenizer.to_str() == TOKENIZER.to_str()
+        assert loaded.end_of_text == END
 
 
 def test_one_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_end_of_text_may_have_any_name_that_is_declared(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="no end-of-text token"):
         load_tokenizer(tmp_path, 320)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<the end>"}}))
-    assert load_tokenizer(tmp_path, 320)[1] == END
+    assert load_tokenizer(tmp_path, 320).end_of_text == END
 
 
 def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
