@@ -23,7 +23,7 @@ class ChatTemplateExchange:
         version: Name of the version in use.
     """
 
-    def __init__(self, backend: Backend, version: str, source: GenerationSource) -> None:
+    def __init__(self, backend: Backend, version: str, source: GenerationSource = "auto") -> None:
         self._backend, self._source = backend, source
         self.version = version
         self._prepared: tuple[ChatTemplate, GenerationDefaults] | None = None
