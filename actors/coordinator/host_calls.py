@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from errors import ChannelError, RaymoeError, RemoteError, ResourceError, is_loss
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -34,6 +36,13 @@ class HostCalls:
         except RuntimeError as error:  # the pool has been shut down
             raise ResourceError("the coordinator has been closed") from error
 
+    def begin(self, call: Callable[..., object], *arguments: object) -> None:
+        """Start a call whose result nothing awaits; an error that it raises is logged."""
+        try:
+            self.submit(call, *arguments).add_done_callback(_log_error)
+        except ResourceError:  # being closed: nothing needs the call
+            return
+
     def on_all(self, ids: Iterable[str], what: str, call: Callable[[str], _T]) -> list[_T]:
         """Call every host at the same time and wait for all calls; the results in the order of `ids`.
 
@@ -48,6 +57,11 @@ class HostCalls:
     def close(self) -> None:
         """Cancel the calls that have not started, and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _log_error(done: Future[object]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        _log.error("a call to an expert host failed unexpectedly", exc_info=error)
 
 
 def results(what: str, calls: Iterable[tuple[str, Future[_T]]]) -> list[_T]:

@@ -275,10 +275,7 @@ class HostRoster:
 
     def _ping_later(self, call: Callable[..., object], *arguments: object) -> None:
         if not self._closed:
-            try:
-                self._pings.submit(call, *arguments)
-            except ResourceError:
-                return  # being closed: nothing needs the answer
+            self._pings.begin(call, *arguments)
 
     def _probe(self, id: str, client: HostControl, why: str) -> bool:
         """Ping a host, and declare it dead if it does not answer. Returns whether it lives."""

@@ -6,6 +6,7 @@ worker stores a replicated trunk there, and every worker stores its part of a sh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from cluster.topology import HostInfo
 from errors import ChannelError, RaymoeError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 _KEPT: Final = 2
 """Snapshots that a worker keeps."""
@@ -70,9 +72,14 @@ class TrunkSnapshots:
 
         Args:
             hosts: Two of them, on different nodes if possible, get a copy.
+
+        Raises:
+            Exception: The copy before this one could not be sent for a reason other than a host that is gone
+                or full.
         """
-        if self._storing is not None:
-            self._storing.exception()  # the memory that it reads is about to be written
+        storing, self._storing = self._storing, None
+        if storing is not None:
+            storing.result()  # the memory that it reads is about to be written
         self._copies = [copy for copy in self._copies if copy.step < step]
         old = self._copies.pop(0) if len(self._copies) >= _KEPT else None
         tensors = {} if old is None else old.tensors
@@ -102,9 +109,13 @@ class TrunkSnapshots:
         self._trunk.taken(step)
 
     def close(self) -> None:
-        """End the thread."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the thread; an unexpected error of the last copy is logged, since the run is over."""
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        storing = self._storing
+        if storing is not None and not storing.cancelled() and (error := storing.exception()) is not None:
+            _log.error("the last snapshot of the trunk was not stored with hosts", exc_info=error)
 
     def _fetch(self, step: int, hosts: Sequence[HostInfo]) -> None:
         """Load the copies of hosts, one part after the other, each from the first host that returns it."""
@@ -130,14 +141,15 @@ class TrunkSnapshots:
 
     def _ask(self, host: HostInfo, what: Callable[[Keeper], T], errors: list[str]) -> T | None:
         """The answer of a host; None, with the error appended to `errors`, if there is none."""
-        keeper = self._reach(host)
         try:
-            return what(keeper)
+            keeper = self._reach(host)
+            try:
+                return what(keeper)
+            finally:
+                keeper.close()
         except RaymoeError as error:
             errors.append(str(error))
             return None
-        finally:
-            keeper.close()
 
     def _store_where_missing(self, copy: _TrunkCopy, hosts: Sequence[HostInfo]) -> None:
         """Store with hosts that lack this snapshot only: it cannot be fetched while it is replaced."""

@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pytest
 import yaml
 
 from support.chart import CHART, HELMS, KUBE, NO_KUBE, TOOLS
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.chart, pytest.mark.skipif(not KUBE.is_dir(), reason=NO_KUBE)]
 _SECONDS = 120
@@ -101,14 +101,13 @@ def kubernetes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kuber
     command = [sys.executable, "-W", "ignore", str(KUBE / "fake_apiserver.py"), str(5 * _SECONDS), str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/version", timeout=5).close()
-                break
-            except URLError:
-                assert server.poll() is None and time.monotonic() < deadline
-                time.sleep(0.1)
+
+        def answers() -> bool:
+            assert server.poll() is None
+            urllib.request.urlopen(f"{url}/version", timeout=5).close()
+            return True
+
+        wait_until(answers, every=0.1, ignoring=URLError)
         yield Kubernetes(url, config, request.param)
     finally:
         server.kill()

@@ -22,6 +22,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from actors.rpc.coordinator_client import AdminClient
 from support.commands.serve import running, save_model, tiny_model
 from support.commands.streams import StreamLoad, disturbed, greedy_requests
+from support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.soak,
@@ -99,12 +100,14 @@ class FakeNodes:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 60
-        while True:
-            assert self.head.poll() is None and time.monotonic() < deadline, "the cluster does not come up"
-            with suppress(OSError), socket.create_connection((ray.util.get_node_ip_address(), port), 1):
-                return address
-            time.sleep(0.2)
+
+        def listens() -> bool:
+            assert self.head.poll() is None, "the cluster does not come up"
+            socket.create_connection((ray.util.get_node_ip_address(), port), 1).close()
+            return True
+
+        wait_until(listens, every=0.2, ignoring=OSError)
+        return address
 
     def __exit__(self, *_: object) -> None:
         with suppress(psutil.NoSuchProcess):
@@ -123,10 +126,13 @@ def expert_nodes(address: str) -> set[str]:
 
 
 def wait_for_nodes(address: str, count: int) -> set[str]:
-    deadline = time.monotonic() + 180
-    while len(found := expert_nodes(address)) != count:
-        assert time.monotonic() < deadline, found
-        time.sleep(1)
+
+    def so_many() -> set[str] | None:
+        found = expert_nodes(address)
+        return found if len(found) == count else None
+
+    found = wait_until(so_many, seconds=180.0, every=1.0, what=lambda: expert_nodes(address))
+    assert found is not None
     return found
 
 

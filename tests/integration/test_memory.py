@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,6 +14,7 @@ import pytest
 
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from model.config import ModelConfig
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 MIB = 1 << 20
@@ -46,6 +47,11 @@ def done(output: Path) -> int:
     return int(lines[-1]["step"]) if lines else 0
 
 
+def alive(process: subprocess.Popen[str]) -> bool:
+    assert process.poll() is None
+    return True
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
@@ -69,9 +75,7 @@ def test_memory_stays_flat_over_a_thousand_steps(tmp_path: Path, corpus: Path) -
     with subprocess.Popen(command(output, corpus, settings), stdout=subprocess.PIPE, text=True) as process:
         sampled: dict[int, dict[str, int]] = {}
         for step in (250, 1250):
-            while done(output) < step:
-                assert process.poll() is None
-                time.sleep(0.2)
+            wait_until(lambda step=step: alive(process) and done(output) >= step, seconds=900.0, every=0.2)  # type: ignore[misc]
             members = actors(psutil.Process(process.pid))
             sampled[done(output)] = {name: member.memory_info().rss for name, member in members.items()}
         process.communicate(timeout=300)
@@ -106,17 +110,20 @@ def test_no_process_holds_the_whole_model(tmp_path: Path, corpus: Path) -> None:
     }
     peaks: dict[str, int] = {}
 
+    def ended(process: subprocess.Popen[str]) -> bool:
+        """Whether the command has ended; if not, measure its processes."""
+        if process.poll() is not None:
+            return True
+        for name, member in actors(psutil.Process(process.pid)).items():
+            with suppress(psutil.Error):
+                peaks[name] = max(peaks.get(name, 0), member.memory_info().rss)
+        return False
+
     def watched(*options: str) -> None:
         with subprocess.Popen(
             command(output, corpus, settings, *options), stdout=subprocess.PIPE, text=True
         ) as process:
-            while process.poll() is None:
-                for name, member in actors(psutil.Process(process.pid)).items():
-                    try:
-                        peaks[name] = max(peaks.get(name, 0), member.memory_info().rss)
-                    except psutil.Error:
-                        continue
-                time.sleep(0.05)
+            wait_until(lambda: ended(process), seconds=900.0, every=0.05)
         assert process.returncode == 0
 
     watched()

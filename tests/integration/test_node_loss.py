@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.disturbed_run import DisturbedRun, differ
 from support.commands.serve import running, save_model, tiny_model
 from support.commands.streams import StreamLoad, disturbed, greedy_requests
+from support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.soak,
@@ -44,14 +44,13 @@ def cluster() -> Iterator[Cluster]:
 
 def wait_for_hosts(admin: AdminClient, hosts: int, *, replicas: int) -> list[str]:
     """Wait for so many hosts and for every expert's replicas; return the hosts' nodes."""
-    deadline = time.monotonic() + 120
-    while True:
+
+    def nodes() -> list[str]:
         status = admin.status()
-        serving = [host for host in status["hosts"] if host["state"] == "serving"]
-        if len(serving) == hosts and status["replicas_min"] >= replicas:
-            return [host["node"] for host in serving]
-        assert time.monotonic() < deadline, status
-        time.sleep(0.1)
+        serving = [host["node"] for host in status["hosts"] if host["state"] == "serving"]
+        return serving if len(serving) == hosts and status["replicas_min"] >= replicas else []
+
+    return wait_until(nodes, seconds=120.0, every=0.1, what=admin.status)
 
 
 def remove_one_of(cluster: Cluster, nodes: list[str]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,14 +166,6 @@ def same(
         and all(torch.allclose(a, b, rtol=0.0, atol=atol) for a, b in zip(one[key], other[key], strict=True))
         for key in one
     )
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait until another thread has made a condition true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 class CheckpointSource:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import pytest
 
 from actors.rpc.coordinator_client import AdminClient
-from errors import ConfigError
+from errors import ConfigError, RaymoeError
 from support.commands.serve import TWO_REPLICAS, ServeProcess, SharedServer, running, save_model, tiny_model
 from support.commands.streams import COORDINATOR, HOST, StreamLoad, Told, actors, disturbed, greedy_requests
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.shares("two replicas")]
 STREAMS, TOKENS = 16, 120
@@ -47,14 +47,13 @@ def undisturbed(server: ServeProcess) -> list[Told]:
 
 def settled(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict[str, Any]:
     """Wait until so many hosts serve and every expert has its replicas; return the status."""
-    deadline = time.monotonic() + 120
-    while True:
-        status = admin.status()
-        states = [host["state"] for host in status["hosts"]]
-        if states == ["serving"] * hosts and status["replicas_min"] >= min(replicas, hosts):
-            return status
-        assert time.monotonic() < deadline, status
-        time.sleep(0.1)
+
+    def status() -> dict[str, Any]:
+        found = admin.status()
+        serve = [host["state"] for host in found["hosts"]] == ["serving"] * hosts
+        return found if serve and found["replicas_min"] >= min(replicas, hosts) else {}
+
+    return wait_until(status, seconds=120.0, every=0.1, what=admin.status)
 
 
 def under_load(
@@ -122,13 +121,7 @@ def test_a_killed_coordinator_is_not_missed(
 
 def settled_again(admin: AdminClient) -> dict[str, Any]:
     """Wait for a coordinator that answers and for all hosts; return the status."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return settled(admin, HOSTS)
-        except Exception:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    return wait_until(lambda: settled(admin, HOSTS), every=0.1, ignoring=RaymoeError)
 
 
 def test_hosts_come_and_go_under_load(

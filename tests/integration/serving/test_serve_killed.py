@@ -17,6 +17,7 @@ import pytest
 
 from support.commands.serve import PROMPT, TWO_REPLICAS, ServeProcess, SharedServer
 from support.commands.streams import TRUNK, StreamLoad, Told, actors
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.shares("two replicas")]
 COUNT = 160
@@ -61,10 +62,7 @@ def engines(server: ServeProcess) -> int:
 
 
 def all_there(server: ServeProcess) -> None:
-    deadline = time.monotonic() + 120
-    while engines(server) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: engines(server) >= 2, seconds=120.0, every=0.2)
 
 
 @pytest.fixture(scope="module")

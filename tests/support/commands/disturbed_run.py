@@ -10,13 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 from actors.rpc.coordinator_client import AdminClient
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.train import STEPS, assert_gone, family, losses, start
+from support.waiting import wait_until
 
+T = TypeVar("T")
 HOST, WORKER, COORDINATOR = "_ExpertHostProcess", "RayTrainWorker", "_CoordinatorProcess"
 
 SETTINGS = {
@@ -45,23 +48,16 @@ class DisturbedRun:
 
     def admin(self) -> AdminClient:
         """A client of the run's coordinator."""
-        while True:
-            found = re.search(r"coordinator at (\S+),", "".join(self._said))
-            if found is not None:
-                return AdminClient(f"grpc:{found[1]}")
-            assert self.process.poll() is None, "".join(self._said)
-            time.sleep(0.05)
+        found = self._wait(lambda: re.search(r"coordinator at (\S+),", "".join(self._said)))
+        assert found is not None
+        return AdminClient(f"grpc:{found[1]}")
 
     def at(self, step: int, disturb: Callable[[], object]) -> None:
         """Disturb the run once it has made that many steps, and wait until it goes on."""
-        while self._steps() < step:
-            assert self.process.poll() is None, "".join(self._said)
-            time.sleep(0.02)
+        self._wait(lambda: self._steps() >= step)
         began, before = time.monotonic(), self._steps()
         disturb()
-        while self._steps() < before + 2:  # one may have been on its way
-            assert self.process.poll() is None, "".join(self._said)
-            time.sleep(0.01)
+        self._wait(lambda: self._steps() >= before + 2)  # one may have been on its way
         self.pauses.append(time.monotonic() - began)
 
     def kill(self, title: str, source: random.Random) -> None:
@@ -69,9 +65,7 @@ class DisturbedRun:
 
         Of several coordinators the oldest is killed, since the others stand by.
         """
-        while not (found := [p for p in family(self.process) if title in title_of(p)]):
-            assert self.process.poll() is None, "".join(self._said)
-            time.sleep(0.05)
+        found = self._wait(lambda: [p for p in family(self.process) if title in title_of(p)])
         found.sort(key=lambda p: p.create_time())
         (found[0] if title == COORDINATOR else source.choice(found)).kill()
 
@@ -88,6 +82,15 @@ class DisturbedRun:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self._close()
+
+    def _wait(self, condition: Callable[[], T]) -> T:
+        """Wait until a condition is true, as long as the run goes on."""
+
+        def now() -> T:
+            assert self.process.poll() is None, "".join(self._said)
+            return condition()
+
+        return wait_until(now, seconds=300.0)
 
     def _close(self) -> None:
         self._listener.join()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
+from support.waiting import wait_until
 
 STEPS = 60
 SETTINGS = {
@@ -46,11 +46,12 @@ def finish(process: subprocess.Popen[str], *, code: int = 0) -> tuple[dict[str, 
 
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
     """Wait until the run's metrics contain that step."""
-    deadline = time.monotonic() + 180
-    while not any(line["step"] >= step for line in read_metrics(output / METRICS_FILE)):
+
+    def reached() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.05)
+        return any(line["step"] >= step for line in read_metrics(output / METRICS_FILE))
+
+    wait_until(reached, seconds=180.0, every=0.05)
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:

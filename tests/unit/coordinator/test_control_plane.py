@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -40,6 +39,7 @@ from errors import (
 from model.routing import affinity, gate_values, select_experts
 from protos import admin_pb2_grpc, coordinator_pb2_grpc, expert_pb2, router_pb2, router_pb2_grpc
 from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
+from support.waiting import wait_until
 
 PLAN = TrainingPlan(steps=5, workers=2, learning_rate=1e-2)
 
@@ -265,8 +265,7 @@ def test_a_job_is_operated_over_grpc(stack: ExitStack) -> None:
     table = client.table_after(serial, None, 20.0)
     assert table is not None
     assert [host.id for host in table.hosts] == ["host-0", "host-1", "host-2"]
-    while "scaled" not in [event["kind"] for event in admin.status()["events"]]:
-        threading.Event().wait(0.01)
+    wait_until(lambda: "scaled" in [event["kind"] for event in admin.status()["events"]])
     assert admin.drain("host-0", timeout=20.0)["done"] is True
     assert [host.id for host in client.table().hosts] == ["host-1", "host-2"]
     orders, wanted, _ = client.orders(starting=0, failed={}, stopped=[])

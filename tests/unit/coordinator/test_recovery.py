@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from actors.messages.coordinator_state import CoordinatorState
 from errors import ChannelError, Interrupted, RaymoeError
 from support.coordinator_run import PLAN, E, L, Run, report
 from support.fake_hosts import FakeHost
+from support.waiting import wait_until
 
 KEEPS = replace(PLAN, snapshot_interval=2)
 
@@ -40,15 +40,6 @@ def copied(run: Run, step: int) -> bool:
     )
 
 
-def until(condition: Any) -> None:
-    ready = threading.Event()
-    for _ in range(2000):
-        if condition():
-            return
-        ready.wait(0.01)
-    raise AssertionError("it did not come about")
-
-
 def test_a_lost_host_sends_all_back_to_the_last_step_in_memory() -> None:
     with Run(KEEPS, n_hosts=3) as run:
         biases = [run.end_step(step).bias for step in range(3)]
@@ -68,7 +59,7 @@ def test_a_lost_host_sends_all_back_to_the_last_step_in_memory() -> None:
 
 def test_a_loss_before_the_first_interval_needs_no_checkpoint() -> None:
     with Run(replace(PLAN, snapshot_interval=100), n_hosts=3) as run:
-        until(lambda: copied(run, 0))
+        wait_until(lambda: copied(run, 0))
         run.steps._recovery._beginning = None
         run.end_step(0)
         read = [host.read for host in run.hosts]
@@ -77,7 +68,7 @@ def test_a_loss_before_the_first_interval_needs_no_checkpoint() -> None:
         assert (resume.step, resume.directory) == (0, None)
         assert [host.read for host in run.hosts] == read
         run.end_step(0)
-        until(lambda: copied(run, 0))  # under the new placement: the next loss needs none either
+        wait_until(lambda: copied(run, 0))  # under the new placement: the next loss needs none either
         run.lose("host-1")
         assert run.rejoin(1).step == 0
         assert [host.read for host in run.hosts] == read
@@ -115,7 +106,7 @@ def test_a_host_that_dies_after_it_has_assembled_and_before_all_have() -> None:
 
         def other_dies() -> None:
             run.world["host-0"].on_assemble = None
-            until(lambda: len(run.world["host-2"].held) > 1)
+            wait_until(lambda: len(run.world["host-2"].held) > 1)
             run.lose("host-2")
 
         run.world["host-0"].on_assemble = other_dies
@@ -176,10 +167,10 @@ def test_a_commit_that_fails_by_a_loss_interrupts() -> None:
 
 def test_a_host_that_hangs_in_prepare_ends_with_its_life() -> None:
     with Run(KEEPS, n_hosts=2) as run:
-        until(lambda: copied(run, 0))
+        wait_until(lambda: copied(run, 0))
         run.world["host-1"].hung = True
         waiting = [run.report(rank) for rank in range(2)]
-        until(lambda: run.world["host-0"].calls)
+        wait_until(lambda: run.world["host-0"].calls)
         assert not any(one.done() for one in waiting)
         run.coordinator.roster.lose("host-1", "silent for 1 s")
         for one in waiting:
@@ -260,7 +251,7 @@ def test_a_coordinator_that_takes_over_lets_nobody_begin_before_hosts_are_at_one
     first = Run(KEEPS, n_hosts=3)
     first.end_step(0)
     bias = first.end_step(1).bias
-    until(lambda: copied(first, 2))
+    wait_until(lambda: copied(first, 2))
     state = CoordinatorState.from_json(first.coordinator.state().to_json())
     read = [host.read for host in first.hosts]
     first.coordinator.close()

@@ -20,8 +20,9 @@ from channels.base import Phase
 from cluster.topology import HostInfo
 from errors import ProtocolError, StaleEpoch
 from protos import expert_pb2
-from support.moving_cluster import ALL, CheckpointSource, MovingCluster, same, split, until
+from support.moving_cluster import ALL, CheckpointSource, MovingCluster, same, split
 from support.tiny_cluster import CONFIG, LAYERS, tokens
+from support.waiting import wait_until
 
 ONE = {"a": {layer: ALL for layer in LAYERS}}
 RING = {"a": "b", "b": "c", "c": "a"}
@@ -46,7 +47,7 @@ def snapshot(cluster: MovingCluster) -> None:
         with cluster.client(name) as client:
             client.snapshot(cluster.step, [cluster.info(buddy)])
     for name, buddy in RING.items():
-        until(
+        wait_until(
             lambda n=name, b=buddy: any(  # type: ignore[misc]
                 one.pushed == (b,)
                 for one in cluster.hosts[n].inventory()
@@ -217,7 +218,7 @@ def test_a_push_that_fails_is_remembered_and_breaks_nothing(made: Any) -> None:
     nobody = HostInfo(id="nobody", addresses={"grpc": "grpc:127.0.0.1:1"})
     with cluster.client("a") as client:
         client.snapshot(0, [nobody, cluster.info("b")])
-        until(lambda: client.inventory()[0].pushed == ("b",))
+        wait_until(lambda: client.inventory()[0].pushed == ("b",))
         (stored,) = client.inventory()
         assert list(stored.failed) == ["nobody"]
         assert "cannot be reached" in stored.failed["nobody"]
@@ -326,7 +327,7 @@ def test_a_sender_that_fails_in_the_middle_leaves_nothing(made: Any) -> None:
     with cluster.client("a") as client:
         with pytest.raises(ProtocolError, match="changed its mind"):
             client.store(failing())
-        until(lambda: cluster.hosts["a"].snapshots.memory_bytes() == 0)
+        wait_until(lambda: cluster.hosts["a"].snapshots.memory_bytes() == 0)
         assert client.inventory() == []
         client.put(sent)
         assert torch.equal(client.get("trunk", 1).tensors["x"], torch.ones(4))

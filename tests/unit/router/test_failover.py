@@ -28,8 +28,8 @@ from channels.shm.mailbox import HostMailbox
 from cluster import HostInfo, RoutingTable, experts_held
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError
 from support.coordinator_tables import FakeTables, check
-from support.moving_cluster import until
 from support.tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, local_experts, tokens
+from support.waiting import wait_until
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 KINDS = ["local", "shm", "mail", "collective", "grpc"]
@@ -263,7 +263,7 @@ def test_a_newer_table_heals(made: Callable[..., FailoverCluster], kind: str) ->
     cluster.tables.asked.clear()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(check, lane)
-        until(lambda: len(cluster.tables.asked) > 0)
+        wait_until(lambda: len(cluster.tables.asked) > 0)
         assert not waiting.done()
         cluster.tables.publish(RoutingTable(epoch=1, hosts=hosts, holders=cluster.holders, serial=2))
         waiting.result()
@@ -319,7 +319,7 @@ def test_only_calls_that_want_an_expert_wait_for_its_host(made: Callable[..., Fa
     cluster.tables.asked.clear()
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         waiting = pool.submit(lambda: lane.dispatch(LAYERS[0], rows, idx, gates).combine())
-        until(lambda: len(cluster.tables.asked) > 0)
+        wait_until(lambda: len(cluster.tables.asked) > 0)
         cluster.tables.publish(cluster.without(serial=2))
         expected = oracle.dispatch(LAYERS[0], rows, idx, gates).combine()
         torch.testing.assert_close(waiting.result(), expected, **EXACT)
@@ -379,12 +379,12 @@ def test_the_watch_neither_spins_nor_outlives_its_router(
     before = set(threading.enumerate())
     lane = cluster.ready(watch=True)
     (thread,) = (one for one in set(threading.enumerate()) - before if one.name.startswith("watch-"))
-    until(lambda: len(tables.asked) >= 5)
+    wait_until(lambda: len(tables.asked) >= 5)
     assert min(later - earlier for earlier, later in pairwise(tables.asked)) > 0.2
     if silence == "away":  # it goes on when the coordinator is back
         tables.away = False
         tables.publish(cluster.without(1))
-        until(lambda: cluster.routers[0].table.serial == 1)
+        wait_until(lambda: cluster.routers[0].table.serial == 1)
         check(lane)
     cluster.routers[0].close()
     thread.join(10)

@@ -20,8 +20,8 @@ from benchmarks.contenders import host_process, until_closed
 from channels import choose
 from cluster import HostInfo, RoutingTable
 from support.coordinator_tables import FakeTables, check
-from support.moving_cluster import until
 from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def test_calls_go_on_as_soon_as_the_coordinator_says_so(hosts: tuple[HostInfo, .
     finally:
         os.kill(hosts[2].pid, signal.SIGCONT)
     tables.publish(replace(table, serial=2))  # it is back
-    until(lambda: router.table.serial == 2)
+    wait_until(lambda: router.table.serial == 2)
     for seed in range(4):
         check(lane, seed)
     assert lane.connections.reaches(hosts[2])
