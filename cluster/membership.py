@@ -8,16 +8,15 @@ call takes the time as an argument, so tests need no clock.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from cluster.events import Event, EventLog
 from cluster.placement import Site
 from cluster.topology import HostInfo
 from errors import ConfigError, ProtocolError, ResourceError
 
-_EVENTS = 256  # events that are kept
 _BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds before another host is started after one, two, … failed starts in a row."""
 
@@ -38,26 +37,13 @@ class Member:
         info: Where the host is reached.
         stage: Stage of its life.
         seen: Time of its last answer.
+        drained: Whether the host leaves because it itself was to leave, not because fewer were wanted.
     """
 
     info: HostInfo
     stage: Stage
     seen: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """A recorded event.
-
-    Attributes:
-        at: Unix time in seconds.
-        kind: One word, such as `joined`, `left`, `died`, `scaled`, `moved`, `failed`.
-        text: What happened.
-    """
-
-    at: float
-    kind: str
-    text: str
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +53,12 @@ class Orders:
     Attributes:
         start: Number of hosts to start now, in addition to those that are starting.
         stop: Ids of hosts to end now; they hold nothing, or are dead, or hang.
+        cancel: Number of hosts among those that are starting that are not wanted any more.
     """
 
     start: int
     stop: tuple[str, ...]
+    cancel: int = 0
 
 
 @dataclass(slots=True)
@@ -81,7 +69,8 @@ class Scaling:
         target: The requested number.
         before: The number that is restored when the change fails.
         began: Time of the request.
-        replaced: Id of a host that a new host replaces; it stays when the change fails.
+        drained: Id of a host that is to leave.
+        replaced: Whether another host takes the place of the drained one, which stays when the change fails.
         ended: Time when the target was reached, or, after a failure, when the hosts were as before.
         failure: Why the change failed; None unless it did.
     """
@@ -89,7 +78,8 @@ class Scaling:
     target: int
     before: int
     began: float
-    replaced: str | None = None
+    drained: str | None = None
+    replaced: bool = False
     ended: float | None = None
     failure: str | None = None
 
@@ -102,17 +92,19 @@ class Membership:
         wanted: Number of hosts that the job should have.
         most: Number of hosts that the job can have, each with an expert of every layer.
         members: Host id -> live host, in the order of their registration.
-        events: Recorded events, oldest first.
+        events: What happened.
         scaling: The latest requested change of the number of hosts.
         retiring: Hosts that leave once they register, since they were leaving under an earlier coordinator.
+        lacking: What the cluster lacks for hosts that wait to be started; empty if nothing is known.
     """
 
     wanted: int
     most: int
     members: dict[str, Member] = field(default_factory=dict)
-    events: deque[Event] = field(default_factory=lambda: deque(maxlen=_EVENTS))
+    events: EventLog = field(default_factory=EventLog)
     scaling: Scaling | None = None
     retiring: frozenset[str] = frozenset()
+    lacking: str = ""
     _to_stop: dict[str, str] = field(default_factory=dict)  # former members: id -> why, until stopped
     _known: set[str] = field(default_factory=set)
     _failures: int = 0
@@ -133,8 +125,8 @@ class Membership:
                 "are not used again, start it under another one"
             )
         self._known.add(info.id)
-        stage = Stage.LEAVING if info.id in self.retiring else Stage.JOINING
-        self.members[info.id] = Member(info, stage, now)
+        leaves = info.id in self.retiring
+        self.members[info.id] = Member(info, Stage.LEAVING if leaves else Stage.JOINING, now, drained=leaves)
         self.note(now, "joined", f"expert host {info.id} on node {info.node[:8] or '?'}, process {info.pid}")
         self._retire_surplus()
 
@@ -175,33 +167,35 @@ class Membership:
         for id in ids:
             self._to_stop.pop(id, None)
 
-    def scale(self, target: int, now: float, *, replaced: str | None = None) -> Scaling:
-        """Change the number of hosts that the job should have; a failed change does not block a new one.
+    def scale(self, target: int, now: float) -> Scaling:
+        """Change the number of hosts that the job should have, in place of a change that is under way.
+
+        A host that is being drained leaves all the same. The same target again is the same change.
 
         Args:
             target: The new number.
             now: The time.
-            replaced: Id of a host that a new host replaces; it stays when the change fails.
 
         Raises:
             ConfigError: Fewer than one host, or more hosts than experts of a layer.
-            ResourceError: Another change is under way.
         """
-        if not 1 <= target <= self.most:
-            raise ConfigError(
-                f"{target} expert hosts cannot be: every layer has {self.most} routed experts, so it takes 1 "
-                f"to {self.most}"
+        self._require_possible(target)
+        last = self.under_way
+        if last is None:
+            return self._begin(Scaling(target=target, before=self.wanted, began=now))
+        if last.target == target:
+            return last
+        last.failure, last.ended = f"the change to {target} expert hosts takes its place", now
+        leaves = last.drained is not None and not last.replaced
+        return self._begin(
+            Scaling(
+                target=target,
+                before=last.target if leaves else last.before,
+                began=now,
+                drained=last.drained,
+                replaced=last.replaced,
             )
-        if self.under_way is not None:
-            raise ResourceError(
-                f"the change to {self.under_way.target} expert hosts is under way; wait for its end, which "
-                "`raymoe status` tells"
-            )
-        self.scaling = Scaling(target=target, before=self.wanted, began=now, replaced=replaced)
-        self.wanted = target
-        self.note(now, "scaling", f"from {self.scaling.before} to {target} expert hosts")
-        self._retire_surplus()
-        return self.scaling
+        )
 
     def drain(self, id: str, now: float, *, replace: bool = False) -> Scaling:
         """Retire one host once its experts are elsewhere.
@@ -221,14 +215,24 @@ class Membership:
         target = self.wanted if replace else self.wanted - 1
         if target < 1:
             raise ConfigError(f"expert host {id} is the only one; let another take its place (--replace)")
-        stage, member.stage = member.stage, Stage.LEAVING
-        try:
-            scaling = self.scale(target, now, replaced=id if replace else None)
-        except (ConfigError, ResourceError):
-            member.stage = stage
-            raise
+        self.require_steady()
+        member.stage, member.drained = Stage.LEAVING, True
         self.note(now, "draining", f"expert host {id}")
-        return scaling
+        return self._begin(
+            Scaling(target=target, before=self.wanted, began=now, drained=id, replaced=replace)
+        )
+
+    def require_steady(self) -> None:
+        """Raise if a change of the number of hosts is under way.
+
+        Raises:
+            ResourceError: One is.
+        """
+        if self.under_way is not None:
+            raise ResourceError(
+                f"the change to {self.under_way.target} expert hosts is under way; wait for its end, which "
+                "`raymoe status` tells, or give another number with `raymoe scale`"
+            )
 
     @property
     def under_way(self) -> Scaling | None:
@@ -269,31 +273,52 @@ class Membership:
                 kind, how = ("scaled", "reached") if scaling.failure is None else ("failed", "back to")
                 self.note(now, kind, f"{how} {self.wanted} expert hosts after {now - scaling.began:.2f} s")
 
-    def orders(self, starting: int, now: float) -> Orders:
+    def orders(self, starting: int, now: float, *, lacking: str = "") -> Orders:
         """The hosts to start and to stop.
 
         Args:
             starting: Hosts that were started and have not registered yet.
             now: The time.
+            lacking: What the cluster lacks for hosts that wait to be started; empty if nothing is known.
         """
+        if lacking and not self.lacking:
+            self.note(now, "waiting", lacking)
+        self.lacking = lacking
         staying = sum(m.stage is not Stage.LEAVING for m in self.members.values())
         missing = self.wanted - staying - starting
         start = missing if now >= self._not_before else 0
-        return Orders(start=max(0, start), stop=tuple(self._to_stop))
+        return Orders(start=max(0, start), stop=tuple(self._to_stop), cancel=min(starting, max(0, -missing)))
 
     def note(self, at: float, kind: str, text: str) -> None:
         """Record an event."""
-        self.events.append(Event(at=at, kind=kind, text=text))
+        self.events.add(Event(at=at, kind=kind, text=text))
+
+    def _require_possible(self, target: int) -> None:
+        if not 1 <= target <= self.most:
+            raise ConfigError(
+                f"{target} expert hosts cannot be: every layer has {self.most} routed experts, so it takes 1 "
+                f"to {self.most}"
+            )
+
+    def _begin(self, scaling: Scaling) -> Scaling:
+        """Begin a change that is possible; starts that failed earlier do not delay it."""
+        before, self.scaling, self.wanted = self.wanted, scaling, scaling.target
+        self._not_before = 0.0
+        self.note(scaling.began, "scaling", f"from {before} to {scaling.target} expert hosts")
+        self._keep_leaving()
+        self._retire_surplus()
+        return scaling
 
     def _undo_scaling(self, why: str, now: float) -> None:
         """Undo a change under way that needs another host."""
         scaling = self.under_way
-        if scaling is None or (scaling.target <= scaling.before and scaling.replaced is None):
+        if scaling is None or (scaling.target <= scaling.before and not scaling.replaced):
             return
         scaling.failure = why
         self.wanted = scaling.before
-        if scaling.replaced in self.members:
-            self.members[scaling.replaced].stage = Stage.SERVING
+        if scaling.replaced and scaling.drained in self.members:
+            stays = self.members[scaling.drained]
+            stays.stage, stays.drained = Stage.SERVING, False
         self.note(now, "failed", f"the change to {scaling.target} expert hosts: {why}")
         self._retire_surplus()
         serving = [m for m in self.members.values() if m.stage is Stage.SERVING]
@@ -305,6 +330,13 @@ class Membership:
         self._not_before = now + _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
         self._failures += 1
 
+    def _keep_leaving(self) -> None:
+        """Keep surplus hosts as far as they are wanted again; those that hold experts serve again."""
+        missing = self.wanted - sum(m.stage is not Stage.LEAVING for m in self.members.values())
+        leaving = [m for m in self.members.values() if m.stage is Stage.LEAVING and not m.drained]
+        for member in leaving[: max(0, missing)]:
+            member.stage = Stage.JOINING
+
     def _retire_surplus(self) -> None:
         """Retire surplus hosts: those without experts first, then the newest."""
         staying = [m for m in self.members.values() if m.stage is not Stage.LEAVING]
@@ -314,4 +346,4 @@ class Membership:
             member.stage = Stage.LEAVING
 
 
-__all__ = ["Event", "Member", "Membership", "Orders", "Scaling", "Stage"]
+__all__ = ["Member", "Membership", "Orders", "Scaling", "Stage"]

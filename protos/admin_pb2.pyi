@@ -4,7 +4,9 @@ isort:skip_file
 For the operators of a running job: its status, and changes of its expert hosts."""
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import typing
 
@@ -35,6 +37,115 @@ class StatusOfJobReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["status", b"status"]) -> None: ...
 
 global___StatusOfJobReply = StatusOfJobReply
+
+@typing.final
+class DescribeJobRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___DescribeJobRequest = DescribeJobRequest
+
+@typing.final
+class DescribeJobReply(google.protobuf.message.Message):
+    """What a job is called and does; the hosts are not asked."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    CLUSTER_FIELD_NUMBER: builtins.int
+    DOING_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Unique among the jobs of a cluster."""
+    name: builtins.str
+    """The run's directory or the served model, without its path."""
+    cluster: builtins.str
+    """Address of the Ray cluster."""
+    doing: builtins.str
+    """Such as "trains, at step 3 of 100"."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        name: builtins.str = ...,
+        cluster: builtins.str = ...,
+        doing: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "doing", b"doing", "id", b"id", "name", b"name"]) -> None: ...
+
+global___DescribeJobReply = DescribeJobReply
+
+@typing.final
+class EventsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORDER_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
+    recorder: builtins.str
+    """Id of the events that the caller knows, from an earlier reply; empty at first."""
+    known: builtins.int
+    """Number of these events."""
+    def __init__(
+        self,
+        *,
+        recorder: builtins.str = ...,
+        known: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["known", b"known", "recorder", b"recorder"]) -> None: ...
+
+global___EventsRequest = EventsRequest
+
+@typing.final
+class JobEvent(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AT_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    at: builtins.float
+    """Unix time in seconds."""
+    kind: builtins.str
+    """One word, such as `died`."""
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        at: builtins.float = ...,
+        kind: builtins.str = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at", b"at", "kind", b"kind", "text", b"text"]) -> None: ...
+
+global___JobEvent = JobEvent
+
+@typing.final
+class EventsReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORDER_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    recorder: builtins.str
+    """A coordinator that is started again records other events, under another id."""
+    known: builtins.int
+    """Number of events so far, of which the oldest may not be kept any more."""
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___JobEvent]:
+        """The kept ones among those that the caller does not know, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        recorder: builtins.str = ...,
+        known: builtins.int = ...,
+        events: collections.abc.Iterable[global___JobEvent] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["events", b"events", "known", b"known", "recorder", b"recorder"]) -> None: ...
+
+global___EventsReply = EventsReply
 
 @typing.final
 class ScaleRequest(google.protobuf.message.Message):
@@ -85,18 +196,22 @@ class ScaleReply(google.protobuf.message.Message):
     DONE_FIELD_NUMBER: builtins.int
     HOSTS_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
+    LACKING_FIELD_NUMBER: builtins.int
     done: builtins.bool
     hosts: builtins.int
     """Number of hosts that the job should have now."""
     seconds: builtins.float
     """Since the change was requested."""
+    lacking: builtins.str
+    """What the cluster lacks for the change; empty if nothing is known to be missing."""
     def __init__(
         self,
         *,
         done: builtins.bool = ...,
         hosts: builtins.int = ...,
         seconds: builtins.float = ...,
+        lacking: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["done", b"done", "hosts", b"hosts", "seconds", b"seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["done", b"done", "hosts", b"hosts", "lacking", b"lacking", "seconds", b"seconds"]) -> None: ...
 
 global___ScaleReply = ScaleReply

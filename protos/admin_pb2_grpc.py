@@ -39,6 +39,16 @@ class AdminStub(object):
                 request_serializer=protos_dot_admin__pb2.StatusOfJobRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.StatusOfJobReply.FromString,
                 _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/raymoe.v1.Admin/Describe',
+                request_serializer=protos_dot_admin__pb2.DescribeJobRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.DescribeJobReply.FromString,
+                _registered_method=True)
+        self.Events = channel.unary_unary(
+                '/raymoe.v1.Admin/Events',
+                request_serializer=protos_dot_admin__pb2.EventsRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.EventsReply.FromString,
+                _registered_method=True)
         self.Scale = channel.unary_unary(
                 '/raymoe.v1.Admin/Scale',
                 request_serializer=protos_dot_admin__pb2.ScaleRequest.SerializeToString,
@@ -60,8 +70,21 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Describe(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Events(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Scale(self, request, context):
-        """Fails with the reason when the change is given up; the number of hosts is then what it was before.
+        """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
+        hosts is then what it was before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +103,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=protos_dot_admin__pb2.StatusOfJobRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.StatusOfJobReply.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=protos_dot_admin__pb2.DescribeJobRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.DescribeJobReply.SerializeToString,
+            ),
+            'Events': grpc.unary_unary_rpc_method_handler(
+                    servicer.Events,
+                    request_deserializer=protos_dot_admin__pb2.EventsRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.EventsReply.SerializeToString,
             ),
             'Scale': grpc.unary_unary_rpc_method_handler(
                     servicer.Scale,
@@ -119,6 +152,60 @@ class Admin(object):
             '/raymoe.v1.Admin/Status',
             protos_dot_admin__pb2.StatusOfJobRequest.SerializeToString,
             protos_dot_admin__pb2.StatusOfJobReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Admin/Describe',
+            protos_dot_admin__pb2.DescribeJobRequest.SerializeToString,
+            protos_dot_admin__pb2.DescribeJobReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Events(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Admin/Events',
+            protos_dot_admin__pb2.EventsRequest.SerializeToString,
+            protos_dot_admin__pb2.EventsReply.FromString,
             options,
             channel_credentials,
             insecure,

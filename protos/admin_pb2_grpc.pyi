@@ -24,11 +24,23 @@ class AdminStub:
         protos.admin_pb2.StatusOfJobReply,
     ]
 
+    Describe: grpc.UnaryUnaryMultiCallable[
+        protos.admin_pb2.DescribeJobRequest,
+        protos.admin_pb2.DescribeJobReply,
+    ]
+
+    Events: grpc.UnaryUnaryMultiCallable[
+        protos.admin_pb2.EventsRequest,
+        protos.admin_pb2.EventsReply,
+    ]
+
     Scale: grpc.UnaryUnaryMultiCallable[
         protos.admin_pb2.ScaleRequest,
         protos.admin_pb2.ScaleReply,
     ]
-    """Fails with the reason when the change is given up; the number of hosts is then what it was before."""
+    """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
+    hosts is then what it was before.
+    """
 
     Drain: grpc.UnaryUnaryMultiCallable[
         protos.admin_pb2.DrainRequest,
@@ -41,11 +53,23 @@ class AdminAsyncStub:
         protos.admin_pb2.StatusOfJobReply,
     ]
 
+    Describe: grpc.aio.UnaryUnaryMultiCallable[
+        protos.admin_pb2.DescribeJobRequest,
+        protos.admin_pb2.DescribeJobReply,
+    ]
+
+    Events: grpc.aio.UnaryUnaryMultiCallable[
+        protos.admin_pb2.EventsRequest,
+        protos.admin_pb2.EventsReply,
+    ]
+
     Scale: grpc.aio.UnaryUnaryMultiCallable[
         protos.admin_pb2.ScaleRequest,
         protos.admin_pb2.ScaleReply,
     ]
-    """Fails with the reason when the change is given up; the number of hosts is then what it was before."""
+    """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
+    hosts is then what it was before.
+    """
 
     Drain: grpc.aio.UnaryUnaryMultiCallable[
         protos.admin_pb2.DrainRequest,
@@ -61,12 +85,28 @@ class AdminServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[protos.admin_pb2.StatusOfJobReply, collections.abc.Awaitable[protos.admin_pb2.StatusOfJobReply]]: ...
 
     @abc.abstractmethod
+    def Describe(
+        self,
+        request: protos.admin_pb2.DescribeJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.admin_pb2.DescribeJobReply, collections.abc.Awaitable[protos.admin_pb2.DescribeJobReply]]: ...
+
+    @abc.abstractmethod
+    def Events(
+        self,
+        request: protos.admin_pb2.EventsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.admin_pb2.EventsReply, collections.abc.Awaitable[protos.admin_pb2.EventsReply]]: ...
+
+    @abc.abstractmethod
     def Scale(
         self,
         request: protos.admin_pb2.ScaleRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.admin_pb2.ScaleReply, collections.abc.Awaitable[protos.admin_pb2.ScaleReply]]:
-        """Fails with the reason when the change is given up; the number of hosts is then what it was before."""
+        """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
+        hosts is then what it was before.
+        """
 
     @abc.abstractmethod
     def Drain(

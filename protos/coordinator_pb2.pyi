@@ -227,8 +227,11 @@ class OrdersRequest(google.protobuf.message.Message):
     STARTING_FIELD_NUMBER: builtins.int
     FAILED_FIELD_NUMBER: builtins.int
     STOPPED_FIELD_NUMBER: builtins.int
+    LACKING_FIELD_NUMBER: builtins.int
     starting: builtins.int
     """Hosts that were started and have not registered yet."""
+    lacking: builtins.str
+    """What the cluster lacks for hosts that wait to be started; empty if nothing is known to be missing."""
     @property
     def failed(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Host id -> why it did not start, or how it ended."""
@@ -243,8 +246,9 @@ class OrdersRequest(google.protobuf.message.Message):
         starting: builtins.int = ...,
         failed: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         stopped: collections.abc.Iterable[builtins.str] | None = ...,
+        lacking: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["failed", b"failed", "starting", b"starting", "stopped", b"stopped"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failed", b"failed", "lacking", b"lacking", "starting", b"starting", "stopped", b"stopped"]) -> None: ...
 
 global___OrdersRequest = OrdersRequest
 
@@ -256,12 +260,15 @@ class OrdersReply(google.protobuf.message.Message):
     STOP_FIELD_NUMBER: builtins.int
     WANTED_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
+    CANCEL_FIELD_NUMBER: builtins.int
     start: builtins.int
     """Number of hosts to start now."""
     wanted: builtins.int
     """Number of hosts that the job should have."""
     state: builtins.str
     """A JSON object: the state that the next coordinator continues from."""
+    cancel: builtins.int
+    """Number of hosts to end among those that have not registered yet."""
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Hosts to end now."""
@@ -273,8 +280,9 @@ class OrdersReply(google.protobuf.message.Message):
         stop: collections.abc.Iterable[builtins.str] | None = ...,
         wanted: builtins.int = ...,
         state: builtins.str = ...,
+        cancel: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["start", b"start", "state", b"state", "stop", b"stop", "wanted", b"wanted"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "start", b"start", "state", b"state", "stop", b"stop", "wanted", b"wanted"]) -> None: ...
 
 global___OrdersReply = OrdersReply
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from actors.coordinator.failure_detector import FailureDetector
 from actors.coordinator.host_roster import HostRoster
-from actors.coordinator.job_status import describe
+from actors.coordinator.job_status import describe, doing
 from actors.coordinator.placement_controller import PlacementController
+from actors.coordinator.policy import HostPolicy, InitialWeights
 from actors.coordinator.routing_tables import PublishedWeights
 from actors.coordinator.scaling import Autoscaler, Rebalancer
 from actors.coordinator.training_steps import TrainingSteps
 from actors.coordinator.transfer_plan import PlacementSpec
 from actors.messages.coordinator_state import CoordinatorState
 from actors.messages.host_control import HostControl
-from cluster.config import AutoscalingSettings
-from cluster.membership import Event, Membership, Orders, Scaling
+from actors.messages.job_identity import JobIdentity
+from cluster.events import Event
+from cluster.membership import Membership, Orders, Scaling
 from cluster.topology import HostInfo, RoutingTable
 from errors import ProtocolError, RaymoeError, ResourceError
 
@@ -34,42 +36,6 @@ _MEASURED_EVERY = 1.0  # seconds
 _SERIALS_SKIPPED = 1000
 """A new coordinator's tables have serials above all that the one before it can have published since its state
 was saved."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InitialWeights:
-    """The weights that a job begins with.
-
-    Attributes:
-        name: Name of the weights; empty in training.
-        directory: Where hosts read them; empty for what a training run begins with.
-        moments: Whether the directory has the optimizer's moments too.
-        step: In training, the optimizer step of the weights.
-    """
-
-    name: str = ""
-    directory: str = ""
-    moments: bool = False
-    step: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostPolicy:
-    """Number of expert hosts of a job, and the thresholds for scaling, rebalancing and failure detection.
-
-    Attributes:
-        hosts: Number of hosts that the job begins with.
-        dead_after: Seconds of silence after which a host is declared dead.
-        autoscaling: When the number of hosts changes by load, in serving; None leaves it alone.
-        rebalance_below: Balancedness below which experts are placed again by load; None never does.
-        channel: How routers reach hosts, as in `cluster.channel`; only reported by the status.
-    """
-
-    hosts: int
-    dead_after: float = 5.0
-    autoscaling: AutoscalingSettings | None = None
-    rebalance_below: float | None = None
-    channel: str = "auto"
 
 
 class Coordinator:
@@ -85,6 +51,7 @@ class Coordinator:
 
     Attributes:
         actor: Id of the Ray actor that the coordinator runs in; empty elsewhere.
+        job: What the job is called.
         roster: The expert hosts.
         placements: Changes which hosts hold which experts.
         training: The steps of a training run; None in serving.
@@ -100,7 +67,7 @@ class Coordinator:
         steps: Callable[[PlacementController], TrainingSteps] | None = None,
         state: CoordinatorState | None = None,
     ) -> None:
-        self.actor = ""
+        self.actor, self.job = "", JobIdentity()
         self._policy, self._initial, self._state = policy, initial or InitialWeights(), state
         membership = Membership(wanted=policy.hosts, most=spec.n_experts)
         published = PublishedWeights()
@@ -111,6 +78,7 @@ class Coordinator:
             membership, published, control, on_lost=self._on_lost, patience=policy.dead_after
         )
         self.placements = PlacementController(self.roster, spec, reloadable=steps is None)
+        self.placements.reloads = 0 if state is None else state.reloads
         self.training = None if steps is None else steps(self.placements)
         if self.training is not None and state is not None:
             self.training.hold("the coordinator was restarted")
@@ -199,10 +167,10 @@ class Coordinator:
         self.roster.suspect(host, why)
 
     def orders(
-        self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str]
+        self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str], lacking: str = ""
     ) -> tuple[Orders, int]:
         """Hosts to start and to stop, and the number of hosts wanted; see `HostRoster.orders`."""
-        return self.roster.orders(starting=starting, failed=failed, stopped=stopped)
+        return self.roster.orders(starting=starting, failed=failed, stopped=stopped, lacking=lacking)
 
     def state(self) -> CoordinatorState:
         """State that the next coordinator continues from."""
@@ -214,6 +182,7 @@ class Coordinator:
             versions=published.live,
             serial=published.serial,
             leaving=self.roster.leaving(),
+            reloads=self.placements.reloads,
         )
 
     def scale(self, hosts: int, timeout: float) -> Scaling:
@@ -221,7 +190,7 @@ class Coordinator:
 
         Raises:
             ConfigError: Fewer than one host, or more hosts than experts of a layer.
-            ResourceError: The change failed, or another one is under way.
+            ResourceError: The change failed, or another one has taken its place.
         """
         return self._await_end(self.roster.scale(hosts), timeout)
 
@@ -238,11 +207,17 @@ class Coordinator:
         return {
             **describe(self.placements, self.training, self._policy.channel),
             "actor": self.actor,
+            "job": asdict(self.job),
             "wanted": self.roster.wanted,
+            "lacking": self.roster.lacking,
             "balancedness": self._rebalancer.balancedness,
             "autoscaling": None if self._autoscaler is None else self._autoscaler.last.why,
             "events": [asdict(event) for event in self.events()],
         }
+
+    def doing(self) -> str:
+        """What the job does, in a few words."""
+        return doing(self.placements, self.training)
 
     def events(self) -> Sequence[Event]:
         """The recorded events, oldest first; only the latest are kept."""
@@ -279,6 +254,8 @@ class Coordinator:
         if versions:
             self.placements.remember(versions[-1].placement)
         self._placing.set()
+        if self._state is not None:
+            self.roster.note("restarted", "the coordinator was lost; another one goes on in its place")
         if self.training is not None:  # recovery brings the hosts to a common step
             if self._state is None:
                 self.training.interrupt("the coordinator was restarted")
@@ -299,8 +276,8 @@ class Coordinator:
             )
         if scaling.failure is not None:
             raise ResourceError(
-                f"the change to {scaling.target} expert hosts was given up, {scaling.before} are wanted as "
-                f"before: {scaling.failure}"
+                f"the change to {scaling.target} expert hosts was given up, {self.roster.wanted} are wanted: "
+                f"{scaling.failure}"
             )
         return scaling
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from actors.coordinator.host_roster import HostRoster
+from actors.coordinator.host_roster import HostRoster, silence
 
 PINGS_PER_DEATH = 4  # pings that a host leaves unanswered before it is declared dead
 
@@ -43,7 +43,7 @@ class FailureDetector:
             self._hosts.forgive_silence()
         self._hosts.ping_all(self._dead_after)
         for id in self._hosts.silent(self._dead_after):
-            self._hosts.lose(id, f"silent for {self._dead_after:g} s")
+            self._hosts.lose(id, silence(self._dead_after))
 
 
 __all__ = ["PINGS_PER_DEATH", "FailureDetector"]

@@ -14,7 +14,8 @@ from concurrent.futures import Executor
 from actors.coordinator.host_calls import HostCalls
 from actors.coordinator.routing_tables import PublishedWeights
 from actors.messages.host_control import HostControl
-from cluster.membership import Event, Membership, Orders, Scaling, Stage
+from cluster.events import Event
+from cluster.membership import Membership, Orders, Scaling, Stage
 from cluster.placement import Site
 from cluster.topology import HostInfo
 from errors import ChannelTimeout, RaymoeError, ResourceError, is_loss
@@ -29,6 +30,14 @@ HostClients = dict[str, tuple[HostInfo, HostControl]]
 def steady() -> float:
     """Seconds since the epoch by a clock that is never set: no clock change makes hosts look silent."""
     return _BEGAN + time.monotonic()
+
+
+def silence(seconds: float) -> str:
+    """The reason that is recorded for a host that did not answer although its process may live."""
+    return (
+        f"silent for {seconds:g} s, which is cluster.dead_after; raise that if the host hung for no other "
+        "reason than a lack of CPU time"
+    )
 
 
 class HostRoster:
@@ -116,16 +125,18 @@ class HostRoster:
             return self._membership.silent(self._clock(), patience)
 
     def scale(self, target: int, *, why: str = "") -> Scaling:
-        """Change the number of hosts that the job should have.
+        """Change the number of hosts that the job should have, in place of a change that is under way.
 
         Args:
             why: Reason that is noted when the change is automatic; empty when an operator asks for it.
 
         Raises:
             ConfigError: Fewer than one host, or more hosts than experts of a layer.
-            ResourceError: Another change is under way.
+            ResourceError: The change is automatic, and another one is under way.
         """
         with self.changed:
+            if why:
+                self._membership.require_steady()
             scaling = self._membership.scale(target, self._clock())
             if why:
                 self._membership.note(self._clock(), "autoscaled", why)
@@ -163,8 +174,13 @@ class HostRoster:
             self._membership.note(self._clock(), kind, text)
             self.changed.notify_all()
 
+    @property
+    def lacking(self) -> str:
+        """What the cluster lacks for hosts that wait to be started; empty if nothing is known."""
+        return self._membership.lacking
+
     def orders(
-        self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str]
+        self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str], lacking: str = ""
     ) -> tuple[Orders, int]:
         """Hosts to start and to stop, and the number of hosts that the job should have.
 
@@ -172,13 +188,14 @@ class HostRoster:
             starting: Hosts that were started and have not registered yet.
             failed: Host id -> why it did not start, or how it ended.
             stopped: Hosts that were ended as ordered.
+            lacking: What the cluster lacks for hosts that wait to be started; empty if nothing is known.
         """
         with self.changed:
             there = [id for id in failed if id in self._membership.members]
             for id, why in failed.items():
                 self._membership.start_failed(id, why, self._clock())
             self._membership.stopped(stopped)
-            orders = self._membership.orders(starting, self._clock())
+            orders = self._membership.orders(starting, self._clock(), lacking=lacking)
             wanted = self._membership.wanted
             if failed:
                 self.changed.notify_all()
@@ -233,6 +250,11 @@ class HostRoster:
         with self.changed:
             return tuple(self._membership.events)
 
+    def events_after(self, known: int) -> tuple[int, list[Event]]:
+        """Number of events so far, and the kept ones among those after the first `known`."""
+        with self.changed:
+            return self._membership.events.recorded, self._membership.events.after(known)
+
     def record_holders(self, holding: set[str]) -> None:
         """Note which hosts hold experts now, and close the clients of hosts that were retired thereby."""
         with self.changed:
@@ -283,7 +305,8 @@ class HostRoster:
             client.ping(self._patience)
         except RaymoeError as error:
             if is_loss(error) and not self._closed:
-                self.lose(id, f"{why} ({error})")
+                late = isinstance(error, ChannelTimeout)
+                self.lose(id, f"{why} ({silence(self._patience) if late else error})")
                 return False
         self.record_answer(id)
         return True
@@ -314,4 +337,4 @@ class HostRoster:
             self._on_lost(id, why)
 
 
-__all__ = ["HostClients", "HostRoster", "steady"]
+__all__ = ["HostClients", "HostRoster", "silence", "steady"]

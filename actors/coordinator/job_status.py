@@ -30,14 +30,25 @@ def describe(placements: PlacementController, training: TrainingSteps | None, ch
         "epoch": -1 if current is None else current.epoch,
         "serial": published.serial,
         "weights": "" if current is None else current.name,
+        "reloads": placements.reloads,
         "bias_version": 0 if training is None else training.step,
         "step": None if training is None else training.step,
+        "steps": None if training is None else training.total,
+        "steps_to_go": None if training is None else max(0, training.total - training.step),
         "attempt": None if training is None else training.attempt,
         "hosts": describe_hosts(placements, channel),
         "replicas_min": min(copies, default=0),
         "replicas_max": max(copies, default=0),
         "pauses": [{"why": why, "seconds": seconds} for why, seconds in pauses],
     }
+
+
+def doing(placements: PlacementController, training: TrainingSteps | None) -> str:
+    """What the job does, in a few words."""
+    if training is not None:
+        return f"trains, at step {training.step} of {training.total}"
+    current = placements.published.current
+    return "serves" if current is None else f"serves the weights {current.name}"
 
 
 def describe_hosts(placements: PlacementController, channel: str) -> list[dict[str, Any]]:
@@ -67,4 +78,4 @@ def describe_hosts(placements: PlacementController, channel: str) -> list[dict[s
     return found
 
 
-__all__ = ["describe", "describe_hosts"]
+__all__ = ["describe", "describe_hosts", "doing"]

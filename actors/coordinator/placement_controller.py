@@ -41,11 +41,13 @@ class PlacementController:
 
     Attributes:
         published: Versions of the weights that the hosts hold.
+        reloads: Number of times that other weights came into use.
     """
 
     def __init__(self, roster: HostRoster, spec: PlacementSpec, *, reloadable: bool = True) -> None:
         self.roster, self.spec = roster, spec
         self.published = roster.published
+        self.reloads = 0
         self._installer = VersionInstaller(roster, spec.layers, reloadable=reloadable)
         self._reloadable = reloadable
         self._changing = threading.Lock()
@@ -241,6 +243,8 @@ class PlacementController:
                 )
             self._loaded = None
             self.published.publish([*self.published.live, version], infos)
+            self.reloads += 1
+            self.roster.note("reloaded", f"the weights {version.name} in place of {current.name}")
 
     def retire(self, keep: str = "") -> None:
         """Drop all versions but the one of this name, or without such a one but the version in use."""

@@ -56,6 +56,7 @@ class Recovery:
         commits: Commands the hosts.
         placements: The hosts and what they hold; None with experts in the workers' processes.
         beginning: Finds the checkpoint to restart from; None if there is none.
+        note: Records an event, given its kind and its text; None records nothing.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Recovery:
         commits: TwoPhaseCommit,
         placements: PlacementController | None,
         beginning: Callable[[], Beginning] | None,
+        note: Callable[[str, str], None] | None = None,
     ) -> None:
+        self._note = note or (lambda kind, text: None)
         self._state, self._commits, self._placements = state, commits, placements
         self._beginning = beginning
 
@@ -78,6 +81,7 @@ class Recovery:
 
     def _run(self, why: str) -> None:
         began = time.monotonic()
+        self._note("interrupted", f"at step {self._state.step}: {why}")
         try:
             with self._commits.lock:  # a commit under way ends soon, with an error or with its step
                 self._commits.drain()
@@ -94,7 +98,10 @@ class Recovery:
                 return True
             if not self._commits.intact:
                 return False
-            self._state.resume(point, f"back, since {why}, at step {point.step}", time.monotonic() - began)
+            seconds, back = time.monotonic() - began, self._state.step - point.step
+            self._state.resume(point, f"back, since {why}, at step {point.step}", seconds)
+        steps = f"{back} step{'' if back == 1 else 's'} back" if back else "no step is lost"
+        self._note("resumed", f"at step {point.step}, {steps}, after {seconds:.2f} s")
         with suppress(RaymoeError):
             self._commits.take_snapshot(point.step, point.bias)
         return True

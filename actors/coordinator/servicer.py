@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 
 import grpc
 
@@ -61,11 +62,15 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> coordinator_pb2.OrdersReply:
         with refusing(context):
             orders, wanted = self._coordinator.orders(
-                starting=request.starting, failed=dict(request.failed), stopped=list(request.stopped)
+                starting=request.starting,
+                failed=dict(request.failed),
+                stopped=list(request.stopped),
+                lacking=request.lacking,
             )
             return coordinator_pb2.OrdersReply(
                 start=orders.start,
                 stop=orders.stop,
+                cancel=orders.cancel,
                 wanted=wanted,
                 state=self._coordinator.state().to_json(),
             )
@@ -155,6 +160,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
+        self._recorder = uuid.uuid4().hex  # of the events of this process
 
     def Status(
         self, request: admin_pb2.StatusOfJobRequest, context: grpc.ServicerContext
@@ -162,21 +168,45 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         with refusing(context):
             return admin_pb2.StatusOfJobReply(status=json.dumps(self._coordinator.status()))
 
+    def Describe(
+        self, request: admin_pb2.DescribeJobRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.DescribeJobReply:
+        with refusing(context):
+            job = self._coordinator.job
+            return admin_pb2.DescribeJobReply(
+                id=job.id, name=job.name, cluster=job.cluster, doing=self._coordinator.doing()
+            )
+
+    def Events(
+        self, request: admin_pb2.EventsRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.EventsReply:
+        with refusing(context):
+            known = request.known if request.recorder == self._recorder else 0
+            recorded, events = self._coordinator.roster.events_after(known)
+            return admin_pb2.EventsReply(
+                recorder=self._recorder,
+                known=recorded,
+                events=[admin_pb2.JobEvent(at=one.at, kind=one.kind, text=one.text) for one in events],
+            )
+
     def Scale(self, request: admin_pb2.ScaleRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):
-            return _reply(self._coordinator.scale(request.hosts, request.timeout))
+            return self._reply(self._coordinator.scale(request.hosts, request.timeout))
 
     def Drain(self, request: admin_pb2.DrainRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):
             done = self._coordinator.drain(request.host, request.timeout, replace=request.replace)
-            return _reply(done)
+            return self._reply(done)
 
-
-def _reply(scaling: Scaling) -> admin_pb2.ScaleReply:
-    ended = steady() if scaling.ended is None else scaling.ended
-    return admin_pb2.ScaleReply(
-        done=scaling.ended is not None, hosts=scaling.target, seconds=ended - scaling.began
-    )
+    def _reply(self, scaling: Scaling) -> admin_pb2.ScaleReply:
+        done = scaling.ended is not None
+        ended = steady() if scaling.ended is None else scaling.ended
+        return admin_pb2.ScaleReply(
+            done=done,
+            hosts=scaling.target,
+            seconds=ended - scaling.began,
+            lacking="" if done else self._coordinator.roster.lacking,
+        )
 
 
 __all__ = ["AdminServicer", "CoordinatorServicer"]

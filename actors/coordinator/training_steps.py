@@ -35,6 +35,10 @@ class TrainingSteps:
         beginning: Finds the checkpoint to restart from; None if there is none.
         step: The first step.
         bias: `[L, E]` float32, the gates' bias at the first step; None for zeros.
+        note: Records an event, given its kind and its text.
+
+    Attributes:
+        total: Optimizer steps of the whole run.
 
     Raises:
         CheckpointError: The bias has another shape or type.
@@ -49,7 +53,9 @@ class TrainingSteps:
         beginning: Callable[[], Beginning] | None = None,
         step: int = 0,
         bias: Tensor | None = None,
+        note: Callable[[str, str], None] | None = None,
     ) -> None:
+        self.total = plan.steps
         self._shape, self._placements = shape, placements
         bias = torch.zeros(shape) if bias is None else bias.clone()
         if tuple(bias.shape) != shape or bias.dtype != torch.float32:
@@ -61,7 +67,7 @@ class TrainingSteps:
             workers=plan.workers, step=step, bias=bias, on_interrupted=lambda why: self._recovery.start(why)
         )
         self._commits = TwoPhaseCommit(plan, self._state, placements)
-        self._recovery = Recovery(self._state, self._commits, placements, beginning)
+        self._recovery = Recovery(self._state, self._commits, placements, beginning, note)
 
     @property
     def step(self) -> int:

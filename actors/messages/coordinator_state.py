@@ -34,12 +34,14 @@ class CoordinatorState:
         versions: Versions that hosts held; the one in use last.
         serial: Serial of the last routing tables.
         leaving: Hosts that were being retired.
+        reloads: Number of times that other weights came into use.
     """
 
     wanted: int
     versions: tuple[PlacedWeights, ...]
     serial: int
     leaving: tuple[str, ...] = ()
+    reloads: int = 0
 
     def to_json(self) -> str:
         """This state as JSON."""
@@ -53,6 +55,7 @@ class CoordinatorState:
             wanted=values["wanted"],
             serial=values["serial"],
             leaving=tuple(values["leaving"]),
+            reloads=values["reloads"],
             versions=tuple(
                 PlacedWeights(
                     name=one["name"],

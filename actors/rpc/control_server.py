@@ -11,8 +11,8 @@ import grpc
 
 import errors
 from channels.grpc import tls
-from channels.grpc.channel import MAX_STREAMS, OPTIONS
 from channels.grpc.guard import Guard
+from channels.grpc.options import MAX_STREAMS, OPTIONS
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
 
 _ERROR_TYPE = "raymoe-error"

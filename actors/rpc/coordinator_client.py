@@ -1,4 +1,4 @@
-"""Clients of a coordinator over gRPC: for workers, routers and fleets, and for the operators of a job.
+"""Client of a coordinator over gRPC, for workers, routers and fleets.
 
 An error of the coordinator is raised with its own class and names the coordinator; when its process is gone,
 a `ChannelError` is raised.
@@ -6,9 +6,7 @@ a `ChannelError` is raised.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from actors.messages.steps import Resume, StepDecision, StepMetrics, StepReport
 from actors.rpc.control_server import control_channel, raising
 from cluster.membership import Orders
 from cluster.topology import HostInfo, RoutingTable
-from protos import admin_pb2, admin_pb2_grpc, coordinator_pb2, coordinator_pb2_grpc
+from protos import coordinator_pb2, coordinator_pb2_grpc
 
 _SLACK = 10.0  # seconds that a call may take beyond the time that the coordinator waits
 
@@ -64,7 +62,7 @@ class CoordinatorClient:
             self._stub.Suspect(coordinator_pb2.SuspectRequest(host=host, why=why), timeout=self._timeout)
 
     def orders(
-        self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str]
+        self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str], lacking: str = ""
     ) -> tuple[Orders, int, CoordinatorState]:
         """Hosts to start and to stop, the number of hosts wanted, and the coordinator's state.
 
@@ -72,11 +70,14 @@ class CoordinatorClient:
             starting: Hosts that were started and have not registered yet.
             failed: Host id -> why it did not start, or how it ended.
             stopped: Hosts that were ended as ordered.
+            lacking: What the cluster lacks for hosts that wait to be started; empty if nothing is known.
         """
-        request = coordinator_pb2.OrdersRequest(starting=starting, failed=dict(failed), stopped=stopped)
+        request = coordinator_pb2.OrdersRequest(
+            starting=starting, failed=dict(failed), stopped=stopped, lacking=lacking
+        )
         with raising(self._peer):
             reply = self._stub.Orders(request, timeout=self._timeout)
-        orders = Orders(start=reply.start, stop=tuple(reply.stop))
+        orders = Orders(start=reply.start, stop=tuple(reply.stop), cancel=reply.cancel)
         return orders, int(reply.wanted), CoordinatorState.from_json(reply.state)
 
     def join(self, rank: int, workers: int, attempt: int, why: str) -> Resume:
@@ -171,60 +172,4 @@ class CoordinatorClient:
         return table_from(reply.table) if reply.HasField("table") else None
 
 
-class AdminClient:
-    """Operates a running job: the Python interface of `raymoe status`, `scale` and `drain`.
-
-    Args:
-        address: Address of the job's coordinator, `grpc:HOST:PORT`, as `raymoe serve --json` and
-            `raymoe train` print it.
-        timeout: Seconds for a call that does not wait for a change.
-    """
-
-    def __init__(self, address: str, *, timeout: float = 30.0) -> None:
-        self._peer = f"the coordinator ({address})"
-        self._timeout = timeout
-        self._channel = control_channel(address)
-        self._stub = admin_pb2_grpc.AdminStub(self._channel)
-
-    def status(self) -> dict[str, Any]:
-        """State of the job, as `raymoe status --json` prints it."""
-        with raising(self._peer):
-            reply = self._stub.Status(admin_pb2.StatusOfJobRequest(), timeout=self._timeout)
-        status: dict[str, Any] = json.loads(reply.status)
-        return status
-
-    def scale(self, hosts: int, *, timeout: float = 300.0) -> dict[str, Any]:
-        """Change the number of expert hosts; returns when the change is done, or after `timeout` seconds.
-
-        Returns:
-            done (whether the change is done), hosts (wanted now), seconds (since the request).
-
-        Raises:
-            RaymoeError: The change is impossible, or failed.
-        """
-        with raising(self._peer):
-            request = admin_pb2.ScaleRequest(hosts=hosts, timeout=timeout)
-            return _scaled(self._stub.Scale(request, timeout=timeout + _SLACK))
-
-    def drain(self, host: str, *, replace: bool = False, timeout: float = 300.0) -> dict[str, Any]:
-        """Retire one host once its experts are elsewhere; waits and returns as `scale` does.
-
-        Args:
-            host: Id of the host.
-            replace: Start another host in its place; otherwise the job has one host less.
-            timeout: Seconds to wait.
-        """
-        with raising(self._peer):
-            request = admin_pb2.DrainRequest(host=host, replace=replace, timeout=timeout)
-            return _scaled(self._stub.Drain(request, timeout=timeout + _SLACK))
-
-    def close(self) -> None:
-        """Close the connection; calls under way fail."""
-        self._channel.close()
-
-
-def _scaled(reply: admin_pb2.ScaleReply) -> dict[str, Any]:
-    return {"done": reply.done, "hosts": reply.hosts, "seconds": round(reply.seconds, 3)}
-
-
-__all__ = ["AdminClient", "CoordinatorClient"]
+__all__ = ["CoordinatorClient"]

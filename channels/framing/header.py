@@ -14,13 +14,12 @@ import torch
 from google.protobuf.message import DecodeError
 
 from channels.base import Phase, RequestId
+from channels.framing.limits import MAX_MESSAGE
 from errors import ProtocolError, RaymoeError, RemoteError, StaleEpoch
 from protos import expert_pb2, tensor_pb2
 
 ALIGNMENT: Final = 64
 MAX_TEXT: Final = 8192
-MAX_MESSAGE: Final = 1 << 30
-"""Bytes of a message between machines; a peer's longer one is refused before it is held in memory."""
 _MAX_DIMENSIONS: Final = 8
 _MAX_ELEMENTS: Final = 1 << 48
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from errors import ConfigError
+from errors import ConfigError, ResourceError
 from jobs.cli.options import Debug, Json, Result
 from jobs.console import finish, say, surfaced
 
-Job = Annotated[
+At = Annotated[
     str | None,
     typer.Option(
-        "--coordinator", metavar="HOST:PORT", help="The job's coordinator; by default found through Ray."
+        "--coordinator", metavar="HOST:PORT", help="The job's coordinator; by default the job is looked for."
     ),
 ]
 Cluster = Annotated[
     str | None,
-    typer.Option("--address", help="Address of the job's Ray cluster; by default the one on this machine."),
+    typer.Option("--address", help="Address of the job's Ray cluster; by default those of this machine."),
+]
+Job = Annotated[
+    str | None,
+    typer.Option(
+        "--job", metavar="NAME|ID", help="Which job, where several run; a command without it lists them."
+    ),
 ]
 Patience = Annotated[
     float, typer.Option(min=0, help="Seconds to wait for completion; 0 returns immediately.")
@@ -28,44 +37,51 @@ Patience = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register these commands."""
-    for command in (status, scale, drain, chaos, certs):
+    for command in (status, drain, chaos, certs):
         app.command()(surfaced(command))
+    # A negative number is no option, so that it gets the same answer as any other number that cannot be.
+    app.command(context_settings={"ignore_unknown_options": True})(surfaced(scale))
 
 
 def status(
-    coordinator: Job = None,
+    coordinator: At = None,
     address: Cluster = None,
+    job: Job = None,
     watch: Annotated[bool, typer.Option("--watch", help="Update the display until Ctrl-C.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a job's expert hosts, their experts, and the last events."""
-    from rich.console import Console
-
-    with _operated(coordinator, address, debug) as job:
-        from jobs.tools.running_job import shown
-        from jobs.tools.running_job import watch as show_on
-
+    """Show what a job does, its expert hosts, their experts, and the last events."""
+    with _operated(coordinator, address, job, debug=debug) as (_, client):
         if as_json:
-            finish(job.status, as_json=True)
-        elif watch:
-            show_on(job.status)
+            finish(client.status, as_json=True)
+            return
+        from rich.console import Console
+
+        from jobs.tools.status_view import shown
+        from jobs.tools.status_view import watch as show_on
+
+        if watch:
+            show_on(client.status)
         else:
-            Console(highlight=False).print(shown(job.status()), soft_wrap=True)
+            Console(highlight=False).print(shown(client.status()), soft_wrap=True)
 
 
 def scale(
     hosts: Annotated[int, typer.Argument(metavar="N", help="Number of expert hosts.")],
-    coordinator: Job = None,
+    coordinator: At = None,
     address: Cluster = None,
+    job: Job = None,
     timeout: Patience = 300.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Change the number of expert hosts of a training or serving job."""
-    with _operated(coordinator, address, debug) as job:
-        done = job.scale(hosts, timeout=timeout)
-    _tell(done, as_json=as_json)
+    """Change the number of expert hosts of a training or serving job, in place of a change under way."""
+    if hosts < 1:
+        raise ConfigError(f"N is {hosts}: a job has at least 1 expert host")
+    with _operated(coordinator, address, job, debug=debug) as (found, client), _told(found, timeout):
+        done = client.scale(hosts, timeout=timeout)
+    _tell(found, done, timeout, as_json=as_json)
 
 
 def drain(
@@ -79,8 +95,9 @@ def drain(
     replace: Annotated[
         bool, typer.Option("--replace", help="Start another host in its place; else there is one fewer.")
     ] = False,
-    coordinator: Job = None,
+    coordinator: At = None,
     address: Cluster = None,
+    job: Job = None,
     timeout: Patience = 300.0,
     as_json: Json = False,
     debug: Debug = False,
@@ -89,11 +106,15 @@ def drain(
     if (host is None) == (node is None):
         raise ConfigError("drain takes either a HOST or --node; name one of them")
     if node is not None:
-        _drain_node(node, address, timeout, as_json=as_json, debug=debug, coordinator=coordinator)
+        if coordinator is not None or job is not None:
+            given = "--job" if coordinator is None else "--coordinator"
+            raise ConfigError(f"--node drains the hosts of all jobs there; leave out {given}")
+        _drain_node(node, address, timeout, as_json=as_json, debug=debug)
         return
-    with _operated(coordinator, address, debug) as job:
-        done = job.drain(host, replace=replace, timeout=timeout)
-    _tell(done, as_json=as_json)
+    assert host is not None
+    with _operated(coordinator, address, job, debug=debug) as (found, client), _told(found, timeout):
+        done = client.drain(host, replace=replace, timeout=timeout)
+    _tell(found, done, timeout, as_json=as_json)
 
 
 def chaos(
@@ -106,9 +127,12 @@ def chaos(
     targets: Annotated[
         str, typer.Option(help="Comma-separated: host, coordinator, trunk (serving), worker (training).")
     ] = "host",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the schedule of faults.")] = False,
-    coordinator: Job = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the schedule of faults, and the job.")
+    ] = False,
+    coordinator: At = None,
     address: Cluster = None,
+    job: Job = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -116,7 +140,11 @@ def chaos(
     from jobs.fleet.ray_token import use_own_token
 
     use_own_token()
+    from dataclasses import asdict
+
     from jobs.tools.chaos import TARGETS, FaultKind, schedule
+    from jobs.tools.cluster_jobs import rehearse
+    from jobs.tools.running_job import find_jobs, operated
 
     faults = schedule(
         seed,
@@ -127,24 +155,26 @@ def chaos(
     )
 
     def compute() -> Result:
-        from dataclasses import asdict
-
-        from jobs.tools.running_job import rehearse
-
+        jobs = find_jobs(coordinator=coordinator, address=address, debug=debug)
+        if dry_run and not jobs.jobs and job is None:
+            say(f"no job runs {jobs.where}; this is the schedule alone")
+            return {"seed": seed, "job": None, "faults": [asdict(fault) for fault in faults]}
+        found = jobs.chosen(job)
+        say(f"{'would hit' if dry_run else 'hits'} {found.label}")
         if dry_run:
             done = [asdict(fault) for fault in faults]
         else:
-            done = rehearse(faults, coordinator=coordinator, address=address, debug=debug, tell=say)
-        return {"seed": seed, "faults": done}
+            with operated(found) as client:
+                done = rehearse(faults, found, client, debug=debug, tell=say)
+        return {"seed": seed, "job": found.to_dict(), "faults": done}
 
-    if dry_run and not as_json:
-        for fault in faults:
-            print(f"{fault.at:7.2f} s  {fault.kind} {fault.target}")
-        return
     if as_json:
         finish(compute, as_json=True)
-    else:
-        compute()
+        return
+    compute()
+    if dry_run:
+        for fault in faults:
+            print(f"{fault.at:7.2f} s  {fault.kind} {fault.target}")
 
 
 def certs(
@@ -171,11 +201,7 @@ def certs(
     print(f"{what} in {directory}, good until {made['certificate_until']}")
 
 
-def _drain_node(
-    node: str, address: str | None, timeout: float, *, as_json: bool, debug: bool, coordinator: str | None
-) -> None:
-    if coordinator is not None:
-        raise ConfigError("--node drains the hosts of all jobs there; leave out --coordinator")
+def _drain_node(node: str, address: str | None, timeout: float, *, as_json: bool, debug: bool) -> None:
     from jobs.fleet.ray_token import use_own_token
 
     use_own_token()
@@ -184,9 +210,12 @@ def _drain_node(
     done = leave(None if node == "here" else node, address=address, timeout=timeout, debug=debug)
     if as_json:
         finish(lambda: done, as_json=True)
-    else:
-        hosts = ", ".join(done["drained"]) or "no expert host"
-        print(f"{hosts} and {done['replicas']} trunk replicas were moved in {done['seconds']:.1f} s")
+        return
+    hosts = "; ".join(f"{one['name']} ({one['id']}): {', '.join(one['drained'])}" for one in done["jobs"])
+    print(
+        f"{hosts or 'no expert host'} and {done['replicas']} trunk replicas were moved in "
+        f"{done['seconds']:.1f} s"
+    )
 
 
 def _choices(text: str, known: list[str], option: str) -> list[str]:
@@ -203,24 +232,63 @@ def _choices(text: str, known: list[str], option: str) -> list[str]:
     return chosen
 
 
-def _operated(coordinator: str | None, address: str | None, debug: bool) -> Any:
+@contextmanager
+def _operated(
+    coordinator: str | None, address: str | None, job: str | None, *, debug: bool
+) -> Iterator[tuple[Any, Any]]:
+    """The job that a command operates on (`RunningJob`), and a client of it (`AdminClient`)."""
     from jobs.fleet.ray_token import use_own_token
 
     use_own_token()
-    from jobs.tools.running_job import operated
+    from jobs.tools.running_job import find_jobs, operated
 
-    return operated(coordinator=coordinator, address=address, debug=debug)
+    found = find_jobs(coordinator=coordinator, address=address, debug=debug).chosen(job)
+    with operated(found) as client:
+        yield found, client
 
 
-def _tell(done: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        finish(lambda: done, as_json=True)
+@contextmanager
+def _told(job: Any, timeout: float) -> Iterator[None]:
+    """Tell on stderr what a change waits for, as long as this context lasts."""
+    if not timeout:
+        yield
         return
+    from jobs.fleet.event_lines import follow_events
+
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=follow_events,
+        args=(stop, job.coordinator, say),
+        kwargs={"kinds": ("waiting", "died"), "skip": True},
+        daemon=True,
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _tell(job: Any, done: dict[str, Any], timeout: float, *, as_json: bool) -> None:
+    """Print the outcome of a change.
+
+    Raises:
+        ResourceError: It was waited for, and is not done.
+    """
     hosts = f"{done['hosts']} expert host{'s' * (done['hosts'] != 1)}"
-    if done["done"]:
-        print(f"{hosts} after {done['seconds']:.2f} s")
-    else:
-        print(f"changing to {hosts}; `raymoe status --watch` shows the progress")
+    if as_json:
+        finish(lambda: {**done, "job": job.to_dict()}, as_json=True)
+    elif done["done"]:
+        print(f"{job.label}: {hosts} after {done['seconds']:.2f} s")
+    elif not timeout:
+        print(f"{job.label}: changing to {hosts}; `raymoe status --watch` shows the progress")
+    if timeout and not done["done"]:
+        lacking = f" ({done['lacking']})" if done["lacking"] else ""
+        raise ResourceError(
+            f"{job.label}: the change to {hosts} is not done after {timeout:g} s{lacking}; it goes on, and "
+            "another `raymoe scale` takes its place"
+        )
 
 
 __all__ = ["add_to"]

@@ -14,8 +14,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -25,11 +25,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.coordinator.coordinator import Coordinator
 from actors.host import ExpertHost
 from actors.messages.coordinator_state import CoordinatorState
+from actors.messages.job_identity import JobIdentity
 from actors.remote import CoordinatorActor, ExpertHostActor, ask, require_reach, start
-from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
+from actors.rpc.admin_client import AdminClient
+from actors.rpc.coordinator_client import CoordinatorClient
 from cluster.config import ClusterConfig
-from cluster.topology import HostInfo
 from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
+from jobs.fleet.fleet_actors import CoordinatorBuilder, HostActor, HostBuilder, kill
+from jobs.fleet.job_notices import JobNotice, posted
+from jobs.fleet.room import free_resources, lacking, resources_of_a_host
 
 NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
 """Namespace of the coordinators' actors in Ray, and the prefix of their names."""
@@ -39,26 +43,9 @@ _PAUSE = 0.1  # seconds between two reports
 _LONGEST_PAUSE = 5.0  # between two tries to start a coordinator
 _CALL_SECONDS = 10.0
 _STANDBY_SECONDS = 5.0  # after which a job starts a standby coordinator; short jobs have none
+_REFOLLOW_SECONDS = 30.0  # before a number of hosts that did not come about is asked for again
+_ROOM_SECONDS = 1.0  # in which hosts that end give their resources back
 _CENSUS_SECONDS = 2.0  # between two looks at the nodes of the cluster
-
-
-@dataclass(slots=True)
-class _HostActor:
-    """The actor of one expert host.
-
-    Attributes:
-        actor: Handle of the actor.
-        asked: Ray's reference to the host's address, until it has started.
-        lease: Ray's reference to a call that lasts as long as the actor.
-        began: When the host was started, by `time.monotonic`.
-        info: The host's address; None until it has started.
-    """
-
-    actor: Any
-    asked: Any
-    lease: Any
-    began: float
-    info: HostInfo | None = None
 
 
 @dataclass(slots=True)
@@ -69,20 +56,28 @@ class Fleet:
         cluster: Number of hosts, and the resources of each.
         coordinator: Builds a coordinator in its own process, from the state of the one before.
         host: Builds the expert host of a name in its own process.
+        name: Name of the job, for its operators.
     """
 
     cluster: ClusterConfig
     coordinator: Callable[[CoordinatorState | None], Coordinator]
     host: Callable[[str], ExpertHost]
+    name: str = ""
     address: str = ""
     _coordinator: Any = None
     _client: CoordinatorClient | None = None
     _state: CoordinatorState | None = None
-    _hosts: dict[str, _HostActor] = field(default_factory=dict)
+    _hosts: dict[str, HostActor] = field(default_factory=dict)
     _failed: dict[str, str] = field(default_factory=dict)
     _stopped: list[str] = field(default_factory=list)
     _next: int = 0
     _next_census: float = 0.0
+    _followed: tuple[int | str, ...] = ()  # number of hosts last asked for, and the nodes at that time
+    _refollow: float = 0.0
+    _short_since: float | None = None
+    _lacking: str = ""
+    _job: JobIdentity = field(default_factory=JobIdentity)
+    _notice: ExitStack = field(default_factory=ExitStack)
     _standby: Any = None
     _standby_at: float = math.inf
     _closing: threading.Event = field(default_factory=threading.Event)
@@ -95,6 +90,8 @@ class Fleet:
             RaymoeError: One of them failed; all others are ended.
         """
         require_reach(self.cluster.interface)
+        cluster = ray.get_runtime_context().gcs_address
+        self._job = JobIdentity(id=uuid.uuid4().hex[:8], name=self.name, cluster=cluster)
         try:
             self._start_coordinator()
             for _ in range(self.cluster.expert_hosts):
@@ -102,6 +99,7 @@ class Fleet:
             patience = self.cluster.start_timeout
             self._await_coordinator(patience)
             assert self._client is not None
+            self._notice.enter_context(posted(JobNotice(**asdict(self._job), coordinator=self.address)))
             for id, host in self._hosts.items():
                 host.info = ask(host.asked, what=f"expert host {id}", timeout=patience)
                 self._client.register_host(host.info)
@@ -118,14 +116,15 @@ class Fleet:
     def close(self) -> None:
         """End all actors."""
         self._closing.set()
+        self._notice.close()
         if self._thread is not None:
             for actor in (self._coordinator, self._standby):  # otherwise the thread waits for its start
-                _kill(actor)
+                kill(actor)
             self._thread.join()
         if self._client is not None:
             self._client.close()
         for actor in [self._coordinator, self._standby, *(host.actor for host in self._hosts.values())]:
-            _kill(actor)
+            kill(actor)
         self._hosts.clear()
 
     # --- the loop
@@ -189,7 +188,9 @@ class Fleet:
             if node["Alive"] and all(node["Resources"].get(name, 0) >= least for name, least in asked.items())
         ]
         target = max(1, len(nodes) * self.cluster.hosts_per_node)
-        if target != wanted:
+        asked = (target, *sorted(node["NodeID"] for node in nodes))
+        if target != wanted and (asked != self._followed or time.monotonic() > self._refollow):
+            self._followed, self._refollow = asked, time.monotonic() + _REFOLLOW_SECONDS
             admin = AdminClient(self.address, timeout=_CALL_SECONDS)
             try:
                 admin.scale(target, timeout=0.0)
@@ -203,36 +204,60 @@ class Fleet:
         assert self._client is not None
         starting = sum(host.info is None for host in self._hosts.values())
         failed, stopped = dict(self._failed), list(self._stopped)
-        orders, wanted, self._state = self._client.orders(starting=starting, failed=failed, stopped=stopped)
+        if not starting:
+            self._lacking = ""
+        orders, wanted, self._state = self._client.orders(
+            starting=starting, failed=failed, stopped=stopped, lacking=self._lacking
+        )
         for id in failed:
             self._failed.pop(id)
         self._stopped = [id for id in self._stopped if id not in stopped]
         for id in orders.stop:
             self._end(id)
             self._stopped.append(id)
-        for _ in range(orders.start):
-            self._start_host()
+        unstarted = [id for id, host in self._hosts.items() if host.info is None]
+        for id in unstarted[len(unstarted) - orders.cancel :]:
+            self._end(id)
+        if orders.start and self._may_start(orders.start):
+            for _ in range(orders.start):
+                self._start_host()
         return wanted
+
+    def _may_start(self, hosts: int) -> bool:
+        """Whether hosts are to be started now: with room, or when room has not come for a moment.
+
+        Hosts without room are started too, since an autoscaler may add nodes for them.
+        """
+        missing = lacking(hosts, resources_of_a_host(self.cluster), free_resources())
+        now = time.monotonic()
+        if not missing:
+            self._short_since = None
+            return True
+        self._short_since = self._short_since or now
+        if now - self._short_since < _ROOM_SECONDS:
+            return False
+        self._short_since, self._lacking = None, missing
+        return True
 
     def _start_host(self) -> None:
         id = f"host-{self._next}"
         self._next += 1
         actor = start(
             ExpertHostActor,
-            _HostBuilder(self.host, id),
+            HostBuilder(self.host, id),
             interface=self.cluster.interface,
             cpus=self.cluster.cpus_per_host,
             gpus=self.cluster.gpus_per_host,
             resources=dict(self.cluster.host_resources),
         )
-        self._hosts[id] = _HostActor(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
+        self._hosts[id] = HostActor(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
 
     def _end(self, id: str) -> None:
         host = self._hosts.pop(id, None)
         if host is not None:
-            _kill(host.actor)
+            kill(host.actor)
 
-    def _why(self, host: _HostActor) -> str:
+    def _why(self, host: HostActor) -> str:
         try:
             ray.get(host.lease)
         except RayActorError:
@@ -244,7 +269,7 @@ class Fleet:
     # --- the coordinator
 
     def _start_coordinator(self) -> None:
-        build = _CoordinatorBuilder(self.coordinator, self._state)
+        build = CoordinatorBuilder(self.coordinator, self._state, self._job)
         standby, self._standby = self._standby, None
         if standby is None:
             self._coordinator = self._coordinator_process(build)
@@ -286,7 +311,7 @@ class Fleet:
         while not self._closing.wait(pause):
             pause = min(2 * pause, _LONGEST_PAUSE)
             try:
-                _kill(self._coordinator)  # it may hang and still occupy the port
+                kill(self._coordinator)  # it may hang and still occupy the port
                 self._start_coordinator()
                 self._await_coordinator(self.cluster.start_timeout)
                 assert self._client is not None
@@ -304,34 +329,6 @@ class Fleet:
         except RayError:
             return False
         return True
-
-
-def _kill(actor: Any) -> None:
-    if actor is not None:
-        with suppress(RayError):
-            ray.kill(actor)
-
-
-@dataclass(frozen=True, slots=True)
-class _HostBuilder:
-    """Builds the expert host of a name."""
-
-    build: Callable[[str], ExpertHost]
-    id: str
-
-    def __call__(self) -> ExpertHost:
-        return self.build(self.id)
-
-
-@dataclass(frozen=True, slots=True)
-class _CoordinatorBuilder:
-    """Builds a coordinator from the state of the one before."""
-
-    build: Callable[[CoordinatorState | None], Coordinator]
-    state: CoordinatorState | None
-
-    def __call__(self) -> Coordinator:
-        return self.build(self.state)
 
 
 __all__ = ["COORDINATOR", "NAMESPACE", "Fleet"]

@@ -22,7 +22,7 @@ from ray._private.state import actors
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.rpc.coordinator_client import AdminClient
+from actors.rpc.admin_client import AdminClient
 from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo
 from errors import RaymoeError

@@ -13,9 +13,9 @@ from ray._private.state import actors
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
-from actors.rpc.coordinator_client import AdminClient
+from actors.rpc.admin_client import AdminClient
 from errors import RaymoeError, ResourceError
-from jobs.tools.running_job import on_cluster, seen_coordinators
+from jobs.tools.cluster_jobs import on_cluster, seen_coordinators
 
 _POLL_SECONDS = 0.5
 _REPLICA = "ServeReplica:"
@@ -27,12 +27,13 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
 
     Args:
         node: Id of the node, or its beginning; None is the node of this process.
-        address: Address of the Ray cluster; None takes the one on this machine.
+        address: Address of the Ray cluster; None takes RAY_ADDRESS, or the only cluster of this machine.
         timeout: Seconds for the whole drain, after which the node may end.
         debug: Show the output of actors.
 
     Returns:
-        node, drained (ids of hosts), replicas (of Ray Serve), seconds.
+        node, drained (ids of hosts), jobs (with a host there: name, id, drained), replicas (of Ray Serve),
+        seconds.
 
     Raises:
         ResourceError: There is no such node, or more than one, or Ray refuses.
@@ -49,10 +50,13 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
         # All jobs at the same time, so that one that does not answer does not delay the others.
         with ThreadPoolExecutor(max(1, len(clients)), thread_name_prefix="drain") as threads:
             parts = list(threads.map(lambda job: drain_hosts(job, node, deadline), clients))
+            names = list(threads.map(_called, clients, found))
         while _replicas(node) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         failed = [f"{name} does not answer" for name in silent]
-        failed += [why for part in parts for why in part.failed]
+        failed += [
+            f"{job['name']}: {why}" for job, part in zip(names, parts, strict=True) for why in part.failed
+        ]
         if left := _replicas(node):
             failed.append(f"Ray Serve has {left} replicas there still")
     if failed:
@@ -61,6 +65,9 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
     return {
         "node": node,
         "drained": [id for part in parts for id in part.drained],
+        "jobs": [
+            {**job, "drained": part.drained} for job, part in zip(names, parts, strict=True) if part.drained
+        ],
         "replicas": replicas,
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -113,6 +120,15 @@ def drain_hosts(job: DrainableJob, node: str, deadline: float) -> DrainResult:
         else:
             found.failed.append(f"{id} still holds experts; give it more --timeout")
     return found
+
+
+def _called(job: AdminClient, address: str) -> dict[str, str]:
+    """What a job is called; its address where it does not answer."""
+    try:
+        found = job.describe()
+    except RaymoeError:
+        return {"name": address.removeprefix("grpc:"), "id": ""}
+    return {"name": found["name"], "id": found["id"]}
 
 
 def _whole_id(node: str) -> str:

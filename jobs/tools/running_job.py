@@ -1,183 +1,164 @@
-"""The coordinator of a running job: found and asked, for `raymoe status | scale | drain | chaos`."""
+"""The running job that a command operates on: found on this machine without Ray, or on a Ray cluster.
+
+Nothing here needs Ray or torch, so that `raymoe status` is quick where the job runs on this machine.
+"""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 
-import ray
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from actors.rpc.admin_client import AdminClient
+from errors import ConfigError, RaymoeError, ResourceError
+from jobs.fleet.job_notices import local_jobs
 
-from actors.remote import ask
-from actors.rpc.coordinator_client import AdminClient
-from errors import RaymoeError, ResourceError
-from jobs.fleet.fleet import COORDINATOR, NAMESPACE
-from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
-from jobs.tools.chaos import Fault, run_chaos
-
-_ASK_SECONDS = 10.0
-_SHOWN_EVENTS = 12
+_DESCRIBE_SECONDS = 3.0
 
 
-@contextmanager
-def operated(*, coordinator: str | None, address: str | None, debug: bool = False) -> Iterator[AdminClient]:
-    """A client of the job that a command operates on.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningJob:
+    """A job as its operators see it.
+
+    Attributes:
+        coordinator: Address of its coordinator, `grpc:HOST:PORT`.
+        id, name: What it is called; empty if it did not answer when it was looked for.
+        cluster: Address of its Ray cluster.
+        doing: What it does, in a few words.
+    """
+
+    coordinator: str
+    id: str = ""
+    name: str = ""
+    cluster: str = ""
+    doing: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its name, its id and its Ray cluster."""
+        if not self.id:
+            return f"the job at {self.coordinator.removeprefix('grpc:')}"
+        return f"{self.name or 'the job'} ({self.id}, Ray cluster {self.cluster})"
+
+    def to_dict(self) -> dict[str, str]:
+        """What identifies it, as JSON objects have it."""
+        values = asdict(self)
+        return {name: values[name] for name in ("id", "name", "cluster", "coordinator")}
+
+
+@dataclass(frozen=True, slots=True)
+class JobsFound:
+    """The jobs of one place.
+
+    Attributes:
+        jobs: The jobs that answer, and those that should.
+        where: Where they were looked for, as the end of a sentence.
+    """
+
+    jobs: Sequence[RunningJob]
+    where: str
+
+    def chosen(self, wanted: str | None) -> RunningJob:
+        """The only job, or the one of this name or id.
+
+        Raises:
+            ConfigError: There is no such job.
+            ResourceError: There is none at all, or more than one; the error lists them.
+        """
+        if not self.jobs:
+            raise ResourceError(
+                f"no raymoe job with a coordinator runs {self.where}; `--address` names another Ray cluster, "
+                "`--coordinator HOST:PORT` a job"
+            )
+        if wanted is None:
+            if len(self.jobs) == 1:
+                return self.jobs[0]
+            raise ResourceError(
+                f"{len(self.jobs)} jobs run {self.where}; say which with --job NAME or ID{self._listed()}"
+            )
+        found = [job for job in self.jobs if wanted in (job.id, job.name)]
+        if not found:
+            raise ConfigError(f"--job {wanted}: no job of this name or id runs {self.where}{self._listed()}")
+        if len(found) > 1:
+            raise ResourceError(
+                f"--job {wanted}: {len(found)} jobs of this name run {self.where}; give the id"
+                f"{JobsFound(found, self.where)._listed()}"
+            )
+        return found[0]
+
+    def _listed(self) -> str:
+        """The jobs, each on a line of its own."""
+        rows = [
+            (job.name or "?", job.id or "?", job.doing, job.coordinator.removeprefix("grpc:"), job.cluster)
+            for job in self.jobs
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "".join(
+            f"\n  {name:<{widths[0]}}  {id:<{widths[1]}}  {doing:<{widths[2]}}  coordinator {at}  "
+            f"Ray cluster {cluster or '?'}"
+            for name, id, doing, at, cluster in rows
+        )
+
+
+def find_jobs(*, coordinator: str | None, address: str | None, debug: bool = False) -> JobsFound:
+    """The jobs that a command may operate on.
 
     Args:
-        coordinator: HOST:PORT of its coordinator; None looks for it on a Ray cluster.
-        address: Address of that cluster; None takes the one on this machine.
+        coordinator: HOST:PORT of a job's coordinator.
+        address: Address of a Ray cluster to look at; None takes RAY_ADDRESS, or without it this machine.
         debug: Show the output of actors.
 
     Raises:
-        ResourceError: There is no such job, or there are several.
+        ResourceError: There is no cluster at the address.
     """
-    at = coordinator or find_coordinator(address, debug=debug)
-    client = AdminClient(at if at.startswith("grpc:") else f"grpc:{at}")
-    try:
-        yield client
-    finally:
-        client.close()
+    if coordinator is not None:
+        at = coordinator if coordinator.startswith("grpc:") else f"grpc:{coordinator}"
+        return JobsFound([described(at)], f"at {coordinator}")
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is None:
+        posted = local_jobs()
+        if posted:
+            jobs = [
+                described(one.coordinator, RunningJob(**asdict(one), doing="does not answer"))
+                for one in posted
+            ]
+            return JobsFound(jobs, "on this machine")
+    from jobs.tools.cluster_jobs import clusters_here, jobs_on
+
+    if address is not None:
+        return JobsFound(jobs_on(address, debug=debug), f"on the Ray cluster at {address}")
+    return JobsFound(
+        [job for cluster in clusters_here() for job in jobs_on(cluster, debug=debug)], "on this machine"
+    )
 
 
-def rehearse(
-    faults: Sequence[Fault],
-    *,
-    coordinator: str | None,
-    address: str | None,
-    debug: bool,
-    tell: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Carry out a schedule of faults on a job; returns the result of `jobs.tools.chaos.run_chaos`.
+def described(coordinator: str, known: RunningJob | None = None) -> RunningJob:
+    """The job of a coordinator, as the coordinator describes it.
+
+    Args:
+        coordinator: Its address.
+        known: The job that should be there; returned if it does not answer.
 
     Raises:
-        ResourceError: There is no such job.
+        RaymoeError: The coordinator does not answer, and nothing is known of its job.
     """
-    with operated(coordinator=coordinator, address=address, debug=debug) as job:
-        at = address or os.environ.get("RAY_ADDRESS") or "auto"
-        with ray_session(ResourceNeeds(cpus=0, why=""), address=at, debug=debug):
-            return run_chaos(job, faults, tell=tell)
-
-
-def find_coordinator(address: str | None, *, debug: bool = False) -> str:
-    """Address of the only coordinator on a Ray cluster.
-
-    Raises:
-        ResourceError: There is no cluster, no coordinator, or more than one.
-    """
-    with on_cluster(address, debug=debug) as address:
-        found = coordinators()
-    if len(found) != 1:
-        what = f"{len(found)} jobs with a coordinator run" if found else "no job with a coordinator runs"
-        which = f": {', '.join(at.removeprefix('grpc:') for at in found)}" if found else ""
-        raise ResourceError(
-            f"{what} on the Ray cluster at {address}{which}; say which with --coordinator HOST:PORT, or give "
-            "--address"
-        )
-    return found[0]
+    with closing(AdminClient(coordinator, timeout=_DESCRIBE_SECONDS)) as client:
+        try:
+            found = RunningJob(coordinator=coordinator, **client.describe())
+        except RaymoeError:
+            if known is None:
+                raise
+            return known
+    # Another job may listen at the port of one that is about to end.
+    return found if known is None or known.id in ("", found.id) else known
 
 
 @contextmanager
-def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
-    """Connect to a running Ray cluster; yield its address.
-
-    Raises:
-        ResourceError: There is none.
-    """
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    check_answers(address)
-    with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
-        yield address
+def operated(job: RunningJob) -> Iterator[AdminClient]:
+    """A client of a job."""
+    with closing(AdminClient(job.coordinator)) as client:
+        yield client
 
 
-def coordinators() -> list[str]:
-    """Addresses of all coordinators on the cluster that this process is connected to.
-
-    Raises:
-        ResourceError: One does not answer.
-    """
-    found, silent = seen_coordinators()
-    if silent:
-        raise ResourceError(
-            f"{', '.join(silent)} does not answer within {_ASK_SECONDS:g} s; name a job with --coordinator"
-        )
-    return found
-
-
-def seen_coordinators() -> tuple[list[str], list[str]]:
-    """Addresses of the coordinators that answer, and names of those that do not answer or die."""
-    names = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(COORDINATOR)
-    ]
-    asked: dict[Any, str] = {}
-    for name in names:
-        try:
-            actor = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:  # it has died since
-            continue
-        asked[actor.address.remote()] = name
-    if not asked:
-        return [], []
-    answered, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_SECONDS)
-    found: list[str] = []
-    silent = [asked[reference] for reference in waiting]
-    for reference in answered:
-        try:
-            at = ask(reference, what="the coordinator")
-        except RaymoeError:
-            silent.append(asked[reference])
-            continue
-        found += [str(at)] if at else []  # a standby has no address
-    return found, silent
-
-
-def shown(status: dict[str, Any]) -> Group:
-    """A job's status as tables for the terminal."""
-    hosts = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("host", "state", "node", "pid", "experts", "in flight", "rows", "channel"):
-        hosts.add_column(
-            column, justify="right" if column in ("pid", "experts", "in flight", "rows") else "left"
-        )
-    for host in status["hosts"]:
-        state = host["state"] if host["answers"] else f"{host['state']}, silent"
-        hosts.add_row(
-            host["id"],
-            state,
-            host["node"][:8],
-            str(host["pid"]),
-            str(host["experts"]),
-            str(host["in_flight"]),
-            f"{host['rows']:,}",
-            host["channel"],
-        )
-    what = "serves" if status["mode"] == "serve" else f"trains, at step {status['step']}"
-    head = Text(
-        f"{what}; epoch {status['epoch']}, {len(status['hosts'])} of {status['wanted']} expert hosts, "
-        f"{status['replicas_min']} to {status['replicas_max']} replicas of an expert"
-    )
-    events = Table(box=None, pad_edge=False, show_header=False)
-    for event in status["events"][-_SHOWN_EVENTS:]:
-        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-        events.add_row(at, event["kind"], event["text"])
-    return Group(head, Text(""), hosts, Text(""), events)
-
-
-def watch(ask: Callable[[], dict[str, Any]], *, every: float = 1.0) -> None:
-    """Show a job's status until Ctrl-C."""
-    with Live(shown(ask()), console=Console(highlight=False), auto_refresh=False) as live:
-        try:
-            while True:
-                time.sleep(every)
-                live.update(shown(ask()), refresh=True)
-        except KeyboardInterrupt:
-            return
-
-
-__all__ = ["coordinators", "find_coordinator", "on_cluster", "operated", "shown", "watch"]
+__all__ = ["JobsFound", "RunningJob", "described", "find_jobs", "operated"]

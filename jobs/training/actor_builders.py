@@ -109,6 +109,7 @@ def build_coordinator(
             beginning=beginning,
             step=start.step,
             bias=gate_biases(weight_source(config, start), model),
+            note=placements.roster.note,
         )
 
     return Coordinator(

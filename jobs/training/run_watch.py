@@ -5,17 +5,21 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from ray.train.torch import TorchTrainer
 
+from actors.rpc.admin_client import AdminClient
 from actors.rpc.coordinator_client import CoordinatorClient
 from errors import RaymoeError
 from jobs.console import Progress
+from jobs.fleet.event_lines import EVENTS_FILE, EventLines
 
 _POLL_SECONDS = 0.5
+_EVENT_SECONDS = 5.0  # that the coordinator has to tell of events
 _STRAGGLER_SECONDS = 10.0
 """Time in which the other workers of a failed run have to end by themselves."""
 
@@ -28,12 +32,18 @@ class RunWatch:
         coordinator: Client of the run's coordinator.
         step: Number of steps done before.
         progress: Shows the steps.
+        events: Tells what happens to the run's processes; None tells nothing.
     """
 
     def __init__(
-        self, trainer: TorchTrainer, coordinator: CoordinatorClient, step: int, progress: Progress | None
+        self,
+        trainer: TorchTrainer,
+        coordinator: CoordinatorClient,
+        step: int,
+        progress: Progress | None,
+        events: EventLines | None = None,
     ) -> None:
-        self._coordinator = coordinator
+        self._coordinator, self._events = coordinator, events
         self._shown = step - 1
         self._progress = progress
         self._error: BaseException | None = None
@@ -94,6 +104,8 @@ class RunWatch:
             self._error = error
 
     def _show(self) -> None:
+        if self._events is not None:
+            self._events.look()
         if self._progress is None:
             return
         try:
@@ -145,4 +157,20 @@ class RunWatch:
                 signal.signal(number, handler)
 
 
-__all__ = ["RunWatch"]
+def run_events(
+    address: str, output: Path, tell: Callable[[str], None] | None, stack: ExitStack
+) -> EventLines:
+    """The events of a run, written to `events.jsonl` in its directory.
+
+    Args:
+        address: Address of the run's coordinator.
+        output: The run's directory.
+        tell: Called with a line for each notable event.
+        stack: Closes the connection.
+    """
+    client = AdminClient(address, timeout=_EVENT_SECONDS)
+    stack.callback(client.close)
+    return EventLines(client, tell, file=output / EVENTS_FILE)
+
+
+__all__ = ["RunWatch", "run_events"]

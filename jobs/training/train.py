@@ -35,7 +35,7 @@ from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.ray_worker import WorkerSettings, train_worker
 from jobs.training.run_directory import run_directory
 from jobs.training.run_start import RunStart
-from jobs.training.run_watch import RunWatch
+from jobs.training.run_watch import RunWatch, run_events
 from model.checkpoints.sources import read_hf_config
 from model.config import ModelConfig
 
@@ -224,6 +224,7 @@ def _run(
             config.cluster,
             coordinator=partial(build_coordinator, config, begin, output),
             host=partial(build_host, config, begin, output=output),
+            name=output.name,
         )
         stack.callback(fleet.close)
         address = fleet.open()
@@ -256,7 +257,8 @@ def _run(
                 failure_config=FailureConfig(max_failures=training.max_failures),
             ),
         )
-        return RunWatch(trainer, coordinator, begin.step, progress).until_done()
+        events = run_events(address, output, None if progress is None else progress.note, stack)
+        return RunWatch(trainer, coordinator, begin.step, progress, events).until_done()
 
 
 __all__ = ["summary", "train"]

@@ -19,7 +19,7 @@ import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from actors.rpc.coordinator_client import AdminClient
+from actors.rpc.admin_client import AdminClient
 from support.commands.serve import running, save_model, tiny_model
 from support.commands.streams import StreamLoad, disturbed, greedy_requests
 from support.waiting import wait_until

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from actors.rpc.coordinator_client import AdminClient
+from actors.rpc.admin_client import AdminClient
 from errors import ResourceError
 from jobs.tools.node_drain import leave
 from support.commands.serve import running, save_model, tiny_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from actors.rpc.coordinator_client import AdminClient
+from actors.rpc.admin_client import AdminClient
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.disturbed_run import DisturbedRun, differ
 from support.commands.serve import running, save_model, tiny_model

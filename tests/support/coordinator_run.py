@@ -44,7 +44,15 @@ class Run:
 
         def steps(placements: PlacementController) -> TrainingSteps:
             hosts = placements if n_hosts else None
-            return TrainingSteps(plan, (L, E), hosts, beginning=beginning or self.begin, step=step, bias=bias)
+            return TrainingSteps(
+                plan,
+                (L, E),
+                hosts,
+                beginning=beginning or self.begin,
+                step=step,
+                bias=bias,
+                note=placements.roster.note,
+            )
 
         self.coordinator = Coordinator(
             PlacementSpec(layers=tuple(range(L)), n_experts=E, n_group=1),

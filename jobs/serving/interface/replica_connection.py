@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from channels.grpc import tls
-from channels.grpc.channel import OPTIONS
+from channels.grpc.options import OPTIONS
 from errors import ChannelError, ConfigError, QueueFull
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus, TrunkStatusRequest
 from protos.trunk_pb2_grpc import TrunkStub

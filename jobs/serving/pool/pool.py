@@ -13,7 +13,8 @@ from typing import Any
 from actors.coordinator.coordinator import Coordinator, HostPolicy, InitialWeights
 from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.messages.coordinator_state import CoordinatorState
-from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
+from actors.rpc.admin_client import AdminClient
+from actors.rpc.coordinator_client import CoordinatorClient
 from actors.rpc.host_client import HostClient
 from errors import HostsChanged, RaymoeError, is_loss
 from jobs.api.serving_metrics import ExpertFigures
@@ -61,6 +62,7 @@ class ExpertPool:
                 cluster,
                 coordinator=partial(build_serving_coordinator, config, version),
                 host=partial(build_serving_host, config, weights),
+                name=config.serving.name or weights.name,
             )
             self._actors.callback(fleet.close)
             self._address = fleet.open()

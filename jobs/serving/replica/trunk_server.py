@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from channels.grpc import tls
-from channels.grpc.channel import MAX_STREAMS, OPTIONS
+from channels.grpc.options import MAX_STREAMS, OPTIONS
 from engine.service import Delta, EngineService
 from errors import ConfigError, QueueFull, RaymoeError, ResourceError
 from jobs.serving.replica.held_leases import HeldLeases

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import psutil
 
-from actors.rpc.coordinator_client import AdminClient
+from actors.rpc.admin_client import AdminClient
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.train import STEPS, assert_gone, family, losses, start
 from support.waiting import wait_until

@@ -52,7 +52,7 @@ def test_orders_say_what_is_missing_beside_what_is_on_its_way() -> None:
     assert made.orders(0, 1.0) == Orders(start=3, stop=())
     assert made.orders(2, 1.0) == Orders(start=1, stop=())
     assert made.orders(2, 1.0) == Orders(start=1, stop=()), "asked again, the answer is the same"
-    assert made.orders(4, 1.0) == Orders(start=0, stop=())
+    assert made.orders(4, 1.0) == Orders(start=0, stop=(), cancel=1)
 
 
 def test_a_lost_host_is_stopped_and_replaced_and_its_name_not_used_again() -> None:
@@ -119,14 +119,88 @@ def test_numbers_that_cannot_be_are_refused(target: int) -> None:
     assert (made.wanted, made.scaling) == (2, None)
 
 
-def test_one_change_at_a_time() -> None:
+def test_no_drain_during_another_change() -> None:
     made = membership(2)
     made.scale(3, 1.0)
-    for other in (lambda: made.scale(1, 2.0), lambda: made.drain("host-0", 2.0)):
-        with pytest.raises(ResourceError, match="the change to 3 expert hosts is under way"):
-            other()
+    with pytest.raises(ResourceError, match="the change to 3 expert hosts is under way"):
+        made.drain("host-0", 2.0)
     assert stages(made) == {"host-0": Stage.SERVING, "host-1": Stage.SERVING}
     assert made.wanted == 3
+
+
+def test_a_scale_takes_the_place_of_one_that_waits() -> None:
+    made = membership(2)
+    first = made.scale(6, 1.0)
+    made.register(info(2), 2.0)
+    assert made.scale(6, 2.0) is first, "the same again is the same change"
+    second = made.scale(3, 3.0)
+    assert first.failure == "the change to 3 expert hosts takes its place"
+    assert first.ended == 3.0
+    assert (second.before, second.target, made.wanted) == (2, 3, 3)
+    assert made.orders(3, 3.0) == Orders(start=0, stop=(), cancel=3), "three wait for room still"
+    settle(made, 4.0)
+    assert second.ended == 4.0
+    assert set(made.members) == {"host-0", "host-1", "host-2"}
+
+
+def test_a_scale_back_to_what_there_is_is_done_at_once() -> None:
+    made = membership(2)
+    made.scale(6, 1.0)
+    back = made.scale(2, 2.0)
+    assert made.orders(4, 2.0).cancel == 4
+    settle(made, 2.0)
+    assert back.ended == 2.0
+
+
+def test_hosts_that_were_to_go_stay_when_they_are_wanted_again() -> None:
+    made = membership(4)
+    made.scale(1, 1.0)
+    again = made.scale(3, 2.0)
+    assert [site.id for site in made.sites()] == ["host-0", "host-1", "host-2"]
+    assert made.orders(0, 2.0) == Orders(start=0, stop=())
+    settle(made, 3.0)
+    assert again.ended == 3.0
+    assert stages(made) == dict.fromkeys(("host-0", "host-1", "host-2"), Stage.SERVING)
+
+
+def test_a_drained_host_goes_though_a_scale_takes_the_drains_place() -> None:
+    made = membership(3)
+    made.drain("host-0", 1.0)
+    made.scale(3, 2.0)
+    assert [site.id for site in made.sites()] == ["host-1", "host-2", "host-0"], "until another one is there"
+    assert made.orders(0, 2.0).start == 1
+    made.register(info(3), 3.0)
+    settle(made, 4.0)
+    assert set(made.members) == {"host-1", "host-2", "host-3"}
+
+
+def test_a_request_does_not_wait_for_starts_that_failed_before() -> None:
+    made = membership(1)
+    made.scale(2, 1.0)
+    made.start_failed("host-1", "no CPUs", 2.0)
+    made.scale(2, 2.1)
+    assert made.orders(0, 2.1).start == 1
+
+
+def test_what_the_cluster_lacks_is_an_event_once() -> None:
+    made = membership(1)
+    made.scale(3, 1.0)
+    for at in (2.0, 3.0):
+        made.orders(2, at, lacking="no CPUs")
+    assert [event.text for event in made.events if event.kind == "waiting"] == ["no CPUs"]
+    assert made.lacking == "no CPUs"
+    made.orders(0, 4.0)
+    assert made.lacking == ""
+
+
+def test_events_are_numbered_though_only_the_latest_are_kept() -> None:
+    made = Membership(wanted=1, most=8)
+    for at in range(300):
+        made.note(float(at), "moved", str(at))
+    assert made.events.recorded == 300
+    assert [event.text for event in made.events.after(298)] == ["298", "299"]
+    assert len(made.events.after(0)) == 256
+    assert made.events.after(300) == []
 
 
 def test_a_start_that_fails_takes_the_scale_back_and_does_not_block_the_next() -> None:

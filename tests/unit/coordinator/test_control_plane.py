@@ -20,8 +20,9 @@ from actors.messages import control_codec as wire
 from actors.messages.steps import StepReport, TrainingPlan
 from actors.router.gate_router import GateRouter
 from actors.router.gate_servicer import RouterServicer
+from actors.rpc.admin_client import AdminClient
 from actors.rpc.control_server import ControlServer
-from actors.rpc.coordinator_client import AdminClient, CoordinatorClient
+from actors.rpc.coordinator_client import CoordinatorClient
 from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request, RequestId
 from channels.grpc import channel as grpc_channel
@@ -257,16 +258,29 @@ def test_a_job_is_operated_over_grpc(stack: ExitStack) -> None:
         admin.scale(9)
     assert admin.scale(3, timeout=0)["done"] is False
     with pytest.raises(ResourceError, match="is under way"):
-        admin.scale(1)
-    orders, wanted, state = client.orders(starting=0, failed={}, stopped=[])
-    assert (orders.start, orders.stop, wanted, state.wanted) == (1, (), 3, 3)
+        admin.drain("host-0")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(admin.scale, 3, timeout=20.0)
+        assert admin.scale(4, timeout=0)["hosts"] == 4
+        with pytest.raises(ResourceError, match=r"given up.*the change to 4 expert hosts takes its place"):
+            waiting.result(20)
+    orders, wanted, state = client.orders(starting=0, failed={}, stopped=[], lacking="no CPUs")
+    assert (orders.start, orders.stop, wanted, state.wanted) == (2, (), 4, 4)
+    assert admin.scale(3, timeout=0)["lacking"] == admin.status()["lacking"] == "no CPUs"
+    orders, _, _ = client.orders(starting=2, failed={}, stopped=[])
+    assert (orders.start, orders.cancel) == (0, 1)
     serial = client.table().serial
     client.register_host(servers[2].info)
     table = client.table_after(serial, None, 20.0)
     assert table is not None
     assert [host.id for host in table.hosts] == ["host-0", "host-1", "host-2"]
     wait_until(lambda: "scaled" in [event["kind"] for event in admin.status()["events"]])
+    kinds = [event["kind"] for event in admin.events()]
+    assert kinds.count("waiting") == 1 and kinds[-1] == "scaled"
+    assert admin.events() == []
+    assert admin.describe()["doing"] == "serves the weights "
     assert admin.drain("host-0", timeout=20.0)["done"] is True
+    assert {event["kind"] for event in admin.events()} >= {"draining", "left"}
     assert [host.id for host in client.table().hosts] == ["host-1", "host-2"]
     orders, wanted, _ = client.orders(starting=0, failed={}, stopped=[])
     assert (orders.start, orders.stop, wanted) == (0, ("host-0",), 2)

@@ -49,6 +49,9 @@ def test_a_lost_host_sends_all_back_to_the_last_step_in_memory() -> None:
             waiting.result(20)
         resume = run.rejoin(0)
         assert (resume.attempt, resume.step, resume.directory) == (1, 2, None)
+        told = {event.kind: event.text for event in run.coordinator.events()}
+        assert told["interrupted"] == "at step 3: expert host host-1: its process ended"
+        assert told["resumed"].startswith("at step 2, 1 step back, after ")
         assert {host.id for host in resume.trunk} == {"host-0", "host-2"}
         assert torch.equal(run.steps.bias(), biases[1])
         assert set(held(run)) == {"host-0", "host-2"}
@@ -272,6 +275,7 @@ def test_a_coordinator_that_takes_over_lets_nobody_begin_before_hosts_are_at_one
         assert [host.read for host in run.hosts] == read, "a checkpoint was read"
         assert [host.pulled for host in run.hosts] == [0, 0, 0], "experts moved"
         assert run.end_step(2).step == 2
+        assert "restarted" in [event.kind for event in run.coordinator.events()]
     first.pool.shutdown()
 
 

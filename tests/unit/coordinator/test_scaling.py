@@ -16,7 +16,7 @@ from cluster.config import AutoscalingSettings
 from cluster.membership import Membership
 from cluster.policy import NoDecision, RebalanceDecision, ScaleDecision, total_balancedness
 from cluster.topology import HostInfo
-from errors import ChannelError
+from errors import ChannelError, ResourceError
 from support.elastic_simulation import EXPERTS, LAYERS, Inline
 from support.fake_hosts import FakeHost, zeros
 
@@ -217,6 +217,28 @@ def test_a_host_that_hangs_is_dead_after_its_patience_and_one_that_hangs_up_at_o
     assert set(cluster.membership.members) == {"host-0"}
     assert cluster.world["host-1"].closed.is_set()
     assert "silent for 4 s" in cluster.membership.events[-1].text
+    assert "cluster.dead_after" in cluster.membership.events[-1].text
+
+
+@pytest.mark.parametrize(("how", "named"), [("hung", True), ("dead", False)])
+def test_the_reason_of_a_death_names_the_patience_only_where_that_is_the_reason(
+    how: str, named: bool
+) -> None:
+    cluster = ScalingCluster(2)
+    setattr(cluster.world["host-1"], how, True)
+    cluster.roster.suspect("host-1", "a router lost a call")
+    (died,) = [event.text for event in cluster.membership.events if event.kind == "died"]
+    assert died.startswith("expert host host-1: a router lost a call")
+    assert ("cluster.dead_after" in died) is named
+
+
+def test_an_automatic_change_does_not_take_the_place_of_a_requested_one() -> None:
+    cluster = ScalingCluster(2)
+    cluster.roster.scale(3)
+    with pytest.raises(ResourceError, match="under way"):
+        cluster.roster.scale(4, why="the hosts are busy")
+    cluster.roster.scale(1)
+    assert cluster.membership.wanted == 1
 
 
 def test_who_was_away_itself_takes_nobody_for_dead() -> None:

@@ -16,6 +16,7 @@ EXCEPTIONS = {
     "benchmarks/cli.py:bench_serve": COMMANDS,
     "jobs/cli/job_commands.py:chaos": COMMANDS,
     "jobs/cli/model_commands.py:generate": COMMANDS,
+    "jobs/cli/job_commands.py:drain": COMMANDS,
     "jobs/cli/serve_commands.py:serve": COMMANDS,
     "jobs/cli/train_command.py:train": COMMANDS,
 }

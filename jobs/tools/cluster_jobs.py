@@ -1,0 +1,118 @@
+"""The jobs on a Ray cluster, found through Ray: for clusters of other machines and of other users."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import ray
+
+from actors.remote import ask
+from actors.rpc.admin_client import AdminClient
+from errors import RaymoeError, ResourceError
+from jobs.fleet.fleet import COORDINATOR, NAMESPACE
+from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
+from jobs.tools.chaos import Fault, run_chaos
+from jobs.tools.running_job import RunningJob, described
+
+_ASK_SECONDS = 10.0
+_OPTION = "--gcs-address="
+
+
+def rehearse(
+    faults: Sequence[Fault], job: RunningJob, client: AdminClient, *, debug: bool, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Carry out a schedule of faults on a job; returns the result of `jobs.tools.chaos.run_chaos`.
+
+    Raises:
+        ResourceError: The job's Ray cluster does not answer.
+    """
+    with on_cluster(job.cluster or None, debug=debug):
+        return run_chaos(client, faults, tell=tell)
+
+
+def jobs_on(address: str, *, debug: bool = False) -> list[RunningJob]:
+    """The jobs on the Ray cluster at an address.
+
+    Raises:
+        ResourceError: There is no cluster.
+    """
+    with on_cluster(address, debug=debug):
+        found, silent = seen_coordinators()
+
+    def unknown(coordinator: str) -> RunningJob:
+        return RunningJob(coordinator=coordinator, cluster=address, doing="does not answer")
+
+    return [described(at, unknown(at)) for at in found] + [unknown(name) for name in silent]
+
+
+@contextmanager
+def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
+    """Connect to a running Ray cluster; yield its address.
+
+    Args:
+        address: Its address; None takes RAY_ADDRESS, or without it the only cluster of this machine.
+        debug: Show the output of actors.
+
+    Raises:
+        ResourceError: There is none, or this machine has several.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or _only(clusters_here())
+    check_answers(address)
+    with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
+        yield address
+
+
+def clusters_here() -> list[str]:
+    """Addresses of the Ray clusters that have a node on this machine, by the nodes' processes."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or ()).split()
+        if words and os.path.basename(words[0]) == "raylet":
+            found |= {word.removeprefix(_OPTION) for word in words if word.startswith(_OPTION)}
+    return sorted(found)
+
+
+def seen_coordinators() -> tuple[list[str], list[str]]:
+    """Addresses of the coordinators that answer, and names of those that do not answer or die."""
+    names = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(COORDINATOR)
+    ]
+    asked: dict[Any, str] = {}
+    for name in names:
+        try:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:  # it has died since
+            continue
+        asked[actor.address.remote()] = name
+    if not asked:
+        return [], []
+    answered, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_SECONDS)
+    found: list[str] = []
+    silent = [asked[reference] for reference in waiting]
+    for reference in answered:
+        try:
+            at = ask(reference, what="the coordinator")
+        except RaymoeError:
+            silent.append(asked[reference])
+            continue
+        found += [str(at)] if at else []  # a standby has no address
+    return found, silent
+
+
+def _only(clusters: Sequence[str]) -> str:
+    if len(clusters) == 1:
+        return clusters[0]
+    if not clusters:
+        raise ResourceError("no Ray cluster runs on this machine; --address names one elsewhere")
+    raise ResourceError(
+        f"{len(clusters)} Ray clusters run on this machine; name one with --address: {', '.join(clusters)}"
+    )
+
+
+__all__ = ["clusters_here", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]
