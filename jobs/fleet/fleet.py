@@ -188,9 +188,9 @@ class Fleet:
             if node["Alive"] and all(node["Resources"].get(name, 0) >= least for name, least in asked.items())
         ]
         target = max(1, len(nodes) * self.cluster.hosts_per_node)
-        asked = (target, *sorted(node["NodeID"] for node in nodes))
-        if target != wanted and (asked != self._followed or time.monotonic() > self._refollow):
-            self._followed, self._refollow = asked, time.monotonic() + _REFOLLOW_SECONDS
+        wish = (target, *sorted(node["NodeID"] for node in nodes))
+        if target != wanted and (wish != self._followed or time.monotonic() > self._refollow):
+            self._followed, self._refollow = wish, time.monotonic() + _REFOLLOW_SECONDS
             admin = AdminClient(self.address, timeout=_CALL_SECONDS)
             try:
                 admin.scale(target, timeout=0.0)

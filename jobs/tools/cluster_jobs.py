@@ -16,7 +16,7 @@ from errors import RaymoeError, ResourceError
 from jobs.fleet.fleet import COORDINATOR, NAMESPACE
 from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
 from jobs.tools.chaos import Fault, run_chaos
-from jobs.tools.running_job import RunningJob, described
+from jobs.tools.jobs_found import RunningJob, described
 
 _ASK_SECONDS = 10.0
 _OPTION = "--gcs-address="

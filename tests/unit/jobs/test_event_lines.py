@@ -72,8 +72,7 @@ def test_a_run_writes_what_happened_until_its_very_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs.training.run_watch, "_POLL_SECONDS", 0.01)
-    source = ScriptedEvents([JOINED], [DIED])
-    events = EventLines(source, None, file=tmp_path / EVENTS_FILE)
+    events = EventLines(ScriptedEvents([JOINED, DIED]), None, file=tmp_path / EVENTS_FILE)
     watch = RunWatch(EndedTrainer(), FinishedRun(), 0, None, events)  # type: ignore[arg-type]
     assert watch.until_done() is False
     assert written(tmp_path) == [JOINED, DIED]

@@ -31,7 +31,7 @@ def test_what_a_killed_job_left_is_removed(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from jobs.fleet.job_notices import JobNotice, posted\n"
         "notice = JobNotice(id='k', name='killed', cluster='', coordinator='')\n"
-        "posted(notice, Path(sys.argv[1])).__enter__()\n"
+        "kept = posted(notice, Path(sys.argv[1]))\nkept.__enter__()\n"
         "os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script, folder], cwd=ROOT, check=True, timeout=60)
