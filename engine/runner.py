@@ -243,6 +243,7 @@ class Runner:
             n_group=config.n_group,
             topk_group=config.topk_group,
             group_score=config.group_score,
+            group_experts=config.scored_experts,
         )
         gates = gate_values(scores, idx, normalize=config.norm_topk_prob, factor=config.routed_scaling_factor)
         away = experts.dispatch(layer.index, normed, idx, gates)

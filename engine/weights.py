@@ -41,6 +41,16 @@ class SwiGLUWeights:
             down=mlp.down_proj.weight.detach(),
         )
 
+    @classmethod
+    def zero(cls, like: Tensor) -> SwiGLUWeights:
+        """A network of width one that maps [N, D] to zeros.
+
+        Args:
+            like: [..., D], whose dtype and device the weights have.
+        """
+        size = like.shape[-1]
+        return cls(gate_up=like.new_zeros(2, size).detach(), down=like.new_zeros(size, 1).detach())
+
     def __call__(self, rows: Tensor) -> Tensor:
         """The network applied to rows [N, D]: [N, D]."""
         gate, up = F.linear(rows, self.gate_up).chunk(2, dim=-1)
@@ -114,7 +124,7 @@ class RoutedWeights:
     Attributes:
         weight: [E, D], the gate's centroids.
         bias: [E], the bias for the choice of experts.
-        shared: The shared experts.
+        shared: The shared experts; zero where there are none.
     """
 
     weight: Tensor
@@ -145,19 +155,20 @@ class LayerWeights:
     @classmethod
     def of(cls, block: Block, index: int, config: ModelConfig) -> LayerWeights:
         """The weights of a module."""
-        mlp = block.mlp
+        mlp, norm = block.mlp, block.post_attention_layernorm.weight
         routed = None
         if isinstance(mlp, MoE):
+            shared = mlp.shared_experts
             routed = RoutedWeights(
                 weight=mlp.gate.weight.detach(),
                 bias=mlp.gate.e_score_correction_bias.detach().clone(),
-                shared=SwiGLUWeights.of(mlp.shared_experts),
+                shared=SwiGLUWeights.zero(norm) if shared is None else SwiGLUWeights.of(shared),
             )
         return cls(
             index=index,
             attention_norm=block.input_layernorm.weight.detach(),
             attention=LatentProjections.of(block.self_attn, config),
-            mlp_norm=block.post_attention_layernorm.weight.detach(),
+            mlp_norm=norm.detach(),
             mlp=SwiGLUWeights.of(mlp) if isinstance(mlp, SwiGLU) else None,
             routed=routed,
         )

@@ -26,6 +26,7 @@ class GateWeights(NamedTuple):
         top_k: K.
         n_group: groups of n_routed_experts / n_group neighbouring experts.
         topk_group: groups that a row may use.
+        group_experts: best experts of a group whose scores add up to the group's.
         by_bias: whether groups are scored by biased affinities.
         normalize: divide gates by their sum (eq. 13).
         factor: routed_scaling_factor.
@@ -36,6 +37,7 @@ class GateWeights(NamedTuple):
     top_k: int
     n_group: int
     topk_group: int
+    group_experts: int
     by_bias: bool
     normalize: bool
     factor: float
@@ -60,7 +62,7 @@ def route(x, gate, idx, gates):
             scores[e] = one / (one + np.exp(-dots[n, e]))
             choice[e] = scores[e] + w.bias[e]
         if w.topk_group < w.n_group:
-            _mask_groups(choice, choice if w.by_bias else scores, w.top_k, w.n_group, w.topk_group)
+            _mask_groups(choice, choice if w.by_bias else scores, w.group_experts, w.n_group, w.topk_group)
         total = x.dtype.type(0)
         for k in range(w.top_k):
             best = _best(choice, 0, n_experts)
@@ -76,10 +78,9 @@ def route(x, gate, idx, gates):
 
 
 @compiled_reordered
-def _mask_groups(choice, judged, top_k, n_group, topk_group):
-    """Set `choice` to -inf outside the groups with the largest sums of their best `judged` values."""
+def _mask_groups(choice, judged, summed, n_group, topk_group):
+    """Set `choice` to -inf outside the groups whose `summed` best `judged` values have the largest sums."""
     per_group = choice.shape[0] // n_group
-    summed = min(max(1, top_k // topk_group), per_group)
     left = judged.copy()
     group = np.empty(n_group, judged.dtype)
     for g in range(n_group):

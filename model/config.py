@@ -11,12 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from errors import ConfigError
+from model.hf_keys import model_fields
 from model.optimizers.schedule import Schedule
 
 _LARGEST = (1 << 31) - 1
 Size = Annotated[int, Field(ge=1, le=_LARGEST)]
 SizeOrZero = Annotated[int, Field(ge=0, le=_LARGEST)]
 Weight = Annotated[float, Field(ge=0)]
+THEIR_SCORED_EXPERTS = 2
+"""Number of experts that score a group in released code, transformers and vLLM."""
 
 
 class _Frozen(BaseModel):
@@ -31,6 +34,10 @@ class YarnScaling(_Frozen):
     The logits of attention are scaled by mscale(factor, mscale_all_dim)^2, where
     mscale(f, m) = 0.1 m ln f + 1, and cos and sin by mscale(factor, mscale) / mscale(factor, mscale_all_dim)
     (by mscale(factor, 1) when one of the two is 0).
+
+    Attributes:
+        attention_factor: factor of cos and sin; null computes it from `mscale` and `mscale_all_dim`.
+        truncate: round the bounds of the ramp between the two kinds of dimensions to whole ones.
     """
 
     type: Literal["yarn"] = "yarn"
@@ -40,6 +47,8 @@ class YarnScaling(_Frozen):
     beta_slow: Annotated[float, Field(gt=0)] = 1.0
     mscale: Weight = 1.0
     mscale_all_dim: Weight = 0.0
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    truncate: bool = True
 
 
 class ModelConfig(_Frozen):
@@ -53,6 +62,8 @@ class ModelConfig(_Frozen):
         mtp_mode: `chain` (DeepSeek-V3, eq. 21-25) or `parallel` (Gloeckle et al., arXiv 2404.19737).
         group_score: what a group is scored by: the sum of its best `biased` scores, as every released
             checkpoint does, or of its best unbiased `affinity` values, as the paper writes.
+        group_score_experts: number of best experts that score a group; null takes num_experts_per_tok //
+            topk_group, as the paper does. Released code takes 2, and so does a checkpoint that does not say.
     """
 
     vocab_size: Size
@@ -68,7 +79,7 @@ class ModelConfig(_Frozen):
     qk_rope_head_dim: Size
     v_head_dim: Size
     n_routed_experts: Size
-    n_shared_experts: Size = 1
+    n_shared_experts: SizeOrZero = 1
     num_experts_per_tok: Size
     n_group: Size = 1
     topk_group: Size = 1
@@ -84,6 +95,7 @@ class ModelConfig(_Frozen):
     num_nextn_predict_layers: SizeOrZero = 0
     mtp_mode: Literal["chain", "parallel"] = "chain"
     group_score: Literal["biased", "affinity"] = "biased"
+    group_score_experts: Size | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -108,7 +120,23 @@ class ModelConfig(_Frozen):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reach} experts that "
                 f"topk_group ({self.topk_group}) of n_group ({self.n_group}) groups hold; raise topk_group"
             )
+        if (self.group_score_experts or 1) > self.experts_per_group:
+            raise ValueError(
+                f"group_score_experts ({self.group_score_experts}) exceeds the {self.experts_per_group} "
+                "experts of a group; lower it"
+            )
         return self
+
+    @property
+    def experts_per_group(self) -> int:
+        """Number of experts in each of the `n_group` groups."""
+        return self.n_routed_experts // self.n_group
+
+    @property
+    def scored_experts(self) -> int:
+        """Number of best experts whose scores are added up to the score of their group."""
+        by_paper = min(max(1, self.num_experts_per_tok // self.topk_group), self.experts_per_group)
+        return self.group_score_experts or by_paper
 
     @property
     def qk_head_dim(self) -> int:
@@ -167,38 +195,26 @@ class ModelConfig(_Frozen):
         Raises:
             ConfigError: it is of another architecture, or asks for what this model does not do.
         """
-        for name, expected in _FIXED.items():
-            if values.get(name, expected) not in (expected, None):
-                raise ConfigError(
-                    f"config.json: {name} is {values[name]!r}, but only {expected!r} is supported; "
-                    "give a checkpoint of the DeepSeek-V3 architecture"
-                )
-        heads = values.get("num_attention_heads")
-        if values.get("num_key_value_heads") not in (None, heads):
-            raise ConfigError(
-                f"config.json: num_key_value_heads is {values['num_key_value_heads']!r} beside "
-                f"num_attention_heads {heads!r}; multi-head latent attention wants them equal"
-            )
-        fields = {**_HF_DEFAULTS, **{k: v for k, v in values.items() if k in cls.model_fields}}
-        if "num_mtp_layers" in values:
-            fields.setdefault("num_nextn_predict_layers", values["num_mtp_layers"])
-        # transformers 5 keeps theta and scaling together in rope_parameters.
-        rope = _rope(values)
-        fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
-        kinds = [kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None]
-        if any(kind not in ("default", "yarn") for kind in kinds):
-            raise ConfigError(
-                f"config.json: rope scaling of type {kinds} is not supported; only yarn (or none) is"
-            )
-        fields["rope_scaling"] = None
-        if "yarn" in kinds:
-            known = {k: v for k, v in rope.items() if k in YarnScaling.model_fields and v is not None}
-            fields["rope_scaling"] = {"mscale": 0.0, **known}
+        fields = model_fields(values, frozenset(cls.model_fields))
         try:
-            return cls.model_validate(fields)
+            config = cls.model_validate(fields)
         except ValidationError as error:
             lines = (f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors())
             raise ConfigError("config.json: " + "; ".join(lines)) from None
+        return config._as_others_score() if "group_score" not in values else config._simplest()
+
+    def _as_others_score(self) -> ModelConfig:
+        """The model with groups scored as all other implementations do: by their best two experts."""
+        if self.group_score_experts is not None:
+            return self._simplest()
+        best = min(THEIR_SCORED_EXPERTS, self.experts_per_group)
+        return self.model_copy(update={"group_score_experts": best})._simplest()
+
+    def _simplest(self) -> ModelConfig:
+        """The model without a `group_score_experts` that says what its absence says."""
+        plain = self.model_copy(update={"group_score_experts": None})
+        without_effect = self.topk_group == self.n_group
+        return plain if without_effect or plain.scored_experts == self.scored_experts else self
 
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` that transformers reads as `DeepseekV3ForCausalLM`, and `from_hf` as this."""
@@ -211,38 +227,8 @@ class ModelConfig(_Frozen):
             "topk_method": "noaux_tc",
             "num_key_value_heads": self.num_attention_heads,
             **self.model_dump(mode="json"),
+            "group_score_experts": self.scored_experts,
         }
-
-
-def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Theta and scaling as a `config.json` gives them, in one mapping: empty when it gives none."""
-    for name in ("rope_parameters", "rope_scaling"):
-        given = values.get(name)
-        if not given:
-            continue
-        if not isinstance(given, Mapping):
-            raise ConfigError(
-                f'config.json: {name} is {given!r}; write a mapping such as {{"type": "yarn", "factor": 40}}'
-            )
-        return dict(given)
-    return {}
-
-
-_FIXED: dict[str, object] = {
-    "model_type": "deepseek_v3",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-}
-# What transformers takes for a field that a config.json leaves out.
-_HF_DEFAULTS: dict[str, Any] = {
-    "first_k_dense_replace": 3,
-    "n_group": 8,
-    "topk_group": 4,
-    "q_lora_rank": 1536,
-}
 
 
 class DeviceWeights(_Frozen):
@@ -275,6 +261,7 @@ class BalanceConfig(_Frozen):
 
 
 __all__ = [
+    "THEIR_SCORED_EXPERTS",
     "BalanceConfig",
     "DeviceWeights",
     "ModelConfig",

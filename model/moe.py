@@ -60,15 +60,16 @@ def _moved(kept: Tensor, converted: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """Gate and shared experts; the routed ones are reached through `Experts`."""
+    """Gate and shared experts (None where there are none); the routed ones are reached through `Experts`."""
+
+    shared_experts: SwiGLU | None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         self.gate = Gate(config.n_routed_experts, config.hidden_size)
-        self.shared_experts = SwiGLU(
-            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
-        )
+        wide = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = SwiGLU(config.hidden_size, wide) if wide else None
 
     def forward(
         self,
@@ -102,6 +103,7 @@ class MoE(nn.Module):
                 n_group=config.n_group,
                 topk_group=config.topk_group,
                 group_score=config.group_score,
+                group_experts=config.scored_experts,
             )
             trace.routes[self.layer] = idx
             counted = None if mask is None else mask.flatten()
@@ -110,8 +112,9 @@ class MoE(nn.Module):
         # Dispatch, shared, combine: the shared experts compute while the tokens are away. The backward pass
         # runs in the reverse order of creation, so that the same overlap takes place there.
         pending = experts.dispatch(self.layer, rows, idx, gates)
-        shared = self.shared_experts(rows)
-        out = (shared + pending.combine()).view_as(x)
+        shared = None if self.shared_experts is None else self.shared_experts(rows)
+        out = pending.combine()
+        out = (out if shared is None else shared + out).view_as(x)
         loss = None
         if balance is not None:
             loss = layer_balance_loss(

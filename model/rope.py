@@ -88,12 +88,16 @@ def _frequencies(
         """The dimension that makes so many rotations over the original context."""
         return size * math.log(span / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, size - 1)
     width = high - low if high != low else 0.001  # as in released code
     ramp = ((torch.arange(size // 2, dtype=dtype) - low) / width).clamp(0, 1)
     mixed = inverse / scaling.factor * ramp + inverse * (1 - ramp)
-    if scaling.mscale and scaling.mscale_all_dim:
+    if scaling.attention_factor is not None:
+        scale = scaling.attention_factor
+    elif scaling.mscale and scaling.mscale_all_dim:
         scale = mscale(scaling.factor, scaling.mscale) / mscale(scaling.factor, scaling.mscale_all_dim)
     else:
         scale = mscale(scaling.factor, 1.0)

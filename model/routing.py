@@ -43,15 +43,17 @@ def select_experts(
     n_group: int = 1,
     topk_group: int = 1,
     group_score: GroupScore = "biased",
+    group_experts: int | None = None,
 ) -> Tensor:
     """Choose the experts of Topk({s_j + b_j}, K), eq. 16 of arXiv 2412.19437, within the M best groups.
 
-    A group's score is the sum of its max(1, K // M) best entries (of s + b, or of s when `group_score`
-    is "affinity"). Of equal candidates the one with the lower index wins, on any device and batch.
+    A group's score is the sum of its best entries (of s + b, or of s when `group_score` is "affinity").
+    Of equal candidates the one with the lower index wins, on any device and batch.
 
     Args:
         scores: affinities [N, E].
         bias: [E], added for the choice alone.
+        group_experts: number of best entries that score a group; None takes max(1, K // M), as the paper.
 
     Returns:
         [N, K] int64, best first, each expert at most once per token; carries no gradient.
@@ -65,7 +67,7 @@ def select_experts(
     if topk_group < n_group:
         per_group = n_experts // n_group
         judged = choice if group_score == "biased" else scores
-        summed = min(max(1, top_k // topk_group), per_group)
+        summed = min(group_experts or max(1, top_k // topk_group), per_group)
         group = judged.view(-1, n_group, per_group).topk(summed, dim=-1).values.sum(-1)
         kept = torch.zeros_like(group, dtype=torch.bool).scatter_(-1, _stable_top(group, topk_group), True)
         # -inf, not 0: biased scores may be negative, and a dropped group must never win.

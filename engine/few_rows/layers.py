@@ -116,6 +116,7 @@ def _gate(routed: RoutedWeights, config: ModelConfig) -> Fields:
         top_k=config.num_experts_per_tok,
         n_group=config.n_group,
         topk_group=config.topk_group,
+        group_experts=config.scored_experts,
         by_bias=config.group_score == "biased",
         normalize=config.norm_topk_prob,
         factor=config.routed_scaling_factor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jobs.checkpoints.checkpoint_store import find_checkpoint
 from jobs.checkpoints.memory_need import check_memory, loading_need
 from jobs.config.device_and_dtype import computes_bfloat16
 from jobs.data.tokenizer import ModelTokenizer, load_tokenizer
+from model.checkpoints.expected_tensors import described, stored_dtype
 from model.checkpoints.pretrained import PretrainedSource, ShardReader, load_pretrained
 from model.experts.local import LocalExperts
 from model.transformer import Transformer
@@ -56,10 +58,14 @@ def find_weights(path: Path) -> Path:
         raise CheckpointError(f"{error}, and no config.json of a Hugging Face model either") from None
 
 
-def load_model(path: Path) -> LoadedModel:
+def load_model(path: Path, *, note: Callable[[str], None] | None = None) -> LoadedModel:
     """Load a checkpoint, the latest one of a run, or a Hugging Face directory, for evaluation.
 
     Weights keep their dtype if the machine computes in it, else they become float32.
+
+    Args:
+        path: A checkpoint, a run's directory, or a Hugging Face directory.
+        note: Called with a line that names the checkpoint's unused tensors, if there are any.
 
     Raises:
         CheckpointError: The weights are missing, damaged or of another architecture.
@@ -68,8 +74,10 @@ def load_model(path: Path) -> LoadedModel:
     """
     directory = find_weights(path)
     dtype = compute_dtype(directory)
+    source = PretrainedSource(directory)
+    note_unused(source, note or (lambda _: None))
     check_memory(
-        loading_need(PretrainedSource(directory).config, dtype),
+        loading_need(source.config, dtype),
         advice="use a machine with more, or raymoe serve with cluster.expert_hosts on several machines",
     )
     model = load_pretrained(directory, dtype=dtype).eval()
@@ -81,11 +89,21 @@ def load_model(path: Path) -> LoadedModel:
     )
 
 
+def note_unused(source: PretrainedSource, note: Callable[[str], None]) -> None:
+    """Call `note` with a line that names a checkpoint's unused tensors, if there are any."""
+    if source.unused:
+        note(f"{source.directory} has tensors that the model does not use: {described(source.unused)}")
+
+
 def compute_dtype(directory: Path, *, on_gpus: bool = False) -> torch.dtype:
-    """The dtype to run a model in: that of its weights if the device computes in it, else float32."""
-    stored = ShardReader(directory).tensor("model.norm.weight").dtype
+    """The dtype to run a model in: that of its weights if the device computes in it, else float32.
+
+    Raises:
+        CheckpointError: The weights are missing or damaged.
+    """
+    stored = stored_dtype(ShardReader(directory))
     keeps = stored == torch.float64 or (stored == torch.bfloat16 and (on_gpus or computes_bfloat16()))
     return stored if keeps else torch.float32
 
 
-__all__ = ["LoadedModel", "compute_dtype", "find_weights", "load_model"]
+__all__ = ["LoadedModel", "compute_dtype", "find_weights", "load_model", "note_unused"]

@@ -58,6 +58,7 @@ def generate(
             seed=seed,
             generation_config=generation_config or "auto",
             threads=threads,
+            note=say,
         )
 
     if as_json:

@@ -187,6 +187,11 @@ def _conflicts(config: RunConfig) -> list[str]:
     """Contradictions between valid fields; each line starts with the path of the field to change."""
     model, training, cluster = config.model, config.training, config.cluster
     problems = []
+    if not model.moe_layers:
+        problems.append(
+            f"model.first_k_dense_replace ({model.first_k_dense_replace}) leaves no layer with routed "
+            f"experts of model.num_hidden_layers ({model.num_hidden_layers}); lower it"
+        )
     if training.batch_size % training.microbatch_size:
         problems.append(
             f"training.batch_size ({training.batch_size}) is not a multiple of training.microbatch_size "

@@ -18,9 +18,10 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from errors import ConfigError, ResourceError
+from errors import CheckpointError, ConfigError, ResourceError
 from jobs.checkpoints.generation_defaults import GenerationDefaults
-from jobs.checkpoints.loaded_model import find_weights
+from jobs.checkpoints.loaded_model import find_weights, note_unused
+from jobs.console import say
 from jobs.data.tokenizer import load_tokenizer
 from jobs.fleet.expert_hosts import check_transport, on_loopback
 from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
@@ -130,7 +131,13 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, grpc
     directory = find_weights(checkpoint).resolve()
     source = PretrainedSource(directory)
     source.check()
+    note_unused(source, say)
     model = source.config
+    if not model.moe_layers:
+        raise CheckpointError(
+            f"{directory}: config.json: first_k_dense_replace ({model.first_k_dense_replace}) leaves no "
+            "layer with routed experts, and a deployment is built around these; use raymoe generate"
+        )
     load_tokenizer(directory, model.vocab_size)
     GenerationDefaults.of(directory, config.serving.generation_config)
     if config.cluster.expert_hosts > model.n_routed_experts:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,16 @@ from jobs.checkpoints.loaded_model import find_weights
 from jobs.config.hub_names import hub_hint
 from jobs.data.carried_files import TOKENIZER_FILE, CarriedFiles
 from jobs.data.tokenizer import load_tokenizer
-from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize
-from model.checkpoints.hf_names import HEAD, duplicate_names, expert_names
+from model.checkpoints.expected_tensors import copies, described, tensor_shapes
+from model.checkpoints.fp8 import is_fp8
+from model.checkpoints.hf_names import duplicate_names, empty_shapes
 from model.checkpoints.pretrained import PretrainedSource
 from model.checkpoints.shards import INDEX, ShardReader, write_json, write_shard
-from model.checkpoints.sources import read_hf_config, trunk_shapes
-from model.config import ModelConfig
+from model.config import THEIR_SCORED_EXPERTS, ModelConfig
 
 _SHARD_BYTES = 2 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_BIAS = "e_score_correction_bias"
-_THEIR_GROUP_SCORE = 2  # number of experts that score a group in other implementations
-TensorShape = tuple[int, ...]
 
 
 def export_checkpoint(
@@ -51,7 +49,8 @@ def export_checkpoint(
             unexpected unless the model has DeepSeek-V3's 61 layers.
 
     Returns:
-        A summary; `note` is present if other implementations would route the model's tokens differently.
+        A summary; `note` is present if other implementations would route the model's tokens differently, and
+        `unused` names tensors of the checkpoint that the model does not use, if there are any.
 
     Raises:
         CheckpointError: The checkpoint is missing or incomplete, or `target` is not empty.
@@ -70,6 +69,9 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -
         source: The directory with config.json and safetensors.
         target: A directory that does not exist, or is empty.
         dtype: Type to cast weights to; None keeps each tensor's (float32 for fp8).
+
+    Returns:
+        A summary; `unused` names tensors that the model does not use, if there are any.
 
     Raises:
         CheckpointError: The model is missing, incomplete or of another architecture, or `target` is not
@@ -94,59 +96,44 @@ class _CheckpointTensors:
 
     def __init__(self, directory: Path, dtype: torch.dtype | None, *, mtp: bool = True) -> None:
         self.directory = directory
-        self.config = PretrainedSource(directory).config
-        if not mtp:
-            self.config = self.config.model_copy(update={"num_nextn_predict_layers": 0})
+        self._source = PretrainedSource(directory, dtype=dtype)
         self._reader = ShardReader(directory)
-        self._block = block_size(read_hf_config(directory))
-        self._originals = duplicate_names(self.config)
-        self.shapes = self._shapes()
-        missing = [name for name in self.shapes if name not in self._reader and name not in self._originals]
+        self.unused = self._source.unused
+        config = self._source.config
+        self.config = config if mtp else config.model_copy(update={"num_nextn_predict_layers": 0})
+        self._cast = dtype
+        self.shapes = tensor_shapes(self.config)
+        missing = [name for name in self.shapes if name not in self._reader]
         if missing:
             raise CheckpointError(
                 f"{directory} lacks {len(missing)} tensors, the first {missing[0]}; it is incomplete, or its "
                 "config.json is that of another model"
             )
-        self.cast = dtype
-        self.dtype = dtype or self.tensor("model.norm.weight").dtype
+        self._originals = duplicate_names(self.config)
+        self.shapes |= {name: self.shapes[original] for name, original in self._originals.items()}
+        self.shapes |= empty_shapes(self.config)
+
+    def check_copies(self) -> None:
+        """Check that the embedding and the head are the same wherever they are stored."""
+        for copy, original in copies(self.config).items():
+            if copy in self._reader:
+                self._source.check_copy(copy, original, self.shapes[original])
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, dequantized and cast; a duplicate is compared with its original."""
-        stored = name if name in self._reader else self._originals[name]
-        tensor = self._plain(stored)
-        original = self._originals.get(name)
-        if original is not None and stored != original and not torch.equal(tensor, self._plain(original)):
-            raise CheckpointError(
-                f"{self.directory}: {name} differs from {original}; MTP modules with an embedding or head "
-                "of their own are not supported"
-            )
-        if name.endswith(_BIAS):
-            return tensor.float()
-        return tensor if self.cast is None else tensor.to(self.cast)
+        """One tensor, dequantized and cast."""
+        return self._source.tensor(self._stored(name), self.shapes[name])
 
-    def _plain(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        tensor = self._reader.tensor(name, shape=shape)
-        if name + SCALE_SUFFIX not in self._reader:
-            if tensor.dtype.itemsize == 1:
-                raise CheckpointError(f"{self.directory}: {name} is {tensor.dtype} and has no {SCALE_SUFFIX}")
-            return tensor
-        blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
-        return dequantize(tensor, self._reader.tensor(name + SCALE_SUFFIX, shape=blocks), self._block)
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor as it is written."""
+        stored = self._stored(name)
+        if self._cast is not None or stored not in self._reader:
+            return math.prod(self.shapes[name]) * (self._cast or torch.float32).itemsize
+        quantised = is_fp8(self._reader.dtype(stored))
+        return self._reader.nbytes(stored) * (torch.float32.itemsize if quantised else 1)
 
-    def _shapes(self) -> dict[str, TensorShape]:
-        """Name and shape of every tensor to write."""
-        config = self.config
-        shapes = trunk_shapes(config)
-        shapes |= {name: shapes[original] for name, original in self._originals.items()}
-        if config.tie_word_embeddings:
-            del shapes[HEAD]
-        hidden, wide = config.hidden_size, config.moe_intermediate_size
-        for layer in config.moe_layers:
-            for expert in range(config.n_routed_experts):
-                gate, up, down = expert_names(layer, expert)
-                shapes |= {gate: (wide, hidden), up: (wide, hidden), down: (hidden, wide)}
-        return shapes
+    def _stored(self, name: str) -> str:
+        """The name by which a tensor is read: a duplicate that is not stored is read as its original."""
+        return name if name in self._reader else self._originals.get(name, name)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -160,35 +147,39 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _write(source: _CheckpointTensors, target: Path) -> dict[str, Any]:
     target = target.expanduser()
-    shards = list(_shards(source.shapes, source.dtype.itemsize))
+    shards = list(_shards({name: source.nbytes(name) for name in source.shapes}))
     weight_map: dict[str, str] = {}
-    size = 0
+    sizes: Counter[torch.dtype] = Counter()
     with _appearing(target) as making:
+        source.check_copies()
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {name: source.tensor(name) for name in names}
             write_shard(making / file, tensors)
             weight_map |= dict.fromkeys(names, file)
-            size += sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            for tensor in tensors.values():
+                sizes[tensor.dtype] += tensor.nbytes
+        index = {"metadata": {"total_size": sizes.total()}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(making / INDEX, index)
-        write_json(making / "config.json", _hf_config(source))
+        dtype = sizes.most_common(1)[0][0]
+        write_json(making / "config.json", _hf_config(source.config, dtype))
         _carried(source).write(making)
     return {
         "directory": str(target),
         "source": str(source.directory),
         "tensors": len(source.shapes),
-        "bytes": size,
-        "dtype": str(source.dtype).removeprefix("torch."),
+        "bytes": sizes.total(),
+        "dtype": str(dtype).removeprefix("torch."),
         "parameters": source.config.total_parameters(),
+        **({"unused": described(source.unused)} if source.unused else {}),
     }
 
 
-def _shards(shapes: dict[str, TensorShape], itemsize: int) -> Iterator[list[str]]:
+def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Split tensors, given with their bytes, into files."""
     held: list[str] = []
     size = 0
-    for name, shape in shapes.items():
-        width = math.prod(shape) * itemsize
+    for name, width in sizes.items():
         if held and size + width > _SHARD_BYTES:
             yield held
             held, size = [], 0
@@ -197,10 +188,10 @@ def _shards(shapes: dict[str, TensorShape], itemsize: int) -> Iterator[list[str]
     yield held
 
 
-def _hf_config(source: _CheckpointTensors) -> dict[str, Any]:
-    name = str(source.dtype).removeprefix("torch.")
+def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
     # Older versions of transformers read the second name.
-    return {**source.config.to_hf(), "dtype": name, "torch_dtype": name}
+    return {**config.to_hf(), "dtype": name, "torch_dtype": name}
 
 
 def _carried(source: _CheckpointTensors) -> CarriedFiles:
@@ -215,14 +206,14 @@ def _carried(source: _CheckpointTensors) -> CarriedFiles:
 
 def _deviation(config: ModelConfig) -> dict[str, str]:
     """A note if other implementations of this architecture would route the model's tokens differently."""
-    ours = max(1, config.num_experts_per_tok // config.topk_group)
+    ours = config.scored_experts
     if config.topk_group == config.n_group:
         return {}
-    if config.group_score == "biased" and ours == _THEIR_GROUP_SCORE:
+    if config.group_score == "biased" and ours == THEIR_SCORED_EXPERTS:
         return {}
     return {
         "note": f"this model scores a group by its best {ours} {config.group_score} scores; transformers "
-        f"and vLLM always take the best {_THEIR_GROUP_SCORE} biased ones and route some tokens differently"
+        f"and vLLM always take the best {THEIR_SCORED_EXPERTS} biased ones and route some tokens differently"
     }
 
 

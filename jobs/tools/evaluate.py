@@ -58,7 +58,7 @@ def evaluate(
     directory = find_weights(checkpoint)
     run = _run_of(directory)
     texts = documents_of(directory, data, text_field=text_field, note=note)
-    model = load_model(directory)
+    model = load_model(directory, note=note)
     limit = model.transformer.config.max_position_embeddings
     length = sequence_length or min(run.training.sequence_length if run else _LENGTH, limit)
     if length > limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def generate(
     seed: int = 0,
     generation_config: GenerationSource = "auto",
     threads: int | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt; the same arguments give the same text.
 
@@ -38,6 +39,7 @@ def generate(
         seed: Seed of the sampling.
         generation_config: Whether the model's generation_config.json gives further sampling parameters.
         threads: Compute threads; None takes one for each core.
+        note: Called with what should be known about the checkpoint, one line at a time.
 
     Returns:
         prompt, text (the generated text), tokens, finish_reason (`stop` at the end of the text, `length`
@@ -53,7 +55,7 @@ def generate(
         raise DataError("--prompt is not UTF-8; convert it, for instance with iconv") from None
     if threads is not None:
         torch.set_num_threads(threads)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, note=note)
     defaults = GenerationDefaults.of(model.directory, generation_config)
     began = time.perf_counter()
     new, reason = continue_tokens(

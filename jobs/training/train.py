@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from actors.messages.timeline import FOLDER, merge
 from actors.rpc.coordinator_client import CoordinatorClient
 from errors import CheckpointError, ConfigError
 from jobs.checkpoints.checkpoint_store import CheckpointStore, find_checkpoint, read_state
+from jobs.checkpoints.loaded_model import note_unused
 from jobs.config.config_file import write_config
 from jobs.config.device_and_dtype import check_dtype
 from jobs.config.hub_names import hub_hint
@@ -36,8 +38,7 @@ from jobs.training.ray_worker import WorkerSettings, train_worker
 from jobs.training.run_directory import run_directory
 from jobs.training.run_start import RunStart
 from jobs.training.run_watch import RunWatch, run_events
-from model.checkpoints.sources import read_hf_config
-from model.config import ModelConfig
+from model.checkpoints.sources import PretrainedSource
 
 
 def train(
@@ -95,7 +96,8 @@ def _train(
     progress: Progress | None,
     debug: bool,
 ) -> dict[str, Any]:
-    begin, tokenizer = _start(config, output, resume=resume, init=init)
+    note = None if progress is None else progress.note
+    begin, tokenizer = _start(config, output, resume=resume, init=init, note=note)
     if begin.step >= config.training.steps:
         raise ConfigError(
             f"training.steps is {config.training.steps}, and {begin.weights} has {begin.step} steps behind "
@@ -104,7 +106,7 @@ def _train(
     with ray_session(_needs(config), address=address, debug=debug) as embedded:
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
-        data = prepare(config, tokenizer=tokenizer, note=None if progress is None else progress.note)
+        data = prepare(config, tokenizer=tokenizer, note=note)
         if begin.weights is not None:
             data = data.carrying(begin.weights)
         write_config(config, output / "config.yaml")
@@ -149,7 +151,12 @@ def summary(output: Path) -> dict[str, Any]:
 
 
 def _start(
-    config: RunConfig, output: Path, *, resume: bool, init: Path | None
+    config: RunConfig,
+    output: Path,
+    *,
+    resume: bool,
+    init: Path | None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[RunStart, Path | None]:
     """Where the run starts, and the tokenizer of its weights."""
     name = uuid.uuid4().hex[:12]
@@ -171,7 +178,9 @@ def _start(
             )
         init = init.expanduser().resolve()  # hosts and workers have other working directories
         weights = init if (init / "config.json").is_file() else find_checkpoint(init)
-        _check_shape(config, weights)
+        source = PretrainedSource(weights)
+        note_unused(source, note or (lambda _: None))
+        _check_shape(config, source)
         begin = RunStart(run=name, weights=weights)
     else:
         return RunStart(run=name), None
@@ -206,13 +215,18 @@ def _resources(training: TrainingConfig) -> dict[str, float]:
     return {"CPU": training.cpus_per_worker, **gpus}
 
 
-def _check_shape(config: RunConfig, weights: Path) -> None:
-    theirs, ours = ModelConfig.from_hf(read_hf_config(weights)).model_dump(), config.model.model_dump()
+def _check_shape(config: RunConfig, source: PretrainedSource) -> None:
+    # As in a config.json, where the number of experts that score a group is never left to a default.
+    theirs, ours = source.config.to_hf(), config.model.to_hf()
     other = [
-        f"model.{name} ({ours[name]}, there {theirs[name]})" for name in ours if ours[name] != theirs[name]
+        f"model.{name} ({ours[name]}, there {theirs[name]})"
+        for name in type(config.model).model_fields
+        if ours[name] != theirs[name]
     ]
     if other:
-        raise CheckpointError(f"--init {weights} is a model of another shape: {', '.join(other[:4])}")
+        raise CheckpointError(
+            f"--init {source.directory} is a model of another shape: {', '.join(other[:4])}"
+        )
 
 
 def _run(

@@ -14,6 +14,12 @@ SCALE_SUFFIX = "_scale_inv"
 """Suffix that makes a weight's name the name of its scales."""
 
 _BLOCK = (128, 128)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype are 8-bit floats, which have scales beside them."""
+    return dtype in _FP8
 
 
 def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -60,4 +66,4 @@ def quantize(weight: Tensor, block: tuple[int, int] = _BLOCK) -> tuple[Tensor, T
     return (padded / spread)[:rows, :columns].to(torch.float8_e4m3fn), scale
 
 
-__all__ = ["SCALE_SUFFIX", "block_size", "dequantize", "quantize"]
+__all__ = ["SCALE_SUFFIX", "block_size", "dequantize", "is_fp8", "quantize"]

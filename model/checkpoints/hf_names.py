@@ -44,4 +44,24 @@ def duplicate_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-__all__ = ["EMBEDDING", "HEAD", "duplicate_names", "expert_names", "expert_tensors", "layer_prefix"]
+def empty_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the shared experts of a model without any, which transformers stores as well."""
+    if config.n_shared_experts:
+        return {}
+    hidden = config.hidden_size
+    return {
+        f"{layer_prefix(layer)}mlp.shared_experts.{name}.weight": (hidden, 0) if last else (0, hidden)
+        for layer in config.moe_layers
+        for name, last in zip(_PROJECTIONS, (False, False, True), strict=True)
+    }
+
+
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "duplicate_names",
+    "empty_shapes",
+    "expert_names",
+    "expert_tensors",
+    "layer_prefix",
+]

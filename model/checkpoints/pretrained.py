@@ -15,14 +15,20 @@ from torch import Tensor
 
 from errors import CheckpointError
 from model.causal_lm import CausalLM
-from model.checkpoints.hf_names import HEAD, duplicate_names, expert_names, expert_tensors
-from model.checkpoints.shards import INDEX, ShardReader, write_index, write_json, write_shard
+from model.checkpoints.hf_names import (
+    EMBEDDING,
+    HEAD,
+    duplicate_names,
+    empty_shapes,
+    expert_names,
+    expert_tensors,
+)
+from model.checkpoints.shards import INDEX, ShardReader, remove, write_index, write_json, write_shard
 from model.checkpoints.sources import PretrainedSource, RandomSource
 from model.config import ModelConfig
 from model.weight_source import WeightSource
 
 _SHARD_BYTES = 2 << 30
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 def load_pretrained(directory: Path | str, *, dtype: torch.dtype = torch.float32) -> CausalLM:
@@ -56,7 +62,7 @@ def save_pretrained(
     The files of weights come first and config.json last: a directory with a config.json is complete.
 
     Args:
-        directory: Created if it does not exist; files of the same names are replaced.
+        directory: Created if it does not exist; a model that is there already is replaced.
         dtype: Type in which weights are stored; None keeps their own. Biases stay float32.
         shard_bytes: Largest size of a file with more than one tensor.
 
@@ -76,6 +82,9 @@ def save_pretrained(
         files.append(f"model-{at:05d}-of-{len(shards):05d}.safetensors")
         write_shard(directory / files[-1], {name: _stored(name, t, stored) for name, t in names.items()})
     write_index(directory, files)
+    for other in directory.glob("model-*-of-*.safetensors"):
+        if other.name not in files:
+            remove(other)
     write_model_config(directory, module.config, dtype=stored)
 
 
@@ -87,7 +96,9 @@ def write_model_config(
     Raises:
         CheckpointError: The file cannot be written.
     """
-    write_json(Path(directory) / "config.json", {**config.to_hf(), "dtype": _NAMES.get(dtype, "float32")})
+    write_json(
+        Path(directory) / "config.json", {**config.to_hf(), "dtype": str(dtype).removeprefix("torch.")}
+    )
 
 
 def require_experts(directory: Path | str, config: ModelConfig) -> None:
@@ -107,11 +118,16 @@ def require_experts(directory: Path | str, config: ModelConfig) -> None:
 
 
 def trunk_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A trunk's `state_dict` as a checkpoint holds it: a tied head left out, MTP's duplicates added."""
+    """A trunk's `state_dict` as a checkpoint holds it.
+
+    A tied head is left out; the MTP modules' duplicates and the projections of no shared experts are added.
+    """
     tensors = dict(state)
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)
     tensors.update((name, state[original]) for name, original in duplicate_names(config).items())
+    dtype = state[EMBEDDING].dtype
+    tensors.update((name, torch.empty(shape, dtype=dtype)) for name, shape in empty_shapes(config).items())
     return tensors
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,13 +18,22 @@ from errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 class ShardReader:
     """Reader of single tensors by name, which loads nothing else of the files.
 
     Args:
-        path: Safetensors file, or directory with `model.safetensors.index.json` or `model.safetensors`.
+        path: Safetensors file, or directory with `model.safetensors` or `model.safetensors.index.json`. Of
+            both, the single file is read, as transformers does.
 
     Raises:
         CheckpointError: The files are missing or damaged.
@@ -50,6 +61,14 @@ class ShardReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header."""
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, from the file's header."""
+        return _DTYPES.get(self._slice(name).get_dtype()) or self.tensor(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor's values, from the file's header."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def tensor(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
         """Read a tensor, after checking it against `shape` if given.
@@ -110,22 +129,22 @@ class ShardReader:
 
     def _read_index(self) -> None:
         index = self.path / INDEX
-        if index.exists():
-            try:
-                entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise _damaged(index, error) from None
-            if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
-                raise CheckpointError(
-                    f"{index} is damaged: weight_map does not map each tensor to a file; copy it again"
-                )
-            self._file_of.update((name, self.path / Path(file).name) for name, file in entries.items())
-        elif (self.path / _SINGLE).exists():
+        if (self.path / _SINGLE).exists():
             self._list(self.path / _SINGLE)
-        else:
+            return
+        if not index.exists():
             raise CheckpointError(
                 f"{self.path} has neither {INDEX} nor {_SINGLE}; give a checkpoint in safetensors format"
             )
+        try:
+            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(index, error) from None
+        if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+            raise CheckpointError(
+                f"{index} is damaged: weight_map does not map each tensor to a file; copy it again"
+            )
+        self._file_of.update((name, self.path / Path(file).name) for name, file in entries.items())
 
 
 def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
@@ -155,6 +174,8 @@ def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
 def write_index(directory: Path | str, files: Iterable[str] | None = None) -> None:
     """Write `model.safetensors.index.json` of a directory's shards, by default all of `model-*.safetensors`.
 
+    A `model.safetensors`, which readers take before an index, is removed unless it is one of the shards.
+
     Raises:
         CheckpointError: A shard is missing or damaged, or the index cannot be written.
     """
@@ -165,12 +186,26 @@ def write_index(directory: Path | str, files: Iterable[str] | None = None) -> No
     total = 0
     for file in files:
         reader = ShardReader(directory / file)
-        total += (directory / file).stat().st_size
+        total += sum(reader.nbytes(name) for name in reader.names)
         weight_map.update(dict.fromkeys(reader.names, file))
     write_json(
         directory / INDEX,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
+    if _SINGLE not in weight_map.values():
+        remove(directory / _SINGLE)
+
+
+def remove(path: Path) -> None:
+    """Remove a file of a checkpoint that others have replaced, if it exists.
+
+    Raises:
+        CheckpointError: It cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot remove {path}: {error}; give another directory") from None
 
 
 def write_json(path: Path | str, value: object) -> None:
@@ -199,4 +234,4 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} is damaged or cut short ({error}); copy it again")
 
 
-__all__ = ["INDEX", "ShardReader", "write_index", "write_json", "write_shard"]
+__all__ = ["INDEX", "ShardReader", "remove", "write_index", "write_json", "write_shard"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from errors import CheckpointError, ConfigError
-from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize
+from model.checkpoints.expected_tensors import copies, tensor_shapes, trunk_shapes, unused_tensors
+from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize, is_fp8
 from model.checkpoints.hf_names import EMBEDDING, HEAD, expert_names, layer_prefix
 from model.checkpoints.shards import ShardReader
 from model.config import ModelConfig
-from model.transformer import Transformer
 from model.weight_source import WeightSource
 
 
@@ -25,13 +25,6 @@ def gate_biases(source: WeightSource, config: ModelConfig) -> Tensor:
     names = [f"{layer_prefix(layer)}mlp.gate.e_score_correction_bias" for layer in config.moe_layers]
     biases = {name: tensor for name, tensor in source.trunk_tensors() if name in names}
     return torch.stack([biases[name] for name in names])
-
-
-def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the trunk's parameters and buffers."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 class RandomSource:
@@ -74,13 +67,17 @@ class PretrainedSource:
     Weights quantised to fp8 in blocks are dequantised. Reading a tensor that is missing, damaged or of
     another shape raises a CheckpointError.
 
+    Attributes:
+        unused: Names of the checkpoint's tensors that the model does not use, as further MTP modules.
+
     Args:
         directory: Directory with config.json and safetensors files.
         config: Shape that the checkpoint must have; None takes that of its config.json.
         dtype: Type to convert weights to; None keeps their own (float32 for fp8). Biases are always float32.
 
     Raises:
-        CheckpointError: The checkpoint is missing, damaged, or of another architecture.
+        CheckpointError: The checkpoint is missing, damaged, or of another architecture; or it has tensors
+            without which a model computes something else.
     """
 
     def __init__(
@@ -95,19 +92,24 @@ class PretrainedSource:
         self._block = block_size(values)
         self._reader = ShardReader(self.directory)
         self.config = config or self._own_config(values)
+        self.unused = unused_tensors(self._reader, self.config)
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
         hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
         gate, up, down = expert_names(layer, expert)
-        w13 = torch.cat((self._read(gate, (wide, hidden)), self._read(up, (wide, hidden))))
-        return w13, self._read(down, (hidden, wide))
+        w13 = torch.cat((self.tensor(gate, (wide, hidden)), self.tensor(up, (wide, hidden))))
+        return w13, self.tensor(down, (hidden, wide))
 
     def trunk(self) -> dict[str, Tensor]:
         return _with_head(self.config, dict(self.trunk_tensors()))
 
     def trunk_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, shape in _apart(self.config):
-            yield name, self._read(name, shape)
+        shapes = dict(_apart(self.config))
+        for copy, original in copies(self.config).items():
+            if copy in self._reader:
+                self.check_copy(copy, original, shapes[original])
+        for name, shape in shapes.items():
+            yield name, self.tensor(name, shape)
 
     def check(self) -> None:
         """Check names and shapes of all tensors against the configuration, from the files' headers alone.
@@ -115,26 +117,50 @@ class PretrainedSource:
         Raises:
             CheckpointError: A tensor is missing, or of another shape.
         """
-        shapes = trunk_shapes(self.config)
-        if self.config.tie_word_embeddings:
-            del shapes[HEAD]
-        hidden, wide = self.config.hidden_size, self.config.moe_intermediate_size
-        for layer in self.config.moe_layers:
-            for expert in range(self.config.n_routed_experts):
-                gate, up, down = expert_names(layer, expert)
-                shapes |= {gate: (wide, hidden), up: (wide, hidden), down: (hidden, wide)}
-        for name, shape in shapes.items():
+        for name, shape in tensor_shapes(self.config).items():
             self._reader.check(name, shape)
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def check_copy(self, copy: str, original: str, shape: tuple[int, ...]) -> None:
+        """Check that a tensor that repeats the embedding or the head has the same values.
+
+        Raises:
+            CheckpointError: It has other values.
+        """
+        if torch.equal(self.tensor(copy, shape), self.tensor(original, shape)):
+            return
+        if copy == HEAD:
+            raise CheckpointError(
+                f"{self.directory}: {copy} differs from {original}, although tie_word_embeddings is true; "
+                "set it to false in config.json"
+            )
+        raise CheckpointError(
+            f"{self.directory}: {copy} differs from {original}; MTP modules with an embedding or head "
+            "of their own are not supported"
+        )
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor, dequantised and converted; a missing one of no elements is empty.
+
+        Raises:
+            CheckpointError: The tensor is missing, damaged, of another shape, or of no weight's dtype.
+        """
+        if 0 in shape and name not in self._reader:
+            return torch.empty(shape, dtype=self.dtype or torch.float32)
         tensor = self._reader.tensor(name, shape=shape)
         scales = name + SCALE_SUFFIX
-        if scales in self._reader:
+        if is_fp8(tensor.dtype):
+            if scales not in self._reader:
+                raise CheckpointError(
+                    f"{self.directory}: {name} is fp8 but {scales} is missing; the checkpoint is incomplete"
+                )
             blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
             tensor = dequantize(tensor, self._reader.tensor(scales, shape=blocks), self._block)
-        elif tensor.dtype == torch.float8_e4m3fn:
+        elif scales in self._reader or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            beside = f" beside {scales}" if scales in self._reader else ""
             raise CheckpointError(
-                f"{self.directory}: {name} is fp8 but {scales} is missing; the checkpoint is incomplete"
+                f"{self.directory}: {name} is {kind}{beside}; weights are fp8 with scales, or floats "
+                "without: give another export of the model"
             )
         if name.endswith("e_score_correction_bias"):
             return tensor.float()
@@ -187,4 +213,4 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-__all__ = ["PretrainedSource", "RandomSource", "gate_biases", "read_hf_config", "trunk_shapes"]
+__all__ = ["PretrainedSource", "RandomSource", "gate_biases", "read_hf_config"]

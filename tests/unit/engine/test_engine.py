@@ -44,6 +44,9 @@ SHAPES = {
     "parallel modules": {"num_nextn_predict_layers": 2, "mtp_mode": "parallel"},
     "products apart": {"kv_lora_rank": 48, "v_head_dim": 2, "qk_nope_head_dim": 2},
     "odd latent": {"kv_lora_rank": 15},
+    "no shared experts": {"n_shared_experts": 0, "num_nextn_predict_layers": 1},
+    "groups by one expert": {"group_score_experts": 1, "n_routed_experts": 16},
+    "dense layers alone": {"first_k_dense_replace": 3},
 }
 SETTINGS = {
     "mixed batch": EngineSettings(pace_drafts=False),

@@ -208,6 +208,8 @@ def test_import_dequantises_fp8(run: Path, tmp_path: Path) -> None:
         (["model.num_experts_per_tok=2"], True),
         (["model.num_experts_per_tok=4", "model.group_score=affinity"], True),
         (["model.topk_group=4"], False),
+        (["model.num_experts_per_tok=2", "model.group_score_experts=2"], False),
+        (["model.num_experts_per_tok=4", "model.group_score_experts=1"], True),
     ],
 )
 def test_export_notes_where_others_route_differently(overrides: list[str], differs: bool) -> None:

@@ -152,6 +152,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("cluster.expert_hosts=9", "cluster.expert_hosts", "lower it"),
         ("model.num_experts_per_tok=5", "model.num_experts_per_tok", "raise topk_group"),
         ("model.n_group=3", "model.n_routed_experts", "multiple of n_group"),
+        ("model.group_score_experts=3", "model.group_score_experts", "lower it"),
         ("mtp.weight=[{step: 2, value: 1}]", "mtp.weight", "step 0"),
     ],
 )
@@ -159,6 +160,13 @@ def test_fields_that_do_not_go_together_name_the_one_to_change(override: str, fi
     (line,) = _problems(override)
     assert line.startswith(field)
     assert fix in line
+
+
+def test_a_run_needs_a_layer_with_routed_experts() -> None:
+    dense = "model.first_k_dense_replace=2"  # of two layers
+    assert load_config(preset_name="tiny", overrides=[dense]).model.moe_layers == (2,)  # the MTP module's
+    (line,) = _problems(dense, "model.num_nextn_predict_layers=0")
+    assert line.startswith("model.first_k_dense_replace (2) leaves no layer with routed experts")
 
 
 def test_an_entry_of_a_schedule_is_named_by_its_index() -> None:

@@ -76,9 +76,13 @@ def test_the_likeliest_of_equals_is_the_first() -> None:
 
 
 @pytest.mark.parametrize("by_bias", [True, False])
-@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (8, 3)])
+@pytest.mark.parametrize(
+    ("n_group", "topk_group", "group_experts"), [(1, 1, 1), (4, 2, 2), (4, 2, 3), (8, 3, 1)]
+)
 @pytest.mark.parametrize("shift", [0.0, -5.0])
-def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shift: float) -> None:
+def test_the_choice_of_experts(
+    n_group: int, topk_group: int, group_experts: int, by_bias: bool, shift: float
+) -> None:
     """Some biases are so low that a dropped group would win if it were masked with zeros."""
     x, weight, bias = rand(40, 16), rand(32, 16), 0.3 * rand(32) + shift
     idx, gates = np.empty((40, 4), np.int64), np.empty((40, 4))
@@ -88,6 +92,7 @@ def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shi
         top_k=4,
         n_group=n_group,
         topk_group=topk_group,
+        group_experts=group_experts,
         by_bias=by_bias,
         normalize=True,
         factor=2.5,
@@ -101,6 +106,7 @@ def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shi
         n_group=n_group,
         topk_group=topk_group,
         group_score="biased" if by_bias else "affinity",
+        group_experts=group_experts,
     )
     assert np.array_equal(idx, chosen.numpy())
     expected = gate_values(scores, chosen, normalize=True, factor=2.5)
@@ -109,7 +115,7 @@ def test_the_choice_of_experts(n_group: int, topk_group: int, by_bias: bool, shi
 
 def test_of_equal_experts_the_first_is_chosen() -> None:
     idx, gates = np.empty((1, 3), np.int64), np.empty((1, 3))
-    route(np.ones((1, 4)), (np.ones((8, 4)), np.zeros(8), 3, 4, 2, True, False, 1.0), idx, gates)
+    route(np.ones((1, 4)), (np.ones((8, 4)), np.zeros(8), 3, 4, 2, 1, True, False, 1.0), idx, gates)
     assert idx.tolist() == [[0, 1, 2]]
 
 

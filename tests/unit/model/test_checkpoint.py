@@ -47,6 +47,7 @@ def saved(directory: Path, *, shard_bytes: int = 1 << 30, **changes: Any) -> Cau
         {"tie_word_embeddings": True},
         {"num_nextn_predict_layers": 2},
         {"num_nextn_predict_layers": 1, "mtp_mode": "parallel", "tie_word_embeddings": True},
+        {"n_shared_experts": 0},
     ],
     ids=str,
 )
@@ -244,7 +245,10 @@ UP = "model.layers.1.mlp.experts.7.up_proj.weight"
             f"{UP} is fp8 but {UP}_scale_inv is missing",
         ),
         (
-            lambda d: rewrite(d, lambda s: s.update({UP + SCALE_SUFFIX: torch.ones(2, 2)})),
+            lambda d: rewrite(
+                d,
+                lambda s: s.update({UP: s[UP].to(torch.float8_e4m3fn), UP + SCALE_SUFFIX: torch.ones(2, 2)}),
+            ),
             f"{UP}_scale_inv has shape",
         ),
     ],

@@ -31,6 +31,8 @@ V3: dict[str, Any] = {
     "topk_group": 4,
 }
 
+SPAN = {"factor": 40, "original_max_position_embeddings": 4096}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -66,6 +68,7 @@ def test_layers() -> None:
         {"num_nextn_predict_layers": 2},
         {"num_nextn_predict_layers": 2, "mtp_mode": "parallel"},
         {"n_shared_experts": 2, "first_k_dense_replace": 2},
+        {"n_shared_experts": 0},
     ],
     ids=str,
 )
@@ -87,12 +90,33 @@ def test_parameters_of_deepseek_v3() -> None:
         {},
         {"q_lora_rank": None, "group_score": "affinity", "mtp_mode": "parallel"},
         {"rope_scaling": {"factor": 40, "original_max_position_embeddings": 4096, "mscale_all_dim": 1}},
+        {"rope_scaling": {**SPAN, "attention_factor": 1.5, "truncate": False}},
+        {"n_shared_experts": 0, "group_score_experts": 2},
+        {"num_experts_per_tok": 4, "group_score_experts": 1},
     ],
     ids=str,
 )
 def test_hf_round_trip(changes: dict[str, Any]) -> None:
     config = ModelConfig.model_validate({**SMALL, **changes})
     assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "top_k", "expected"),
+    [
+        ({"group_score": ..., "group_score_experts": ...}, 2, 2),  # another program's, which says nothing
+        ({"group_score": ..., "group_score_experts": ...}, 4, 2),
+        ({"group_score_experts": ...}, 2, 1),  # one of ours from before there was a number
+        ({"group_score_experts": ...}, 4, 2),
+        ({"group_score_experts": 1}, 4, 1),
+    ],
+)
+def test_number_of_experts_that_score_a_group(keys: dict[str, Any], top_k: int, expected: int) -> None:
+    values = {**ModelConfig.model_validate({**SMALL, "num_experts_per_tok": top_k}).to_hf(), **keys}
+    config = ModelConfig.from_hf({name: value for name, value in values.items() if value is not ...})
+    assert config.scored_experts == expected
+    assert (config.group_score_experts is None) == (expected == top_k // 2)
+    assert config.to_hf()["group_score_experts"] == expected
 
 
 def test_hf_spellings() -> None:
