@@ -189,6 +189,16 @@ def test_redundant_experts_go_to_the_hot_ones_once_loads_are_known() -> None:
         assert [cluster.world[id].held[current.epoch][layer] for layer in LAYERS] == list(rows)
 
 
+def test_other_weights_that_come_into_use_are_counted() -> None:
+    cluster = ScalingCluster(2)
+    epoch = cluster.placements.load("other", "new")
+    assert cluster.placements.reloads == 0
+    cluster.placements.publish(epoch)
+    cluster.placements.publish(epoch)
+    assert cluster.placements.reloads == 1
+    assert cluster.membership.events[-1].text == "the weights new in place of weights"
+
+
 def test_few_rows_say_nothing() -> None:
     cluster = ScalingCluster(2)
     cluster.rebalancer.look()

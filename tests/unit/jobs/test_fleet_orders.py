@@ -1,0 +1,100 @@
+"""How a fleet carries out the coordinator's orders: hosts without room, and hosts not wanted any more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import jobs.fleet.fleet
+from actors.messages.coordinator_state import CoordinatorState
+from cluster.config import ClusterConfig
+from cluster.membership import Orders
+from cluster.topology import HostInfo
+from jobs.fleet.fleet import Fleet
+from jobs.fleet.fleet_actors import HostActor
+
+STATE = CoordinatorState(wanted=1, versions=(), serial=0)
+
+
+class OrderingCoordinator:
+    """A coordinator that gives one order again and again, and records what it is told."""
+
+    def __init__(self) -> None:
+        self.orders_given = Orders(start=0, stop=())
+        self.told: list[tuple[int, str]] = []
+
+    def orders(self, *, starting: int, lacking: str, **_: Any) -> tuple[Orders, int, CoordinatorState]:
+        self.told.append((starting, lacking))
+        return self.orders_given, 1, STATE
+
+
+class ClusterWithRoom:
+    """A fleet over one node without actors, whose free CPUs and clock the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free, self.now = 0.0, 100.0
+        self.coordinator = OrderingCoordinator()
+        monkeypatch.setattr(jobs.fleet.fleet, "free_resources", lambda: [{"CPU": self.free}])
+        monkeypatch.setattr(jobs.fleet.fleet.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(Fleet, "_start_host", self._start)
+        monkeypatch.setattr(jobs.fleet.fleet, "kill", lambda actor: None)
+        self.fleet = Fleet(ClusterConfig(), coordinator=None, host=None)  # type: ignore[arg-type]
+        self.fleet._client = self.coordinator  # type: ignore[assignment]
+
+    def _start(self, fleet: Fleet | None = None) -> None:
+        id = f"host-{len(self.fleet._hosts)}"
+        self.fleet._hosts[id] = HostActor(None, None, id, self.now)
+
+    def look(self, seconds: float = 0.0) -> list[str]:
+        """Carry out the orders after some seconds; the hosts that have not registered."""
+        self.now += seconds
+        self.fleet._obey()
+        return [id for id, host in self.fleet._hosts.items() if host.info is None]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> ClusterWithRoom:
+    return ClusterWithRoom(monkeypatch)
+
+
+def test_hosts_with_room_start_at_once(cluster: ClusterWithRoom) -> None:
+    cluster.free, cluster.coordinator.orders_given = 2.0, Orders(start=2, stop=())
+    assert cluster.look() == ["host-0", "host-1"]
+    cluster.coordinator.orders_given = Orders(start=0, stop=())
+    cluster.look()
+    assert cluster.coordinator.told == [(0, ""), (2, "")]
+
+
+def test_room_that_comes_within_a_moment_is_waited_for(cluster: ClusterWithRoom) -> None:
+    cluster.coordinator.orders_given = Orders(start=1, stop=())
+    assert cluster.look() == []
+    cluster.free = 1.0  # a host that was ended has given its CPU back
+    assert cluster.look(0.5) == ["host-0"]
+    cluster.coordinator.orders_given = Orders(start=0, stop=())
+    cluster.look()
+    assert cluster.coordinator.told[-1] == (1, "")
+
+
+def test_hosts_without_room_wait_and_the_coordinator_learns_why(cluster: ClusterWithRoom) -> None:
+    cluster.coordinator.orders_given = Orders(start=2, stop=())
+    assert cluster.look() == []
+    assert cluster.look(2.0) == ["host-0", "host-1"], "an autoscaler may add nodes for them"
+    cluster.coordinator.orders_given = Orders(start=0, stop=())
+    cluster.look()
+    starting, why = cluster.coordinator.told[-1]
+    assert starting == 2
+    assert "2 expert hosts wait to be started, and the Ray cluster has room for 0" in why
+    for host in cluster.fleet._hosts.values():
+        host.info = HostInfo(id="registered")
+    cluster.look()
+    assert cluster.coordinator.told[-1] == (0, "")
+
+
+def test_waiting_hosts_that_are_not_wanted_any_more_end_newest_first(cluster: ClusterWithRoom) -> None:
+    cluster.free, cluster.coordinator.orders_given = 3.0, Orders(start=3, stop=())
+    cluster.look()
+    cluster.fleet._hosts["host-1"].info = HostInfo(id="host-1")
+    cluster.coordinator.orders_given = Orders(start=0, stop=(), cancel=1)
+    assert cluster.look() == ["host-0"]
+    assert set(cluster.fleet._hosts) == {"host-0", "host-1"}
