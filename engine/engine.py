@@ -114,14 +114,15 @@ class Engine:
             output: Tokens that another engine has generated for the request; generation continues after them.
 
         Raises:
-            ConfigError: an empty prompt, a prompt that leaves no room for a token, an unknown token, an id
+            ConfigError: an empty prompt, a prompt that leaves no room for its tokens, an unknown token, an id
                 that is in use, or an output that is complete.
         """
         if id in self._sequences:
             raise ConfigError(f"request {id!r} is running already; choose another id")
         if not prompt:
             raise ConfigError("prompt is empty; give one token at least")
-        if len(prompt) >= self.longest:
+        # The last token of a request needs no position, so a prompt of full length can have one.
+        if len(prompt) > self.longest - (params.max_tokens > 1):
             raise ConfigError(
                 f"prompt has {len(prompt)} tokens, which leaves no room within the {self.longest} that the"
                 " model and its cache take; shorten it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Request
@@ -9,6 +10,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+
+from jobs.api.neutral_values import KNOWN
+from jobs.api.request_bodies import BRANCHES
+
+_KEY = "[key]"  # in the location of an error: the key of a dictionary and not its value
 
 
 class ApiError(Exception):
@@ -48,7 +54,9 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The response with body, status and headers."""
-        headers = None if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:  # which has to name a scheme, RFC 9110, section 15.5.2
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
@@ -67,33 +75,59 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+def too_long(message: str, param: str) -> ApiError:
+    """The error for a prompt that leaves no room, with the code that clients look for.
+
+    Clients that do not read the code look for "maximum context length" or "exceed the configured limit".
+    """
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
 def invalid(message: str, param: str | None = None) -> ApiError:
     """The error for an invalid parameter."""
     return ApiError(400, message, param=param, code="invalid_value")
 
 
 def of_validation(error: RequestValidationError) -> ApiError:
-    """The first validation error of a request body, with the name of the wrong parameter."""
+    """The first validation error of a request body, with the path of the parameter (`messages[0].role`)."""
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
+    kind, place = first["type"], first["loc"][1:]
+    if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     message = first["msg"].removeprefix("Value error, ")
-    param = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
-    if (
-        param is None and first["type"] == "value_error"
-    ):  # fields that contradict each other: the message starts with one of them
-        param = message.split()[0]
-        return invalid(message, param)
-    if first["type"] == "extra_forbidden":
-        path = ".".join(map(str, first["loc"][1:]))
-        return ApiError(400, f"unknown parameter {path!r}", param=path, code="unknown_parameter")
-    if len(first["loc"]) == 1 and first["type"] in ("model_attributes_type", "dict_type"):
+    param = _path(place)
+    if param is None and kind == "value_error":
+        # Fields that contradict each other: the message starts with one of them.
+        return invalid(message, message.split()[0])
+    if kind == "extra_forbidden":
+        if place[-1] in KNOWN:
+            return ApiError(
+                400,
+                f"{param} is not supported with this value; leave it out",
+                param=param,
+                code="unsupported_parameter",
+            )
+        return ApiError(400, f"unknown parameter {param!r}", param=param, code="unknown_parameter")
+    if param is None and kind in ("model_attributes_type", "dict_type"):
         return invalid("the body is no JSON object; send one with Content-Type: application/json")
-    if first["type"] == "missing":
+    if kind == "missing":
         return ApiError(
             400, f"{param or 'the body'} is missing", param=param, code="missing_required_parameter"
         )
+    if place[-1:] == (_KEY,):
+        message = "a key must be a token id"
     return invalid(f"{param}: {message}" if param else message, param)
+
+
+def _path(place: Sequence[int | str]) -> str | None:
+    """The path of a parameter in OpenAI's notation, from the location in an error of pydantic's."""
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in (*BRANCHES, _KEY):
+            path += f".{part}" if path else part
+    return path or None
 
 
 async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
@@ -114,7 +148,10 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 400:  # FastAPI's own, if the JSON parser fails: depth, digits, bytes
         return ApiError(400, "the body cannot be read as JSON", code="invalid_json").response()
     answer = ApiError(error.status_code, str(error.detail)).response()
-    answer.headers.update(error.headers or {})  # Allow, with 405
+    for name, value in (error.headers or {}).items():
+        # HEAD is answered where GET is, and routes do not list it.
+        both = name.lower() == "allow" and value == "GET"
+        answer.headers[name] = "GET, HEAD" if both else value
     return answer
 
 
@@ -143,4 +180,5 @@ __all__ = [
     "answer_validation_error",
     "invalid",
     "of_validation",
+    "too_long",
 ]

@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from engine.service import Delta
-from errors import ConfigError, DataError
+from errors import ConfigError
+from jobs.api.admission import AdmissionGate
 from jobs.api.api_errors import (
     ApiError,
     ErrorBody,
@@ -25,6 +26,7 @@ from jobs.api.api_errors import (
 from jobs.api.backend import Backend
 from jobs.api.body_limit import BodyLimit
 from jobs.api.completion_jobs import completion_job
+from jobs.api.head_requests import HeadRequests
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.response_bodies import (
     Choice,
@@ -55,12 +57,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def build_api(find: Callable[[], Backend]) -> FastAPI:
     """The HTTP application of the model whose backend `find` returns for every request."""
-    api = FastAPI(title="raymoe", description="OpenAI-compatible interface of a served model.")
-    api.add_exception_handler(ApiError, answer_api_error)
-    api.add_exception_handler(RequestValidationError, answer_validation_error)
-    api.add_exception_handler(HTTPException, answer_http_error)
-    api.add_exception_handler(Exception, answer_failure)
-    api.add_middleware(BodyLimit)
+    api = _without_routes(find)
 
     def allowed(authorization: Annotated[str | None, Header()] = None) -> Backend:
         backend = find()
@@ -87,6 +84,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
         return Response(backend.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     @api.get("/v1/models", responses=_ERRORS)
+    @api.get("/v1/models/", include_in_schema=False)
     def models(backend: Allowed) -> dict[str, Any]:
         """List the served model."""
         return {"object": "list", "data": [_card(backend)]}
@@ -110,6 +108,19 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
         return await _chat(backend, request)
 
     _describe_without_422(api)
+    return api
+
+
+def _without_routes(find: Callable[[], Backend]) -> FastAPI:
+    """An application with everything that is the same for all routes."""
+    api = FastAPI(title="raymoe", description="OpenAI-compatible interface of a served model.")
+    api.add_exception_handler(ApiError, answer_api_error)
+    api.add_exception_handler(RequestValidationError, answer_validation_error)
+    api.add_exception_handler(HTTPException, answer_http_error)
+    api.add_exception_handler(Exception, answer_failure)
+    api.add_middleware(BodyLimit)
+    api.add_middleware(AdmissionGate, find=lambda: find().admission)
+    api.add_middleware(HeadRequests)
     return api
 
 
@@ -172,16 +183,12 @@ async def _complete(backend: Backend, request: CompletionRequest) -> Response:
 
 
 async def _chat(backend: Backend, request: ChatRequest) -> Response:
-    try:
-        text = backend.chat.render([message.plain() for message in request.messages])
-    except DataError as error:
-        raise invalid(str(error), "messages") from error
-    prompt = backend.encode(text, "messages", add_special_tokens=backend.chat.plain)
+    prompt = await backend.chat_prompt([message.plain() for message in request.messages])
     request = backend.completed(request)
     wanted, param = request.max_completion_tokens, "max_completion_tokens"
     if wanted is None:
         wanted, param = request.max_tokens, "max_tokens"
-    room = backend.room(prompt, wanted, param)
+    room = backend.room(prompt, wanted, param, source="messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     try:
         params = [

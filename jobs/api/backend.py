@@ -9,17 +9,18 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tokenizers import Tokenizer
 
 from engine.params import SamplingParams
 from engine.service import Delta, Listener
-from errors import ConfigError, QueueFull
-from jobs.api.api_errors import ApiError, invalid
-from jobs.api.chat_template import ChatTemplate
+from errors import ConfigError, DataError, QueueFull
+from jobs.api.admission import Admission
+from jobs.api.api_errors import ApiError, invalid, too_long
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
+from jobs.chat.chat_renderer import ChatRenderer
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 
 _RETRY_SECONDS = 1
@@ -84,6 +85,7 @@ class Backend:
 
     Attributes:
         model: Name of the model.
+        chat: Renders conversations; exchanged with the weights.
         version: Returns the version of the weights in use; answers carry the version that computed them.
         longest: Tokens that prompt and answer may have together.
         end_of_text: Token that an empty prompt stands for.
@@ -91,13 +93,14 @@ class Backend:
         health: Returns why requests cannot be answered, or None.
         engines: Returns the engines' figures by name.
         experts: Returns the expert hosts' figures; None if there are no hosts.
+        admission: Admits requests until the server shuts down.
     """
 
     model: str
     version: Callable[[], str]
     service: Service
     tokenizer: Tokenizer
-    chat: ChatTemplate
+    chat: ChatRenderer
     longest: int
     end_of_text: int
     limits: Limits
@@ -106,6 +109,7 @@ class Backend:
     experts: Callable[[], Awaitable[ExpertFigures | None]] = _no_experts
     metrics: ServingMetrics
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    admission: Admission = field(default_factory=Admission)
     created: int = field(default_factory=lambda: int(time.time()))
     _longest_token: int = field(init=False, repr=False)
 
@@ -116,15 +120,24 @@ class Backend:
         """Check the API key of a request.
 
         Args:
-            authorization: `Bearer KEY`, from an HTTP header or gRPC metadata.
+            authorization: `Bearer KEY`, from an HTTP header or gRPC metadata; the scheme in any case.
 
         Raises:
             ApiError: A key is needed, and it is missing or wrong.
         """
         keys = self.limits.api_keys
-        given = (authorization or "").removeprefix("Bearer ").encode()
-        if keys and not any(hmac.compare_digest(given, key.encode()) for key in keys):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        if not keys:
+            return
+        scheme, _, key = (authorization or "").strip().partition(" ")
+        # Headers are read as Latin-1, whatever bytes the client sent.
+        given = key.strip().encode("latin-1", "replace")
+        known = any(hmac.compare_digest(given, key.encode()) for key in keys)
+        if scheme.lower() != "bearer" or not known:
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
 
     def check_model(self, name: str | None) -> None:
         """Check the model name of a request; None is accepted.
@@ -163,33 +176,65 @@ class Backend:
         except UnicodeEncodeError as error:
             raise invalid(f"{param} has half of a surrogate pair, which is no character", param) from error
         if len(text) > self.longest * self._longest_token:  # without tokenizing, which would take seconds
-            raise invalid(f"{param} has {len(text)} characters, too many for {self.longest} tokens", param)
+            raise too_long(
+                f"This model's maximum context length is {self.longest} tokens. However, {param} has "
+                f"{len(text)} characters, more than so many tokens have. Please reduce its length.",
+                param,
+            )
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The prompt of a conversation, by the chat template.
+
+        Raises:
+            ApiError: The template cannot render these messages, or too many conversations wait for it.
+        """
+        try:
+            text = await self.chat.render(messages)
+        except DataError as error:
+            raise invalid(str(error), "messages") from error
+        except QueueFull as error:
+            raise _queue_full(error) from error
+        return self.encode(text, "messages", add_special_tokens=self.chat.template.plain)
+
+    def room(self, prompt: Sequence[int], wanted: int | None, param: str, *, source: str = "prompt") -> int:
         """Number of tokens that may be generated after a prompt.
 
         Args:
             wanted: Number that the request asks for; None takes the model's default, or else as many as
-                possible.
+                possible; 0 is none.
             param: Name of the parameter with this number.
+            source: Name of the parameter with the prompt.
 
         Raises:
             ApiError: The prompt is too long, or leaves room for fewer tokens than wanted.
         """
-        longest_prompt = min(self.longest - 1, self.limits.max_prompt or self.longest)
-        if len(prompt) > longest_prompt:
-            raise invalid(f"the prompt has {len(prompt)} tokens; {longest_prompt} at most", "prompt")
-        room = min(self.longest - len(prompt), self.limits.max_tokens or self.longest)
-        if wanted is None:
-            return min(room, self.defaults.max_tokens or room)
-        if wanted > room:
-            raise invalid(
-                f"{param} is {wanted}, but after a prompt of {len(prompt)} tokens there is room for {room}",
+        size, longest, limits = len(prompt), self.longest, self.limits
+        model = f"This model's maximum context length is {longest} tokens"
+        advice = f"Please reduce the length of the {source}."
+        if limits.max_prompt is not None and size > limits.max_prompt:
+            raise too_long(
+                f"Input tokens exceed the configured limit of {limits.max_prompt} tokens. "
+                f"Your {source} resulted in {size} tokens. {advice}",
+                source,
+            )
+        if size + (wanted != 0) > longest:
+            left = "" if size > longest else ", which leaves no room for an answer"
+            raise too_long(
+                f"{model}. However, your {source} resulted in {size} tokens{left}. {advice}", source
+            )
+        if wanted is not None and size + wanted > longest:
+            raise too_long(
+                f"{param} is too large: {wanted}. {model} and your {source} resulted in {size} tokens, "
+                f"which leaves room for {longest - size}.",
                 param,
             )
-        return wanted
+        most = longest if limits.max_tokens is None else limits.max_tokens
+        if wanted is not None and wanted > most:
+            raise invalid(f"{param} is {wanted}, and this server generates at most {most} tokens", param)
+        room = min(longest - size, most)
+        return min(room, self.defaults.max_tokens or room) if wanted is None else wanted
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
@@ -244,10 +289,14 @@ class Backend:
         try:
             await asyncio.gather(*submitted)
         except QueueFull as error:
-            raise ApiError(429, str(error), code="queue_full", retry_after=_RETRY_SECONDS) from error
+            raise _queue_full(error) from error
         except ConfigError as error:
             text = str(error)
             raise invalid(text, text.split()[0]) from error
+
+
+def _queue_full(error: QueueFull) -> ApiError:
+    return ApiError(429, str(error), code="queue_full", retry_after=_RETRY_SECONDS)
 
 
 __all__ = ["Backend", "Limits", "Service"]

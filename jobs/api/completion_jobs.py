@@ -42,15 +42,17 @@ def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJo
         raise invalid(f"prompt and n make {asked * request.n} choices; {MAX_CHOICES} at most", "prompt")
     prompts = _prompts(backend, request.prompt)
     params: list[SamplingParams] = []
-    for prompt in prompts:
-        # A request for an echo alone needs no token, but every step of the engine generates one.
-        wanted = max(1, request.max_tokens) if request.max_tokens is not None else None
-        room = backend.room(prompt, wanted, "max_tokens")
+    for prompt, source in zip(prompts, _names(request.prompt), strict=True):
+        room = backend.room(prompt, request.max_tokens, "max_tokens", source=source)
         for index in range(request.n):
             try:
                 params.append(
                     request.sampling(
-                        max_tokens=room, index=index, logprobs=request.logprobs, echo=request.echo
+                        # An echo alone needs no token, but every step of the engine generates one.
+                        max_tokens=max(1, room),
+                        index=index,
+                        logprobs=request.logprobs,
+                        echo=request.echo,
                     )
                 )
             except ConfigError as error:
@@ -67,12 +69,17 @@ def _several(given: str | Sequence[Any]) -> bool:
     return bool(given) and not isinstance(given, str) and not isinstance(given[0], int)
 
 
+def _names(given: str | Sequence[Any]) -> list[str]:
+    """The path of every prompt in the request."""
+    return [f"prompt[{index}]" for index in range(len(given))] if _several(given) else ["prompt"]
+
+
 def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
     """Every prompt as tokens; an empty prompt becomes the end-of-text token, which precedes every text."""
     items = list(given) if _several(given) else [given]
     encoded = [
-        backend.encode(item, "prompt", add_special_tokens=True) if isinstance(item, str) else list(item)
-        for item in items
+        backend.encode(item, name, add_special_tokens=True) if isinstance(item, str) else list(item)
+        for item, name in zip(items, _names(given), strict=True)
     ]
     return [tokens or [backend.end_of_text] for tokens in encoded]
 

@@ -30,6 +30,15 @@ async def generate(
     Raises:
         ApiError: The request is refused, or the engine failed.
     """
+    with backend.admission.request():
+        async with aclosing(_replies(backend, message, authorization)) as replies:
+            async for reply in replies:
+                yield reply
+
+
+async def _replies(
+    backend: Backend, message: GenerateRequest, authorization: str | None
+) -> AsyncGenerator[GenerateReply, None]:
     backend.check_key(authorization)
     request = completion_request(message)
     backend.check_model(request.model)
@@ -93,7 +102,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | bool | int | float):
         return value
     assert not isinstance(value, Message)
-    return dict(value) if hasattr(value, "items") else list(value)
+    # Keys are texts in JSON, and so are they in the paths of errors.
+    return {str(key): item for key, item in value.items()} if hasattr(value, "items") else list(value)
 
 
 def _logprobs(logprobs: Sequence[TokenLogprobs | None]) -> list[generation_pb2.Logprobs]:

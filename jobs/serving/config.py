@@ -22,7 +22,7 @@ class ServingConfig(Section):
     """The trunk replicas and their limits.
 
     Attributes:
-        name: name of the model for clients; null takes the directory's name.
+        name: name of the model for clients; null takes the name of the directory, or of the run.
         dtype: dtype of trunk and experts; `auto` keeps that of the weights if the device computes in it.
         cache_tokens: positions that a replica's KV cache holds, over all requests.
         page_size: positions of a page of the cache.

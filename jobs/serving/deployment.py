@@ -30,6 +30,7 @@ from jobs.serving.pool_link import PoolLink
 from jobs.serving.replica.held_leases import HeldLeases
 from jobs.serving.replica.replica import Replica
 from jobs.serving.replica.trunk_server import TrunkServer, TrunkService
+from jobs.serving.served_model import model_name
 from jobs.serving.version_follower import Follower
 from jobs.serving.versions import ReplicaState
 
@@ -37,7 +38,9 @@ POOL = "experts"
 """Name of the pool's deployment, which `raymoe reload` calls."""
 
 _MAX_ONGOING = 100_000  # no limit in practice: the engine's own queue refuses requests, with status 429
-_GRACE_SECONDS = 30.0
+GRACE_SECONDS = 30.0
+"""Seconds that requests in progress have to end when a process, or the deployment, ends."""
+
 _HEAD = "node:__internal_head__"
 """A resource of Ray's head node. Pool, coordinator and interface run there, like Serve's controller, so that
 they do not depend on other nodes."""
@@ -111,7 +114,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
         name=POOL,
         ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
-        graceful_shutdown_timeout_s=2 * _GRACE_SECONDS,
+        graceful_shutdown_timeout_s=2 * GRACE_SECONDS,
     ).bind(values, str(directory))
     options: dict[str, Any] = {"num_replicas": serving.replicas}
     if serving.autoscaling is not None:
@@ -121,7 +124,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
         name="trunk",
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
         max_ongoing_requests=_MAX_ONGOING,
-        graceful_shutdown_timeout_s=_GRACE_SECONDS,
+        graceful_shutdown_timeout_s=GRACE_SECONDS,
         **options,
     ).bind(values, pool)
     return serve.deployment(
@@ -130,8 +133,8 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
         num_replicas=serving.api_replicas,
         ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
-        graceful_shutdown_timeout_s=_GRACE_SECONDS,
-    ).bind(values, str(directory), serving.name or directory.name, pool, trunk, loopback=loopback)
+        graceful_shutdown_timeout_s=GRACE_SECONDS,
+    ).bind(values, str(directory), serving.name or model_name(directory), pool, trunk, loopback=loopback)
 
 
 def app(arguments: dict[str, Any]) -> Application:
@@ -150,4 +153,4 @@ def app(arguments: dict[str, Any]) -> Application:
     return build_application(ServeConfig.from_dict(values), find_weights(Path(checkpoint)).resolve())
 
 
-__all__ = ["POOL", "TrunkReplica", "app", "build_application"]
+__all__ = ["GRACE_SECONDS", "POOL", "TrunkReplica", "app", "build_application"]

@@ -76,6 +76,10 @@ class PoolLink:
         state = replace(state, address=self.address, interface=self._interface)
         await self._pool.report.remote(self.name, state)
 
+    async def drained(self) -> None:
+        """Report that this process of the interface has no request in progress and accepts none."""
+        await self._pool.drained.remote(self.name)
+
     async def trunks(self) -> Mapping[str, str]:
         """Addresses of the trunk replicas by name."""
         trunks: Mapping[str, str] = await self._pool.trunks.remote()

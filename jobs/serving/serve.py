@@ -19,6 +19,8 @@ from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from errors import CheckpointError, ConfigError, ResourceError
+from jobs.chat.chat_template import ChatTemplate
+from jobs.chat.rendering_process import check_template
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.checkpoints.loaded_model import find_weights, note_unused
 from jobs.console import say
@@ -30,6 +32,7 @@ from jobs.serving.deployment import POOL, app, build_application
 from jobs.serving.interface.grpc_methods import SERVICES
 from jobs.serving.memory_check import check_serving
 from jobs.serving.served_model import serving_dtype
+from jobs.serving.shutdown import take_down
 from model.checkpoints.sources import PretrainedSource
 
 NAME = "raymoe"
@@ -68,7 +71,7 @@ def serve(
     ready: Callable[[Endpoints], None],
     debug: bool = False,
 ) -> None:
-    """Serve a checkpoint until Ctrl-C or SIGTERM; running requests are completed.
+    """Serve a checkpoint until Ctrl-C or SIGTERM; requests in progress are completed, new ones refused.
 
     Args:
         config: The configuration.
@@ -107,8 +110,7 @@ def serve(
             ready(_endpoints(host, port, grpc_port))
             stop.wait()
         finally:
-            with suppress(TimeoutError):  # if the cluster stays, Serve's controller completes it
-                ray_serve.delete(NAME)
+            take_down(NAME, whole=embedded)
 
 
 def _endpoints(host: str, port: int, grpc_port: int | None) -> Endpoints:
@@ -140,6 +142,7 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, grpc
         )
     load_tokenizer(directory, model.vocab_size)
     GenerationDefaults.of(directory, config.serving.generation_config)
+    check_template(ChatTemplate.from_directory(directory))
     if config.cluster.expert_hosts > model.n_routed_experts:
         raise ConfigError(
             f"cluster.expert_hosts ({config.cluster.expert_hosts}) is more than the model's "

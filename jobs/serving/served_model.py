@@ -50,6 +50,13 @@ def serving_dtype(config: ServeConfig, directory: Path) -> torch.dtype:
     return dtype
 
 
+def model_name(directory: Path) -> str:
+    """The name of a model for clients: of a run's checkpoint the run's, of any other directory its own."""
+    above = directory.parent
+    is_checkpoint = directory.name.startswith("step-") and above.name == "checkpoints"
+    return (above.parent.name if is_checkpoint else "") or directory.name
+
+
 def weights_version(directory: Path) -> str:
     """A short name for the weights in a directory, from the names, sizes and times of its files."""
     digest = hashlib.blake2s(digest_size=6)
@@ -113,4 +120,4 @@ class ModelShape:
             )
 
 
-__all__ = ["ModelShape", "require_room", "serving_dtype", "weights_version"]
+__all__ = ["ModelShape", "model_name", "require_room", "serving_dtype", "weights_version"]

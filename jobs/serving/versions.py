@@ -29,12 +29,14 @@ class WantedVersions:
         serial: Increases with every change.
         use: The version to compute with.
         prepare: A version to load beside it.
+        closing: Whether the deployment shuts down, and the interface refuses requests.
     """
 
     run: str
     serial: int
     use: WeightsVersion
     prepare: WeightsVersion | None = None
+    closing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,9 @@ from engine import Engine, EngineSettings, TrunkWeights
 from engine.service import EngineService
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
-from jobs.api.chat_template import ChatTemplate
 from jobs.api.serving_metrics import ExpertFigures, ServingMetrics
+from jobs.chat.chat_renderer import ChatRenderer
+from jobs.chat.chat_template import ChatTemplate
 from jobs.data.tokenizer import train_tokenizer
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
@@ -62,7 +63,7 @@ class Served:
             version=lambda: self.service.version,
             service=self.service,
             tokenizer=self.tokenizer,
-            chat=ChatTemplate(),
+            chat=ChatRenderer(ChatTemplate()),
             longest=self.engine.longest,
             end_of_text=end,
             limits=limits or Limits(),

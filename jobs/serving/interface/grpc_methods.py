@@ -102,9 +102,9 @@ class GrpcMethods:
                 await asyncio.sleep(_WATCH_SECONDS)
 
     async def _health(self) -> HealthCheckResponse:
-        reason = await self.backend.health()
         good, bad = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
-        return HealthCheckResponse(status=good if reason is None else bad)
+        serves = not self.backend.admission.closed and await self.backend.health() is None
+        return HealthCheckResponse(status=good if serves else bad)
 
     @contextmanager
     def _refusing(self, context: RayServegRPCContext) -> Iterator[None]:
@@ -121,8 +121,10 @@ class GrpcMethods:
             yield
         except ApiError as error:
             context.set_code(_CODES.get(error.status, grpc.StatusCode.INTERNAL))
-            context.set_details(error.message)
-            raise RaymoeError(error.message) from None
+            named = error.param is None or error.message.startswith(error.param)
+            details = error.message if named else f"{error.param}: {error.message}"
+            context.set_details(details)
+            raise RaymoeError(details) from None
 
 
 def on_this_machine(peer: str) -> bool:

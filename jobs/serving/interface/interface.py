@@ -13,8 +13,9 @@ from ray.serve.handle import DeploymentHandle
 from actors.process_heap import freeze_heap
 from jobs.api import build_api
 from jobs.api.backend import Backend
-from jobs.api.chat_template import ChatTemplate
 from jobs.api.serving_metrics import ServingMetrics
+from jobs.chat.chat_renderer import ChatRenderer
+from jobs.chat.chat_template import ChatTemplate
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.data.tokenizer import load_tokenizer
 from jobs.serving.config import ServeConfig
@@ -26,7 +27,7 @@ from jobs.serving.interface.replicas import Replicas
 from jobs.serving.interface.resumable_requests import ResumableRequests
 from jobs.serving.pool_link import PoolLink
 from jobs.serving.version_follower import Exchanger, Follower
-from jobs.serving.versions import ReplicaState, WeightsVersion
+from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
 from model.checkpoints.sources import PretrainedSource
 
 _RETRY_SECONDS = 1.0
@@ -70,6 +71,11 @@ class Interface(GrpcMethods):
         self._closing.callback(self._link.close)
         member = await self._link.enter()
         await self._link.report(ReplicaState(uses=member.version.epoch))
+        chat = ChatRenderer(
+            ChatTemplate.from_directory(Path(member.version.directory)), waiting=config.serving.max_queue
+        )
+        self._closing.callback(chat.close)
+        await chat.start()
         replicas = Replicas(ServeLeases(trunk), self._link.trunks, dead_after=config.cluster.dead_after)
         requests = ResumableRequests(
             replicas, vocabulary=text.vocabulary, patience=config.serving.resume_timeout
@@ -81,7 +87,7 @@ class Interface(GrpcMethods):
             version=lambda: self._templates.version,
             service=requests,
             tokenizer=text.tokenizer,
-            chat=ChatTemplate.from_directory(Path(member.version.directory)),
+            chat=chat,
             longest=config.serving.engine_settings().longest(model.max_position_embeddings),
             end_of_text=text.end_of_text,
             limits=config.serving.limits(),
@@ -92,6 +98,7 @@ class Interface(GrpcMethods):
             defaults=GenerationDefaults.of(Path(member.version.directory), source),
         )
         self._templates = ChatTemplateExchange(self._backend, member.version.name, source)
+        self._closing.callback(self._templates.close)
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
         freeze_heap()
@@ -104,12 +111,26 @@ class Interface(GrpcMethods):
     def __del__(self) -> None:
         self._closing.close()
 
+    async def _ask(self, known: int) -> WantedVersions:
+        """The versions that the pool wants; refuses requests once the deployment shuts down."""
+        wanted = await self._link.ask(known)
+        admission = self._backend.admission
+        if wanted.closing and not admission.closed:
+            admission.close()
+            self._draining = asyncio.create_task(self._drain())
+        return wanted
+
+    async def _drain(self) -> None:
+        """Tell the pool when no request is in progress any more."""
+        await self._backend.admission.drained()
+        await self._link.drained()
+
     async def _follow(self, run: str, version: WeightsVersion) -> None:
         """Follow the version that the pool wants; after a crash of the pool, join the new one."""
         templates: asyncio.Future[Exchanger] = asyncio.get_running_loop().create_future()
         templates.set_result(self._templates)
         while True:
-            follower = Follower(run, version, ask=self._link.ask, report=self._link.report)
+            follower = Follower(run, version, ask=self._ask, report=self._link.report)
             await follower.follow(templates)
             while True:
                 try:

@@ -99,6 +99,14 @@ class ExpertPool:
         """Record the state of a replica."""
         self._rollout.report(name, state)
 
+    async def close(self) -> None:
+        """Have the interface refuse requests; return when those in progress have been answered."""
+        await self._rollout.close()
+
+    async def drained(self, name: str) -> None:
+        """Record that a process of the interface has no request in progress and accepts none."""
+        self._rollout.drained(name)
+
     async def trunks(self) -> dict[str, str]:
         """Addresses of the trunk replicas by name."""
         return self._rollout.trunks

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from errors import ProtocolError, ResourceError
 from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
@@ -43,6 +43,7 @@ class Rollout:
     clock: Callable[[], float] = time.monotonic
     _wanted: WantedVersions = field(init=False)
     _members: dict[str, _PoolMember] = field(default_factory=dict)
+    _drained: set[str] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -122,8 +123,24 @@ class Rollout:
         while not all(member.state.uses == new.epoch for member in self._alive()):
             await self._news(1.0)
 
+    async def close(self) -> None:
+        """Have the interface refuse requests; return when no process of it has one in progress."""
+        self._wanted = replace(self._wanted, serial=self._wanted.serial + 1, closing=True)
+        self._notify()
+        while not self._interfaces() <= self._drained:
+            await self._news(1.0)
+
+    def drained(self, name: str) -> None:
+        """Record that a process of the interface refuses requests and has none in progress."""
+        self._drained.add(name)
+        self._notify()
+
+    def _interfaces(self) -> set[str]:
+        self._bury()
+        return {name for name, member in self._members.items() if member.state.interface}
+
     def _want(self, use: WeightsVersion, prepare: WeightsVersion | None) -> None:
-        self._wanted = WantedVersions(run=self.run, serial=self._wanted.serial + 1, use=use, prepare=prepare)
+        self._wanted = replace(self._wanted, serial=self._wanted.serial + 1, use=use, prepare=prepare)
         self._notify()
 
     def _see(self, name: str) -> None:

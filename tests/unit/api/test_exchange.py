@@ -16,7 +16,7 @@ from jobs.data.tokenizer import save_tokenizer, train_tokenizer
 from jobs.serving import served_model
 from jobs.serving.config import ServeConfig
 from jobs.serving.replica.replica_weights import load_beside
-from jobs.serving.served_model import ModelShape
+from jobs.serving.served_model import ModelShape, model_name
 from model.causal_lm import CausalLM
 from model.checkpoints.pretrained import save_pretrained
 from support.api_server import PROMPT, Served, events
@@ -144,3 +144,17 @@ def test_weights_that_there_is_no_memory_for_are_not_loaded(
     monkeypatch.setattr(served_model, "free_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="beside those in use"):
         load_beside(LOCAL, directory, experts=True)
+
+
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        ("/runs/demo/checkpoints/step-00000500", "demo"),
+        ("/models/mine", "mine"),
+        ("/models/step-00000500", "step-00000500"),
+        ("/checkpoints/step-00000500", "step-00000500"),
+        ("/runs/demo/checkpoints/best", "best"),
+    ],
+)
+def test_a_model_is_named_after_its_run_or_directory(directory: str, name: str) -> None:
+    assert model_name(Path(directory)) == name

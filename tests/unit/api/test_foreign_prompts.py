@@ -14,8 +14,9 @@ from engine.params import SamplingParams
 from engine.service import Delta, Listener
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
-from jobs.api.chat_template import PLAIN, ChatTemplate
 from jobs.api.serving_metrics import ServingMetrics
+from jobs.chat.chat_renderer import ChatRenderer
+from jobs.chat.chat_template import ChatTemplate
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.data.tokenizer import load_tokenizer
 from support.foreign_model import BOS, GENERATION, MODEL, TURN_END, write_foreign_files
@@ -65,7 +66,7 @@ class Recorded:
             version=lambda: "v1",
             service=self.service,
             tokenizer=text.tokenizer,
-            chat=ChatTemplate(PLAIN) if plain else ChatTemplate.from_directory(folder),
+            chat=ChatRenderer(ChatTemplate() if plain else ChatTemplate.from_directory(folder)),
             longest=128,
             end_of_text=text.end_of_text,
             limits=Limits(),

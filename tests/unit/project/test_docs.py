@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel
 
 from docs import modules
+from jobs.api.neutral_values import KNOWN
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.cli.main import app
 from jobs.config.run_config import RunConfig
@@ -158,9 +159,10 @@ def test_the_page_on_locks_has_every_lock_and_no_other() -> None:
 def test_the_parameters_are_those_that_the_server_takes() -> None:
     _, _, text = _text("docs/serving.md").partition("Against vLLM's server:\n")
     rows = [line.strip("| ").split(" | ") for line in text.strip().split("\n\n")[0].splitlines()[2:]]
-    taken, refused = set[str](), set[str]()
+    taken, neutral = set[str](), set[str]()
     for names, here in rows:
-        assert here == "refused" or here.startswith(("supported", "differs: ")), here
-        (refused if here == "refused" else taken).update(re.findall(r"`(\w+)`", names))
+        known = here in ("neutral values alone", "without effect")
+        assert known or here.startswith(("supported", "differs: ")), here
+        (neutral if known else taken).update(re.findall(r"`(\w+)`", names))
     assert taken == {*CompletionRequest.model_fields, *ChatRequest.model_fields}
-    assert not taken & refused
+    assert neutral == KNOWN - taken

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from errors import CheckpointError, ProtocolError, ResourceError
-from jobs.api.chat_template import ChatTemplate
+from jobs.api.backend import Limits
+from jobs.chat.chat_renderer import ChatRenderer
+from jobs.chat.chat_template import ChatTemplate
 from jobs.serving.interface.chat_template_exchange import ChatTemplateExchange
 from jobs.serving.pool.rollout import Rollout
 from jobs.serving.version_follower import Follower
@@ -182,7 +184,7 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         second = WeightsVersion(epoch=1, directory=str(new), name="new")
         rollout = Rollout("run", first)
         # As much of a backend as a template is exchanged in.
-        backend: Any = SimpleNamespace(chat=ChatTemplate.from_directory(old))
+        backend: Any = SimpleNamespace(chat=ChatRenderer(ChatTemplate.from_directory(old)), limits=Limits())
         exchanger = ChatTemplateExchange(backend, "old")
         templates: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         templates.set_result(exchanger)
@@ -199,16 +201,38 @@ def test_the_interface_takes_part_and_is_no_replica(tmp_path: Path) -> None:
         assert rollout.trunks == {"trunk": "127.0.0.1:1"}
         rollout.leave("trunk")
         await rollout.prepare(second)
-        assert (backend.chat.render([{"content": "hi"}]), exchanger.version) == ("old: hi", "old")
+        assert (await backend.chat.render([{"content": "hi"}]), exchanger.version) == ("old: hi", "old")
         await rollout.exchange()
-        assert (backend.chat.render([{"content": "hi"}]), exchanger.version) == ("new: hi", "new")
+        assert (await backend.chat.render([{"content": "hi"}]), exchanger.version) == ("new: hi", "new")
         (new / "chat_template.jinja").write_text("{{ broken")
         with pytest.raises(ResourceError, match="chat template"):
             await rollout.prepare(WeightsVersion(epoch=2, directory=str(new), name="newer"))
         assert exchanger.version == "new"
         following.cancel()
+        exchanger.close()
 
     asyncio.run(scene())
+
+
+def test_a_deployment_is_closed_when_every_interface_has_no_request_left() -> None:
+    async def scene(rollout: Rollout, stack: AsyncExitStack) -> None:
+        await stack.enter_async_context(replica(rollout, "trunk"))
+        for name in ("api 1", "api 2"):
+            rollout.join(name)
+            rollout.report(name, ReplicaState(uses=0, interface=True))
+        assert not (await rollout.ask("api 1", -1)).closing
+        closing = asyncio.create_task(rollout.close())
+        await asyncio.sleep(0)
+        assert (await rollout.ask("api 1", 0)).closing
+        rollout.drained("api 1")
+        await asyncio.sleep(0)
+        assert not closing.done()
+        rollout.leave("api 2")  # its process has ended
+        await closing
+        rollout.abandon()
+        assert (await rollout.ask("api 1", -1)).closing
+
+    play(scene)
 
 
 def test_a_replica_that_is_silent_for_too_long_holds_nobody_up() -> None:

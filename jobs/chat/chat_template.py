@@ -1,0 +1,128 @@
+"""The chat template of a model: its own, or a plain default."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import DataError
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+"""The template of models that have none."""
+
+_DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """A template and the special tokens that it can name.
+
+    Attributes:
+        source: Source of the template, in Jinja.
+        special: Texts of special tokens by name (`bos_token`, …).
+    """
+
+    source: str = PLAIN
+    special: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the template of models that have none, which writes no special tokens."""
+        return self.source == PLAIN
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ChatTemplate:
+        """The template of a model, from the files that transformers reads, in its order of precedence.
+
+        These are chat_template.jinja and additional_chat_templates/*.jinja, then tokenizer_config.json. A model
+        without any gets the plain template.
+
+        Raises:
+            DataError: A file cannot be read, or there are several templates and none is called `default`.
+        """
+        described = directory / "tokenizer_config.json"
+        settings = _read_object(described) if described.is_file() else {}
+        named = _apart(directory)
+        where = directory / "additional_chat_templates"
+        if not named:
+            named, where = _configured(settings, described), described
+        if named and _DEFAULT not in named:
+            names = ", ".join(map(repr, sorted(named)))
+            raise DataError(
+                f"{where} has chat templates called {names}, and none called {_DEFAULT!r}; give one this name"
+            )
+        return cls(source=named.get(_DEFAULT, PLAIN), special=_special_tokens(directory, settings))
+
+
+def _apart(directory: Path) -> dict[str, str]:
+    """Templates in files of their own, by name."""
+    named = {}
+    single = directory / "chat_template.jinja"
+    if single.exists():
+        named[_DEFAULT] = _read_text(single)
+    for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        named[file.stem] = _read_text(file)
+    return named
+
+
+def _configured(settings: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Templates in tokenizer_config.json, by name."""
+    given = settings.get("chat_template")
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return {_DEFAULT: given}
+    entries = given if isinstance(given, list) else [None]
+    named = {}
+    for entry in entries:
+        name, source = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise DataError(
+                f"{file}: chat_template must be a text, or a list of objects with the texts name and "
+                "template; correct or remove it"
+            )
+        named[name] = source
+    return named
+
+
+def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of special tokens by name; those of an older special_tokens_map.json take precedence."""
+    listed = directory / "special_tokens_map.json"
+    older = _read_object(listed) if listed.is_file() and "added_tokens_decoder" not in settings else {}
+    found = {}
+    for name, value in {**settings, **older}.items():
+        if not name.endswith("_token"):
+            continue
+        if isinstance(value, dict):  # an AddedToken in JSON
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not valid JSON ({_line(error)}); repair or remove it") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{file} is not a JSON object; repair or remove it")
+    return value
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{file} cannot be read: {reason}; repair or remove it") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+__all__ = ["PLAIN", "ChatTemplate"]
