@@ -37,8 +37,8 @@ class ChatTemplate:
     def from_directory(cls, directory: Path) -> ChatTemplate:
         """The template of a model, from the files that transformers reads, in its order of precedence.
 
-        These are chat_template.jinja and additional_chat_templates/*.jinja, then tokenizer_config.json. A model
-        without any gets the plain template.
+        These are chat_template.jinja and additional_chat_templates/*.jinja, then tokenizer_config.json. A
+        model without any gets the plain template.
 
         Raises:
             DataError: A file cannot be read, or there are several templates and none is called `default`.
