@@ -4,6 +4,10 @@ Shapes: B rows (sequences), T positions, N tokens, E routed experts, K per token
 E / D neighbouring experts), M devices that a token may use. Masks are true where a token counts; padding
 is false. Losses come without their weight α, and their gradient flows through the affinities only.
 
+`auxiliary_loss` and `device_losses` multiply a count over all tokens (f) by a mean over all tokens (P). They
+are linear in the tokens once the counts are given: with the counts of a global batch as `batch`, the losses
+of its microbatches add up to the loss of the batch, however it is divided.
+
 Sources: arXiv 2412.19437 (eq. 16-20), arXiv 2408.15664 (MaxVio), arXiv 2405.04434 (eq. 23-31).
 """
 
@@ -89,18 +93,53 @@ def sequence_balance_loss(scores: Tensor, mask: Tensor | None = None, *, top_k: 
     return (frequency * total / length).sum(-1).mean()
 
 
-def auxiliary_loss(scores: Tensor, idx: Tensor, mask: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchRouting:
+    """Counts of a layer's chosen experts over a global batch, from which balance losses take f.
+
+    Attributes:
+        load: [E] int64, tokens that chose each expert.
+        visits: [D] int64, tokens that chose at least one expert of each device.
+        n_rows: Rows of the global batch.
+    """
+
+    load: Tensor
+    visits: Tensor
+    n_rows: int
+
+
+def device_visits(idx: Tensor, mask: Tensor | None = None, *, n_experts: int, n_devices: int) -> Tensor:
+    """Number of tokens that chose at least one expert of each device: [D] int64, from idx [N, K], mask [N].
+
+    Raises:
+        ConfigError: `n_devices` does not divide E.
+    """
+    if n_devices < 1 or n_experts % n_devices:
+        raise ConfigError(f"n_devices ({n_devices}) does not divide n_routed_experts ({n_experts})")
+    visited = torch.zeros(idx.shape[0], n_devices, dtype=torch.int64, device=idx.device)
+    visited.scatter_(1, idx.div(n_experts // n_devices, rounding_mode="floor"), 1)
+    if mask is not None:
+        visited *= mask.to(torch.bool).unsqueeze(-1)
+    return visited.sum(0)
+
+
+def auxiliary_loss(
+    scores: Tensor, idx: Tensor, mask: Tensor | None = None, *, batch: BatchRouting | None = None
+) -> Tensor:
     """The classic balance loss E · Σ f_i P_i (GShard, Switch; eq. 23-25 of arXiv 2405.04434), without α.
 
     Args:
         scores: affinities [N, E]; they are normalised per token, so sigmoid and softmax gates both fit.
         idx: [N, K] experts as routed.
         mask: [N].
+        batch: Counts of the global batch that these tokens are a part of; None: they are all of it.
 
     Returns:
-        A scalar; 1 when the load is even, whatever the affinities.
+        A scalar, these tokens' part of the loss of the batch; that is 1 when the load is even, whatever the
+        affinities.
     """
-    frequency, share = _frequency_and_share(scores, idx, mask)
+    load = expert_load(idx, scores.shape[-1], mask) if batch is None else batch.load
+    frequency, share = _frequency_and_share(scores, load, mask, top_k=idx.shape[-1])
     return (frequency * share).sum()
 
 
@@ -120,7 +159,13 @@ class DeviceLosses:
 
 
 def device_losses(
-    scores: Tensor, idx: Tensor, mask: Tensor | None = None, *, n_devices: int, max_devices: int
+    scores: Tensor,
+    idx: Tensor,
+    mask: Tensor | None = None,
+    *,
+    n_devices: int,
+    max_devices: int,
+    batch: BatchRouting | None = None,
 ) -> DeviceLosses:
     """Expert-, device- and communication-level balance losses, eq. 23-31 of arXiv 2405.04434.
 
@@ -130,22 +175,23 @@ def device_losses(
         mask: [N].
         n_devices: D; device i holds experts i·E/D … (i+1)·E/D.
         max_devices: M, how many devices a token may reach.
+        batch: Counts of the global batch that these tokens are a part of; None: they are all of it.
+
+    Returns:
+        These tokens' part of the losses of the batch.
 
     Raises:
         ConfigError: `n_devices` does not divide E.
     """
-    n_experts = scores.shape[-1]
-    if n_devices < 1 or n_experts % n_devices:
-        raise ConfigError(f"n_devices ({n_devices}) does not divide n_routed_experts ({n_experts})")
-    per_device = n_experts // n_devices
-    frequency, share = _frequency_and_share(scores, idx, mask)
-    device_share = share.view(n_devices, per_device).sum(1)
-    device_frequency = frequency.view(n_devices, per_device).mean(1)
-    visited = torch.zeros(idx.shape[0], n_devices, dtype=scores.dtype, device=scores.device)
-    visited.scatter_(1, idx.div(per_device, rounding_mode="floor"), 1.0)
-    if mask is not None:
-        visited = visited * mask.to(scores.dtype).unsqueeze(-1)
-    received = visited.sum(0) * (n_devices / max_devices) / _n_tokens(scores, mask)
+    n_experts, top_k = scores.shape[-1], idx.shape[-1]
+    if batch is None:
+        visits = device_visits(idx, mask, n_experts=n_experts, n_devices=n_devices)
+        batch = BatchRouting(load=expert_load(idx, n_experts, mask), visits=visits, n_rows=1)
+    frequency, share = _frequency_and_share(scores, batch.load, mask, top_k=top_k)
+    device_share = share.view(n_devices, -1).sum(1)
+    device_frequency = frequency.view(n_devices, -1).mean(1)
+    received = batch.visits.to(scores.dtype) * (n_devices / max_devices)
+    received = received / _n_tokens(batch.load, top_k).to(scores.dtype)
     return DeviceLosses(
         expert=(frequency * share).sum(),
         device=(device_frequency * device_share).sum(),
@@ -153,26 +199,28 @@ def device_losses(
     )
 
 
-def _frequency_and_share(scores: Tensor, idx: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """f_i and P_i, both [E], of eq. 24 and 25."""
-    n_experts, top_k = scores.shape[-1], idx.shape[-1]
-    n_tokens = _n_tokens(scores, mask)
-    load = expert_load(idx, n_experts, mask).to(scores.dtype)
+def _frequency_and_share(
+    scores: Tensor, load: Tensor, mask: Tensor | None, *, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """f_i of a global batch, and these tokens' part of its P_i, both [E], of eq. 24 and 25."""
+    n_tokens = _n_tokens(load, top_k).to(scores.dtype)
     share = scores / (scores.sum(-1, keepdim=True) + MIN_GATE_SUM)
     if mask is not None:
         share = share * mask.to(scores.dtype).unsqueeze(-1)
-    return load * (n_experts / top_k) / n_tokens, share.sum(0) / n_tokens
+    return load.to(scores.dtype) * (scores.shape[-1] / top_k) / n_tokens, share.sum(0) / n_tokens
 
 
-def _n_tokens(scores: Tensor, mask: Tensor | None) -> Tensor:
-    n = scores.new_tensor(scores.shape[0]) if mask is None else mask.sum().to(scores.dtype)
-    return n.clamp_min(1.0)
+def _n_tokens(load: Tensor, top_k: int) -> Tensor:
+    """Number of tokens behind a load, at least 1."""
+    return load.sum().div(top_k, rounding_mode="floor").clamp_min(1)
 
 
 __all__ = [
+    "BatchRouting",
     "DeviceLosses",
     "auxiliary_loss",
     "device_losses",
+    "device_visits",
     "expert_load",
     "max_violation",
     "sequence_balance_loss",

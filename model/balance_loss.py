@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from model.balance import auxiliary_loss, device_losses, sequence_balance_loss
+from model.balance import BatchRouting, auxiliary_loss, device_losses, sequence_balance_loss
 from model.config import BalanceConfig, DeviceWeights, ModelConfig
 from model.optimizers.schedule import value_at
 
@@ -28,6 +28,14 @@ class BalanceWeights:
     auxiliary: float = 0.0
     device: DeviceWeights = field(default_factory=DeviceWeights)
 
+    @property
+    def of_batch(self) -> bool:
+        """Whether some loss depends on the routing of the whole global batch (see `model.balance`)."""
+        device = (self.device.expert, self.device.device, self.device.communication)
+        return (self.strategy == "auxiliary" and self.auxiliary > 0) or (
+            self.strategy == "device" and any(weight > 0 for weight in device)
+        )
+
     @classmethod
     def at(cls, balance: BalanceConfig, step: int) -> BalanceWeights:
         """Return the weights at an optimizer step."""
@@ -40,7 +48,13 @@ class BalanceWeights:
 
 
 def layer_balance_loss(
-    scores: Tensor, idx: Tensor, mask: Tensor | None, *, weights: BalanceWeights, config: ModelConfig
+    scores: Tensor,
+    idx: Tensor,
+    mask: Tensor | None,
+    *,
+    weights: BalanceWeights,
+    config: ModelConfig,
+    batch: BatchRouting | None = None,
 ) -> Tensor | None:
     """Weighted balance loss of one MoE layer, a mean over the rows; None if no loss has a weight.
 
@@ -48,22 +62,32 @@ def layer_balance_loss(
         scores: affinities [B, T, E].
         idx: chosen experts [B·T, K].
         mask: [B, T], false on padding; None counts every position.
+        batch: Counts of the global batch that the rows are a part of; None: they are all of it.
+
+    Returns:
+        A scalar; the mean over all microbatches, weighted by their rows, is the loss of the global batch.
     """
+    if not (weights.sequence > 0 or weights.of_batch):
+        return None
     n_experts = scores.shape[-1]
     flat = scores.view(-1, n_experts)
     flat_mask = None if mask is None else mask.flatten()
+    # A part of the loss of n_rows rows, as a mean over the B rows here.
+    scale = 1.0 if batch is None else batch.n_rows / scores.shape[0]
     terms: list[Tensor] = []
     if weights.sequence > 0:
         alone = sequence_balance_loss(scores, mask, top_k=config.num_experts_per_tok)
         terms.append(weights.sequence * alone)
-    if weights.strategy == "auxiliary" and weights.auxiliary > 0:
-        terms.append(weights.auxiliary * auxiliary_loss(flat, idx, flat_mask))
-    if weights.strategy == "device":
-        losses = device_losses(flat, idx, flat_mask, n_devices=config.n_group, max_devices=config.topk_group)
-        terms.append(weights.device.expert * losses.expert)
-        terms.append(weights.device.device * losses.device)
-        terms.append(weights.device.communication * losses.communication)
-    return sum(terms[1:], terms[0]) if terms else None
+    if weights.of_batch and weights.strategy == "auxiliary":
+        terms.append(scale * weights.auxiliary * auxiliary_loss(flat, idx, flat_mask, batch=batch))
+    if weights.of_batch and weights.strategy == "device":
+        losses = device_losses(
+            flat, idx, flat_mask, n_devices=config.n_group, max_devices=config.topk_group, batch=batch
+        )
+        terms.append(scale * weights.device.expert * losses.expert)
+        terms.append(scale * weights.device.device * losses.device)
+        terms.append(scale * weights.device.communication * losses.communication)
+    return sum(terms[1:], terms[0])
 
 
 __all__ = ["BalanceWeights", "layer_balance_loss"]

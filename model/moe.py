@@ -108,6 +108,7 @@ class MoE(nn.Module):
             trace.routes[self.layer] = idx
             counted = None if mask is None else mask.flatten()
             trace.loads[self.layer] = expert_load(idx, config.n_routed_experts, counted)
+            trace.masks[self.layer] = counted
         gates = gate_values(scores, idx, normalize=config.norm_topk_prob, factor=config.routed_scaling_factor)
         # Dispatch, shared, combine: the shared experts compute while the tokens are away. The backward pass
         # runs in the reverse order of creation, so that the same overlap takes place there.
@@ -118,7 +119,12 @@ class MoE(nn.Module):
         loss = None
         if balance is not None:
             loss = layer_balance_loss(
-                scores.view(*x.shape[:2], -1), idx, mask, weights=balance, config=config
+                scores.view(*x.shape[:2], -1),
+                idx,
+                mask,
+                weights=balance,
+                config=config,
+                batch=trace.batch.get(self.layer),
             )
         return out, loss
 

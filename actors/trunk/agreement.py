@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from actors.trunk.parameters import Reducer
 from errors import Interrupted, RaymoeError
@@ -18,13 +19,14 @@ class WorkersAgreement:
         together: Whether passes take all workers, as `TrunkParameters.together` says.
 
     Attributes:
+        workers: Number of workers.
         attempt: Current attempt of the run.
     """
 
     def __init__(self, *, rank: int, workers: int, reducer: Reducer, together: bool) -> None:
-        self.rank = rank
+        self.rank, self.workers = rank, workers
         self.attempt = 0
-        self._workers, self._reducer, self._together = workers, reducer, together
+        self._reducer, self._together = reducer, together
 
     def meet(self) -> None:
         """Agree before an operation that takes all workers; does nothing where each works alone.
@@ -49,7 +51,7 @@ class WorkersAgreement:
             Interrupted: Another worker has given up the step, or the run is in a newer attempt.
         """
         while True:
-            said = torch.zeros(self._workers, 2, dtype=torch.int64)
+            said = torch.zeros(self.workers, 2, dtype=torch.int64)
             said[self.rank] = torch.tensor([self.attempt, loss is not None])
             self._reducer.all_reduce([said])
             if loss is not None:
@@ -59,6 +61,10 @@ class WorkersAgreement:
                 raise Interrupted("another worker has lost an expert host")
             if bool((said[:, 0] == newest).all()):
                 return
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the workers, after they have agreed."""
+        self._reducer.all_reduce([tensor])
 
 
 __all__ = ["WorkersAgreement"]

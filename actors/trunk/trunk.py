@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +27,19 @@ from actors.trunk.step_inputs import Microbatch, StepInputs
 from errors import RaymoeError, gives_way
 from model.device_copies import to_device
 from model.experts.protocols import Experts
-from model.losses.training_losses import Evaluation, Losses, LossWeights, evaluation_loss, training_loss
+from model.losses.training_losses import (
+    Evaluation,
+    Losses,
+    LossWeights,
+    evaluation_loss,
+    route,
+    training_loss,
+)
 from model.optimizers.adamw import value_dtype
-from model.routing_trace import Trace
+from model.routing_trace import Trace, batch_routing, routing_counts
 from model.transformer import Transformer
+
+T = TypeVar("T")
 
 
 class ExpertsInProcess(Protocol):
@@ -122,6 +131,9 @@ class TrunkWorker:
     def run(self, inputs: StepInputs) -> StepReport:
         """Forward and backward passes of this worker's microbatches; gradients are summed over the workers.
 
+        A balance loss that depends on the routing of the whole global batch takes a forward pass without
+        gradients before them, unless one microbatch is the whole batch.
+
         Returns:
             The report for the coordinator; `apply` uses the gradients.
 
@@ -135,17 +147,11 @@ class TrunkWorker:
         shape = (len(self._layers), self._model.config.n_routed_experts)
         sums = _Sums(loads=torch.zeros(shape, dtype=torch.int64))
         before = self._lanes.counters()
-        loss: RaymoeError | None = None
-        try:
-            work = partial(self._train, inputs)
-            for losses, loads in self._lanes.map(inputs.step, inputs.microbatches, work):
-                sums.add(losses, loads, self._layers)
-            self._end_passes(inputs.passes - len(inputs.microbatches), partial(self._train_nothing, inputs))
-        except RaymoeError as error:
-            if not gives_way(error):
-                raise
-            loss = error
-        self.agreement.agree(loss)
+        routed = self._routed(inputs)
+        for losses, loads in self._agreed(
+            inputs, partial(self._train, inputs, routed), partial(self._train_nothing, inputs)
+        ):
+            sums.add(losses, loads, self._layers)
         after = self._lanes.counters()
         with self._span(inputs.step, "sum gradients"):
             squared = self._parameters.sum_gradients(
@@ -204,10 +210,61 @@ class TrunkWorker:
         """End the lanes' threads."""
         self._lanes.close()
 
-    def _train(
-        self, inputs: StepInputs, lane: StepLane, microbatch: Microbatch
-    ) -> tuple[Losses, dict[int, Tensor]]:
+    def _agreed(
+        self, inputs: StepInputs, work: Callable[[StepLane, Microbatch], T], nothing: Callable[[], object]
+    ) -> list[T]:
+        """Do some work for all microbatches of a step; no worker returns if one of them has lost a host.
+
+        Args:
+            nothing: Does the work for no rows, where passes take all workers.
+        """
+        results: list[T] = []
+        loss: RaymoeError | None = None
+        try:
+            results = self._lanes.map(inputs.step, inputs.microbatches, work)
+            self._end_passes(inputs.passes - len(inputs.microbatches), nothing)
+        except RaymoeError as error:
+            if not gives_way(error):
+                raise
+            loss = error
+        self.agreement.agree(loss)
+        return results
+
+    def _routed(self, inputs: StepInputs) -> dict[int, Trace]:
+        """Traces by microbatch, with the routing of the global batch; empty where no loss depends on that."""
+        alone = self.agreement.workers == 1 and len(inputs.microbatches) == 1
+        if alone or not inputs.balance.of_batch:
+            return {}
+        traces = self._agreed(inputs, partial(self._route, inputs), self._route_nothing)
+        config = self._model.config
+        counts = routing_counts(traces, config)
+        self.agreement.sum(counts)
+        batch = batch_routing(counts, config, n_rows=inputs.n_rows, device=self._device)
+        for trace in traces:
+            trace.batch = batch
+        return {one.index: trace for one, trace in zip(inputs.microbatches, traces, strict=True)}
+
+    def _route(self, inputs: StepInputs, lane: StepLane, microbatch: Microbatch) -> Trace:
         trace = Trace()
+        with self._span(inputs.step, "route", microbatch=microbatch.index), self._parameters.passing():
+            work = partial(route, self._model, *self._here(microbatch), experts=lane, trace=trace)
+            self._without_gradients(work)
+        return trace
+
+    def _route_nothing(self) -> None:
+        with self._parameters.passing():
+            self._without_gradients(
+                partial(route, self._model, self._nothing, None, experts=ZeroExperts(), trace=Trace())
+            )
+
+    @torch.no_grad()
+    def _without_gradients(self, work: Callable[[], T]) -> T:
+        return self._parameters.forward(work, lambda _: None)
+
+    def _train(
+        self, inputs: StepInputs, routed: Mapping[int, Trace], lane: StepLane, microbatch: Microbatch
+    ) -> tuple[Losses, dict[int, Tensor]]:
+        trace = routed.get(microbatch.index) or Trace()
         with self._parameters.passing():
             with self._span(inputs.step, "forward", microbatch=microbatch.index):
                 losses = self._loss(inputs, *self._here(microbatch), lane, trace)
@@ -249,13 +306,12 @@ class TrunkWorker:
         trace = Trace()
         return self._evaluation(*self._here(microbatch), lane, trace), trace.loads
 
-    @torch.no_grad()
     def _evaluation(
         self, tokens: Tensor, segments: Tensor | None, experts: Experts, trace: Trace
     ) -> Evaluation:
         work = partial(evaluation_loss, self._model, tokens, segments, experts=experts, trace=trace)
         with self._parameters.passing():
-            return self._parameters.forward(work, lambda _: None)
+            return self._without_gradients(work)
 
     def _end_passes(self, missing: int, work: Callable[[], object]) -> None:
         """Make the passes that only other workers have rows for, then raise deferred errors."""

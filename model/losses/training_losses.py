@@ -109,7 +109,8 @@ def training_loss(
         tokens: [B, T + 1 + depth].
         segments: [B, T + 1 + depth] int32 document of each token, -1 for padding; None when every row is
             one document, the fast path.
-        trace: Records this microbatch's routes and loads.
+        trace: Records this microbatch's routes and loads, or provides them with their counts over the global
+            batch (see `route`).
         weights: Weights of the losses at this step, and counts of the global batch.
         recompute: Keep each block's input alone, and compute the block again in the backward pass.
 
@@ -140,6 +141,16 @@ def training_loss(
         mtp_sums=tuple(s.detach() for s in mtp_sums),
         balance=balance_sum.detach(),
     )
+
+
+@torch.no_grad()
+def route(
+    model: Transformer, tokens: Tensor, segments: Tensor | None, *, experts: Experts, trace: Trace
+) -> None:
+    """Record the routes and loads that `training_loss` of the same rows has, without its losses."""
+    hidden, through = _run(model, tokens, segments, experts=experts, trace=trace)
+    for _ in drafts(model, tokens, segments, hidden, through):
+        pass
 
 
 @torch.no_grad()
@@ -244,6 +255,7 @@ __all__ = [
     "count_targets",
     "drafts",
     "evaluation_loss",
+    "route",
     "targets_of",
     "training_loss",
 ]

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from errors import ConfigError
 from model.balance import (
+    BatchRouting,
     auxiliary_loss,
     device_losses,
+    device_visits,
     expert_load,
     max_violation,
     sequence_balance_loss,
@@ -147,6 +149,27 @@ def test_device_losses_match_the_equations(kept: int) -> None:
     mine = (losses.expert, losses.device, losses.communication)
     for loss, reference in zip(mine, references, strict=True):
         assert_same_value_and_gradient(loss, reference, scores)
+
+
+def test_losses_of_parts_add_up_to_the_loss_of_the_batch() -> None:
+    """With the counts of the batch, in value and gradient, for parts of any size and with padding."""
+    scores, idx = scores_and_choice(13)
+    mask = torch.arange(13) % 5 != 4
+    visits = device_visits(idx, mask, n_experts=EXPERTS, n_devices=DEVICES)
+    batch = BatchRouting(load=expert_load(idx, EXPERTS, mask), visits=visits, n_rows=3)
+    devices = {"n_devices": DEVICES, "max_devices": MAX_DEVICES}
+    references = (
+        naive_sum(naive_frequency(idx[mask].tolist()), naive_share(scores[mask])),
+        *naive_device_losses(scores[mask], idx[mask].tolist()),
+    )
+    totals = [torch.zeros((), dtype=torch.float64)] * 4
+    for part in (slice(0, 1), slice(1, 9), slice(9, 13)):
+        some = scores[part], idx[part], mask[part]
+        losses = device_losses(*some, **devices, batch=batch)
+        parts = auxiliary_loss(*some, batch=batch), losses.expert, losses.device, losses.communication
+        totals = [total + loss for total, loss in zip(totals, parts, strict=True)]
+    for total, reference in zip(totals, references, strict=True):
+        assert_same_value_and_gradient(total, reference, scores)
 
 
 def test_losses_of_no_token_are_zero() -> None:

@@ -23,12 +23,13 @@ from model.losses.training_losses import (
     count_targets,
     drafts,
     evaluation_loss,
+    route,
     targets_of,
     training_loss,
 )
 from model.mtp import MTPModule, draft_acceptance
 from model.routing import affinity
-from model.routing_trace import Trace
+from model.routing_trace import Trace, batch_routing, routing_counts
 from support.small_config import SMALL
 
 NO_BALANCE = BalanceWeights()
@@ -255,6 +256,40 @@ def test_microbatches_and_workers_add_up() -> None:
         losses.total.backward()
         total += losses.total.item()
     assert total == pytest.approx(whole.total.item(), rel=1e-12)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["auxiliary", "device"])
+def test_losses_of_the_load_add_up_by_the_routing_of_the_batch(strategy: str) -> None:
+    """`route` records what the passes of all parts have to know; modules of MTP count fewer tokens."""
+    model, tokens = model_of(), tokens_of(4, 10)
+    segments = torch.zeros(4, 10, dtype=torch.int32)
+    segments[0, 4:] = 1
+    segments[3, 6:] = -1
+    counts: dict[str, Any] = {
+        "n_targets": count_targets(tokens, segments, depth=2),
+        "n_rows": 4,
+        "balance": BalanceWeights(strategy=strategy, auxiliary=0.5),  # type: ignore[arg-type]
+    }
+    trace = Trace()
+    whole = loss_of(model, tokens, segments, trace=trace, **counts)
+    expected = gradients(model, whole)
+    model.zero_grad()
+    parts, traces = [slice(0, 1), slice(1, 4)], [Trace(), Trace()]
+    for part, one in zip(parts, traces, strict=True):
+        route(model.trunk, tokens[part], segments[part], experts=model.experts, trace=one)
+    assert torch.equal(routing_counts(traces, model.config), routing_counts([trace], model.config))
+    batch = batch_routing(
+        routing_counts(traces, model.config), model.config, n_rows=4, device=torch.device("cpu")
+    )
+    balance = 0.0
+    for part, one in zip(parts, traces, strict=True):
+        one.batch = batch
+        losses = loss_of(model, tokens[part], segments[part], trace=one, **counts)
+        losses.total.backward()
+        balance += losses.balance.item()
+    assert balance == pytest.approx(whole.balance.item(), rel=1e-12)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,14 @@ COVERING = [
 
 
 def run(
-    dtype: str, hosts: int, workers: int, channel: str, steps: int, output: Path, **training: int
+    dtype: str,
+    hosts: int,
+    workers: int,
+    channel: str,
+    steps: int,
+    output: Path,
+    balance: dict[str, Any] | None = None,
+    **training: Any,
 ) -> RunOutcome:
     config = tiny(
         training={
@@ -47,6 +55,7 @@ def run(
             "batch_size": 8,
             **training,
         },
+        balance=balance or {},
         checkpoint={"interval": 0},
         cluster={"expert_hosts": hosts},
     )
@@ -99,6 +108,35 @@ def test_lanes_that_take_turns_change_nothing(
 ) -> None:
     outcome = run("float64", 2, 1, channel, 50, tmp_path, microbatches_in_flight=3, computing_at_once=1)
     assert_same(outcome, references["float64"], "float64")
+
+
+BALANCE: dict[str, dict[str, Any]] = {
+    "auxiliary": {"strategy": "auxiliary", "auxiliary_weight": 0.1, "sequence_weight": 0.01},
+    "device": {
+        "strategy": "device",
+        "device_weights": {"expert": 0.03, "device": 0.05, "communication": 0.02},
+    },
+}
+
+
+@pytest.mark.parametrize("strategy", list(BALANCE))
+def test_losses_of_the_load_do_not_depend_on_the_division_of_work(strategy: str, tmp_path: Path) -> None:
+    """Their fractions of the load are those of the global batch, which is one microbatch in the reference."""
+    torch.set_num_threads(1)
+    balance = BALANCE[strategy]
+    whole = run("float64", 0, 1, "local", 8, tmp_path / "whole", balance, microbatch_size=8)
+    assert all(line["balance_loss"] > 0.01 for line in whole.metrics)
+    divisions: list[tuple[int, int, str, dict[str, Any]]] = [
+        (0, 1, "local", {"microbatch_size": 2}),
+        (0, 2, "local", {"microbatch_size": 1, "recompute": True}),
+        (2, 2, "shm", {"microbatch_size": 1}),
+    ]
+    for at, (hosts, workers, channel, training) in enumerate(divisions):
+        outcome = run("float64", hosts, workers, channel, 8, tmp_path / str(at), balance, **training)
+        assert_same(outcome, whole, "float64")
+        for mine, theirs in zip(outcome.metrics, whole.metrics, strict=True):
+            assert mine["balance_loss"] == pytest.approx(theirs["balance_loss"], rel=1e-9)
+            assert mine["max_violation"] == theirs["max_violation"]
 
 
 @pytest.mark.soak

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 def config(sharding: str = "fsdp", *, workers: int = 2, **training: Any) -> RunConfig:
     hosts, interval = training.pop("hosts", 2), training.pop("interval", STOP)
     # Without it, gates have gradients through the experts alone, which are lost with a host.
-    weight = training.pop("sequence_weight", 0.0)
+    weight, strategy = training.pop("sequence_weight", 0.0), training.pop("strategy", "bias")
     return tiny(
         training={
             "dtype": "float64",
@@ -44,7 +44,7 @@ def config(sharding: str = "fsdp", *, workers: int = 2, **training: Any) -> RunC
             "tensorboard": False,
             **training,
         },
-        balance={"sequence_weight": weight},
+        balance={"sequence_weight": weight, "strategy": strategy, "auxiliary_weight": 0.1},
         checkpoint={"interval": interval},
         cluster={"expert_hosts": hosts, "snapshot_interval": 2, "channel": "shm"},
     )
@@ -98,6 +98,18 @@ def test_steps_are_those_of_whole_trunks(
     assert whole.metrics[0]["grad_norm"] > 0
     for name, tensor in shares[0].trunk.items():
         assert torch.equal(tensor, shares[1].trunk[name])
+
+
+def test_a_host_lost_while_a_step_is_routed_hangs_nobody(workers: Workers, tmp_path: Path) -> None:
+    """`auxiliary` routes the whole global batch first, in a pass without gradients."""
+    one = config("ddp", workers=1, strategy="auxiliary")
+    whole = train(one, text_corpus(one, TEXT), tmp_path / "whole", channel="shm")
+    run = config(hosts=3, interval=0, strategy="auxiliary")
+    outcome, _, pauses = train_sharded(
+        workers, run, text_corpus(run, TEXT), tmp_path, lose_host=Moment(step=7, phase=Phase.INFER)
+    )
+    assert went_back_to(pauses) in (2, 4, 6)
+    agrees(outcome, whole)
 
 
 def test_a_share_takes_half_the_memory(workers: Workers, tmp_path: Path) -> None:
