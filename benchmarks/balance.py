@@ -19,7 +19,7 @@ from typing import Any
 from jobs.config.presets import preset
 from jobs.config.run_config import RunConfig
 from jobs.console import Progress
-from jobs.data.documents import find_files
+from jobs.data.source_files import find_files
 from jobs.data.tokenizer import save_tokenizer, train_tokenizer
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.train import train

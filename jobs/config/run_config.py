@@ -116,9 +116,11 @@ class DataConfig(Section):
     """The documents and the tokenizer.
 
     Attributes:
-        path: a file, folder or glob of text, JSONL or Parquet; null is the source of the Python standard
-            library, which every machine has.
-        text_field: field or column with a document's text (JSONL, Parquet).
+        path: a file, folder or glob of text, JSON, JSON lines or Parquet, also compressed (.gz, .zst); null
+            is the source of the Python standard library, which every machine has.
+        text_field: field or column with a document's text (JSON, JSON lines, Parquet).
+        on_bad_record: `error` ends the run at a record that cannot be read, before it starts; `skip` leaves
+            it out, and says how many there are.
         tokenizer: a tokenizer.json, or a folder with one; null trains a byte-level BPE of model.vocab_size
             tokens on the training documents.
         validation_fraction: share of the documents to hold out, at least one document; they are chosen by a
@@ -127,6 +129,7 @@ class DataConfig(Section):
 
     path: str | None = None
     text_field: str = "text"
+    on_bad_record: Literal["error", "skip"] = "error"
     tokenizer: str | None = None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
 

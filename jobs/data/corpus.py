@@ -25,9 +25,11 @@ from errors import DataError
 from jobs.config.run_config import RunConfig
 from jobs.console import counted, own_error
 from jobs.data.carried_files import TOKENIZER_FILE, CarriedFiles
-from jobs.data.documents import Document, SourceFile, find_files, held_out, name_hash, read_documents
+from jobs.data.corpus_check import check_skipped
+from jobs.data.documents import Document, held_out, name_hash, read_documents
 from jobs.data.held_out import HeldOut, zlib_bits_per_byte
 from jobs.data.packing import PackedCorpus, Packer, TokenBlock
+from jobs.data.source_files import SourceFile, find_files
 from jobs.data.tokenizer import (
     begins_documents,
     document_tokenizer,
@@ -40,6 +42,7 @@ from jobs.data.tokenizer import (
 
 _SAMPLE_BYTES = 16 << 20  # of training text that a tokenizer is trained on
 _CHUNK_BYTES = 8 << 20  # of text that one block of a dataset holds, about
+_EXAMPLES = 3  # skipped records that are named
 _RAYS_ADVICE = "\nFailed to "  # Ray Data appends how it retried to the text of any error
 _T = TypeVar("_T")
 
@@ -67,6 +70,7 @@ class PreparedData:
         train_documents: Number of documents in these rows.
         held_out: Rows to evaluate on.
         carried: Files that every checkpoint of the run gets beside its weights.
+        skipped: Number of records that could not be read and were left out.
     """
 
     tokenizer: str
@@ -75,6 +79,7 @@ class PreparedData:
     train_documents: int
     held_out: HeldOut
     carried: CarriedFiles = field(default_factory=CarriedFiles)
+    skipped: int = 0
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer and what is carried with it into a folder; ids go into its config.json."""
@@ -109,8 +114,8 @@ def prepare(
     loaded = load_tokenizer(chosen, vocab_size) if chosen else None
     files = find_files(config.data.path)
     note(f"reading {counted(len(files), 'file')}")
-    documents = _read(files, config.data.text_field)
-    sizes = {row["name"]: row["size"] for row in _take(documents.select_columns(["name", "size"]))}
+    documents = _read(files, config.data.text_field, skip=config.data.on_bad_record == "skip")
+    sizes, skipped = _sizes(documents, note)
     held = held_out(list(sizes), config.data.validation_fraction)
     training, validation = _only(documents, held, keep=False), _only(documents, held, keep=True)
     if loaded is None or chosen is None:
@@ -143,23 +148,30 @@ def prepare(
             begun=begins_documents(model),
         ),
         carried=carried,
+        skipped=skipped,
     )
 
 
-def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
-    """A dataset of (name, text, size) in the order of the files, in the object store."""
+def _read(files: Sequence[SourceFile], text_field: str, *, skip: bool) -> ray.data.Dataset:
+    """A dataset of (name, text, size, problem) in the order of the files, in the object store.
+
+    `problem` is null but for records that could not be read and are skipped, which have no text.
+    """
 
     def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
         held: list[Document] = []
+        problems: list[str] = []
+        skipped = problems.append if skip else None
         size = 0
         for index in batch["item"]:
-            for document in read_documents(files[int(index)], text_field):
+            for document in read_documents(files[int(index)], text_field, skipped=skipped):
                 held.append(document)
                 size += len(document.text)
                 if size >= _CHUNK_BYTES:
                     yield _table(held)
                     held, size = [], 0
         yield _table(held)
+        yield _skipped_table(problems)
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -173,11 +185,36 @@ def _read(files: Sequence[SourceFile], text_field: str) -> ray.data.Dataset:
         return items.map_batches(read, batch_size=None).materialize()
 
 
+def _sizes(documents: ray.data.Dataset, note: Callable[[str], None]) -> tuple[dict[str, int], int]:
+    """Bytes of each document by name, and the number of skipped records, which are noted.
+
+    Raises:
+        DataError: All records were skipped.
+    """
+    sizes: dict[str, int] = {}
+    n_skipped, examples = 0, []
+    for row in _take(documents.select_columns(["name", "size", "problem"])):
+        if row["problem"] is None:
+            sizes[row["name"]] = row["size"]
+        else:
+            n_skipped += 1
+            if len(examples) < _EXAMPLES:
+                examples.append(row["problem"])
+    check_skipped(len(sizes), n_skipped, examples)
+    if n_skipped:
+        there = counted(len(sizes), "document")
+        note(f"skipped {counted(n_skipped, 'record')} that cannot be read, beside {there}")
+        for example in examples:
+            note(f"skipped: {example}")
+    return sizes, n_skipped
+
+
 def _only(documents: ray.data.Dataset, names: set[str], *, keep: bool) -> ray.data.Dataset:
     """The documents with these names, or all others."""
     wanted = pa.array(sorted(names), pa.string())
 
     def choose(batch: pa.Table) -> pa.Table:
+        batch = batch.filter(pyarrow.compute.is_null(batch.column("problem")))
         named = pyarrow.compute.is_in(batch.column("name"), value_set=wanted)
         return batch.filter(named if keep else pyarrow.compute.invert(named))
 
@@ -190,6 +227,19 @@ def _table(documents: Sequence[Document]) -> pa.Table:
             "name": pa.array([document.name for document in documents], pa.string()),
             "text": pa.array([document.text for document in documents], pa.large_string()),
             "size": pa.array([len(document.text.encode()) for document in documents], pa.int64()),
+            "problem": pa.nulls(len(documents), pa.string()),
+        }
+    )
+
+
+def _skipped_table(problems: Sequence[str]) -> pa.Table:
+    empty = [""] * len(problems)
+    return pa.table(
+        {
+            "name": pa.array(empty, pa.string()),
+            "text": pa.array(empty, pa.large_string()),
+            "size": pa.array([0] * len(problems), pa.int64()),
+            "problem": pa.array(problems, pa.string()),
         }
     )
 

@@ -14,9 +14,10 @@ from jobs.checkpoints.checkpoint_store import read_state
 from jobs.checkpoints.loaded_model import LoadedModel, find_weights, load_model
 from jobs.config.run_config import RunConfig
 from jobs.console import counted
-from jobs.data.documents import find_files, held_out, read_documents
+from jobs.data.documents import held_out, read_documents
 from jobs.data.held_out import HeldOut, zlib_bits_per_byte
 from jobs.data.packing import pack
+from jobs.data.source_files import find_files
 from jobs.data.tokenizer import begins_documents
 from model.losses.training_losses import evaluation_loss
 
@@ -144,7 +145,11 @@ def _texts(
     field = text_field or (run.data.text_field if run else "text")
     files = find_files(data if data is not None else run.data.path if run else None)
     note(f"reading {counted(len(files), 'file')}")
-    documents = [document for file in files for document in read_documents(file, field)]
+    problems: list[str] = []
+    skipped = problems.append if run is not None and run.data.on_bad_record == "skip" else None
+    documents = [document for file in files for document in read_documents(file, field, skipped=skipped)]
+    if problems:
+        note(f"skipped {counted(len(problems), 'record')} that cannot be read, such as {problems[0]}")
     if data is None and run is not None:
         names = held_out([document.name for document in documents], run.data.validation_fraction)
         documents = [document for document in documents if document.name in names]

@@ -21,7 +21,8 @@ from jobs.config.config_file import load_config
 from jobs.config.run_config import RunConfig
 from jobs.data.carried_files import CarriedFiles
 from jobs.data.corpus import PreparedData, prepare
-from jobs.data.documents import find_files, held_out, read_documents
+from jobs.data.documents import held_out, read_documents
+from jobs.data.source_files import find_files
 from model.checkpoints.pretrained import write_model_config
 from support.foreign_model import END, MODEL, save_foreign_model
 
@@ -171,6 +172,29 @@ def test_what_takes_time_is_announced(tmp_path: Path) -> None:
     notes.clear()
     prepare(_config(tmp_path / "corpus"), tokenizer=tmp_path, note=notes.append)
     assert notes == ["reading 30 files", "packing 30 documents"]
+
+
+def test_records_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    good = "".join(f"{line}\n" for line in lines)
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "read"}\n' * 9)[:-8])
+    (tmp_path / "some.jsonl").write_text("not json\n" + good.replace("Document", "Another") + '{"n": 1}\n')
+    notes: list[str] = []
+    data = prepare(_config(tmp_path, "data.on_bad_record=skip"), note=notes.append)
+    assert data.skipped == 3
+    assert data.train_documents + data.held_out.documents == 9 + 2 * len(TEXTS)
+    assert "skipped 3 records that cannot be read, beside 69 documents" in notes
+    named = [note for note in notes if note.startswith("skipped: data.path: ")]
+    assert [Path(note.split()[2].rstrip(",")).name for note in named] == [
+        "cut.jsonl.gz",
+        "some.jsonl",
+        "some.jsonl",
+    ]
+    parts = set(_text(data).split("<|endoftext|>")[:-1])
+    assert parts <= {"read", *TEXTS, *(text.replace("Document", "Another") for text in TEXTS)}
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz is cut short or damaged after line 9"):
+        prepare(_config(tmp_path))
 
 
 def test_ray_says_nothing_beside_the_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
