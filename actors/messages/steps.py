@@ -216,6 +216,9 @@ class StepMetrics:
     """Metrics of a committed step, over all workers; losses are means in nats.
 
     Attributes:
+        loss: Loss of the main model, in nats per token.
+        mtp_loss: Mean loss of the MTP modules, without its weight.
+        balance_loss: Balance losses with their weights.
         max_violation: (largest load - mean) / mean of each MoE layer (MaxVio).
         hosts_per_token: Rows sent per (token, layer); 0 with experts in the workers' processes.
         seconds: The slowest worker's time.
@@ -233,6 +236,14 @@ class StepMetrics:
     seconds: float
     hosts_per_token: float
     bytes: int
+
+    def total(self, mtp_weight: float) -> float:
+        """The loss that is minimised: main loss, weighted MTP losses, balance losses.
+
+        Args:
+            mtp_weight: λ at this step.
+        """
+        return self.loss + mtp_weight * self.mtp_loss + self.balance_loss
 
     def to_json(self) -> dict[str, Any]:
         """These metrics as a dictionary that JSON preserves exactly."""

@@ -88,12 +88,16 @@ def summary_table(result: dict[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    table.add_row("training loss", f"{result['loss']:.3f}", "nats per token, last step")
+    table.add_row("training loss", f"{result['main_loss']:.3f}", "nats per token, last step")
     table.add_row("held-out loss", f"{result['validation_loss']:.3f}", "nats per token")
     table.add_row("held-out bits per byte", f"{result['bits_per_byte']:.3f}", "of documents never trained on")
     table.add_row("zlib -9", f"{result['zlib_bits_per_byte']:.3f}", "bits per byte of the same documents")
     table.add_row("tokens per second", f"{result['tokens_per_second']:,.0f}", "median of the second half")
-    table.add_row("MaxVio", f"{result['max_violation']:.3f}", "(max - mean) / mean of the experts' load")
+    table.add_row(
+        "MaxVio",
+        f"{result['max_violation_mean']:.3f}",
+        "(max - mean) / mean of the experts' load, mean over the layers and the second half",
+    )
     for acceptance in result["mtp_acceptance"]:
         table.add_row("MTP acceptance", f"{acceptance:.1%}", "drafts that the main model agrees with")
     table.add_row("hosts per token", f"{result['hosts_per_token']:.2f}", "that a layer sends a token to")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,11 +39,9 @@ class MetricsWriter:
         self._file.write(json.dumps(values) + "\n")
         if self._board is None:
             return
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
+        for name, value in _scalars(values):
+            if name != "step":
                 self._board.add_scalar(name, value, values["step"])
-            elif isinstance(value, dict):
-                self._board.add_scalars(name, value, values["step"])
 
     def close(self) -> None:
         self._file.close()
@@ -56,6 +55,17 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line by name; those of a layer or an MTP module as `name/layer` or `name/module`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        elif isinstance(value, list):
+            yield from ((f"{name}/{at}", inner) for at, inner in enumerate(value, start=1))
+        else:
+            yield name, value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from actors.rpc.coordinator_client import CoordinatorClient
 from errors import RaymoeError
 from jobs.console import Progress
 from jobs.fleet.event_lines import EVENTS_FILE, EventLines
+from model.optimizers.schedule import Schedule, value_at
 
 _POLL_SECONDS = 0.5
 _EVENT_SECONDS = 5.0  # that the coordinator has to tell of events
@@ -33,6 +34,7 @@ class RunWatch:
         step: Number of steps done before.
         progress: Shows the steps.
         events: Tells what happens to the run's processes; None tells nothing.
+        mtp_weight: λ over the steps, for the loss that is shown.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class RunWatch:
         step: int,
         progress: Progress | None,
         events: EventLines | None = None,
+        *,
+        mtp_weight: Schedule = 0.0,
     ) -> None:
         self._coordinator, self._events = coordinator, events
+        self._mtp_weight = mtp_weight
         self._shown = step - 1
         self._progress = progress
         self._error: BaseException | None = None
@@ -117,9 +122,10 @@ class RunWatch:
         if steps:
             self._progress.update(
                 steps[-1].step + 1,
-                loss=steps[-1].loss,
+                loss=steps[-1].total(value_at(self._mtp_weight, steps[-1].step)),
                 tokens_per_second=sum(s.tokens for s in steps) / max(1e-9, sum(s.seconds for s in steps)),
                 max_violation=sum(steps[-1].max_violation) / max(1, len(steps[-1].max_violation)),
+                note=f"main loss {steps[-1].loss:.3f}",
             )
 
     def _reason(self) -> RaymoeError | None:

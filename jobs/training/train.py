@@ -28,6 +28,7 @@ from jobs.config.hub_names import hub_hint
 from jobs.config.run_config import RunConfig, TrainingConfig
 from jobs.console import Progress
 from jobs.data.corpus import PreparedData, prepare
+from jobs.data.corpus_check import check_corpus
 from jobs.fleet.expert_hosts import check_transport, on_loopback
 from jobs.fleet.fleet import Fleet
 from jobs.fleet.ray_session import ResourceNeeds, ray_session
@@ -103,6 +104,7 @@ def _train(
             f"training.steps is {config.training.steps}, and {begin.weights} has {begin.step} steps behind "
             "it: raise training.steps to go on"
         )
+    check_corpus(config, tokenizer=tokenizer)
     with ray_session(_needs(config), address=address, debug=debug) as embedded:
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
@@ -121,6 +123,7 @@ def _train(
             "zlib_bits_per_byte": data.held_out.zlib_bits_per_byte,
             "seconds": time.perf_counter() - began,
             "interrupted": interrupted,
+            **({"skipped_records": data.skipped} if config.data.on_bad_record == "skip" else {}),
             "checkpoint": str(find_checkpoint(output)),
             "output": str(output),
             **({} if timeline is None else {"timeline": str(timeline)}),
@@ -128,7 +131,11 @@ def _train(
 
 
 def summary(output: Path) -> dict[str, Any]:
-    """A summary of a run from its files."""
+    """A summary of a run from its files: names and meanings are those of `metrics.jsonl`.
+
+    Losses and `hosts_per_token` are of the last step. Of `averaged_steps`, the second half of all steps, are
+    the median of `tokens_per_second` and the mean of `max_violation_mean`, MaxVio's mean over the layers.
+    """
     steps = read_metrics(output / METRICS_FILE)
     values: dict[str, Any] = {}
     if steps:
@@ -136,10 +143,12 @@ def summary(output: Path) -> dict[str, Any]:
         speeds = sorted(step["tokens_per_second"] for step in half)
         values = {
             "step": last["step"],
-            "loss": last["main_loss"],
-            "tokens_per_second": speeds[len(speeds) // 2],
-            "max_violation": sum(step["max_violation_mean"] for step in half) / len(half),
+            "loss": last["loss"],
+            "main_loss": last["main_loss"],
             "hosts_per_token": last["hosts_per_token"],
+            "averaged_steps": f"{half[0]['step']}-{last['step']}",
+            "tokens_per_second": speeds[len(speeds) // 2],
+            "max_violation_mean": sum(step["max_violation_mean"] for step in half) / len(half),
         }
     file = output / VALIDATION_FILE
     if file.exists():
@@ -233,7 +242,10 @@ def _run(
     config: RunConfig, data: PreparedData, begin: RunStart, output: Path, progress: Progress | None
 ) -> bool:
     """Start all processes, train, and end all processes; return whether Ctrl-C ended the run."""
+    train_state = output / "ray_train"  # Ray Train's own record of the run, of which nothing is read again
     with ExitStack() as stack:
+        shutil.rmtree(train_state, ignore_errors=True)
+        stack.callback(shutil.rmtree, train_state, ignore_errors=True)
         fleet = Fleet(
             config.cluster,
             coordinator=partial(build_coordinator, config, begin, output),
@@ -267,12 +279,13 @@ def _run(
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if training.gpus_per_worker else "gloo"),
             run_config=TrainRunConfig(
                 name=output.name,
-                storage_path=str(output / "ray_train"),
+                storage_path=str(train_state),
                 failure_config=FailureConfig(max_failures=training.max_failures),
             ),
         )
         events = run_events(address, output, None if progress is None else progress.note, stack)
-        return RunWatch(trainer, coordinator, begin.step, progress, events).until_done()
+        watch = RunWatch(trainer, coordinator, begin.step, progress, events, mtp_weight=config.mtp.weight)
+        return watch.until_done()
 
 
 __all__ = ["summary", "train"]

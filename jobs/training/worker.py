@@ -125,10 +125,11 @@ class TrainingWorker:
             self._step, stop = decision.step + 1, decision.stop
             self._follow(decision.epoch)
             last = self._step >= self._config.training.steps
+            found: Validation | None = None
             if last or (interval and self._step % interval == 0):
-                self._validation = self._evaluation.run(self._step, everything=last)
+                found = self._validation = self._evaluation.run(self._step, everything=last)
             if writer is not None:
-                self._write(writer, decision, seconds)
+                self._write(writer, decision, seconds, found)
             if decision.checkpoint:
                 self._checkpoints.write(self._step, self._validation)
             if decision.snapshot:  # last: a run that goes back to this step repeats none of the above
@@ -158,7 +159,10 @@ class TrainingWorker:
             mtp_weight=value_at(self._config.mtp.weight, step),
         )
 
-    def _write(self, writer: MetricsWriter, decision: StepDecision, seconds: float) -> None:
+    def _write(
+        self, writer: MetricsWriter, decision: StepDecision, seconds: float, validation: Validation | None
+    ) -> None:
+        """Write the metrics of a step, with those of the evaluation after it if there was one."""
         found = self._coordinator.metrics(decision.step - 1)
         if not found:  # the coordinator that decided the step is gone
             raise Interrupted(
@@ -168,9 +172,7 @@ class TrainingWorker:
         violation = step.max_violation
         values: dict[str, Any] = {
             "step": self._step,
-            "loss": step.loss
-            + value_at(self._config.mtp.weight, decision.step) * step.mtp_loss
-            + step.balance_loss,
+            "loss": step.total(value_at(self._config.mtp.weight, decision.step)),
             "main_loss": step.loss,
             "mtp_loss": step.mtp_loss,
             "balance_loss": step.balance_loss,
@@ -185,11 +187,11 @@ class TrainingWorker:
             "hosts_per_token": step.hosts_per_token,
             "bytes_per_token": step.bytes / step.tokens,
         }
-        if self._validation is not None:
-            values["validation_loss"] = self._validation.loss
-            values["mtp_acceptance"] = list(self._validation.acceptance)
-            if not math.isnan(self._validation.bits_per_byte):
-                values["bits_per_byte"] = self._validation.bits_per_byte
+        if validation is not None:
+            values["validation_loss"] = validation.loss
+            values["mtp_acceptance"] = list(validation.acceptance)
+            if not math.isnan(validation.bits_per_byte):
+                values["bits_per_byte"] = validation.bits_per_byte
         writer.write(values)
 
 
