@@ -36,6 +36,13 @@ class YarnScaling(_Frozen):
     (by mscale(factor, 1) when one of the two is 0).
 
     Attributes:
+        type: `yarn`, the only scaling.
+        factor: how many times longer the context is than the original one.
+        original_max_position_embeddings: longest sequence before the scaling.
+        beta_fast: rotations over the original context from which on a frequency stays as it is.
+        beta_slow: rotations over the original context up to which a frequency is divided by factor.
+        mscale: m of the scale of cos and sin.
+        mscale_all_dim: m of the scale of the logits.
         attention_factor: factor of cos and sin; null computes it from `mscale` and `mscale_all_dim`.
         truncate: round the bounds of the ramp between the two kinds of dimensions to whole ones.
     """
@@ -55,9 +62,33 @@ class ModelConfig(_Frozen):
     """Shape of a DeepSeek-V3-style model (arXiv 2412.19437, section 2).
 
     Attributes:
+        vocab_size: number of tokens in the vocabulary.
+        hidden_size: size of a token's hidden state.
+        intermediate_size: inner size of the dense layers' networks.
+        moe_intermediate_size: inner size of an expert's network.
+        num_hidden_layers: layers of the main model, dense and MoE.
+        first_k_dense_replace: how many of the first layers are dense.
+        num_attention_heads: heads of attention in a layer.
         q_lora_rank: rank of the query's compression; None projects queries directly.
+        kv_lora_rank: rank of the compression of keys and values, which the latent cache holds.
+        qk_nope_head_dim: size of the part of a query's or key's head that has no position.
+        qk_rope_head_dim: size of the rotary part of a query's or key's head; even.
+        v_head_dim: size of a value's head.
+        n_routed_experts: routed experts of a MoE layer.
+        n_shared_experts: shared experts of a MoE layer, which compute for every token.
+        num_experts_per_tok: routed experts that a token uses in a MoE layer.
         n_group: groups of experts, the logical nodes of node-limited routing; a property of the model.
         topk_group: groups that one token may use.
+        norm_topk_prob: whether the gate values of a token are divided by their sum.
+        routed_scaling_factor: factor of the gate values.
+        rms_norm_eps: epsilon of the norms.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: YaRN, for contexts longer than the original one; null for none.
+        rope_interleave: whether the rotary part rotates neighbouring pairs, as released weights expect, or
+            the two halves.
+        max_position_embeddings: longest sequence.
+        tie_word_embeddings: whether the head is the embedding.
+        initializer_range: standard deviation of random weights.
         num_nextn_predict_layers: number of multi-token-prediction modules.
         mtp_mode: `chain` (DeepSeek-V3, eq. 21-25) or `parallel` (Gloeckle et al., arXiv 2404.19737).
         group_score: what a group is scored by: the sum of its best `biased` scores, as every released
@@ -232,7 +263,13 @@ class ModelConfig(_Frozen):
 
 
 class DeviceWeights(_Frozen):
-    """Weights of DeepSeek-V2's three balance losses (arXiv 2405.04434, section 2.2.3)."""
+    """Weights of DeepSeek-V2's three balance losses (arXiv 2405.04434, section 2.2.3).
+
+    Attributes:
+        expert: weight of the expert-level loss, for experts of even load.
+        device: weight of the device-level loss, for groups of even load.
+        communication: weight of the communication loss, for groups that equal numbers of tokens go to.
+    """
 
     expert: Weight = 0.003
     device: Weight = 0.05

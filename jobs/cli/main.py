@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from jobs.cli import job_commands, model_commands, serve_commands, train_command
+from jobs.cli.usage_errors import OneLineErrors
 
 
 class _BenchmarkGroup(TyperGroup):
@@ -34,6 +35,7 @@ class _BenchmarkGroup(TyperGroup):
 
 app = typer.Typer(
     name="raymoe",
+    cls=OneLineErrors,
     help="Train and serve DeepSeek-V3-style mixture-of-experts models on Ray.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -9,7 +9,7 @@ import typer
 
 from errors import ConfigError
 from jobs.cli.options import Address, ConfigFile, Debug, Json, Overrides, Preset, Result
-from jobs.console import Progress, finish, surfaced
+from jobs.console import Progress, finish, say, surfaced
 
 
 def add_to(app: typer.Typer) -> None:
@@ -92,7 +92,7 @@ def _training_config(
             f"--resume uses the run's own configuration and weights; leave out {', '.join(wrong)}, "
             "and use --set for what differs"
         )
-    return resumed_config(resume, overrides)
+    return resumed_config(resume, overrides, note=say)
 
 
 __all__ = ["add_to"]

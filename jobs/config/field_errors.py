@@ -61,7 +61,7 @@ def _lines(details: ErrorDetails, schema: type[BaseModel]) -> Iterator[str]:
     path = ".".join(location)
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
-        yield _unknown(location, within)
+        yield _unknown(location, within, schema)
     elif kind == "missing":
         yield f"{path}: missing; set it (`raymoe config` prints a complete file)"
     elif kind == "value_error":
@@ -97,7 +97,7 @@ def _walk(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str
     return path, within
 
 
-def _unknown(location: list[str], within: type[BaseModel] | None) -> str:
+def _unknown(location: list[str], within: type[BaseModel] | None, schema: type[BaseModel]) -> str:
     name = location[-1] if location else "?"
     known = list(within.model_fields) if within is not None else []
     parent = ".".join(location[:-1])
@@ -105,7 +105,23 @@ def _unknown(location: list[str], within: type[BaseModel] | None) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"{line}; did you mean {parent + '.' if parent else ''}{close[0]}?"
+    paths = list(_paths(schema))
+    names = [path.rpartition(".")[2] for path in paths]
+    elsewhere = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    if elsewhere:
+        found = [path for path, leaf in zip(paths, names, strict=True) if leaf == elsewhere[0]]
+        return f"{line}; did you mean {' or '.join(found)}?"
     return f"{line}; {parent or 'the configuration'} has {', '.join(known)}"
+
+
+def _paths(schema: type[BaseModel], parent: str = "") -> Iterator[str]:
+    """The paths of all fields in the sections of a configuration."""
+    for name, field in schema.model_fields.items():
+        if parent:
+            yield f"{parent}{name}"
+        inner = section_of(field.annotation)
+        if inner in (field.annotation, *get_args(field.annotation)):  # not the entries of a list
+            yield from _paths(inner, f"{parent}{name}.")
 
 
 def _prefixed(path: str, line: str, within: type[BaseModel] | None) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from errors import ConfigError
 
 _WIDTH = 100
+_YAML_NAMES = {"None": "null", "True": "true", "False": "false"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -132,8 +133,10 @@ def _documented_attributes(schema: type[BaseModel]) -> dict[str, str]:
     for entry in re.split(r"\n(?=    \w)", "\n" + attributes):
         names, separator, words = entry.strip().partition(":")
         if separator:
+            # Docstrings name Python's values, the file has YAML's.
+            written = re.sub(r"\b(None|True|False)\b", lambda m: _YAML_NAMES[m[0]], " ".join(words.split()))
             for name in names.split(","):
-                found[name.strip()] = " ".join(words.split())
+                found[name.strip()] = written
     return found
 
 

@@ -74,15 +74,25 @@ def test_every_problem_is_a_line_on_stderr_and_the_exit_code_is_two() -> None:
         (["export", "/nowhere", "/tmp"], "/nowhere"),
         (["import", "/nowhere", "/tmp"], "/nowhere"),
         (["bench", "channel", "--kind", "pigeon"], "pigeon"),
+        (["train", "--nonesuch"], "--nonesuch; `raymoe train --help`"),
+        (["config", "tiny", "demo"], "demo"),
     ],
 )
 def test_wrong_usage_ends_with_two_and_names_it(arguments: list[str], said: str) -> None:
-    result = runner.invoke(app, arguments)
+    result = runner.invoke(app, arguments, prog_name="raymoe")
     assert result.exit_code == 2, result.output
     assert said in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
     assert "╭" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_a_group_without_a_command_shows_its_help(arguments: list[str]) -> None:
+    result = runner.invoke(app, arguments, prog_name="raymoe")
+    assert "Commands:" in result.output
+    assert "error:" not in result.output
 
 
 def test_help_needs_neither_torch_nor_ray() -> None:

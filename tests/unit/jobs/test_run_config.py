@@ -26,17 +26,25 @@ def test_printed_configuration_reads_back_as_itself(name: str, tmp_path: Path) -
     assert load_config(path=tmp_path / "run.yaml") == preset(name)
 
 
-def test_every_field_of_the_upper_sections_has_a_comment() -> None:
-    lines = commented_yaml(preset("tiny")).splitlines()
-    config = preset("tiny")
-    for section in ("training", "data", "checkpoint", "mtp", "balance", "cluster"):
-        start = lines.index(f"{section}:")
-        assert lines[start - 1].startswith("# ")
-        inner = getattr(config, section)
-        assert isinstance(inner, BaseModel)
-        for field in type(inner).model_fields:
-            at = next(i for i in range(start, len(lines)) if lines[i].startswith(f"  {field}:"))
-            assert lines[at - 1].startswith("  # "), f"{section}.{field} is printed without a comment"
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_field_has_a_comment(name: str) -> None:
+    lines = commented_yaml(preset(name)).splitlines()
+    checked = 0
+
+    def check(section: BaseModel, at: int, depth: int) -> None:
+        nonlocal checked
+        for field in type(section).model_fields:
+            at = next(i for i in range(at, len(lines)) if lines[i].startswith(f"{'  ' * depth}{field}:"))
+            assert lines[at - 1].startswith(f"{'  ' * depth}# "), f"{field} is printed without a comment"
+            checked += 1
+            inner = getattr(section, field)
+            if isinstance(inner, BaseModel):
+                check(inner, at, depth + 1)
+
+    check(preset(name), 0, 0)
+    assert checked > 90
+    comments = [line for line in lines if line.lstrip().startswith("#")]
+    assert not [line for line in comments if {"None", "True", "False"} & set(line.split())]
 
 
 def test_overrides_are_yaml_and_apply_in_order() -> None:
@@ -71,6 +79,13 @@ def test_a_file_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
         ("training.step=3", "training.step: unknown field; did you mean training.steps?"),
         ("trainin.steps=3", "trainin: unknown field; did you mean training?"),
         ("model.hiden_size=3", "model.hiden_size: unknown field; did you mean model.hidden_size?"),
+        ("steps=3", "steps: unknown field; did you mean training.steps?"),
+        ("vocab=3", "vocab: unknown field; the configuration has " + ", ".join(RunConfig.model_fields)),
+        (
+            "model.warmup_step=3",
+            "model.warmup_step: unknown field; did you mean training.warmup_steps?",
+        ),
+        ("threads_per_hosts=3", "threads_per_hosts: unknown field; did you mean cluster.threads_per_host?"),
         ("training.steps=0", "training.steps: 0 should be greater than or equal to 1"),
         (
             "cluster.gpus_per_host=1e-9",

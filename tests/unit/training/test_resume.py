@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -108,3 +109,37 @@ def test_recompute_changes_nothing_but_memory(whole: RunOutcome, tmp_path: Path)
     assert [line["max_violation"] for line in outcome.metrics] == [
         line["max_violation"] for line in whole.metrics
     ]
+
+
+def test_what_a_resumed_run_changes_is_told(stopped: Path) -> None:
+    told: list[str] = []
+
+    def of(*overrides: str) -> list[str]:
+        told.clear()
+        resumed_config(stopped, overrides, note=told.append)
+        return list(told)
+
+    assert of() == []
+    assert of("training.workers=2") == ["--resume: training.workers is 2, was 1"]
+    assert of("training.dtype=float32") == [
+        "--resume: training.dtype is float32, was float64",
+        "--resume: steps are computed in float32 from here on, in float64 before; losses differ by its "
+        "rounding",
+    ]
+    training = config(2, 1).training
+    assert training.warmup_steps < STOP
+    floor = training.min_learning_rate_ratio
+
+    def rate(step: int, steps: int) -> float:
+        """A cosine from the peak at the end of the warm-up to its floor at the last step."""
+        done = (step - training.warmup_steps) / (steps - training.warmup_steps)
+        return training.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
+
+    changed, jump = of("training.steps=1000")
+    assert changed == "--resume: training.steps is 1000, was 24"
+    now, last = rate(STOP, 1000), rate(STOP - 1, STEPS)
+    assert now / last > 1.5
+    assert jump == (
+        f"--resume: the learning rate of step {STOP + 1} is {now:.3g}, {now / last:.3g} times the {last:.3g} "
+        f"of step {STOP}; without the changes it would be {rate(STOP, STEPS):.3g}"
+    )
