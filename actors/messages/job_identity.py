@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
+"""Namespace of the coordinators' actors in Ray, and the prefix of their names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobIdentity:
@@ -20,4 +23,4 @@ class JobIdentity:
     cluster: str = ""
 
 
-__all__ = ["JobIdentity"]
+__all__ = ["COORDINATOR", "NAMESPACE", "JobIdentity"]

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.coordinator.coordinator import Coordinator
 from actors.host import ExpertHost
 from actors.messages.coordinator_state import CoordinatorState
-from actors.messages.job_identity import JobIdentity
+from actors.messages.job_identity import COORDINATOR, NAMESPACE, JobIdentity
 from actors.remote import CoordinatorActor, ExpertHostActor, ask, require_reach, start
 from actors.rpc.admin_client import AdminClient
 from actors.rpc.coordinator_client import CoordinatorClient
@@ -34,9 +34,6 @@ from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
 from jobs.fleet.fleet_actors import CoordinatorBuilder, HostActor, HostBuilder, kill
 from jobs.fleet.job_notices import JobNotice, posted
 from jobs.fleet.room import free_resources, lacking, resources_of_a_host
-
-NAMESPACE, COORDINATOR = "raymoe", "coordinator-"
-"""Namespace of the coordinators' actors in Ray, and the prefix of their names."""
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two reports
@@ -331,4 +328,4 @@ class Fleet:
         return True
 
 
-__all__ = ["COORDINATOR", "NAMESPACE", "Fleet"]
+__all__ = ["Fleet"]

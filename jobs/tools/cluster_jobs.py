@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 import ray
+from ray._private.state import GlobalState
+from ray._raylet import GcsClientOptions
+from ray.exceptions import RayError
 
-from actors.remote import ask
+from actors.messages.job_identity import COORDINATOR, NAMESPACE
 from actors.rpc.admin_client import AdminClient
 from errors import RaymoeError, ResourceError
-from jobs.fleet.fleet import COORDINATOR, NAMESPACE
 from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
-from jobs.tools.chaos import Fault, run_chaos
 from jobs.tools.jobs_found import RunningJob, described
 
 _ASK_SECONDS = 10.0
@@ -23,13 +24,15 @@ _OPTION = "--gcs-address="
 
 
 def rehearse(
-    faults: Sequence[Fault], job: RunningJob, client: AdminClient, *, debug: bool, tell: Callable[[str], None]
+    faults: Sequence[Any], job: RunningJob, client: AdminClient, *, debug: bool, tell: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Carry out a schedule of faults on a job; returns the result of `jobs.tools.chaos.run_chaos`.
+    """Carry out a schedule of faults (`Fault`) on a job; returns the result of `jobs.tools.chaos.run_chaos`.
 
     Raises:
         ResourceError: The job's Ray cluster does not answer.
     """
+    from jobs.tools.chaos import run_chaos
+
     with on_cluster(job.cluster or None, debug=debug):
         return run_chaos(client, faults, tell=tell)
 
@@ -66,6 +69,30 @@ def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
         yield address
 
 
+def jobs_here(*, debug: bool = False) -> list[RunningJob]:
+    """The jobs on all Ray clusters that have a node on this machine; clusters that refuse are left out."""
+    found: list[RunningJob] = []
+    for address in clusters_here():
+        with suppress(ResourceError):
+            check_answers(address)
+            if _has_coordinator(address):
+                found += jobs_on(address, debug=debug)
+    return found
+
+
+def _has_coordinator(address: str) -> bool:
+    """Whether a coordinator lives on a cluster, which is not joined for that."""
+    state = GlobalState()
+    state._initialize_global_state(GcsClientOptions.create(address, None, True, False))
+    try:
+        alive = state.actor_table(None, actor_state_name="ALIVE").values()
+    except (RuntimeError, RayError):  # it refuses this user's token, or ends just now
+        return False
+    finally:
+        state.disconnect()
+    return any(actor["Name"].startswith(COORDINATOR) for actor in alive)
+
+
 def clusters_here() -> list[str]:
     """Addresses of the Ray clusters that have a node on this machine, by the nodes' processes."""
     found = set()
@@ -78,6 +105,8 @@ def clusters_here() -> list[str]:
 
 def seen_coordinators() -> tuple[list[str], list[str]]:
     """Addresses of the coordinators that answer, and names of those that do not answer or die."""
+    from actors.remote import ask  # with torch, which a machine without jobs need not load
+
     names = [
         actor["name"]
         for actor in ray.util.list_named_actors(all_namespaces=True)
@@ -115,4 +144,4 @@ def _only(clusters: Sequence[str]) -> str:
     )
 
 
-__all__ = ["clusters_here", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]
+__all__ = ["clusters_here", "jobs_here", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]

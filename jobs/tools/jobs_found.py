@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from actors.rpc.admin_client import AdminClient
 from errors import ConfigError, RaymoeError, ResourceError
 
-_DESCRIBE_SECONDS = 3.0
+_DESCRIBE_SECONDS, _LISTED_SECONDS = 30.0, 3.0  # for the job that is asked for, and for one of a list
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,8 @@ def described(coordinator: str, known: RunningJob | None = None) -> RunningJob:
     Raises:
         RaymoeError: The coordinator does not answer, and nothing is known of its job.
     """
-    with closing(AdminClient(coordinator, timeout=_DESCRIBE_SECONDS)) as client:
+    timeout = _DESCRIBE_SECONDS if known is None else _LISTED_SECONDS
+    with closing(AdminClient(coordinator, timeout=timeout)) as client:
         try:
             found = RunningJob(coordinator=coordinator, **client.describe())
         except RaymoeError:

@@ -38,13 +38,11 @@ def find_jobs(*, coordinator: str | None, address: str | None, debug: bool = Fal
                 for one in posted
             ]
             return JobsFound(jobs, "on this machine")
-    from jobs.tools.cluster_jobs import clusters_here, jobs_on
+    from jobs.tools.cluster_jobs import jobs_here, jobs_on
 
     if address is not None:
         return JobsFound(jobs_on(address, debug=debug), f"on the Ray cluster at {address}")
-    return JobsFound(
-        [job for cluster in clusters_here() for job in jobs_on(cluster, debug=debug)], "on this machine"
-    )
+    return JobsFound(jobs_here(debug=debug), "on this machine")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The figures that these tests print are in docs/operations.md.
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from statistics import median
 
 import pytest
 
+from jobs.fleet.event_lines import EVENTS_FILE, NOTABLE
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from model.checkpoints.shards import ShardReader
 from support.commands.disturbed_run import COORDINATOR, HOST, SETTINGS, WORKER, DisturbedRun, differ, title_of
@@ -50,6 +52,11 @@ def test_whatever_is_killed_the_trajectory_is_the_same(corpus: Path, whole: Path
     print(f"seconds until the next step: {', '.join(f'{s:.1f}' for s in run.pauses)}")
     assert differ(got, losses(whole)) <= 1e-9
     assert apart(run.output, whole) <= 1e-9
+    happened = [json.loads(line) for line in (run.output / EVENTS_FILE).read_text().splitlines()]
+    assert {event["kind"] for event in happened} >= {"died", "interrupted", "resumed", "restarted"}
+    for event in happened:
+        if event["kind"] in NOTABLE:
+            assert f"{event['kind']}: {event['text']}" in run.said
 
 
 @pytest.mark.soak

@@ -46,6 +46,11 @@ class DisturbedRun:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
+    @property
+    def said(self) -> list[str]:
+        """The lines on stderr."""
+        return "".join(self._said).splitlines()
+
     def admin(self) -> AdminClient:
         """A client of the run's coordinator."""
         found = self._wait(lambda: re.search(r"coordinator at (\S+),", "".join(self._said)))
