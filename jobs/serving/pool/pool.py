@@ -23,7 +23,7 @@ from jobs.fleet.expert_hosts import host_threads, placement_spec
 from jobs.fleet.fleet import Fleet
 from jobs.serving.config import ServeConfig
 from jobs.serving.pool.rollout import Rollout
-from jobs.serving.served_model import ModelShape, require_room, serving_dtype, weights_version
+from jobs.serving.served_model import ModelShape, model_name, require_room, serving_dtype, weights_version
 from jobs.serving.versions import PoolMembership, ReplicaState, WantedVersions, WeightsVersion
 from model.checkpoints.pretrained import PretrainedSource
 
@@ -62,7 +62,7 @@ class ExpertPool:
                 cluster,
                 coordinator=partial(build_serving_coordinator, config, version),
                 host=partial(build_serving_host, config, weights),
-                name=config.serving.name or weights.name,
+                name=config.serving.name or model_name(weights),
             )
             self._actors.callback(fleet.close)
             self._address = fleet.open()
