@@ -52,10 +52,10 @@ def batch_routing(
     counts: Tensor, config: ModelConfig, *, n_rows: int, device: torch.device
 ) -> dict[int, BatchRouting]:
     """Counts [L, E + D] of a global batch of `n_rows` rows as balance losses take them, by layer."""
-    split = counts.to(device).split((config.n_routed_experts, config.n_group), dim=1)
+    there, n_experts = counts.to(device), config.n_routed_experts
     return {
-        layer: BatchRouting(load=load, visits=visits, n_rows=n_rows)
-        for layer, load, visits in zip(config.moe_layers, *split, strict=True)
+        layer: BatchRouting(load=row[:n_experts], visits=row[n_experts:], n_rows=n_rows)
+        for layer, row in zip(config.moe_layers, there, strict=True)
     }
 
 

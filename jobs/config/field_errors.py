@@ -120,7 +120,8 @@ def _paths(schema: type[BaseModel], parent: str = "") -> Iterator[str]:
         if parent:
             yield f"{parent}{name}"
         inner = section_of(field.annotation)
-        if inner in (field.annotation, *get_args(field.annotation)):  # not the entries of a list
+        direct = inner in (field.annotation, *get_args(field.annotation))  # not in the entries of a list
+        if inner is not None and direct:
             yield from _paths(inner, f"{parent}{name}.")
 
 

@@ -192,7 +192,8 @@ def _sizes(documents: ray.data.Dataset, note: Callable[[str], None]) -> tuple[di
         DataError: All records were skipped.
     """
     sizes: dict[str, int] = {}
-    n_skipped, examples = 0, []
+    examples: list[str] = []
+    n_skipped = 0
     for row in _take(documents.select_columns(["name", "size", "problem"])):
         if row["problem"] is None:
             sizes[row["name"]] = row["size"]
