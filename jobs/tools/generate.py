@@ -57,10 +57,11 @@ def generate(
         torch.set_num_threads(threads)
     model = load_model(checkpoint, note=note)
     defaults = GenerationDefaults.of(model.directory, generation_config)
+    ids = model.text.prompt(prompt)
     began = time.perf_counter()
     new, reason = continue_tokens(
         model,
-        model.text.prompt(prompt),
+        ids,
         max_tokens=max_tokens or defaults.max_tokens or _MAX_TOKENS,
         temperature=defaults.temperature if temperature is None else temperature,
         seed=seed,
@@ -68,7 +69,7 @@ def generate(
     )
     return {
         "prompt": prompt,
-        "text": model.tokenizer.decode(new),
+        "text": _continuation(model, ids, new),
         "tokens": len(new),
         "finish_reason": reason,
         "tokens_per_second": len(new) / (time.perf_counter() - began),
@@ -112,6 +113,16 @@ def continue_tokens(
         engine.step()
     new = [token for token in sequence.output if token not in model.text.ends]
     return new, sequence.finish_reason or "length"
+
+
+def _continuation(model: LoadedModel, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens after their prompt; at the beginning of a text some decoders drop a space."""
+    before = model.tokenizer.decode(list(prompt))
+    whole: str = model.tokenizer.decode([*prompt, *new])
+    if whole.startswith(before):
+        return whole[len(before) :]
+    alone: str = model.tokenizer.decode(list(new))
+    return alone
 
 
 __all__ = ["continue_tokens", "generate"]

@@ -13,10 +13,13 @@ import torch
 from typer.testing import CliRunner, Result
 
 from jobs.checkpoints.checkpoint_store import find_checkpoint
+from jobs.checkpoints.loaded_model import find_weights
 from jobs.cli.main import app
+from jobs.data.carried_files import CarriedFiles
 from jobs.tools.demo import fresh_directory
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from jobs.training.plot import PLOT_FILE
+from support.foreign_model import change_json
 
 pytestmark = [
     pytest.mark.timeout(540),
@@ -130,6 +133,8 @@ def test_an_export_comes_back_and_trains_on(run: Path, corpus: Path, tmp_path: P
     assert one == other
     shape = {"--preset": "tiny", "--init": tmp_path / "weights", "--output": tmp_path / "more"}
     options = [part for pair in shape.items() for part in pair]
+    change_json(tmp_path / "weights" / "generation_config.json", {"temperature": 0.7})
+    change_json(tmp_path / "weights" / "config.json", {"eos_token_id": [0, 5], "use_cache": True})
     changed = {**SHAPE, "training__steps": 2, "training__tensorboard": "false"}
     more = result_of("train", *options, data__path=corpus, **changed)
     assert more["step"] == 2
@@ -137,6 +142,9 @@ def test_an_export_comes_back_and_trains_on(run: Path, corpus: Path, tmp_path: P
     last = read_metrics(run / METRICS_FILE)[-1]["main_loss"]
     assert abs(first - last) < 1.0  # and not the 6.2 of random weights
     assert find_checkpoint(tmp_path / "more").name == "step-00000002"
+    given, kept = (CarriedFiles.of_model(find_weights(tmp_path / name)) for name in ("weights", "more"))
+    assert kept.files == given.files
+    assert {name: kept.config[name] for name in given.config} == given.config
 
 
 BAD = {
@@ -232,7 +240,11 @@ def test_a_run_is_not_written_over(run: Path) -> None:
         (["eval", "RUN", "--sequence-length", "4096"], "max_position_embeddings (128)"),
         (["export", "RUN", "RUN"], "exists already"),
         (["export", "RUN", "NEW", "--dtype", "int3"], "int3"),
-        (["import", "RUN", "NEW"], "RUN"),
+        (["import", "RUN", "NEW"], "is a run's directory, which needs no import"),
+        (
+            ["train", "--preset", "tiny", "--init", "deepseek-ai/DeepSeek-V3", "--output", "NEW"],
+            "hf download deepseek-ai/DeepSeek-V3",
+        ),
     ],
 )
 def test_bad_input_to_the_other_commands(run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -109,6 +109,7 @@ def float64(path: Path) -> None:
         (changed(num_experts_per_tok=1), "num_experts_per_tok is 1, and the served model has 2"),
         (changed(rope_theta=5.0), "rope_theta"),
         (changed(moe_intermediate_size=8), "moe_intermediate_size|shape"),
+        (changed(eos_token_id=[1, 5]), r"its end tokens \(eos_token_id\) are \[0, 1, 5\], and .* \[0\]"),
         (other_tokenizer, r"tokenizer\.json differs"),
         (float64, "set serving.dtype"),
         (lambda path: next(path.glob("*.safetensors")).unlink(), "safetensors"),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from errors import CheckpointError, DataError
 from jobs.checkpoints.generation_defaults import GenerationDefaults
-from jobs.checkpoints.loaded_model import load_model
+from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.cli.main import app
 from jobs.data.carried_files import CarriedFiles
 from jobs.data.tokenizer import load_tokenizer
@@ -174,6 +174,23 @@ def test_generate_stops_at_every_end_token(foreign: Path) -> None:
     assert stopped == (new[: new.index(new[2])], "stop")
 
 
+def _after(model: LoadedModel, prompt: list[int], new: list[int]) -> str:
+    """What the whole text has after its prompt."""
+    text: str = model.tokenizer.decode([*prompt, *new])
+    return text.removeprefix("the cat")
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(foreign)
+    new = theirs("sat on", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("jobs.tools.generate.continue_tokens", lambda *_, **__: (new, "length"))
+    whole = theirs.decode([*theirs("the cat")["input_ids"], *new], skip_special_tokens=True)
+    result = generate(foreign, "the cat")
+    assert result["prompt"] + result["text"] == whole == "the cat sat on"
+
+
 def test_generate_samples_by_the_defaults_of_the_model(foreign: Path) -> None:
     model = load_model(foreign)
     prompt = model.text.prompt("the cat")
@@ -182,11 +199,11 @@ def test_generate_samples_by_the_defaults_of_the_model(foreign: Path) -> None:
         model, prompt, max_tokens=7, temperature=0.6, seed=5, defaults=GenerationDefaults(values=given)
     )
     result = generate(foreign, "the cat", seed=5)
-    assert result["text"] == model.tokenizer.decode(by_hand)
+    assert result["text"] == _after(model, prompt, by_hand)
     assert result["tokens"] <= 7
     greedy, _ = continue_tokens(model, prompt, max_tokens=7, temperature=0.0, seed=0)
     off = generate(foreign, "the cat", max_tokens=7, seed=5, generation_config="none")
-    assert off["text"] == model.tokenizer.decode(greedy)
+    assert off["text"] == _after(model, prompt, greedy)
     assert off["text"] != result["text"]
 
 
