@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import DataError
+from model.hf_keys import ALIASES
 
 TOKENIZER_FILE = "tokenizer.json"
 MODEL_FILE = "config.json"
@@ -27,14 +28,7 @@ _TOKENIZER_FILES = (
 )
 _MORE = ("additional_chat_templates/*.jinja", "tokenization_*.py")
 # Keys of config.json that say how the weights were stored, or repeat others under another name.
-_OF_THE_SOURCE = {
-    "auto_map",
-    "dtype",
-    "num_mtp_layers",
-    "quantization_config",
-    "rope_parameters",
-    "torch_dtype",
-}
+_OF_THE_SOURCE = {*ALIASES, "auto_map", "dtype", "quantization_config", "rope_parameters", "torch_dtype"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
