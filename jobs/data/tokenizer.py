@@ -82,8 +82,9 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end_of_text: in
     """
     documents = []
     for one in tokenizer.encode_batch_fast(list(texts)):
-        ids, added = one.ids, one.special_tokens_mask
-        documents.append(ids[:-1] if ids and added[-1] and ids[-1] == end_of_text else ids)
+        ids: list[int] = one.ids
+        ended = ids[-1:] == [end_of_text] and one.special_tokens_mask[-1]  # by the post-processor
+        documents.append(ids[:-1] if ended else ids)
     return documents
 
 
