@@ -17,7 +17,7 @@ from actors.coordinator.transfer_plan import PlacementSpec
 from actors.messages.steps import Resume, StepReport, TrainingPlan
 from actors.messages.transfer_orders import Blob
 from cluster import HostInfo
-from support.fake_hosts import FakeHost
+from support.fakes.fake_hosts import FakeHost
 
 L, E = 2, 4
 PLAN = TrainingPlan(steps=10, workers=2, learning_rate=1e-2, warmup_steps=2, clip_norm=1.0)

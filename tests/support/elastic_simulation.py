@@ -16,7 +16,7 @@ from cluster.membership import Membership, Stage
 from cluster.placement import Placement
 from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, RaymoeError
-from support.fake_hosts import FakeHost
+from support.fakes.fake_hosts import FakeHost
 
 DEAD_AFTER = 3.0
 LAYERS, EXPERTS, GROUPS = (1, 2), 12, 4

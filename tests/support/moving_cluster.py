@@ -20,6 +20,9 @@ from model.checkpoints.shards import ShardReader
 from support.tiny_cluster import CONFIG, LAYERS, SETTINGS, SeededSource, tokens
 
 ALL = tuple(range(CONFIG.n_routed_experts))
+ONE = {"a": {layer: ALL for layer in LAYERS}}
+"""Host a holds all experts."""
+
 Holding = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
@@ -152,6 +155,12 @@ class MovingCluster:
     def close(self) -> None:
         for server in self.servers.values():
             server.close()
+
+
+def entries(cluster: MovingCluster, name: str) -> list[tuple[str, str, int]]:
+    """Kind, owner and step of what a host keeps in memory."""
+    with cluster.client(name) as client:
+        return [(one.kind, one.owner, one.step) for one in client.inventory()]
 
 
 def same(

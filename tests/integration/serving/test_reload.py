@@ -145,7 +145,7 @@ def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
         calm: list[Answer] = []
         reloads: list[tuple[float, float, dict[str, Any]]] = []
         async with server.async_client as client:
-            for name in ("new", OLD, "new", None):
+            for name in ("new", OLD, None):
                 calm += await asyncio.gather(*(ask(client, prompt) for prompt in PROMPTS * 2))
                 if name is not None:
                     began = time.monotonic()
@@ -176,7 +176,7 @@ def test_reloads_under_traffic_lose_nothing_and_mix_nothing(
                 assert answer.text == expected[name][answer.prompt]
         if len(set(names)) == 1:
             assert answer.text == expected[names[0]][answer.prompt]
-    assert judged >= 4 * 2 * len(PROMPTS)
+    assert judged >= 3 * 2 * len(PROMPTS)
     assert {name for answer in answers for name in (answer.versions[-1].split("-")[0],)} == {OLD, "new"}
 
 

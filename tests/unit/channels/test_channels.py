@@ -19,7 +19,6 @@ from channels import choose, local
 from channels.base import Channel, Phase, Request, RequestId, Server
 from channels.collective import channel as collective
 from channels.cuda import channel as cuda
-from channels.cuda.device_memory import DeviceSegment
 from channels.framing import header as headers
 from channels.framing.message_socket import Head, MessageSocket
 from channels.grpc import channel as grpc
@@ -30,11 +29,10 @@ from errors import (
     ConfigError,
     ProtocolError,
     RemoteError,
-    ResourceError,
     StaleEpoch,
 )
 from support import gloo_group
-from support.device_memory import PretendedMemory
+from support.fakes.device_memory import PretendedMemory
 
 SERVE: dict[str, Callable[[Any], Server]] = {
     "local": local.serve,
@@ -44,10 +42,14 @@ SERVE: dict[str, Callable[[Any], Server]] = {
     "cuda": partial(cuda.CudaServer, memory=PretendedMemory(), place="here"),
     "nccl": gloo_group.serve,
 }
+
+
 CONNECT: dict[str, Callable[[str], Channel]] = {
     "cuda": partial(cuda.open_channel, memory=PretendedMemory(), here="here"),
     "nccl": gloo_group.connect,
 }
+
+
 WIRES = ["shm", "collective", "grpc", "cuda", "nccl"]
 
 
@@ -225,47 +227,6 @@ def test_the_status_names_what_callers_take() -> None:
     assert choose.taken("collective", {"grpc": "grpc:x"}) == choose.taken("auto", {}) == "none"
 
 
-def test_auto_takes_the_nearest_that_both_ends_share() -> None:
-    addresses = {kind: f"{kind}:x" for kind in ("local", "shm", "collective", "grpc")}
-
-    def pick(kind: str, offered: dict[str, str], *, same_process: bool, same_machine: bool) -> str:
-        return choose.ways(kind, offered, same_process=same_process, same_machine=same_machine)[0]
-
-    assert pick("auto", addresses, same_process=True, same_machine=True) == "local:x"
-    assert pick("auto", addresses, same_process=False, same_machine=True) == "shm:x"
-    assert pick("auto", addresses, same_process=False, same_machine=False) == "grpc:x"
-    for kind in ("collective", "grpc"):
-        assert pick(kind, addresses, same_process=True, same_machine=True) == f"{kind}:x"
-    with pytest.raises(ChannelError, match=r"cluster\.channel is shm"):
-        pick("shm", addresses, same_process=False, same_machine=False)
-    with pytest.raises(ConfigError, match=r"cluster\.channel"):
-        pick("pigeon", addresses, same_process=False, same_machine=False)
-
-
-@pytest.mark.parametrize(
-    ("kind", "gpu", "same_machine", "taken"),
-    [
-        ("auto", "card-a", True, "cuda"),
-        ("auto", "card-b", True, "nccl"),
-        ("auto", "card-b", False, "nccl"),
-        ("auto", None, True, "shm"),
-        ("auto", None, False, "grpc"),
-        ("shm", "card-a", True, "cuda"),
-        ("shm", "card-b", True, "shm"),
-        ("collective", "card-a", True, "collective"),  # NCCL takes a GPU once
-        ("auto", "pod-a", True, "shm"),  # also where each of two pods has a name for it
-        ("collective", "card-b", False, "nccl"),
-        ("collective", None, False, "collective"),
-    ],
-)
-def test_rows_stay_on_gpus_where_they_can(kind: str, gpu: str | None, same_machine: bool, taken: str) -> None:
-    addresses = {one: f"{one}:x" for one in ("shm", "collective", "grpc", "nccl")}
-    addresses["cuda"] = "cuda:card-a/name"
-    found, *_ = choose.ways(kind, addresses, gpu=gpu, same_process=False, same_machine=same_machine)
-    assert found.partition(":")[0] == taken
-    assert choose.taken("auto", addresses) == "cuda/nccl/shm/grpc"
-
-
 def test_memory_of_a_collective_channel_is_used_again() -> None:
     server = collective.serve(handle)
     channel = choose.connect(server.address)
@@ -296,34 +257,6 @@ def test_a_collective_channel_talks_over_the_interface_that_it_came_by(bind: str
     given = torch.randn(300, 256)
     assert torch.equal(channel.submit(request(given)).result(30)[1], given * 2)
     channel.close()
-    server.close()
-
-
-class Unopened(PretendedMemory):
-    def open(self, handle: bytes, capacity: int) -> DeviceSegment:
-        raise ProtocolError("the peer's device memory cannot be opened: invalid device context")
-
-
-class Unmade(PretendedMemory):
-    def make(self, capacity: int) -> tuple[DeviceSegment, bytes]:
-        raise ResourceError("no memory to share: operation not supported")
-
-
-@pytest.mark.parametrize(
-    ("there", "here"),
-    [
-        (Unopened(), PretendedMemory()),
-        (Unmade(), PretendedMemory()),
-        (PretendedMemory(), Unopened()),
-        (PretendedMemory(), Unmade()),
-    ],
-)
-def test_a_gpu_whose_memory_cannot_be_shared_is_found_out_when_the_channel_opens(
-    there: PretendedMemory, here: PretendedMemory
-) -> None:
-    server = cuda.CudaServer(handle, there, "here")
-    with pytest.raises(ChannelError):
-        cuda.open_channel(server.address, here, "here", timeout=30)
     server.close()
 
 

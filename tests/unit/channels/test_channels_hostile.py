@@ -18,17 +18,20 @@ from channels import choose
 from channels.base import Phase, Request, RequestId, Server
 from channels.cuda import channel as cuda
 from channels.cuda.cuda_end import TRIAL_BYTES
-from channels.cuda.cuda_memory import CudaMemory, packed, unpacked
 from channels.framing.ordered_channel import MAX_IN_FLIGHT
 from channels.grpc import channel as grpc
 from channels.shm import channel as shm
 from channels.shm.segments import SegmentMirror, shm_pool
 from errors import ChannelError, ProtocolError
 from protos import expert_pb2, expert_pb2_grpc
-from support.device_memory import PretendedMemory
+from support.fakes.device_memory import PretendedMemory
 
 NAME = RequestId(run="r", epoch=0, step=0, microbatch=0, layer=0, phase=Phase.INFER, router="test")
+
+
 HEAD = struct.Struct("<4sIQQI")
+
+
 CAPACITY = 1 << 16
 
 
@@ -286,7 +289,11 @@ def request(*tensors: torch.Tensor) -> Request:
 
 
 NOTE = struct.Struct("<IQHHH")
+
+
 TOO_LONG = expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 1 << 40, 0]).SerializeToString()
+
+
 LAYOUT = expert_pb2.Header(status=expert_pb2.Status(), layout=[1, 1, 4, 0]).SerializeToString()
 
 
@@ -337,16 +344,3 @@ def test_notes_that_lie(text: bytes, greets: bool) -> None:
 
 def test_a_note_on_shared_memory_alone_is_refused(server: Server) -> None:
     assert refused(server, HEAD.pack(b"rmo1", 0xFFFFFFFD, 0, 0, 0) + note(), [])
-
-
-@pytest.mark.parametrize("values", [[], [1, -5, True, False, b"", b"handle" * 20], [b"x" * 60000]])
-def test_handles_of_device_memory_come_back(values: list[Any]) -> None:
-    assert unpacked(packed(values)) == values
-
-
-@pytest.mark.parametrize("bytes_of_them", [b"\x00", b"\x00\x05\x00abc", b"\x01\x00", b"\x07", b"\x02"])
-def test_handles_that_lie(bytes_of_them: bytes) -> None:
-    with pytest.raises(ProtocolError, match="cannot be opened"):
-        CudaMemory(torch.device("cuda", 0)).open(bytes_of_them, CAPACITY)
-    with pytest.raises((ValueError, struct.error)):
-        unpacked(bytes_of_them)

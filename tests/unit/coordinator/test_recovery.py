@@ -11,7 +11,7 @@ import torch
 from actors.messages.coordinator_state import CoordinatorState
 from errors import ChannelError, Interrupted, RaymoeError
 from support.coordinator_run import PLAN, E, L, Run, report
-from support.fake_hosts import FakeHost
+from support.fakes.fake_hosts import FakeHost
 from support.waiting import wait_until
 
 KEEPS = replace(PLAN, snapshot_interval=2)

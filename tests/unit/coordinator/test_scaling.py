@@ -18,7 +18,7 @@ from cluster.policy import NoDecision, RebalanceDecision, ScaleDecision, total_b
 from cluster.topology import HostInfo
 from errors import ChannelError, ResourceError
 from support.elastic_simulation import EXPERTS, LAYERS, Inline
-from support.fake_hosts import FakeHost, zeros
+from support.fakes.fake_hosts import FakeHost, zeros
 
 SETTINGS = AutoscalingSettings(
     min_hosts=1, max_hosts=4, target_utilization=0.5, upscale_delay=2, downscale_delay=4, cooldown=3

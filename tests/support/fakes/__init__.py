@@ -1,0 +1,1 @@
+"""Stand-ins for hosts, replicas and device memory, which fail when a test says so."""
