@@ -104,6 +104,11 @@ def gives_way(error: BaseException) -> bool:
     return is_loss(error) or isinstance(error, Interrupted | StaleEpoch)
 
 
+def described(error: BaseException) -> str:
+    """The text of an error for those who get no traceback: an unforeseen one with its type."""
+    return str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
+
+
 __all__ = [
     "ChannelError",
     "ChannelTimeout",
@@ -120,6 +125,7 @@ __all__ = [
     "StaleEpoch",
     "UsageError",
     "WorkersLost",
+    "described",
     "gives_way",
     "is_loss",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.sampling import adjusted, choose, likeliest, log_probabilities
+from engine.sampling import adjusted, choose, likeliest_if_finite, log_probabilities, not_finite
 from engine.scheduler import Share
 from engine.sequence import Sequence, TokenLogprobs
 
@@ -46,12 +46,12 @@ class Acceptance:
     longest: int
     stats: EngineStats
 
-    def split(self, counts: list[int], logits: Tensor) -> list[tuple[Tensor, list[int]]]:
-        """The logits [n, V] of each share, and their likeliest tokens."""
+    def split(self, counts: list[int], logits: Tensor) -> list[tuple[Tensor, list[int | None]]]:
+        """The logits [n, V] of each share, and their likeliest tokens, None where logits are not finite."""
         logits = logits[:, : self.vocabulary]
         if not len(logits):
             return [(logits, [])] * len(counts)
-        best = iter(likeliest(logits))
+        best = iter(likeliest_if_finite(logits))
         if len(counts) == 1:
             return [(logits, list(best))]
         return [
@@ -59,12 +59,15 @@ class Acceptance:
             for part, count in zip(torch.split(logits, counts), counts, strict=True)
         ]
 
-    def accept(self, share: Share, logits: Tensor, greedy: list[int]) -> list[int]:
+    def accept(self, share: Share, logits: Tensor, greedy: list[int | None]) -> list[int]:
         """Draw the next token of a sequence, and one more for each draft that equals the token drawn.
 
         Args:
             logits: [n, V], of the positions that `needed_logits` names for this share.
-            greedy: [n], the likeliest tokens.
+            greedy: [n], the likeliest tokens, as `split` gives them.
+
+        Raises:
+            DataError: The logits are not finite.
         """
         sequence = share.sequence
         params = sequence.params
@@ -73,13 +76,17 @@ class Acceptance:
             logits, greedy = logits[-1 - share.drafts :], greedy[-1 - share.drafts :]
         if not share.samples:
             return []
+        if not params.max_tokens:
+            sequence.finish_reason = "length"
+            return []
         drafts = sequence.drafts[: share.drafts]
         plain = params.greedy and not params.adjusts_logits and params.logprobs is None
         new: list[int] = []
         for at in range(len(drafts) + 1):
-            if plain:
-                token = greedy[at]
-            else:
+            token = greedy[at]
+            if token is None:
+                raise not_finite()
+            if not plain:
                 row = adjusted(logits[at], params, sequence.prompt, sequence.output, sequence.ends)
                 token = choose(row, params, sequence.rng.random())
                 if params.logprobs is not None:

@@ -22,7 +22,7 @@ from engine.scheduler import Scheduler, Share
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
 from engine.weights import TrunkWeights
-from errors import ConfigError
+from errors import ConfigError, described
 from model.experts.protocols import Experts
 
 _WARM_UP = 6  # tokens, enough that some are drafted
@@ -30,10 +30,17 @@ _WARM_UP = 6  # tokens, enough that some are drafted
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """The tokens that a step generated for one sequence; `sequence.finish_reason` says whether it ended."""
+    """The tokens that a step generated for one sequence; `sequence.finish_reason` says whether it ended.
+
+    Attributes:
+        sequence: The sequence.
+        tokens: The new tokens.
+        error: Why the sequence ended without its next token; None unless its own choice of a token failed.
+    """
 
     sequence: Sequence
     tokens: list[int]
+    error: str | None = None
 
 
 class Engine:
@@ -211,7 +218,12 @@ class Engine:
         given = states.normed if chain else states.hidden
         for share, end, (own, best) in zip(shares, batch.ends, logits, strict=True):
             sequence = share.sequence
-            new = self._acceptance.accept(share, own, best)
+            try:
+                new = self._acceptance.accept(share, own, best)
+            except Exception as error:  # nothing of the other sequences depends on it
+                self._end(sequence, "error")
+                progress.append(NewTokens(sequence, [], described(error)))
+                continue
             certain = share.end - share.drafts + max(0, len(new) - 1)
             first = end - (share.end - share.start)
             progress.append(NewTokens(sequence, new))

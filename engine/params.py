@@ -16,13 +16,13 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when the request ends.
 
     Attributes:
-        max_tokens: Number of tokens to generate, at most.
+        max_tokens: Number of tokens to generate, at most; 0 computes the prompt alone.
         min_tokens: Number of tokens before which stop strings and end tokens are ignored.
         temperature: Divides logits; 0 is greedy.
-        top_p: Choose from the smallest set of likeliest tokens with this total probability.
+        top_p: Choose from the smallest set of likeliest tokens with this total probability; 0 is greedy.
         top_k: Choose from this number of likeliest tokens; 0 takes all.
         min_p: Choose from tokens with at least this probability relative to the likeliest.
-        seed: Seed of the request's random numbers; None draws one.
+        seed: Seed of the request's random numbers, of either sign; None draws one.
         repetition_penalty: Divides positive and multiplies negative logits of tokens of prompt and output.
         presence_penalty: Subtracted from the logits of tokens of the output.
         frequency_penalty: Subtracted from the logits of tokens of the output, times their number.
@@ -77,7 +77,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is chosen."""
-        return self.temperature < _GREEDY_BELOW
+        return self.temperature < _GREEDY_BELOW or self.top_p == 0.0
 
     @property
     def adjusts_logits(self) -> bool:
@@ -112,10 +112,10 @@ def check_tokens(
 
 _GREEDY_BELOW = 1e-5  # dividing by less would overflow
 _RANGES = (
-    ("max_tokens", 1, float("inf")),
+    ("max_tokens", 0, float("inf")),
     ("min_tokens", 0, float("inf")),
     ("temperature", 0.0, 100.0),
-    ("top_p", 1e-9, 1.0),
+    ("top_p", 0.0, 1.0),
     ("top_k", 0, float("inf")),
     ("min_p", 0.0, 1.0),
     ("repetition_penalty", 0.0, 100.0),

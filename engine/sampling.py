@@ -12,6 +12,7 @@ V is the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.params import SamplingParams
+from errors import DataError
 
 _LARGEST = 1e30
 
@@ -59,8 +61,9 @@ def adjusted(
         )
     # A penalty near zero overflows or gives 0 / 0; one request's parameters must not stop other requests.
     logits = logits.nan_to_num(0.0).clamp(-_LARGEST, _LARGEST)
-    if len(output) < params.min_tokens and 0 < len(ends) < len(logits):  # not if every token ends the text
-        logits[torch.tensor(list(ends), device=logits.device)] = float("-inf")
+    known = [token for token in ends if token < len(logits)]
+    if len(output) < params.min_tokens and 0 < len(known) < len(logits):  # not if every token ends the text
+        logits[torch.tensor(known, device=logits.device)] = float("-inf")
     return logits
 
 
@@ -100,6 +103,19 @@ def choose(logits: Tensor, params: SamplingParams, uniform: float) -> int:
     return min(int(at), int(torch.searchsorted(cumulative, float(cumulative[-1]))))
 
 
+def likeliest_if_finite(logits: Tensor) -> list[int | None]:
+    """The likeliest token of each row of logits [N, V], as of `likeliest`; None where a logit is not finite.
+
+    An undefined number counts as the highest, so the likeliest token's logit tells.
+    """
+    best = likeliest(logits)
+    if logits.device.type == "cpu":
+        values = logits.numpy()
+        return [token if math.isfinite(values[row, token]) else None for row, token in enumerate(best)]
+    finite = logits.amax(-1).isfinite().tolist()
+    return [token if good else None for token, good in zip(best, finite, strict=True)]
+
+
 def likeliest(logits: Tensor) -> list[int]:
     """The likeliest token of each row of logits [N, V]; on a tie the first."""
     if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
@@ -108,11 +124,32 @@ def likeliest(logits: Tensor) -> list[int]:
     return logits.argmax(-1).tolist()
 
 
+def not_finite() -> DataError:
+    """The error for logits that no token can be chosen by."""
+    return DataError(
+        "the model's logits for this text are not finite numbers; check its weights and its dtype"
+    )
+
+
 def log_probabilities(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """Log probability of a token under logits [V], and those of the `count` likeliest tokens, best first."""
+    """Log probability of a token under logits [V], and those of the `count` likeliest tokens, best first.
+
+    Raises:
+        DataError: The logits are not finite.
+    """
     logs = torch.log_softmax(logits.double(), dim=-1)
+    if not math.isfinite(logs[token]):
+        raise not_finite()
     best = logs.topk(min(count, logs.shape[-1]))
     return float(logs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-__all__ = ["adjusted", "choose", "likeliest", "log_probabilities", "probabilities"]
+__all__ = [
+    "adjusted",
+    "choose",
+    "likeliest",
+    "likeliest_if_finite",
+    "log_probabilities",
+    "not_finite",
+    "probabilities",
+]

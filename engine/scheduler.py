@@ -100,6 +100,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(sequence)
+            sequence.begun = True
             shares.append(share)
             budget -= share.end - share.start
         return shares
@@ -143,7 +144,7 @@ class Scheduler:
         sequence.pages = self._pool.find(tokens[:-1])
         sequence.known_pages = len(sequence.pages)
         sequence.computed = len(sequence.pages) * self._pool.page_size
-        if not sequence.output:
+        if not sequence.begun and not sequence.resumed:  # later it finds entries that it computed itself
             sequence.cached = sequence.computed
 
     def _preempt(self, sequence: Sequence) -> None:

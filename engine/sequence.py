@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from engine.params import SamplingParams
 
+_SEEDS = 1 << 128
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
@@ -39,7 +41,8 @@ class Sequence:
         pages: Pages of the cache.
         known_pages: Number of pages indexed for other requests.
         cached: Number of positions of the prompt that were found in the cache.
-        finish_reason: `stop`, `length` or `abort`; None while the request runs.
+        begun: Whether the sequence has had pages, and so its prompt was looked up in the cache.
+        finish_reason: `stop`, `length`, `abort` or `error`; None while the request runs.
         resumed: Number of output tokens that another engine generated.
         rng: Gives one random number for each token of the output.
     """
@@ -56,13 +59,16 @@ class Sequence:
     pages: list[int] = field(default_factory=list, init=False)
     known_pages: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)
+    begun: bool = field(default=False, init=False)
     finish_reason: str | None = field(default=None, init=False)
     resumed: int = field(init=False)
     rng: random.Random = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.resumed = len(self.output)
-        self.rng = random.Random(self.params.seed)
+        seed = self.params.seed
+        # Random takes the absolute value of a number, which would give 3 and -3 the same tokens.
+        self.rng = random.Random(seed if seed is None else seed % _SEEDS)
         for _ in self.output:
             self.rng.random()
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tokenizers import Tokenizer
 
-from engine.engine import Engine
+from engine.engine import Engine, NewTokens
 from engine.params import SamplingParams
 from engine.sequence import Sequence, TokenLogprobs
-from engine.text import TextStream
-from errors import ConfigError, QueueFull, RaymoeError
+from engine.text import Detokenizer, TextStream
+from errors import ConfigError, QueueFull, ResourceError, described
 
 _T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,9 @@ class _GenerationRequest:
 class EngineService:
     """Runs an engine until `close`.
 
+    What fails for one request (its decoding, its sampling, its listener) ends that request with an error, and
+    no other. A step that fails ends all requests.
+
     Args:
         engine: The engine, used by the service's thread alone from now on.
         tokenizer: Decodes tokens.
@@ -86,7 +93,7 @@ class EngineService:
     ) -> None:
         self._engine = engine
         self._version = version
-        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
         self._abandon = abandon
         self._requests: dict[str, _GenerationRequest] = {}
         self._commands: deque[Callable[[], None]] = deque()
@@ -117,14 +124,15 @@ class EngineService:
             limit: Number of waiting requests at which the request is refused; None never refuses.
 
         Returns:
-            Resolved when the engine has taken the request; ConfigError or QueueFull when it is refused.
+            Resolved when the engine has taken the request; ConfigError, DataError or QueueFull when it is
+            refused.
         """
 
         def add() -> None:
             waiting = len(self._engine.scheduler.waiting)
             if limit is not None and waiting >= limit:
                 raise QueueFull(f"{waiting} requests are waiting already; come back later")
-            text = TextStream(self._tokenizer, params.stop, min_tokens=params.min_tokens)
+            text = TextStream(self._detokenizer, params.stop, min_tokens=params.min_tokens)
             for token in output:
                 text.feed(token)
             if text.stopped:
@@ -158,7 +166,7 @@ class EngineService:
 
         with self._changed:
             if self._closed:
-                raise RaymoeError("the engine is closed; it takes no more requests")
+                raise ResourceError("the engine is closed; it takes no more requests")
             self._commands.append(command)
             self._changed.notify()
         return done
@@ -203,18 +211,48 @@ class EngineService:
                 self._fail("the server is shutting down")
                 return
             try:
-                for new in self._engine.step():
-                    request = self._requests.get(new.sequence.id)
-                    if request is not None:
-                        self._report(request, new.tokens)
+                progress = self._engine.step()
             except Exception as error:
-                ours = isinstance(error, RaymoeError)
-                self._fail(str(error) if ours else f"{type(error).__name__}: {error}")
-                if self._abandon is not None:
-                    self._abandon()
+                self._fail(described(error))
+                self._abandon_calls()
+                continue
+            for new in progress:
+                self._report(new)
 
-    def _report(self, request: _GenerationRequest, tokens: list[int]) -> None:
-        """Report new tokens to a request's listener, up to the end of its text."""
+    def _abandon_calls(self) -> None:
+        try:
+            if self._abandon is not None:
+                self._abandon()
+        except Exception:  # the next step opens what it needs
+            log.exception("the calls to experts could not be dropped")
+
+    def _report(self, new: NewTokens) -> None:
+        """Report a step's tokens to the request's listener, or what failed for this request."""
+        request = self._requests.get(new.sequence.id)
+        if request is None:
+            return
+        try:
+            delta = Delta(error=new.error) if new.error else self._delta(request, new.tokens)
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            delta = Delta(error=described(error))
+        if delta is None:
+            return
+        if delta.finish_reason or delta.error:
+            self._drop(new.sequence.id, delta.finish_reason or "error")
+        try:
+            request.listener(delta)
+        except BaseException as error:
+            log.exception("request %s: its listener failed", new.sequence.id)
+            self._drop(new.sequence.id, "error")
+            _tell(request, described(error))
+
+    def _drop(self, id: str, reason: str) -> None:
+        """Forget a request; the engine ends it if it has not yet."""
+        self._requests.pop(id, None)
+        self._engine.finish(id, reason)
+
+    def _delta(self, request: _GenerationRequest, tokens: list[int]) -> Delta | None:
+        """The new tokens and text of a request up to the end of its text; None if there is nothing new."""
         sequence = request.sequence
         reason = sequence.finish_reason
         new: list[int] = []
@@ -226,26 +264,23 @@ class EngineService:
             text += request.text.feed(token)
             if request.text.stopped:
                 reason = "stop"
-                self._engine.finish(sequence.id, reason)
                 break
         if reason is not None:
             text += request.text.finish()
-            self._requests.pop(sequence.id, None)
+            reason = "stop" if request.text.stopped else reason
         if not new and reason is None:
-            return
+            return None
         first = request.reported == 0
         logprobs = sequence.logprobs[request.reported : request.reported + len(new)]
         request.reported += len(new)
-        request.listener(
-            Delta(
-                text=text,
-                tokens=new,
-                logprobs=logprobs,
-                prompt_logprobs=sequence.prompt_logprobs if first else [],
-                finish_reason=reason,
-                cached=sequence.cached,
-                version=self._version,
-            )
+        return Delta(
+            text=text,
+            tokens=new,
+            logprobs=logprobs,
+            prompt_logprobs=sequence.prompt_logprobs if first else [],
+            finish_reason=reason,
+            cached=sequence.cached,
+            version=self._version,
         )
 
     def _fail(self, text: str) -> None:
@@ -253,7 +288,13 @@ class EngineService:
         requests, self._requests = self._requests, {}
         for id, request in requests.items():
             self._engine.cancel(id)
-            request.listener(Delta(error=text))
+            _tell(request, text)
+
+
+def _tell(request: _GenerationRequest, error: str) -> None:
+    """Report an error to a listener, which may be gone."""
+    with suppress(BaseException):
+        request.listener(Delta(error=error))
 
 
 __all__ = ["Delta", "EngineService", "Listener"]

@@ -2,18 +2,17 @@
 
 # No `from __future__ import annotations`: FastAPI could not read the routes' types, which are local here.
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from engine.service import Delta
 from errors import ConfigError
 from jobs.api.admission import AdmissionGate
+from jobs.api.answers import gather, streamed
 from jobs.api.api_errors import (
     ApiError,
     ErrorBody,
@@ -27,18 +26,10 @@ from jobs.api.backend import Backend
 from jobs.api.body_limit import BodyLimit
 from jobs.api.completion_jobs import completion_job
 from jobs.api.head_requests import HeadRequests
+from jobs.api.logprob_bodies import chat_logprobs, completion_logprobs
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
-from jobs.api.response_bodies import (
-    Choice,
-    Envelope,
-    Usage,
-    chat_logprobs,
-    completion_logprobs,
-    visible_part,
-)
+from jobs.api.response_bodies import Choice, CompletionView, Envelope, Usage
 
-Deltas = list[tuple[int, Delta]]
-_DONE = "data: [DONE]\n\n"
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or a stream of its chunks.", "content": {"text/event-stream": {}}}
 }
@@ -151,34 +142,33 @@ def _card(backend: Backend) -> dict[str, Any]:
 
 async def _complete(backend: Backend, request: CompletionRequest) -> Response:
     job = completion_job(backend, request)
-    usage = Usage(prompt=job.prompt_tokens)
+    usage = Usage(prompt=job.prompt_tokens, choices=request.n)
     envelope = Envelope(kind="text_completion", model=backend.model, prefix="cmpl")
-    deltas = backend.generate(job.prompts, job.params)
-    choices = [Choice(prompt=prompt) for prompt in job.prompts]
+    deltas = backend.generate(job.prompts, job.params, choices=request.n)
+    wanted = request.logprobs is not None
+    views = [
+        CompletionView(backend.detokenizer, prompt, echo=request.echo, logprobs=wanted)
+        for prompt in job.prompts
+    ]
 
-    def part(index: int, choice: Choice, *, first: bool) -> dict[str, Any]:
+    def part(index: int, news: Choice) -> dict[str, Any]:
         """A choice, or its new part."""
-        seen = visible_part(backend.tokenizer, request, choice, first=first)
+        seen = views[index].part(news)
         logprobs = None
-        if request.logprobs is not None:
-            logprobs = completion_logprobs(backend.tokenizer, seen.tokens, seen.logprobs)
+        if wanted:
+            logprobs = completion_logprobs(backend.detokenizer, seen.tokens, seen.logprobs, seen.offsets)
         return {"index": index, "text": seen.text, "logprobs": logprobs, "finish_reason": seen.finish_reason}
 
     if request.stream:
-        events = _stream(
-            backend,
+        return await streamed(
             deltas,
-            choices,
             usage,
             envelope,
-            lambda index, news, first: [part(index, news, first=first)],
+            lambda index, news: [part(index, news)],
             include_usage=request.include_usage,
         )
-        return await _streaming(events)
-    version = await _gather(deltas, choices, usage)
-    if request.max_tokens == 0:
-        usage.completion = 0
-    parts = [part(index, choice, first=True) for index, choice in enumerate(choices)]
+    choices, version = await gather(deltas, len(job.prompts), usage)
+    parts = [part(index, choice) for index, choice in enumerate(choices)]
     return JSONResponse(envelope.body(parts, version=version, usage=usage))
 
 
@@ -197,30 +187,30 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
         ]
     except ConfigError as error:
         raise invalid(str(error), str(error).split()[0]) from error
-    usage = Usage(prompt=len(prompt))
-    deltas = backend.generate([prompt] * request.n, params)
-    choices = [Choice(prompt=prompt) for _ in range(request.n)]
+    usage = Usage(prompt=len(prompt), choices=request.n)
+    deltas = backend.generate([prompt] * request.n, params, choices=request.n)
 
     def logprobs_of(choice: Choice) -> dict[str, Any] | None:
         if not request.logprobs:
             return None
-        return chat_logprobs(backend.tokenizer, choice.tokens, choice.logprobs)
+        return chat_logprobs(backend.detokenizer, choice.tokens, choice.logprobs)
 
     if request.stream:
+        begun: set[int] = set()
 
-        def chunk(index: int, news: Choice, first: bool) -> list[dict[str, Any]]:
+        def chunks(index: int, news: Choice) -> list[dict[str, Any]]:
             common = {"index": index, "logprobs": None, "finish_reason": None}
-            opening = [{**common, "delta": {"role": "assistant", "content": ""}}] if first else []
+            opening = (
+                [{**common, "delta": {"role": "assistant", "content": ""}}] if index not in begun else []
+            )
+            begun.add(index)
             delta = {"content": news.text} if news.text or not news.finish_reason else {}
             more = {"delta": delta, "logprobs": logprobs_of(news), "finish_reason": news.finish_reason}
             return [*opening, {**common, **more}]
 
         envelope = Envelope(kind="chat.completion.chunk", model=backend.model, prefix="chatcmpl")
-        events = _stream(
-            backend, deltas, choices, usage, envelope, chunk, include_usage=request.include_usage
-        )
-        return await _streaming(events)
-    version = await _gather(deltas, choices, usage)
+        return await streamed(deltas, usage, envelope, chunks, include_usage=request.include_usage)
+    choices, version = await gather(deltas, request.n, usage)
     envelope = Envelope(kind="chat.completion", model=backend.model, prefix="chatcmpl")
     bodies = [
         {
@@ -232,79 +222,6 @@ async def _chat(backend: Backend, request: ChatRequest) -> Response:
         for index, choice in enumerate(choices)
     ]
     return JSONResponse(envelope.body(bodies, version=version, usage=usage))
-
-
-async def _gather(deltas: AsyncIterator[Deltas], choices: list[Choice], usage: Usage) -> str:
-    """Collect all deltas into the choices; the version of the weights that computed the last token.
-
-    Raises:
-        ApiError: The engine failed.
-    """
-    version = ""
-    async for ready in deltas:
-        for index, delta in ready:
-            if delta.error is not None:
-                raise ApiError(503, delta.error, code="engine_failed", retry_after=1)
-            choices[index].take(delta)
-            usage.completion += len(delta.tokens)
-            usage.cached[index] = delta.cached
-            version = delta.version
-    return version
-
-
-async def _stream(
-    backend: Backend,
-    deltas: AsyncIterator[Deltas],
-    choices: Sequence[Choice],
-    usage: Usage,
-    envelope: Envelope,
-    parts: Callable[[int, Choice, bool], list[dict[str, Any]]],
-    *,
-    include_usage: bool,
-) -> AsyncIterator[str]:
-    """Server-sent events: chunks, usage if it was asked for, and `[DONE]`; an error ends the stream."""
-    begun: set[int] = set()
-    pending: dict[str, Any] = {"usage": None} if include_usage else {}
-    version = ""
-    async for ready in deltas:
-        events: list[str] = []  # one write for all deltas that are ready
-        for index, delta in ready:
-            if delta.error is not None:
-                events.append(_event(ApiError(503, delta.error, code="engine_failed").body()))
-                yield "".join(events)
-                return
-            usage.completion += len(delta.tokens)
-            usage.cached[index] = delta.cached
-            version = delta.version
-            news = Choice(prompt=choices[index].prompt)
-            news.take(delta)
-            events += [
-                _event({**envelope.body([part], version=version), **pending})
-                for part in parts(index, news, index not in begun)
-            ]
-            begun.add(index)
-        yield "".join(events)
-    if include_usage:
-        yield _event(envelope.body([], version=version, usage=usage))
-    yield _DONE
-
-
-async def _streaming(events: AsyncIterator[str]) -> StreamingResponse:
-    """The streamed response; an error before the first event is raised, and so gets its HTTP status."""
-    first = await anext(events)
-
-    async def all_events() -> AsyncIterator[str]:
-        yield first
-        async for event in events:
-            yield event
-
-    return StreamingResponse(
-        all_events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-    )
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 __all__ = ["build_api"]

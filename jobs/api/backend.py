@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from engine.params import SamplingParams
 from engine.service import Delta, Listener
+from engine.text import Detokenizer
 from errors import ConfigError, DataError, QueueFull
 from jobs.api.admission import Admission
 from jobs.api.api_errors import ApiError, invalid, too_long
@@ -94,6 +95,7 @@ class Backend:
         engines: Returns the engines' figures by name.
         experts: Returns the expert hosts' figures; None if there are no hosts.
         admission: Admits requests until the server shuts down.
+        detokenizer: Decodes tokens.
     """
 
     model: str
@@ -111,9 +113,11 @@ class Backend:
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     admission: Admission = field(default_factory=Admission)
     created: int = field(default_factory=lambda: int(time.time()))
+    detokenizer: Detokenizer = field(init=False, repr=False)
     _longest_token: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.detokenizer = Detokenizer(self.tokenizer)
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
 
     def check_key(self, authorization: str | None) -> None:
@@ -237,11 +241,16 @@ class Backend:
         return min(room, self.defaults.max_tokens or room) if wanted is None else wanted
 
     async def generate(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, choices: int
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Generate several choices; yields all deltas that are ready, each with the index of its choice.
 
         Closing the generator ends the generation.
+
+        Args:
+            prompts: The prompt of each choice.
+            params: The sampling parameters of each choice.
+            choices: Number of choices of each prompt, which are neighbours.
 
         Raises:
             ApiError: The queue is full, or the engine refuses the request.
@@ -265,7 +274,7 @@ class Backend:
                 if not index:
                     await self._taken(taken)
             await self._taken(taken)
-            self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+            self.metrics.prompt_tokens.inc(sum(map(len, prompts[::choices])))
             timing = self.metrics.timing(began)
             while open_:
                 ready = [await deltas.get()]
@@ -274,7 +283,7 @@ class Backend:
                 for index, delta in ready:
                     if delta.finish_reason or delta.error:
                         del open_[index]
-                    timing.note(index, delta)
+                timing.note(ready)
                 yield ready
         finally:
             for id in open_.values():

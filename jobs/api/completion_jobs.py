@@ -48,8 +48,7 @@ def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJo
             try:
                 params.append(
                     request.sampling(
-                        # An echo alone needs no token, but every step of the engine generates one.
-                        max_tokens=max(1, room),
+                        max_tokens=room,
                         index=index,
                         logprobs=request.logprobs,
                         echo=request.echo,

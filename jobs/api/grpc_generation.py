@@ -13,11 +13,12 @@ from pydantic import ValidationError
 
 from engine.sequence import TokenLogprobs
 from engine.service import Delta
-from jobs.api.api_errors import ApiError, of_validation
+from jobs.api.answers import raise_error_of
+from jobs.api.api_errors import of_validation
 from jobs.api.backend import Backend
 from jobs.api.completion_jobs import completion_job
 from jobs.api.request_bodies import CompletionRequest
-from jobs.api.response_bodies import Choice, Usage, visible_part
+from jobs.api.response_bodies import Choice, CompletionView, Usage
 from protos import generation_pb2
 from protos.generation_pb2 import GenerateReply, GenerateRequest
 
@@ -44,20 +45,21 @@ async def _replies(
     backend.check_model(request.model)
     job = completion_job(backend, request)
     id = f"cmpl-{uuid.uuid4().hex}"
-    usage = Usage(prompt=job.prompt_tokens)
-    begun: set[int] = set()
+    usage = Usage(prompt=job.prompt_tokens, choices=request.n)
+    wanted = request.logprobs is not None
+    views = [
+        CompletionView(backend.detokenizer, prompt, echo=request.echo, logprobs=wanted)
+        for prompt in job.prompts
+    ]
     left = len(job.prompts)
-    async with aclosing(backend.generate(job.prompts, job.params)) as deltas:
+    async with aclosing(backend.generate(job.prompts, job.params, choices=request.n)) as deltas:
         async for index, delta in _each(deltas):
-            if delta.error is not None:
-                raise ApiError(503, delta.error, code="engine_failed")
-            news = Choice(prompt=job.prompts[index])
+            raise_error_of(delta)
+            news = Choice()
             news.take(delta)
             left -= delta.finish_reason is not None
-            usage.completion += len(delta.tokens) if request.max_tokens != 0 else 0
-            usage.cached[index] = delta.cached
-            part = visible_part(backend.tokenizer, request, news, first=index not in begun)
-            begun.add(index)
+            usage.note(index, delta)
+            part = views[index].part(news)
             yield GenerateReply(
                 id=id,
                 model=backend.model,
@@ -65,7 +67,7 @@ async def _replies(
                 index=index,
                 text=part.text,
                 token_ids=part.tokens,
-                logprobs=_logprobs(part.logprobs) if request.logprobs is not None else (),
+                logprobs=_logprobs(part.logprobs) if wanted else (),
                 finish_reason=part.finish_reason or "",
                 usage=None if left else _usage(usage),
             )
@@ -122,7 +124,7 @@ def _usage(usage: Usage) -> generation_pb2.Usage:
         prompt_tokens=usage.prompt,
         completion_tokens=usage.completion,
         total_tokens=usage.prompt + usage.completion,
-        cached_tokens=sum(usage.cached.values()),
+        cached_tokens=usage.cached,
     )
 
 

@@ -99,7 +99,7 @@ class _Generation(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[Number, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Number, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[Integer, Field(ge=-1)] = 0
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     seed: Annotated[Integer, Field(ge=-_INT64 - 1, le=_INT64)] | None = None

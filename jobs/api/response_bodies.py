@@ -1,4 +1,4 @@
-"""Response bodies: generated text, log probabilities and token usage in OpenAI's format."""
+"""Response bodies: generated text and token usage in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -8,26 +8,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from engine.sequence import TokenLogprobs
 from engine.service import Delta
-from jobs.api.request_bodies import CompletionRequest
+from engine.text import Detokenizer
+from jobs.api.logprob_bodies import TextOffsets
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Usage:
-    """Token usage of a request.
+    """Token usage of a request, the same however its answer is sent.
 
     Attributes:
         prompt: Tokens of all prompts, each prompt counted once.
+        choices: Number of choices of each prompt; those of one prompt are neighbours.
         completion: Tokens generated over all choices.
-        cached: For each choice, positions of its prompt found in the cache.
     """
 
-    prompt: int = 0
+    prompt: int
+    choices: int = 1
     completion: int = 0
-    cached: dict[int, int] = field(default_factory=dict)
+    _cached: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def cached(self) -> int:
+        """Positions of all prompts that were found in the cache, each prompt counted once.
+
+        What counts is the first choice of a prompt: the others find what that one has computed.
+        """
+        return sum(self._cached.values())
+
+    def note(self, index: int, delta: Delta) -> None:
+        """Count a delta of choice `index`."""
+        self.completion += len(delta.tokens)
+        if index % self.choices == 0:
+            self._cached[index] = delta.cached
 
     def body(self) -> dict[str, Any]:
         """The `usage` object of a response."""
@@ -35,7 +49,7 @@ class Usage:
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
 
@@ -43,7 +57,6 @@ class Usage:
 class Choice:
     """One choice of an answer, or the part of it that deltas have added."""
 
-    prompt: Sequence[int]
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -91,96 +104,67 @@ class Envelope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VisibleChoice:
-    """The part of a choice, or of its new tokens, that the client asked for."""
+class CompletionPart:
+    """The part of a choice that new tokens add, as the client sees it.
+
+    Attributes:
+        text: Text, after the prompt's in the first part of an echo.
+        tokens: Tokens, after the prompt's in the first part of an echo.
+        offsets: Positions of the tokens in the choice's whole text, if log probabilities were asked for.
+        logprobs: Log probabilities of the tokens, if they were asked for; None for the first of a prompt.
+        finish_reason: Why the choice ended, in its last part.
+    """
 
     text: str
     tokens: Sequence[int]
+    offsets: Sequence[int]
     logprobs: Sequence[TokenLogprobs | None]
     finish_reason: str | None
 
 
-def visible_part(
-    tokenizer: Tokenizer, request: CompletionRequest, choice: Choice, *, first: bool
-) -> VisibleChoice:
-    """The visible part of a choice, or of its new tokens; after its prompt if the request asks for an echo.
+class CompletionView:
+    """What the client of a completion sees of one choice, part by part; a whole answer is one part.
 
     Args:
-        first: Whether this is the first part of the choice.
+        detokenizer: Decodes the prompt, and the tokens for their positions.
+        prompt: Tokens of the prompt.
+        echo: Whether the prompt comes first.
+        logprobs: Whether the client asked for log probabilities.
     """
-    text, tokens = choice.text, choice.tokens
-    logprobs: list[TokenLogprobs | None] = list(choice.logprobs)
-    reason = choice.finish_reason
-    if request.max_tokens == 0:
-        text, tokens, logprobs, reason = "", [], [], reason and "length"
-    if request.echo and first:
-        text = tokenizer.decode(list(choice.prompt), skip_special_tokens=False) + text
-        tokens = [*choice.prompt, *tokens]
-        logprobs = [None, *choice.prompt_logprobs, *logprobs]
-    return VisibleChoice(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason)
+
+    def __init__(
+        self, detokenizer: Detokenizer, prompt: Sequence[int], *, echo: bool, logprobs: bool
+    ) -> None:
+        self._detokenizer, self._logprobs = detokenizer, logprobs
+        self._prompt = prompt if echo else None  # until it has been shown
+        self._offsets = TextOffsets(detokenizer)
+
+    def part(self, news: Choice) -> CompletionPart:
+        """The next part.
+
+        Raises:
+            DataError: The tokenizer cannot decode the prompt.
+        """
+        text, tokens, logprobs = news.text, news.tokens, [*news.logprobs]
+        offsets: list[int] = []
+        before: list[TokenLogprobs | None] = []
+        if self._prompt is not None:
+            prompt, self._prompt = self._prompt, None
+            said = self._detokenizer.decode(prompt, special=True)
+            if self._logprobs:
+                offsets = TextOffsets(self._detokenizer, special=True).take(prompt)
+                before = [None, *news.prompt_logprobs]
+            self._offsets = TextOffsets(self._detokenizer, start=len(said))
+            text, tokens = said + text, [*prompt, *tokens]
+        if self._logprobs:
+            offsets += self._offsets.take(news.tokens)
+        return CompletionPart(
+            text=text,
+            tokens=tokens,
+            offsets=offsets,
+            logprobs=[*before, *logprobs],
+            finish_reason=news.finish_reason,
+        )
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer,
-    tokens: Sequence[int],
-    logprobs: Sequence[TokenLogprobs | None],
-    *,
-    offset: int = 0,
-) -> dict[str, Any]:
-    """Log probabilities in the format of `/v1/completions`: parallel lists.
-
-    Args:
-        offset: Position of the first token in the text.
-    """
-    texts = [_text(tokenizer, token) for token in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": texts,
-        "token_logprobs": [None if at is None else at.token for at in logprobs],
-        "top_logprobs": [
-            None
-            if at is None
-            else {**{_text(tokenizer, t): value for t, value in at.best}, _text(tokenizer, token): at.token}
-            for token, at in zip(tokens, logprobs, strict=True)
-        ],
-        "text_offset": offsets,
-    }
-
-
-def chat_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]
-) -> dict[str, Any]:
-    """Log probabilities in the format of `/v1/chat/completions`: one object for each token."""
-    return {
-        "content": [
-            {
-                **_entry(tokenizer, token, at.token),
-                "top_logprobs": [_entry(tokenizer, other, value) for other, value in at.best],
-            }
-            for token, at in zip(tokens, logprobs, strict=True)
-        ]
-    }
-
-
-def _entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, Any]:
-    text = _text(tokenizer, token)
-    return {"token": text, "logprob": value, "bytes": list(text.encode())}
-
-
-def _text(tokenizer: Tokenizer, token: int) -> str:
-    text: str = tokenizer.decode([token], skip_special_tokens=False)
-    return text
-
-
-__all__ = [
-    "Choice",
-    "Envelope",
-    "Usage",
-    "VisibleChoice",
-    "chat_logprobs",
-    "completion_logprobs",
-    "visible_part",
-]
+__all__ = ["Choice", "CompletionPart", "CompletionView", "Envelope", "Usage"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -171,23 +171,38 @@ class Timing:
         self._metrics, self._began = metrics, began
         self._last: dict[int, float] = {}
 
-    def note(self, index: int, delta: Delta) -> None:
-        """Record a delta of choice `index`, which has just arrived."""
+    def note(self, ready: Sequence[tuple[int, Delta]]) -> None:
+        """Record deltas that have arrived together, each with the index of its choice.
+
+        The time since a choice's last token is shared by all of its tokens that arrive together. So the sum
+        of a choice's latencies is the time from its first token to its last, and their number that of its
+        tokens after the first.
+        """
         now, metrics = time.perf_counter(), self._metrics
-        if delta.tokens:
-            metrics.generation_tokens.inc(len(delta.tokens))
+        for index, count in self._counts(ready).items():
+            metrics.generation_tokens.inc(count)
             last = self._last.get(index)
             if last is None:
                 metrics.first_token.observe(now - self._began)
-            else:
-                for _ in delta.tokens:
-                    metrics.inter_token.observe((now - last) / len(delta.tokens))
+                last, count = now, count - 1
+            for _ in range(count):
+                metrics.inter_token.observe((now - last) / count)
             self._last[index] = now
-        if delta.error is not None:
-            metrics.failed()
-        elif delta.finish_reason is not None:
-            metrics.finished(delta.finish_reason)
-            metrics.whole.observe(now - self._began)
+        for _, delta in ready:
+            if delta.error is not None:
+                metrics.failed()
+            elif delta.finish_reason is not None:
+                metrics.finished(delta.finish_reason)
+                metrics.whole.observe(now - self._began)
+
+    @staticmethod
+    def _counts(ready: Sequence[tuple[int, Delta]]) -> dict[int, int]:
+        """Number of new tokens of each choice that has any."""
+        counts: dict[int, int] = {}
+        for index, delta in ready:
+            if delta.tokens:
+                counts[index] = counts.get(index, 0) + len(delta.tokens)
+        return counts
 
 
 __all__ = ["EngineFigures", "ExpertFigures", "ServingMetrics", "Timing"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fastapi.testclient import TestClient
+from tokenizers import Tokenizer
 
 from engine import Engine, EngineSettings, TrunkWeights
 from engine.service import EngineService
@@ -25,11 +26,19 @@ PROMPT = "the cat sat on"
 class Served:
     """An interface over an engine in this process, and an HTTP client of it."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.tokenizer, end = train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        tokenizer: tuple[Tokenizer, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        made = tokenizer or train_tokenizer(["the cat sat on the mat and the hat"] * 4, 290)
+        self.tokenizer, end = made
         torch.manual_seed(0)
         config = ModelConfig(
-            vocab_size=300,
+            vocab_size=max(300, self.tokenizer.get_vocab_size() + 10),
             hidden_size=32,
             intermediate_size=48,
             moe_intermediate_size=16,
@@ -44,7 +53,7 @@ class Served:
             max_position_embeddings=64,
             num_nextn_predict_layers=1,
         )
-        model = CausalLM(config).eval()
+        model = CausalLM(config, dtype=dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -52,7 +61,7 @@ class Served:
         self.engine = Engine(
             TrunkWeights.of(model.trunk),
             model.experts,
-            EngineSettings(cache_tokens=1024),
+            settings or EngineSettings(cache_tokens=1024),
             end_of_text=[end],
             vocabulary=self.tokenizer.get_vocab_size(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MINUTES = {
+    "test_any_request": 2.0,
     "test_autoscaler": 2.0,
     "test_bench_serve_command": 2.5,
     "test_evals": 2.0,

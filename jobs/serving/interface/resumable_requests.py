@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.params import SamplingParams, check_tokens
 from engine.service import Delta, Listener
-from errors import ChannelError, ConfigError, QueueFull, RaymoeError, ResourceError
+from errors import ChannelError, ConfigError, QueueFull, ResourceError, described
 from jobs.serving.interface.replica_connection import ReplicaConnection
 from jobs.serving.interface.replica_leases import ReplicaLease
 from jobs.serving.interface.replicas import Replicas
@@ -118,10 +118,9 @@ class ResumableRequests:
             elif not request.taken.cancelled():
                 request.listener(Delta(error=str(error)))
         except Exception as error:
-            text = str(error) if isinstance(error, RaymoeError) else f"{type(error).__name__}: {error}"
             if not request.taken.done():
                 request.taken.set_result(None)
-            request.listener(Delta(error=text))
+            request.listener(Delta(error=described(error)))
 
     async def _to_its_end(self, request: ResumableRequest) -> None:
         """Generate on one replica after the other until the request has ended.

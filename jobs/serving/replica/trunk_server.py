@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -13,11 +14,13 @@ import grpc
 from channels.grpc import tls
 from channels.grpc.options import MAX_STREAMS, OPTIONS
 from engine.service import Delta, EngineService
-from errors import ConfigError, QueueFull, RaymoeError, ResourceError
+from errors import ConfigError, QueueFull, RaymoeError, ResourceError, described
 from jobs.serving.replica.held_leases import HeldLeases
 from jobs.serving.trunk_messages import delta_message, sampling_params
 from protos import trunk_pb2_grpc
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus, TrunkStatusRequest
+
+log = logging.getLogger(__name__)
 
 
 class TrunkService(trunk_pb2_grpc.TrunkServicer):
@@ -49,8 +52,11 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
             except ConfigError as error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            except RaymoeError as error:
+            except ResourceError as error:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            except Exception as error:  # of this request alone: another replica would fail, too
+                log.exception("request %s failed", request.id)
+                await context.abort(grpc.StatusCode.ABORTED, described(error))
 
     async def Status(self, request: TrunkStatusRequest, context: Any) -> TrunkStatus:
         if request.health:

@@ -83,13 +83,13 @@ def test_stop_strings_and_tokens_end_a_text_and_are_not_in_it(served: Served) ->
     end = served.tokenizer.encode(tokens[4]).ids
     if len(end) == 1 and tokens.index(tokens[4]) == 4:
         choice = served.complete(max_tokens=20, stop_token_ids=end).json()["choices"][0]
-        assert choice["text"] == "".join(tokens[:4])
+        assert choice["text"] == joined(tokens[:4])
 
 
 def test_log_probabilities_in_both_forms_and_with_echo(served: Served) -> None:
     plain = served.complete(max_tokens=4, logprobs=3).json()["choices"][0]
     shown = plain["logprobs"]
-    assert "".join(shown["tokens"]) == plain["text"]
+    assert joined(shown["tokens"]) == plain["text"]
     assert [max(top.values()) for top in shown["top_logprobs"]] == shown["token_logprobs"]
     echoed = served.complete(max_tokens=4, logprobs=3, echo=True).json()["choices"][0]
     assert echoed["text"] == PROMPT + plain["text"]
@@ -107,12 +107,37 @@ def test_log_probabilities_in_both_forms_and_with_echo(served: Served) -> None:
     assert bytes(content[0]["bytes"]).decode() == content[0]["token"]
 
 
+def joined(tokens: list[str]) -> str:
+    """The text of tokens that the completions format shows, some of them as `bytes:\\xe4`."""
+    parts = [
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+        if token.startswith("bytes:")
+        else token.encode()
+        for token in tokens
+    ]
+    return b"".join(parts).decode(errors="replace")
+
+
+def test_a_top_p_of_nothing_leaves_the_likeliest_token(served: Served) -> None:
+    greedy = served.complete(max_tokens=9).json()["choices"]
+    for seed in (1, 2):
+        assert served.complete(max_tokens=9, temperature=2, top_p=0, seed=seed).json()["choices"] == greedy
+
+
+def test_seeds_of_both_signs_are_all_distinct(served: Served) -> None:
+    body = {"max_tokens": 12, "temperature": 2}
+    choices = served.complete(**body, seed=-3, n=7).json()["choices"]  # seeds -3 to 3
+    assert len({choice["text"] for choice in choices}) == 7
+    for seed in (-3, -1, 3):
+        assert served.complete(**body, seed=seed).json()["choices"][0]["text"] == choices[seed + 3]["text"]
+
+
 @pytest.mark.parametrize(
     ("body", "param", "status"),
     [
         ({"temperature": -1}, "temperature", 400),
         ({"temperature": "hot"}, "temperature", 400),
-        ({"top_p": 0}, "top_p", 400),
+        ({"top_p": -0.1}, "top_p", 400),
         ({"n": 0}, "n", 400),
         ({"max_tokens": 0}, "max_tokens", 400),
         ({"max_tokens": 1000}, "max_tokens", 400),

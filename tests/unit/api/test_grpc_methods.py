@@ -129,7 +129,7 @@ def test_every_field_of_a_request_is_a_parameter_of_the_interface() -> None:
     ("fields", "code", "text"),
     [
         ({"temperature": -1}, "INVALID_ARGUMENT", "temperature"),
-        ({"top_p": 0}, "INVALID_ARGUMENT", "top_p"),
+        ({"top_p": -0.1}, "INVALID_ARGUMENT", "top_p"),
         ({"n": 0}, "INVALID_ARGUMENT", "n:"),
         ({"max_tokens": 1000}, "INVALID_ARGUMENT", "max_tokens"),
         ({"min_tokens": 20, "max_tokens": 2}, "INVALID_ARGUMENT", "min_tokens"),

@@ -37,10 +37,11 @@ class StopStrings:
         """
         certain = len(text)
         for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(text) - start), 0, -1):
-                if text.endswith(stop[:size]):
-                    certain = min(certain, len(text) - size)
-                    break
+            at = text.find(stop[0], max(start, len(text) - len(stop) + 1), certain)
+            while at >= 0 and not stop.startswith(text[at:]):
+                at = text.find(stop[0], at + 1, certain)
+            if at >= 0:
+                certain = at
         return certain
 
 
