@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private.state import GlobalState
-from ray._raylet import GcsClientOptions
+from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]  # compiled
 from ray.exceptions import RayError
 
 from actors.messages.job_identity import COORDINATOR, NAMESPACE
