@@ -179,7 +179,11 @@ class Membership:
         Raises:
             ConfigError: Fewer than one host, or more hosts than experts of a layer.
         """
-        self._require_possible(target)
+        if not 1 <= target <= self.most:
+            raise ConfigError(
+                f"{target} expert hosts cannot be: every layer has {self.most} routed experts, so it takes 1 "
+                f"to {self.most}"
+            )
         last = self.under_way
         if last is None:
             return self._begin(Scaling(target=target, before=self.wanted, began=now))
@@ -217,7 +221,8 @@ class Membership:
             raise ConfigError(f"expert host {id} is the only one; let another take its place (--replace)")
         self.require_steady()
         member.stage, member.drained = Stage.LEAVING, True
-        self.note(now, "draining", f"expert host {id}")
+        instead = ", for another one in its place" if replace else ""
+        self.note(now, "draining", f"expert host {id}{instead}")
         return self._begin(
             Scaling(target=target, before=self.wanted, began=now, drained=id, replaced=replace)
         )
@@ -293,18 +298,12 @@ class Membership:
         """Record an event."""
         self.events.add(Event(at=at, kind=kind, text=text))
 
-    def _require_possible(self, target: int) -> None:
-        if not 1 <= target <= self.most:
-            raise ConfigError(
-                f"{target} expert hosts cannot be: every layer has {self.most} routed experts, so it takes 1 "
-                f"to {self.most}"
-            )
-
     def _begin(self, scaling: Scaling) -> Scaling:
         """Begin a change that is possible; starts that failed earlier do not delay it."""
         before, self.scaling, self.wanted = self.wanted, scaling, scaling.target
         self._not_before = 0.0
-        self.note(scaling.began, "scaling", f"from {before} to {scaling.target} expert hosts")
+        if not scaling.replaced or before != scaling.target:
+            self.note(scaling.began, "scaling", f"from {before} to {scaling.target} expert hosts")
         self._keep_leaving()
         self._retire_surplus()
         return scaling

@@ -295,6 +295,8 @@ def test_a_drained_host_goes_and_one_less_is_wanted() -> None:
 def test_a_drained_host_stays_until_the_one_in_its_place_is_there() -> None:
     made = membership(2)
     scaling = made.drain("host-0", 1.0, replace=True)
+    assert made.events[-1].text == "expert host host-0, for another one in its place"
+    assert "scaling" not in kinds(made), "the number of hosts stays the same"
     assert made.orders(0, 1.0).start == 1
     assert {site.id for site in made.sites()} == {"host-0", "host-1"}
     settle(made, 1.5)
