@@ -5,34 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cluster.membership import Membership, Orders, Stage
-from cluster.topology import HostInfo
 from errors import ConfigError, ProtocolError, ResourceError
-
-
-def info(at: int | str) -> HostInfo:
-    return HostInfo(id=f"host-{at}" if isinstance(at, int) else at, node="node")
-
-
-def membership(n: int, *, most: int = 8, wanted: int | None = None) -> Membership:
-    """A membership with so many hosts that hold experts."""
-    made = Membership(wanted=n if wanted is None else wanted, most=most)
-    for at in range(n):
-        made.register(info(at), 0.0)
-    made.placed([f"host-{at}" for at in range(n)], 0.0)
-    return made
-
-
-def settle(made: Membership, now: float) -> None:
-    """Report that experts are where they should be."""
-    made.placed([site.id for site in made.sites()], now)
-
-
-def stages(made: Membership) -> dict[str, Stage]:
-    return {id: member.stage for id, member in made.members.items()}
-
-
-def kinds(made: Membership) -> list[str]:
-    return [event.kind for event in made.events]
+from support.memberships import info, kinds, membership, settle, stages
 
 
 def test_a_host_that_registers_is_placed_and_serves() -> None:
@@ -117,69 +91,6 @@ def test_numbers_that_cannot_be_are_refused(target: int) -> None:
     with pytest.raises(ConfigError, match="it takes 1 to 8"):
         made.scale(target, 1.0)
     assert (made.wanted, made.scaling) == (2, None)
-
-
-def test_no_drain_during_another_change() -> None:
-    made = membership(2)
-    made.scale(3, 1.0)
-    with pytest.raises(ResourceError, match="the change to 3 expert hosts is under way"):
-        made.drain("host-0", 2.0)
-    assert stages(made) == {"host-0": Stage.SERVING, "host-1": Stage.SERVING}
-    assert made.wanted == 3
-
-
-def test_a_scale_takes_the_place_of_one_that_waits() -> None:
-    made = membership(2)
-    first = made.scale(6, 1.0)
-    made.register(info(2), 2.0)
-    assert made.scale(6, 2.0) is first, "the same again is the same change"
-    second = made.scale(3, 3.0)
-    assert first.failure == "the change to 3 expert hosts takes its place"
-    assert first.ended == 3.0
-    assert (second.before, second.target, made.wanted) == (2, 3, 3)
-    assert made.orders(3, 3.0) == Orders(start=0, stop=(), cancel=3), "three wait for room still"
-    settle(made, 4.0)
-    assert second.ended == 4.0
-    assert set(made.members) == {"host-0", "host-1", "host-2"}
-
-
-def test_a_scale_back_to_what_there_is_is_done_at_once() -> None:
-    made = membership(2)
-    made.scale(6, 1.0)
-    back = made.scale(2, 2.0)
-    assert made.orders(4, 2.0).cancel == 4
-    settle(made, 2.0)
-    assert back.ended == 2.0
-
-
-def test_hosts_that_were_to_go_stay_when_they_are_wanted_again() -> None:
-    made = membership(4)
-    made.scale(1, 1.0)
-    again = made.scale(3, 2.0)
-    assert [site.id for site in made.sites()] == ["host-0", "host-1", "host-2"]
-    assert made.orders(0, 2.0) == Orders(start=0, stop=())
-    settle(made, 3.0)
-    assert again.ended == 3.0
-    assert stages(made) == dict.fromkeys(("host-0", "host-1", "host-2"), Stage.SERVING)
-
-
-def test_a_drained_host_goes_though_a_scale_takes_the_drains_place() -> None:
-    made = membership(3)
-    made.drain("host-0", 1.0)
-    made.scale(3, 2.0)
-    assert [site.id for site in made.sites()] == ["host-1", "host-2", "host-0"], "until another one is there"
-    assert made.orders(0, 2.0).start == 1
-    made.register(info(3), 3.0)
-    settle(made, 4.0)
-    assert set(made.members) == {"host-1", "host-2", "host-3"}
-
-
-def test_a_request_does_not_wait_for_starts_that_failed_before() -> None:
-    made = membership(1)
-    made.scale(2, 1.0)
-    made.start_failed("host-1", "no CPUs", 2.0)
-    made.scale(2, 2.1)
-    assert made.orders(0, 2.1).start == 1
 
 
 def test_what_the_cluster_lacks_is_an_event_once() -> None:
