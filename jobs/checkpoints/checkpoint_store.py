@@ -124,6 +124,22 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no complete checkpoint (checkpoints/step-*/{_STATE}){hint}")
 
 
+def find_weights(path: Path) -> Path:
+    """The directory with weights at a path: the path itself, or the latest checkpoint of a run's directory.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if (path / "config.json").is_file():
+        return path
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        if not path.exists():
+            raise
+        raise CheckpointError(f"{error}, and no config.json of a Hugging Face model either") from None
+
+
 def read_state(checkpoint: Path) -> TrainingState:
     """The training state of a checkpoint.
 
@@ -160,4 +176,4 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["CheckpointStore", "TrainingState", "find_checkpoint", "read_state"]
+__all__ = ["CheckpointStore", "TrainingState", "find_checkpoint", "find_weights", "read_state"]

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from errors import CheckpointError
-from jobs.checkpoints.checkpoint_store import find_checkpoint
+from jobs.checkpoints.checkpoint_store import find_weights
 from jobs.checkpoints.memory_need import check_memory, loading_need
 from jobs.config.device_and_dtype import computes_bfloat16
 from jobs.data.tokenizer import ModelTokenizer, load_tokenizer
@@ -40,22 +39,6 @@ class LoadedModel:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer alone."""
         return self.text.tokenizer
-
-
-def find_weights(path: Path) -> Path:
-    """The directory with weights at a path: the path itself, or the latest checkpoint of a run's directory.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    if (path / "config.json").is_file():
-        return path
-    try:
-        return find_checkpoint(path)
-    except CheckpointError as error:
-        if not path.exists():
-            raise
-        raise CheckpointError(f"{error}, and no config.json of a Hugging Face model either") from None
 
 
 def load_model(path: Path, *, note: Callable[[str], None] | None = None) -> LoadedModel:

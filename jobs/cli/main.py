@@ -6,6 +6,8 @@ one each, as Typer wants them.
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -80,4 +82,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the `raymoe` script."""
+    if "--debug" not in sys.argv:
+        # Otherwise gRPC's C library writes lines about closed connections to stderr.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     app()

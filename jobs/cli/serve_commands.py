@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.cli.options import Address, Checkpoint, Debug, Generation, Json, Overrides
-from jobs.console import announcing, finish, surfaced
+from jobs.console import announcing, finish, say, surfaced
+from jobs.fleet.stop_signals import Stopped, StopSignals
+from jobs.serving.ports import ListenAddress
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,7 +38,30 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model with an OpenAI-compatible interface until Ctrl-C."""
-    if address is not None:
+    given = [] if generation_config is None else [f"serving.generation_config={generation_config}"]
+    changes = [*(overrides or []), *given]
+    listen = ListenAddress(host=host, port=port, grpc_port=grpc_port)
+    if address is None and not os.environ.get("RAY_ADDRESS"):
+        listen.check_free()  # before what takes seconds to import
+    try:
+        with StopSignals().watched() as stop:
+            _serve(checkpoint, config, changes, listen, address, stop, as_json=as_json, debug=debug)
+    except Stopped:
+        say("stopped before the model was served")
+
+
+def _serve(
+    checkpoint: Path,
+    config: Path | None,
+    overrides: list[str],
+    listen: ListenAddress,
+    address: str | None,
+    stop: StopSignals,
+    *,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    if address is not None or os.environ.get("RAY_ADDRESS"):
         from jobs.fleet.ray_token import use_own_token
 
         use_own_token()
@@ -45,8 +71,7 @@ def serve(
     from jobs.serving.serve import Endpoints
     from jobs.serving.serve import serve as run
 
-    given = [] if generation_config is None else [f"serving.generation_config={generation_config}"]
-    chosen = ServeConfig.load(config, [*(overrides or []), *given])
+    chosen = ServeConfig.load(config, overrides)
 
     with announcing() as announce:
 
@@ -57,16 +82,7 @@ def serve(
                 also = "" if at.grpc is None else f" and, by gRPC, {at.grpc}"
                 print(f"serving at {at.url}/v1{also}; Ctrl-C stops it", flush=True)
 
-        run(
-            chosen,
-            checkpoint,
-            host=host,
-            port=port,
-            grpc_port=grpc_port,
-            address=address,
-            ready=ready,
-            debug=debug,
-        )
+        run(chosen, checkpoint, listen=listen, address=address, ready=ready, stop=stop, debug=debug)
 
 
 def reload(

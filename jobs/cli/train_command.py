@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from errors import ConfigError
 from jobs.cli.options import Address, ConfigFile, Debug, Json, Overrides, Preset, Result
 from jobs.console import Progress, finish, say, surfaced
+from jobs.fleet.stop_signals import Stopped, StopSignals
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,29 +43,35 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a model; by default the preset demo."""
-    if address is not None:
-        from jobs.fleet.ray_token import use_own_token
-
-        use_own_token()
     changes = [*(["training.profile_steps=3"] if profile else ()), *_with_steps(overrides, steps)]
-    chosen = _training_config(preset, config, changes, resume=resume, init=init, output=output)
     directory = resume or output or Path("runs") / (preset or (config.stem if config else "demo"))
 
     def compute() -> Result:
-        from jobs.training.train import train as run
+        with StopSignals().watched() as stop:
+            if address is not None or os.environ.get("RAY_ADDRESS"):
+                from jobs.fleet.ray_token import use_own_token
 
-        with Progress(chosen.training.steps) as progress:
-            return run(
-                chosen,
-                output=directory,
-                resume=resume is not None,
-                init=init,
-                address=address,
-                progress=progress,
-                debug=debug,
-            )
+                use_own_token()
+            chosen = _training_config(preset, config, changes, resume=resume, init=init, output=output)
+            from jobs.training.train import train as run
 
-    finish(compute, as_json=as_json)
+            with Progress(chosen.training.steps) as progress:
+                return run(
+                    chosen,
+                    output=directory,
+                    resume=resume is not None,
+                    init=init,
+                    address=address,
+                    progress=progress,
+                    stop=stop,
+                    debug=debug,
+                )
+
+    try:
+        finish(compute, as_json=as_json)
+    except Stopped:
+        say("stopped before the first step; no checkpoint was written")
+        finish(lambda: {"interrupted": True, "output": str(directory)}, as_json=as_json)
 
 
 def _with_steps(overrides: list[str] | None, steps: int | None) -> list[str]:

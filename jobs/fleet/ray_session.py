@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 
 from errors import ResourceError
+from jobs.fleet.ray_address import VARIABLE, check_answers, running_address
+from jobs.fleet.ray_start import connect, started_cluster
+from jobs.fleet.waiting import Tell
 
-_CONNECT_SECONDS = 10.0
-_ADDRESS = "RAY_ADDRESS"  # Ray's own convention, set inside `ray job submit`
+_REPORT_SECONDS = 30.0
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,50 +38,39 @@ class ResourceNeeds:
 
 def embeds(address: str | None) -> bool:
     """Whether a command with this `--address` starts a cluster of its own."""
-    return not ray.is_initialized() and (address or os.environ.get(_ADDRESS)) is None
+    return not ray.is_initialized() and (address or os.environ.get(VARIABLE)) is None
 
 
 @contextmanager
-def ray_session(needs: ResourceNeeds, *, address: str | None, debug: bool = False) -> Iterator[bool]:
+def ray_session(
+    needs: ResourceNeeds, *, address: str | None, debug: bool = False, tell: Tell | None = None
+) -> Iterator[bool]:
     """Connect to a cluster, or start one with the needed CPUs; yield whether it was started.
 
     Args:
         needs: Resources that the command needs.
-        address: Address of a running cluster; None takes the one that this job was submitted to, or starts
-            one.
+        address: Address of a running cluster, or `auto`; None takes the one that this job was submitted to,
+            or starts one.
         debug: Show the output of actors.
+        tell: Shows what the command waits for; None shows nothing.
 
     Raises:
-        ResourceError: There is no cluster at the address, or it lacks resources.
+        ResourceError: There is no cluster at the address, it does not start, or it lacks resources.
     """
     if ray.is_initialized():  # the caller's session, which the caller ends
         check_resources(needs)
         yield False
         return
-    address = address or os.environ.get(_ADDRESS)
-    level = logging.INFO if debug else logging.ERROR
-    try:
-        if address is None:
-            ray.init(
-                address="local",  # otherwise Ray joins a cluster that runs on this machine
-                num_cpus=max(os.cpu_count() or 1, math.ceil(needs.cpus) + 1),
-                _node_ip_address="127.0.0.1",  # the node's; some of Ray's own ports listen elsewhere
-                include_dashboard=False,
-                log_to_driver=debug,
-                logging_level=level,
-                configure_logging=True,
-            )
-        else:
-            ray.init(address=address, log_to_driver=debug, logging_level=level)
-    except Exception as error:  # Ray raises bare exceptions if a node does not start
-        place, advice = (
-            (f"at {address}", "check --address") if address else ("on this machine", "--debug says more")
-        )
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ResourceError(f"no Ray cluster {place}: {first}; {advice}") from error
+    address = address or os.environ.get(VARIABLE)
+    if address is None:
+        cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus) + 1)
+        with started_cluster(cpus, check=partial(_await_resources, needs), debug=debug, tell=tell):
+            yield True
+        return
+    connect(running_address(address), debug=debug, tell=tell)
     try:
         check_resources(needs)
-        yield address is None
+        yield False
     finally:
         ray.shutdown()
 
@@ -99,21 +91,19 @@ def check_resources(needs: ResourceNeeds) -> None:
             )
 
 
-def check_answers(address: str) -> None:
-    """Check that a cluster listens at HOST:PORT; Ray itself would try for minutes.
-
-    Addresses of other forms are not checked.
-
-    Raises:
-        ResourceError: Nothing listens there.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or "/" in address or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ResourceError(f"no Ray cluster at {address} ({error}); check --address") from None
+def _await_resources(needs: ResourceNeeds) -> None:
+    """Check the resources of a cluster that has just started, whose node may report them late."""
+    deadline = time.monotonic() + _REPORT_SECONDS
+    while True:
+        try:
+            check_resources(needs)
+            return
+        except ResourceError:
+            there = ray.cluster_resources()
+            late = there.get("CPU", 0.0) >= needs.cpus and there.get("GPU", 0.0) >= needs.gpus
+            if not late or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 __all__ = ["ResourceNeeds", "check_answers", "check_resources", "embeds", "ray_session"]

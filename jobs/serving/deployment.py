@@ -22,9 +22,10 @@ from actors.process_heap import freeze_heap
 from actors.remote import listening_address
 from actors.router.table_updates import CoordinatorTables
 from errors import RaymoeError
-from jobs.checkpoints.loaded_model import find_weights
+from jobs.checkpoints.checkpoint_store import find_weights
 from jobs.serving.config import ServeConfig
 from jobs.serving.interface.interface import Interface
+from jobs.serving.names import INTERFACE, POOL, TRUNK
 from jobs.serving.pool.pool import ExpertPool
 from jobs.serving.pool_link import PoolLink
 from jobs.serving.replica.held_leases import HeldLeases
@@ -33,9 +34,6 @@ from jobs.serving.replica.trunk_server import TrunkServer, TrunkService
 from jobs.serving.served_model import model_name
 from jobs.serving.version_follower import Follower
 from jobs.serving.versions import ReplicaState
-
-POOL = "experts"
-"""Name of the pool's deployment, which `raymoe reload` calls."""
 
 _MAX_ONGOING = 100_000  # no limit in practice: the engine's own queue refuses requests, with status 429
 GRACE_SECONDS = 30.0
@@ -121,7 +119,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
         options = {"autoscaling_config": serving.autoscaling}
     trunk = serve.deployment(
         TrunkReplica,
-        name="trunk",
+        name=TRUNK,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=GRACE_SECONDS,
@@ -129,7 +127,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
     ).bind(values, pool)
     return serve.deployment(
         Interface,
-        name="api",
+        name=INTERFACE,
         num_replicas=serving.api_replicas,
         ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
@@ -153,4 +151,4 @@ def app(arguments: dict[str, Any]) -> Application:
     return build_application(ServeConfig.from_dict(values), find_weights(Path(checkpoint)).resolve())
 
 
-__all__ = ["GRACE_SECONDS", "POOL", "TrunkReplica", "app", "build_application"]
+__all__ = ["GRACE_SECONDS", "TrunkReplica", "app", "build_application"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from errors import RaymoeError, ResourceError
-from jobs.checkpoints.loaded_model import find_weights
-from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
-from jobs.serving.deployment import POOL
+from jobs.checkpoints.checkpoint_store import find_weights
+from jobs.fleet.ray_address import running_address
+from jobs.fleet.ray_session import ResourceNeeds, ray_session
+from jobs.serving.names import POOL
 
 _ALIVE = (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY, ApplicationStatus.DEPLOYING)
 
@@ -38,8 +38,7 @@ def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = Fa
     directory = find_weights(checkpoint).resolve()
     if not debug:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    check_answers(address)
+    address = running_address(address)
     with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
         found = serve.status().applications.get(name)
         if found is None or found.status not in _ALIVE:

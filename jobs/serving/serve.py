@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import re
-import signal
-import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import ray
@@ -21,26 +18,29 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from errors import CheckpointError, ConfigError, ResourceError
 from jobs.chat.chat_template import ChatTemplate
 from jobs.chat.rendering_process import check_template
+from jobs.checkpoints.checkpoint_store import find_weights
 from jobs.checkpoints.generation_defaults import GenerationDefaults
-from jobs.checkpoints.loaded_model import find_weights, note_unused
-from jobs.console import say
+from jobs.checkpoints.loaded_model import note_unused
+from jobs.console import counted, say
 from jobs.data.tokenizer import load_tokenizer
 from jobs.fleet.expert_hosts import check_transport, on_loopback
 from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
+from jobs.fleet.stop_signals import StopSignals
+from jobs.fleet.waiting import Tell
 from jobs.serving.config import ServeConfig
-from jobs.serving.deployment import POOL, app, build_application
+from jobs.serving.deploying import deploy, start_serve
+from jobs.serving.deployment import app, build_application
 from jobs.serving.interface.grpc_methods import SERVICES
 from jobs.serving.memory_check import check_serving
+from jobs.serving.names import NAME, POOL
+from jobs.serving.ports import ListenAddress
 from jobs.serving.served_model import serving_dtype
 from jobs.serving.shutdown import take_down
 from model.checkpoints.sources import PretrainedSource
 
-NAME = "raymoe"
-"""Name of the Serve application."""
-
 _GRPC_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
-_TRIES = 3
+_TRIES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +64,11 @@ def serve(
     config: ServeConfig,
     checkpoint: Path,
     *,
-    host: str,
-    port: int,
-    grpc_port: int | None,
+    listen: ListenAddress,
     address: str | None,
     ready: Callable[[Endpoints], None],
+    stop: StopSignals | None = None,
+    tell: Tell = say,
     debug: bool = False,
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM; requests in progress are completed, new ones refused.
@@ -76,59 +76,80 @@ def serve(
     Args:
         config: The configuration.
         checkpoint: A checkpoint, a run's directory, or a Hugging Face directory.
-        host, port: Network interface and port for HTTP.
-        grpc_port: Port for gRPC; None switches it off. Serve's gRPC proxy listens on all interfaces; if
-            `host` is the loopback, calls from other machines are refused.
+        listen: Network interface and ports.
         address: Address of a running Ray cluster; None starts one.
         ready: Called with the addresses as soon as requests are answered.
+        stop: Handles signals of the command.
+        tell: Shows what the command does until it is ready.
         debug: Show the output of actors.
 
     Raises:
         RaymoeError: The deployment failed, with its error text.
     """
-    directory = _checked(config, checkpoint, address=address, grpc_port=grpc_port)
+    stop = stop or StopSignals()
+    directory = _checked(config, checkpoint, address=address, listen=listen)
     if not debug:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with ray_session(_needs(config), address=address, debug=debug) as embedded:
+    if embeds(address):
+        tell(f"starting Ray on this machine, to serve {directory}")
+    with ray_session(_needs(config), address=address, debug=debug, tell=tell) as embedded:
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
-        services = [] if grpc_port is None else SERVICES
-        ray_serve.start(
-            # The interface runs on the head node; a proxy on another node would add a point of failure.
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions(host=host, port=port),
-            grpc_options=gRPCOptions(port=grpc_port or 0, grpc_servicer_functions=services),
-        )
-        stop = threading.Event()
-        # After the start of Ray, which sets its own handler for SIGTERM.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+        tell(f"starting {_parts(config)}")
+        start_serve(tell, **_proxies(listen))
+        answers = False
         try:
-            _run(config, directory, loopback=_is_loopback(host))
-            if grpc_port is not None:
-                _check_answers(grpc_port)
-            ready(_endpoints(host, port, grpc_port))
-            stop.wait()
+            deploy(build_application(config, directory, loopback=listen.loopback), name=NAME, tell=tell)
+            if listen.grpc_port is not None:
+                _check_answers(listen.grpc_port)
+            endpoints = _endpoints(listen)
+            answers = True
+            stopped = threading.Event()
+            with stop.running(stopped.set):
+                ready(endpoints)
+                stopped.wait()
+                tell("stopping; requests under way are completed")
         finally:
-            take_down(NAME, whole=embedded)
+            if answers:
+                take_down(NAME, whole=embedded)
+            elif not embedded:  # otherwise it ends with the cluster
+                ray_serve.delete(NAME, _blocking=False)  # Serve's controller completes it
 
 
-def _endpoints(host: str, port: int, grpc_port: int | None) -> Endpoints:
-    shown = "127.0.0.1" if host == "0.0.0.0" else host
+def _proxies(listen: ListenAddress) -> dict[str, Any]:
+    services = [] if listen.grpc_port is None else SERVICES
+    return {
+        # The interface runs on the head node; a proxy on another node would add a point of failure.
+        "proxy_location": "HeadOnly",
+        "http_options": HTTPOptions(host=listen.host, port=listen.port),
+        "grpc_options": gRPCOptions(port=listen.grpc_port or 0, grpc_servicer_functions=services),
+    }
+
+
+def _parts(config: ServeConfig) -> str:
+    replicas = counted(config.serving.replicas, "trunk replica")
+    hosts = config.cluster.expert_hosts
+    return f"{counted(hosts, 'expert host')} and {replicas}" if hosts else replicas
+
+
+def _endpoints(listen: ListenAddress) -> Endpoints:
+    shown = "127.0.0.1" if listen.host == "0.0.0.0" else listen.host
     return Endpoints(
-        url=f"http://{shown}:{port}",
-        grpc=None if grpc_port is None else f"{shown}:{grpc_port}",
+        url=f"http://{shown}:{listen.port}",
+        grpc=None if listen.grpc_port is None else f"{shown}:{listen.grpc_port}",
         ray=ray.get_runtime_context().gcs_address,
         coordinator=_coordinator(),
     )
 
 
-def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, grpc_port: int | None) -> Path:
+def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, listen: ListenAddress) -> Path:
     """The directory to serve, after every check that can be made before anything starts.
 
     Raises:
         RaymoeError: The configuration, the checkpoint or this machine does not allow to serve the model.
     """
+    if embeds(address):
+        listen.check_free()
     check_transport(config.cluster)
     directory = find_weights(checkpoint).resolve()
     source = PretrainedSource(directory)
@@ -150,8 +171,6 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, grpc
         )
     if embeds(address):
         check_serving(config, model, serving_dtype(config, directory))
-        if grpc_port is not None:
-            _check_free(grpc_port)
     return directory
 
 
@@ -173,25 +192,6 @@ def _coordinator() -> str | None:
     )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_free(port: int) -> None:
-    """Check that the port for gRPC is free; Serve's proxy fails silently if it is not."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ResourceError(
-                f"--grpc-port {port} is not available ({error.strerror}); choose another"
-            ) from None
-
-
 def _check_answers(port: int) -> None:
     """Check that gRPC answers: if Serve runs on the cluster already, it keeps its earlier options."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -202,23 +202,6 @@ def _check_answers(port: int) -> None:
                 f"nothing answers gRPC on port {port}: Serve may run on this cluster with other options; "
                 "leave out --grpc-port, or start Serve with its grpc_options"
             ) from None
-
-
-def _run(config: ServeConfig, directory: Path, *, loopback: bool) -> None:
-    application = build_application(config, directory, loopback=loopback)
-    try:
-        ray_serve.run(application, name=NAME, route_prefix="/")
-    except RuntimeError as error:
-        raise ResourceError(f"the model could not be deployed: {_cause(error)}") from error
-
-
-def _cause(error: RuntimeError) -> str:
-    """The error of the replicas, from the tracebacks in Serve's status."""
-    status = ray_serve.status().applications[NAME]
-    told = "\n".join([str(error), *(deployment.message for deployment in status.deployments.values())])
-    ours = re.findall(r"^(?:ray::.*)?errors\.\w+: (.+)$", told, flags=re.MULTILINE)
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
-    return str(ours[-1] if ours else lines[-1])
 
 
 def _needs(config: ServeConfig) -> ResourceNeeds:
@@ -235,4 +218,4 @@ def _needs(config: ServeConfig) -> ResourceNeeds:
     )
 
 
-__all__ = ["NAME", "Endpoints", "app", "serve"]
+__all__ = ["Endpoints", "app", "serve"]

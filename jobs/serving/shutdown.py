@@ -16,7 +16,8 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
-from jobs.serving.deployment import GRACE_SECONDS, POOL
+from jobs.serving.deployment import GRACE_SECONDS
+from jobs.serving.names import POOL
 
 _PROXY = "SERVE_PROXY_ACTOR"  # begins the names of Serve's proxies
 _LEAVING_SECONDS = 0.5  # until the last bytes of an answer have left the proxy

@@ -36,6 +36,7 @@ def main(
 @surfaced
 def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
     from jobs.config.config_file import load_config
+    from jobs.fleet.stop_signals import StopSignals
     from jobs.tools.generate import generate
     from jobs.training.plot import plot_run
     from jobs.training.train import train
@@ -43,8 +44,8 @@ def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
     config = load_config(preset_name="demo", overrides=overrides)
     console = Console(highlight=False)
     console.print(opening(config), soft_wrap=True)
-    with Progress(config.training.steps) as progress:
-        result = train(config, output=output, progress=progress, debug=debug)
+    with StopSignals().watched() as stop, Progress(config.training.steps) as progress:
+        result = train(config, output=output, progress=progress, stop=stop, debug=debug)
     if result["interrupted"]:
         console.print(f"stopped at step {result['step']}; resume with: raymoe train --resume {output}")
         return

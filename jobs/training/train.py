@@ -32,6 +32,7 @@ from jobs.data.corpus_check import check_corpus
 from jobs.fleet.expert_hosts import check_transport, on_loopback
 from jobs.fleet.fleet import Fleet
 from jobs.fleet.ray_session import ResourceNeeds, ray_session
+from jobs.fleet.stop_signals import StopSignals
 from jobs.training.actor_builders import build_coordinator, build_host
 from jobs.training.held_out_evaluation import VALIDATION_FILE
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
@@ -40,6 +41,9 @@ from jobs.training.run_directory import run_directory
 from jobs.training.run_start import RunStart
 from jobs.training.run_watch import RunWatch, run_events
 from model.checkpoints.sources import PretrainedSource
+
+_GROUP_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Seconds that Ray Train's workers have to start; its default of a minute is too short on a busy machine."""
 
 
 def train(
@@ -50,6 +54,7 @@ def train(
     init: Path | None = None,
     address: str | None = None,
     progress: Progress | None = None,
+    stop: StopSignals | None = None,
     debug: bool = False,
 ) -> dict[str, Any]:
     """Train until the last step, or until Ctrl-C, after which a checkpoint is written.
@@ -61,6 +66,7 @@ def train(
         init: Start with the weights of this checkpoint or Hugging Face directory.
         address: Address of a running Ray cluster; None starts one.
         progress: Shows the steps.
+        stop: Handles signals of the command while it starts and ends.
         debug: Show the output of actors.
 
     Returns:
@@ -83,6 +89,7 @@ def train(
             init=init,
             address=address,
             progress=progress,
+            stop=stop or StopSignals(),
             debug=debug,
         )
 
@@ -95,6 +102,7 @@ def _train(
     init: Path | None,
     address: str | None,
     progress: Progress | None,
+    stop: StopSignals,
     debug: bool,
 ) -> dict[str, Any]:
     note = None if progress is None else progress.note
@@ -105,7 +113,7 @@ def _train(
             "it: raise training.steps to go on"
         )
     check_corpus(config, tokenizer=tokenizer)
-    with ray_session(_needs(config), address=address, debug=debug) as embedded:
+    with ray_session(_needs(config), address=address, debug=debug, tell=note) as embedded:
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         data = prepare(config, tokenizer=tokenizer, note=note)
@@ -114,7 +122,7 @@ def _train(
         write_config(config, output / "config.yaml")
         shutil.rmtree(output / FOLDER, ignore_errors=True)  # left by the run before it was resumed
         began = time.perf_counter()
-        interrupted = _run(config, data, begin, output, progress)
+        interrupted = _run(config, data, begin, output, progress, stop)
         timeline = merge(output / FOLDER) if config.training.profile_steps else None
         if timeline is not None and progress is not None:
             progress.note(f"timeline in {timeline}; open it with chrome://tracing or ui.perfetto.dev")
@@ -239,7 +247,12 @@ def _check_shape(config: RunConfig, source: PretrainedSource) -> None:
 
 
 def _run(
-    config: RunConfig, data: PreparedData, begin: RunStart, output: Path, progress: Progress | None
+    config: RunConfig,
+    data: PreparedData,
+    begin: RunStart,
+    output: Path,
+    progress: Progress | None,
+    stop: StopSignals,
 ) -> bool:
     """Start all processes, train, and end all processes; return whether Ctrl-C ended the run."""
     train_state = output / "ray_train"  # Ray Train's own record of the run, of which nothing is read again
@@ -264,6 +277,7 @@ def _run(
             config=config.to_dict(), data=data, start=begin, output=str(output), coordinator=address
         )
         training = config.training
+        os.environ.setdefault(_GROUP_SECONDS, str(config.cluster.start_timeout))
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"worker": settings},
@@ -285,7 +299,8 @@ def _run(
         )
         events = run_events(address, output, None if progress is None else progress.note, stack)
         watch = RunWatch(trainer, coordinator, begin.step, progress, events, mtp_weight=config.mtp.weight)
-        return watch.until_done()
+        with stop.running():
+            return watch.until_done()
 
 
 __all__ = ["summary", "train"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
+from jobs.fleet.ray_address import temporary_folder
 from support.commands.train import STEPS, assert_gone, family, finish, losses, start, wait_for_step
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.shares("train")]
@@ -47,19 +48,28 @@ def test_resume_after_everything_was_killed(
     assert max(differences) <= 1e-9
 
 
-def test_interrupt_ends_with_a_checkpoint_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("send", "number"), [(os.kill, signal.SIGINT), (os.killpg, signal.SIGTERM)], ids=["ctrl-c", "group"]
+)
+def test_interrupt_ends_with_a_checkpoint_and_leaves_nothing(
+    corpus: Path, tmp_path: Path, send: Callable[[int, int], None], number: signal.Signals
+) -> None:
+    """Ctrl-C, and SIGTERM to the process group, as service managers send it."""
     output = tmp_path / "run"
     process = start(corpus, output, training__steps=100_000, checkpoint__interval=0)
     wait_for_step(process, output, 3)
     members = family(process)
     assert len(members) > 3
-    os.kill(process.pid, signal.SIGINT)
+    send(process.pid, number)
     result, err = finish(process)
     assert result["interrupted"] is True
+    assert "atal" not in err and "Traceback" not in err
     assert "checkpoint" in err
     assert read_state(find_checkpoint(output)).step == result["step"]
     assert_gone(members)
     assert not list((output / "checkpoints").glob(".writing-*"))
+    assert not list(temporary_folder().glob(f"session_*_{process.pid}"))
+    assert not (output / "ray_train").exists()
 
 
 @pytest.mark.soak

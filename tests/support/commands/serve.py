@@ -158,6 +158,7 @@ def start(directory: Path, log: Path, *options: str) -> tuple[subprocess.Popen[s
         stderr=errors,
         text=True,
         env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+        start_new_session=True,
     )
     errors.close()
     assert process.stdout is not None
@@ -183,7 +184,7 @@ def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Itera
         process.send_signal(signal.SIGTERM)
         process.wait(90)
         raise
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # to the process group, as service managers do
     assert process.wait(90) == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive

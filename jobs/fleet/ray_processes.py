@@ -1,0 +1,206 @@
+"""The processes of a Ray cluster that a command starts: in process groups of their own, watched and ended.
+
+Ray has no setting for some of this, so `adjusted` replaces names within Ray for the time of a start. They
+are those of Ray 2.60; a test checks that the installed Ray has them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray._private import ray_constants, services, utils, worker
+
+from errors import ResourceError
+from jobs.fleet.ray_address import temporary_folder
+
+_LONGEST_SECONDS = 600.0  # that the processes of a cluster may take to start
+_STALLED_SECONDS = 60.0  # without progress after which a start is given up
+_PROGRESS = 2.0  # seconds of CPU in that time that count as progress
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 5.0
+_SETTINGS = {
+    "RAY_gcs_server_port_wait_time_s": "180",
+    "RAY_agent_register_timeout_ms": "180000",
+    "RAY_worker_register_timeout_seconds": "180",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+}
+"""How long processes of Ray wait for each other while they start; Ray waits too briefly on a busy machine."""
+
+
+class RayProcesses:
+    """The processes of one cluster, and its folder of sockets and logs."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._folders_before = _session_folders()
+
+    @property
+    def ended(self) -> bool:
+        """Whether one of the processes has ended by itself."""
+        return any(process.poll() is not None for process in self._started)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time that the processes and their children have used."""
+        total = 0.0
+        for process in self.family():
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def family(self) -> list[psutil.Process]:
+        """The processes that live, with all their children."""
+        found = []
+        for process in self._started:
+            if process.poll() is None:
+                with suppress(psutil.Error):
+                    parent = psutil.Process(process.pid)
+                    found += [parent, *parent.children(recursive=True)]
+        return found
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        """Count a process to the cluster."""
+        self._started.append(process)
+
+    def end(self, family: list[psutil.Process], *, grace: float = _GRACE_SECONDS) -> None:
+        """Kill those of `family` that have not ended after `grace` seconds."""
+        _, alive = psutil.wait_procs(family, timeout=grace)
+        for process in alive:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, timeout=_GRACE_SECONDS)
+        for started in self._started:
+            started.poll()
+
+    def folders(self) -> list[Path]:
+        """The folders of this cluster's sockets and logs."""
+        return sorted(_session_folders() - self._folders_before)
+
+    def delete_folders(self) -> None:
+        """Delete them, and Ray's link to the latest one if it is among them."""
+        for folder in self.folders():
+            shutil.rmtree(folder, ignore_errors=True)
+            link = folder.with_name(ray_constants.SESSION_LATEST)
+            with suppress(OSError):
+                if os.readlink(link) == str(folder):
+                    link.unlink()
+
+
+@contextmanager
+def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
+    """Adjust what `ray.init` does within the context.
+
+    - The caller's handler of SIGTERM stays.
+    - Without `debug`, Ray prints no lines about processes that died: a command says itself what that means.
+    - Processes that it starts get process groups of their own, so that a signal to the command's group ends
+      them in order, by the command. The kernel still ends them with the command.
+    - It waits for them as long as they make progress.
+
+    Args:
+        processes: Gets the processes that are started.
+        debug: Whether the command shows the output of actors.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(utils, "set_sigterm_handler", lambda _: None))
+        stack.enter_context(_sigterm_kept())
+        if not debug:
+            stack.enter_context(_replaced(worker, "listen_error_messages", lambda *_: None))
+        if processes is not None:
+            started = processes
+
+            class _OwnGroup(services.ConsolePopen):  # type: ignore[misc]  # Ray has no types
+                def __init__(self, *args: Any, **kwargs: Any) -> None:
+                    super().__init__(*args, process_group=0, **kwargs)
+                    started.add(self)
+
+            stack.enter_context(_replaced(services, "ConsolePopen", _OwnGroup))
+            stack.enter_context(_replaced(services, "get_node", _patient(services.get_node, processes)))
+            stack.enter_context(_replaced(ray_constants, "RAY_DASHBOARD_STARTUP_TIMEOUT_S", _LONGEST_SECONDS))
+            stack.enter_context(_environment(_SETTINGS))
+        yield
+
+
+def _patient(get_node: Callable[[str, str], Any], processes: RayProcesses) -> Callable[[str, str], Any]:
+    """Ray's function that reads a node's description, made to wait until the node has one.
+
+    Ray itself gives up after 30 s.
+    """
+
+    def wait(address: str, node: str) -> Any:
+        began = looked = time.monotonic()
+        used = processes.cpu_seconds
+        while True:
+            try:
+                return get_node(address, node)
+            except RuntimeError as error:
+                now = time.monotonic()
+                if processes.ended:
+                    raise ResourceError("a process of Ray has ended") from error
+                if now - began > _LONGEST_SECONDS:
+                    raise ResourceError(f"its node has not started within {now - began:.0f} s") from error
+                if now - looked > _STALLED_SECONDS:
+                    progress = processes.cpu_seconds - used
+                    if progress < _PROGRESS:
+                        raise ResourceError(
+                            f"its node has not started within {now - began:.0f} s, and its processes have "
+                            f"used {progress:.1f} s of CPU in the last {now - looked:.0f} s"
+                        ) from error
+                    looked, used = now, used + progress
+            time.sleep(_POLL_SECONDS)
+
+    return wait
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep the handler of SIGTERM; the one of Ray's C++ library prints a stack, and aborts later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.alarm(0)  # which that handler has set, if SIGTERM came meanwhile
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables that are not set, for processes that are started within the context."""
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _session_folders() -> set[Path]:
+    """Folders of Ray's sessions that this process has started."""
+    return set(temporary_folder().glob(f"session_*_{os.getpid()}"))
+
+
+__all__ = ["RayProcesses", "adjusted"]

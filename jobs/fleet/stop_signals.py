@@ -1,0 +1,121 @@
+"""Ctrl-C and SIGTERM while a command starts its job: it ends within seconds, and cleans up."""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+_GRACE_SECONDS = 10.0  # that a command has to end in order, before it is ended at once
+_INTERRUPTED = 130  # exit code after Ctrl-C, by convention of shells
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM has ended a command before its job ran. That is what was asked for, not a failure."""
+
+
+class _CommandPhase(enum.Enum):
+    STARTING = enum.auto()
+    RUNNING = enum.auto()
+    ENDING = enum.auto()
+
+
+class StopSignals:
+    """Handles Ctrl-C and SIGTERM in a command's main thread.
+
+    While the job starts, the first signal raises `KeyboardInterrupt`. A call that does not return to Python,
+    such as one of Ray's, would delay that; so a thread ends the process and its children if it has not ended
+    after some seconds. While the job runs, signals go to its own handler. While it ends, SIGTERM has no
+    effect.
+
+    Args:
+        grace: Seconds that a command has to end in order.
+        leave: Ends the process with an exit code, without cleaning up.
+    """
+
+    def __init__(self, *, grace: float = _GRACE_SECONDS, leave: Callable[[int], object] = os._exit) -> None:
+        self._grace = grace
+        self._leave = leave
+        self._phase = _CommandPhase.STARTING
+        self._first = 0  # number of the signal that stopped the start
+        self._finished = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[StopSignals]:
+        """Handle the signals within this context, which has to be entered in the main thread.
+
+        Raises:
+            Stopped: SIGTERM came while the job started.
+        """
+        handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        ours, waker = socket.socketpair()
+        waker.setblocking(False)
+        before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._watch, args=(ours,), name="stop-signals", daemon=True)
+        thread.start()
+        try:
+            yield self
+        except KeyboardInterrupt:
+            if self._first == signal.SIGTERM:
+                raise Stopped from None
+            raise
+        finally:
+            self._finished.set()
+            signal.set_wakeup_fd(before)
+            waker.close()
+            thread.join()
+            ours.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def running(self, stop: Callable[[], object] | None = None) -> Iterator[None]:
+        """The job runs within this context, and ends after it.
+
+        Args:
+            stop: Called at each signal; None leaves the handlers to the caller.
+        """
+        self._phase = _CommandPhase.RUNNING
+        handlers = {}
+        if stop is not None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, lambda *_: stop())
+        try:
+            yield
+        finally:
+            self._phase = _CommandPhase.ENDING
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._phase is not _CommandPhase.ENDING:
+            self._phase, self._first = _CommandPhase.ENDING, number
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _watch(self, signals: socket.socket) -> None:
+        """End the process if a signal has not ended its start in time; runs in a thread."""
+        while numbers := signals.recv(64):
+            stopping = [number for number in numbers if number in (signal.SIGINT, signal.SIGTERM)]
+            if not stopping or (self._phase is not _CommandPhase.STARTING and not self._first):
+                continue
+            if self._finished.wait(self._grace):
+                return
+            import psutil  # not needed otherwise
+
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+            print("stopped without waiting for what was under way", file=sys.stderr, flush=True)
+            self._leave(0 if stopping[0] == signal.SIGTERM else _INTERRUPTED)
+            return
+
+
+__all__ = ["StopSignals", "Stopped"]

@@ -1,0 +1,123 @@
+"""What `auto` stands for, and the check that a Ray cluster answers at an address."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from errors import ResourceError
+from jobs.fleet import ray_address
+from jobs.fleet.ray_address import check_answers, running_address
+
+
+@contextmanager
+def _control_service(code: grpc.StatusCode | None) -> Iterator[str]:
+    """A gRPC server that answers like Ray's control service with this code; with None it has no methods."""
+
+    def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+        if code is not grpc.StatusCode.OK:
+            context.abort(code, "as asked for")
+        return b""
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    if code is not None:
+        handlers = {"CheckAlive": grpc.unary_unary_rpc_method_handler(answer)}
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", handlers)]
+        )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+@contextmanager
+def _web_server() -> Iterator[str]:
+    """A listener that answers every connection in HTTP 1.1, and closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def _closed() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without clusters, on which Ray keeps its files in `tmp_path`."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray_address, "local_addresses", lambda: [])
+
+
+def _record(folder: Path, address: str) -> None:
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text(address, encoding="utf-8")
+
+
+def test_a_cluster_that_answers_is_taken(tmp_path: Path) -> None:
+    # Without the cluster's token, Ray's service answers UNAUTHENTICATED: there is a cluster.
+    with (
+        _control_service(grpc.StatusCode.UNAUTHENTICATED) as secured,
+        _control_service(grpc.StatusCode.OK) as address,
+    ):
+        check_answers(secured)
+        _record(tmp_path, address)
+        assert running_address(None) == running_address("auto") == running_address(address) == address
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_stale_address_is_refused_at_once(tmp_path: Path, auto: bool) -> None:
+    stale = _closed()
+    _record(tmp_path, stale)
+    with pytest.raises(ResourceError, match=f"no Ray cluster at {stale}"):
+        running_address("auto" if auto else stale)
+
+
+def test_another_service_at_the_address_is_no_cluster(tmp_path: Path) -> None:
+    with _control_service(None) as other, pytest.raises(ResourceError, match="UNIMPLEMENTED"):
+        check_answers(other)
+    with _web_server() as web:
+        _record(tmp_path, web)
+        with pytest.raises(ResourceError, match=f"{web} does not answer as a Ray cluster"):
+            running_address("auto")
+
+
+def test_one_of_several_clusters_has_to_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with _control_service(grpc.StatusCode.OK) as first, _control_service(grpc.StatusCode.OK) as second:
+        monkeypatch.setattr(ray_address, "local_addresses", lambda: [first, second])
+        with pytest.raises(ResourceError, match=f"2 Ray clusters .*{first}, {second}; say which"):
+            running_address("auto")
+        _record(tmp_path, second)  # `ray start` began this one last
+        assert running_address("auto") == second
+        monkeypatch.setenv("RAY_ADDRESS", first)
+        assert running_address("auto") == running_address(None) == first
+
+
+def test_no_cluster_is_said_as_such() -> None:
+    with pytest.raises(ResourceError, match="no Ray cluster runs on this machine"):
+        running_address("auto")

@@ -1,0 +1,121 @@
+"""The processes that Ray starts for a command, with small ones in place of Ray's."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from ray._private import node, ray_constants, services, utils, worker
+
+from errors import ResourceError
+from jobs.fleet import ray_processes
+from jobs.fleet.ray_processes import _SETTINGS as SETTINGS
+from jobs.fleet.ray_processes import RayProcesses, adjusted
+
+ADDRESS, NODE = "127.0.0.1:1", "node"
+
+
+@pytest.fixture
+def processes() -> Iterator[RayProcesses]:
+    found = RayProcesses()
+    yield found
+    found.end(found.family(), grace=0.0)
+
+
+def _start(*command: str) -> psutil.Process:
+    started = services.start_ray_process(list(command), "test", fate_share=True)
+    return psutil.Process(started.process.pid)
+
+
+def test_processes_have_groups_of_their_own_and_end_with_their_children(processes: RayProcesses) -> None:
+    with adjusted(processes, debug=False):
+        parent = _start("sh", "-c", "sleep 1000 & wait")
+    assert os.getpgid(parent.pid) == parent.pid != os.getpgrp()
+    while not parent.children():
+        pass
+    family = processes.family()
+    assert len(family) == 2
+    assert not processes.ended
+    parent.send_signal(signal.SIGKILL)  # what Ray does with its own; it leaves the child
+    processes.end(family, grace=0.0)
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
+    assert processes.ended
+
+
+def test_ray_has_the_names_that_are_replaced_and_gets_them_back() -> None:
+    """The names, and the callers in Ray that look them up."""
+    names = [
+        (services, "ConsolePopen", services.start_ray_process, "ConsolePopen("),
+        (services, "get_node", node.Node.__init__, "services.get_node("),
+        (utils, "set_sigterm_handler", worker.init, "utils.set_sigterm_handler("),
+        (worker, "listen_error_messages", worker.connect, "target=listen_error_messages"),
+        (
+            ray_constants,
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S",
+            services.start_api_server,
+            "ray_constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S",
+        ),
+    ]
+    before = [getattr(module, name) for module, name, _, _ in names]
+    for _, _, caller, use in names:
+        assert use in inspect.getsource(inspect.unwrap(caller))
+    with adjusted(RayProcesses(), debug=False):
+        assert all(
+            getattr(module, name) is not old for (module, name, _, _), old in zip(names, before, strict=True)
+        )
+        assert SETTINGS.items() <= os.environ.items()
+    assert [getattr(module, name) for module, name, _, _ in names] == before
+    assert not SETTINGS.keys() & os.environ.keys()
+
+
+@pytest.fixture
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes Ray's `get_node` fail as long as the list has elements, of which each call takes one."""
+    left: list[int] = []
+
+    def get_node(address: str, node: str) -> dict[str, str]:
+        assert (address, node) == (ADDRESS, NODE)
+        if left:
+            left.pop()
+            raise RuntimeError("no such node yet")
+        return {"NodeID": node}
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(ray_processes, "_POLL_SECONDS", 0.0)
+    return left
+
+
+def test_a_node_is_waited_for_as_long_as_its_processes_compute(
+    processes: RayProcesses, unregistered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unregistered[:] = range(50)
+    monkeypatch.setattr(ray_processes, "_STALLED_SECONDS", 0.0)
+    monkeypatch.setattr(ray_processes, "_PROGRESS", 0.0)
+    with adjusted(processes, debug=False):
+        assert services.get_node(ADDRESS, NODE) == {"NodeID": NODE}
+    assert not unregistered
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("true", "a process of Ray has ended"), ("sleep 1000", "have used 0.0 s of CPU")]
+)
+def test_a_node_that_cannot_come_is_given_up(
+    processes: RayProcesses,
+    unregistered: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    said: str,
+) -> None:
+    unregistered[:] = range(1_000_000)
+    with adjusted(processes, debug=False):
+        started = _start(*command.split())
+        if command == "true":
+            started.wait(60)
+        else:
+            monkeypatch.setattr(ray_processes, "_STALLED_SECONDS", 0.0)
+        with pytest.raises(ResourceError, match=said):
+            services.get_node(ADDRESS, NODE)

@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM while a command starts, runs and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from jobs.fleet.stop_signals import Stopped, StopSignals
+
+# The main thread is in a call that does not return when SIGTERM comes; another thread takes the signal.
+_STUCK = """
+import ctypes, signal
+from jobs.fleet.stop_signals import StopSignals
+with StopSignals(grace=0.0).watched():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    ctypes.CDLL(None).system(b"echo $$; kill -TERM $PPID; exec sleep 1000")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_ends_a_start(number: signal.Signals, raised: type[BaseException]) -> None:
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    cleaned = False
+    with pytest.raises(BaseException) as caught, StopSignals().watched():
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb the end
+            cleaned = True
+    assert caught.type is raised
+    assert cleaned
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_running_job_gets_the_signals_and_its_end_is_not_disturbed() -> None:
+    got = []
+    with StopSignals().watched() as stop:
+        with stop.running(lambda: got.append("stop")):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert got == ["stop", "stop"]
+
+
+def test_a_start_that_does_not_answer_is_ended_with_its_processes() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err == "stopped without waiting for what was under way\n"
+    assert not psutil.pid_exists(int(out)) or psutil.Process(int(out)).status() == psutil.STATUS_ZOMBIE
