@@ -7,6 +7,7 @@ are those of Ray 2.60; a test checks that the installed Ray has them.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ _STALLED_SECONDS = 60.0  # without progress after which a start is given up
 _PROGRESS = 2.0  # seconds of CPU in that time that count as progress
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
+_NEEDED = ("gcs_server", "raylet")  # a cluster works without Ray's other processes
+_ERROR = re.compile(r"^\[\S+ \S+ [EC] .*?\] \(\w+\) [\w.]+:\d+: (.+)$", re.MULTILINE)
 _SETTINGS = {
     "RAY_gcs_server_port_wait_time_s": "180",
     "RAY_agent_register_timeout_ms": "180000",
@@ -42,12 +45,17 @@ class RayProcesses:
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
+        self._names: dict[int, str] = {}
         self._folders_before = _session_folders()
 
     @property
-    def ended(self) -> bool:
-        """Whether one of the processes has ended by itself."""
-        return any(process.poll() is not None for process in self._started)
+    def ended(self) -> str:
+        """What has ended by itself although the cluster needs it, with its last error; empty if all live."""
+        for process in self._started:
+            name = self._names[process.pid]
+            if name in _NEEDED and process.poll() is not None:
+                return f"its {name} has ended with code {process.returncode}{self._last_error(name)}"
+        return ""
 
     @property
     def cpu_seconds(self) -> float:
@@ -69,9 +77,10 @@ class RayProcesses:
                     found += [parent, *parent.children(recursive=True)]
         return found
 
-    def add(self, process: subprocess.Popen[bytes]) -> None:
-        """Count a process to the cluster."""
+    def add(self, process: subprocess.Popen[bytes], program: str) -> None:
+        """Count a process, which runs a program, to the cluster."""
         self._started.append(process)
+        self._names[process.pid] = os.path.basename(program)
 
     def end(self, family: list[psutil.Process], *, grace: float = _GRACE_SECONDS) -> None:
         """Kill those of `family` that have not ended after `grace` seconds."""
@@ -86,6 +95,14 @@ class RayProcesses:
     def folders(self) -> list[Path]:
         """The folders of this cluster's sockets and logs."""
         return sorted(_session_folders() - self._folders_before)
+
+    def _last_error(self, name: str) -> str:
+        for folder in self.folders():
+            with suppress(OSError):
+                text = (folder / "logs" / f"{name}.out").read_text(encoding="utf-8", errors="replace")
+                if found := _ERROR.findall(text):
+                    return f": {found[-1].strip()}"
+        return ""
 
     def delete_folders(self) -> None:
         """Delete them, and Ray's link to the latest one if it is among them."""
@@ -120,9 +137,9 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
             started = processes
 
             class _OwnGroup(services.ConsolePopen):  # type: ignore[misc]  # Ray has no types
-                def __init__(self, *args: Any, **kwargs: Any) -> None:
-                    super().__init__(*args, process_group=0, **kwargs)
-                    started.add(self)
+                def __init__(self, command: list[str], **kwargs: Any) -> None:
+                    super().__init__(command, process_group=0, **kwargs)
+                    started.add(self, command[0])
 
             stack.enter_context(_replaced(services, "ConsolePopen", _OwnGroup))
             stack.enter_context(_replaced(services, "get_node", _patient(services.get_node, processes)))
@@ -145,8 +162,8 @@ def _patient(get_node: Callable[[str, str], Any], processes: RayProcesses) -> Ca
                 return get_node(address, node)
             except RuntimeError as error:
                 now = time.monotonic()
-                if processes.ended:
-                    raise ResourceError("a process of Ray has ended") from error
+                if ended := processes.ended:
+                    raise ResourceError(ended) from error
                 if now - began > _LONGEST_SECONDS:
                     raise ResourceError(f"its node has not started within {now - began:.0f} s") from error
                 if now - looked > _STALLED_SECONDS:
