@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private import ray_constants, services, utils, worker
+from ray._private import node, ray_constants, services, utils, worker
 
 from errors import ResourceError
 from jobs.fleet.ray_address import temporary_folder
@@ -28,11 +29,17 @@ _LONGEST_SECONDS = 600.0  # that the processes of a cluster may take to start
 _STALLED_SECONDS = 60.0  # without progress after which a start is given up
 _PROGRESS = 2.0  # seconds of CPU in that time that count as progress
 _POLL_SECONDS = 0.1
+_LOOK_MILLISECONDS = 100
 _GRACE_SECONDS = 5.0
 _NEEDED = ("gcs_server", "raylet")  # a cluster works without Ray's other processes
 _ERROR = re.compile(r"^\[\S+ \S+ [EC] .*?\] \(\w+\) [\w.]+:\d+: (.+)$", re.MULTILINE)
+_GUARD = """
+while read -r group; do groups="$groups $group"; done
+for group in $groups; do kill -9 -- -$group; done 2>&-
+"""
+"""Reads numbers of process groups; when the command that writes them has ended, kills these groups."""
+
 _SETTINGS = {
-    "RAY_gcs_server_port_wait_time_s": "180",
     "RAY_agent_register_timeout_ms": "180000",
     "RAY_worker_register_timeout_seconds": "180",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
@@ -41,11 +48,15 @@ _SETTINGS = {
 
 
 class RayProcesses:
-    """The processes of one cluster, and its folder of sockets and logs."""
+    """The processes of one cluster, and its folder of sockets and logs.
+
+    If the command is killed, a small process kills theirs: some of Ray's would take minutes to end.
+    """
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
         self._names: dict[int, str] = {}
+        self._guard: subprocess.Popen[bytes] | None = None
         self._folders_before = _session_folders()
 
     @property
@@ -81,6 +92,14 @@ class RayProcesses:
         """Count a process, which runs a program, to the cluster."""
         self._started.append(process)
         self._names[process.pid] = os.path.basename(program)
+        if self._guard is None:
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True
+            )
+        assert self._guard.stdin is not None
+        with suppress(BrokenPipeError):
+            self._guard.stdin.write(b"%d\n" % process.pid)
+            self._guard.stdin.flush()
 
     def end(self, family: list[psutil.Process], *, grace: float = _GRACE_SECONDS) -> None:
         """Kill those of `family` that have not ended after `grace` seconds."""
@@ -91,6 +110,10 @@ class RayProcesses:
         psutil.wait_procs(alive, timeout=_GRACE_SECONDS)
         for started in self._started:
             started.poll()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
 
     def folders(self) -> list[Path]:
         """The folders of this cluster's sockets and logs."""
@@ -143,24 +166,28 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
 
             stack.enter_context(_replaced(services, "ConsolePopen", _OwnGroup))
             stack.enter_context(_replaced(services, "get_node", _patient(services.get_node, processes)))
+            port = partial(_look_for_port, node.wait_for_persisted_port)
+            stack.enter_context(_replaced(node, "wait_for_persisted_port", _patient(port, processes)))
             stack.enter_context(_replaced(ray_constants, "RAY_DASHBOARD_STARTUP_TIMEOUT_S", _LONGEST_SECONDS))
             stack.enter_context(_environment(_SETTINGS))
         yield
 
 
-def _patient(get_node: Callable[[str, str], Any], processes: RayProcesses) -> Callable[[str, str], Any]:
-    """Ray's function that reads a node's description, made to wait until the node has one.
+def _look_for_port(wait: Callable[..., Any], *args: Any, timeout_ms: int) -> Any:
+    """The port that a process of Ray has stored, without Ray's wait, in which no signal is handled."""
+    return wait(*args, timeout_ms=min(timeout_ms, _LOOK_MILLISECONDS))
 
-    Ray itself gives up after 30 s.
-    """
 
-    def wait(address: str, node: str) -> Any:
+def _patient(ask: Callable[..., Any], processes: RayProcesses) -> Callable[..., Any]:
+    """A function of Ray that fails until a process has started, made to wait longer than Ray's 30 s."""
+
+    def wait(*args: Any, **kwargs: Any) -> Any:
         began = looked = time.monotonic()
         used = processes.cpu_seconds
         while True:
             try:
-                return get_node(address, node)
-            except RuntimeError as error:
+                return ask(*args, **kwargs)
+            except Exception as error:
                 now = time.monotonic()
                 if ended := processes.ended:
                     raise ResourceError(ended) from error

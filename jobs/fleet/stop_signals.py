@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-_GRACE_SECONDS = 10.0  # that a command has to end in order, before it is ended at once
+_GRACE_SECONDS = 15.0  # that a command has to end in order, before it is ended at once
 _INTERRUPTED = 130  # exit code after Ctrl-C, by convention of shells
 
 

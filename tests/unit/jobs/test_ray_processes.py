@@ -50,6 +50,7 @@ def test_ray_has_the_names_that_are_replaced_and_gets_them_back() -> None:
     names = [
         (services, "ConsolePopen", services.start_ray_process, "ConsolePopen("),
         (services, "get_node", node.Node.__init__, "services.get_node("),
+        (node, "wait_for_persisted_port", node.Node.start_gcs_server, " wait_for_persisted_port("),
         (utils, "set_sigterm_handler", worker.init, "utils.set_sigterm_handler("),
         (worker, "listen_error_messages", worker.connect, "target=listen_error_messages"),
         (
