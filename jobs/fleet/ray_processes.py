@@ -35,7 +35,7 @@ _NEEDED = ("gcs_server", "raylet")  # a cluster works without Ray's other proces
 _ERROR = re.compile(r"^\[\S+ \S+ [EC] .*?\] \(\w+\) [\w.]+:\d+: (.+)$", re.MULTILINE)
 _GUARD = """
 while read -r group; do groups="$groups $group"; done
-for group in $groups; do kill -9 -- -$group; done 2>&-
+for group in $groups; do kill -9 -- -$group; done
 """
 """Reads numbers of process groups; when the command that writes them has ended, kills these groups."""
 
@@ -94,7 +94,11 @@ class RayProcesses:
         self._names[process.pid] = os.path.basename(program)
         if self._guard is None:
             self._guard = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True
+                ["/bin/sh", "-c", _GUARD],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
         assert self._guard.stdin is not None
         with suppress(BrokenPipeError):
