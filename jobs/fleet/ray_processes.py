@@ -1,4 +1,4 @@
-"""The processes of a Ray cluster that a command starts: in process groups of their own, watched and ended.
+"""The processes of a Ray cluster that a command starts: in sessions of their own, watched and ended.
 
 Ray has no setting for some of this, so `adjusted` replaces names within Ray for the time of a start. They
 are those of Ray 2.60; a test checks that the installed Ray has them.
@@ -33,11 +33,15 @@ _LOOK_MILLISECONDS = 100
 _GRACE_SECONDS = 5.0
 _NEEDED = ("gcs_server", "raylet")  # a cluster works without Ray's other processes
 _ERROR = re.compile(r"^\[\S+ \S+ [EC] .*?\] \(\w+\) [\w.]+:\d+: (.+)$", re.MULTILINE)
-_GUARD = """
-while read -r group; do groups="$groups $group"; done
-for group in $groups; do kill -9 -- -$group; done
+_GUARD = r"""
+while read -r session; do sessions="$sessions $session "; done
+for file in /proc/[0-9]*/stat; do
+    read -r line < "$file" || continue
+    set -- ${line##*) }  # after the name, which can contain spaces: state, parent, group, session
+    case "$sessions" in *" $4 "*) kill -9 "$(basename "${file%/stat}")" ;; esac
+done
 """
-"""Reads numbers of process groups; when the command that writes them has ended, kills these groups."""
+"""Reads numbers of sessions; when the command that writes them has ended, kills all processes of these."""
 
 _SETTINGS = {
     "RAY_agent_register_timeout_ms": "180000",
@@ -147,8 +151,8 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
 
     - The caller's handler of SIGTERM stays.
     - Without `debug`, Ray prints no lines about processes that died: a command says itself what that means.
-    - Processes that it starts get process groups of their own, so that a signal to the command's group ends
-      them in order, by the command. The kernel still ends them with the command.
+    - Processes that it starts get sessions of their own, so that a signal to the command's process group ends
+      them in order, by the command.
     - It waits for them as long as they make progress.
 
     Args:
@@ -163,12 +167,12 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
         if processes is not None:
             started = processes
 
-            class _OwnGroup(services.ConsolePopen):  # type: ignore[misc]  # Ray has no types
+            class _OwnSession(services.ConsolePopen):  # type: ignore[misc]  # Ray has no types
                 def __init__(self, command: list[str], **kwargs: Any) -> None:
-                    super().__init__(command, process_group=0, **kwargs)
+                    super().__init__(command, start_new_session=True, **kwargs)
                     started.add(self, command[0])
 
-            stack.enter_context(_replaced(services, "ConsolePopen", _OwnGroup))
+            stack.enter_context(_replaced(services, "ConsolePopen", _OwnSession))
             stack.enter_context(_replaced(services, "get_node", _patient(services.get_node, processes)))
             port = partial(_look_for_port, node.wait_for_persisted_port)
             stack.enter_context(_replaced(node, "wait_for_persisted_port", _patient(port, processes)))

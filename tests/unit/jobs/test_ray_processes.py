@@ -45,6 +45,21 @@ def test_processes_have_groups_of_their_own_and_end_with_their_children(processe
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
 
 
+def test_a_command_that_is_killed_takes_them_with_it(processes: RayProcesses) -> None:
+    """Also children in process groups of their own, as Ray's agents are."""
+    with adjusted(processes, debug=False):
+        parent = _start("bash", "-mc", "sleep 1000 & wait")
+    while not parent.children():
+        pass
+    family = processes.family()
+    assert len({os.getpgid(one.pid) for one in family}) == 2
+    guard = processes._guard
+    assert guard is not None
+    guard.communicate(timeout=60)  # its input ends as with the command
+    psutil.wait_procs(family, timeout=60)
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
+
+
 def test_ray_has_the_names_that_are_replaced_and_gets_them_back() -> None:
     """The names, and the callers in Ray that look them up."""
     names = [
