@@ -48,11 +48,10 @@ def test_processes_have_groups_of_their_own_and_end_with_their_children(processe
 def test_a_command_that_is_killed_takes_them_with_it(processes: RayProcesses) -> None:
     """Also children in process groups of their own, as Ray's agents are."""
     with adjusted(processes, debug=False):
-        parent = _start("bash", "-mc", "sleep 1000 & wait")
-    while not parent.children():
-        pass
+        _start("sh", "-c", "timeout 1000 sleep 1000 & wait")
     family = processes.family()
-    assert len({os.getpgid(one.pid) for one in family}) == 2
+    while len(family) < 3 or len({os.getpgid(one.pid) for one in family}) < 2:  # that of `timeout`
+        family = processes.family()
     guard = processes._guard
     assert guard is not None
     guard.communicate(timeout=60)  # its input ends as with the command
