@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private import node, ray_constants, services, utils, worker
+from ray._private import node, parameter, ray_constants, services, utils, worker
 
 from errors import ResourceError
 from jobs.fleet.ray_address import temporary_folder
@@ -31,6 +32,7 @@ _PROGRESS = 2.0  # seconds of CPU in that time that count as progress
 _POLL_SECONDS = 0.1
 _LOOK_MILLISECONDS = 100
 _GRACE_SECONDS = 5.0
+_AGENT_PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 _NEEDED = ("gcs_server", "raylet")  # a cluster works without Ray's other processes
 _ERROR = re.compile(r"^\[\S+ \S+ [EC] .*?\] \(\w+\) [\w.]+:\d+: (.+)$", re.MULTILINE)
 _GUARD = r"""
@@ -174,11 +176,20 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
 
             stack.enter_context(_replaced(services, "ConsolePopen", _OwnSession))
             stack.enter_context(_replaced(services, "get_node", _patient(services.get_node, processes)))
+            parameters = partial(parameter.RayParams, **_agent_ports())
+            stack.enter_context(_replaced(parameter, "RayParams", parameters))
             port = partial(_look_for_port, node.wait_for_persisted_port)
             stack.enter_context(_replaced(node, "wait_for_persisted_port", _patient(port, processes)))
             stack.enter_context(_replaced(ray_constants, "RAY_DASHBOARD_STARTUP_TIMEOUT_S", _LONGEST_SECONDS))
             stack.enter_context(_environment(_SETTINGS))
         yield
+
+
+def _agent_ports() -> dict[str, int]:
+    """Free ports for the agents of a node; one that chooses them itself has 30 s until Ray's node gives up."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _AGENT_PORTS]
+        return {name: probe.getsockname()[1] for name, probe in zip(_AGENT_PORTS, probes, strict=True)}
 
 
 def _look_for_port(wait: Callable[..., Any], *args: Any, timeout_ms: int) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray._private import node, ray_constants, services, utils, worker
+from ray._private import node, parameter, ray_constants, services, utils, worker
 
 from errors import ResourceError
 from jobs.fleet import ray_processes
@@ -65,6 +65,7 @@ def test_ray_has_the_names_that_are_replaced_and_gets_them_back() -> None:
         (services, "ConsolePopen", services.start_ray_process, "ConsolePopen("),
         (services, "get_node", node.Node.__init__, "services.get_node("),
         (node, "wait_for_persisted_port", node.Node.start_gcs_server, " wait_for_persisted_port("),
+        (parameter, "RayParams", worker.init, "parameter.RayParams("),
         (utils, "set_sigterm_handler", worker.init, "utils.set_sigterm_handler("),
         (worker, "listen_error_messages", worker.connect, "target=listen_error_messages"),
         (
@@ -81,6 +82,9 @@ def test_ray_has_the_names_that_are_replaced_and_gets_them_back() -> None:
         assert all(
             getattr(module, name) is not old for (module, name, _, _), old in zip(names, before, strict=True)
         )
+        ports = parameter.RayParams()
+        assert min(ports.metrics_agent_port, ports.dashboard_agent_listen_port) > 0
+        assert ports.runtime_env_agent_port > 0
         assert SETTINGS.items() <= os.environ.items()
     assert [getattr(module, name) for module, name, _, _ in names] == before
     assert not SETTINGS.keys() & os.environ.keys()
