@@ -186,7 +186,7 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
 
 
 def _agent_ports() -> dict[str, int]:
-    """Free ports for the agents of a node; one that chooses them itself has 30 s until Ray's node gives up."""
+    """Free ports for the agents of a node; Ray gives agents that choose theirs 30 s to start."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _AGENT_PORTS]
         return {name: probe.getsockname()[1] for name, probe in zip(_AGENT_PORTS, probes, strict=True)}
