@@ -17,6 +17,8 @@ from jobs.training.run_watch import RunWatch
 from jobs.training.train import summary
 from support.training_job import text_corpus, tiny, train
 
+pytestmark = pytest.mark.slow
+
 TEXT = "\n\n".join(f"paragraph {i}: " + " ".join(str(i * j) for j in range(40)) for i in range(60))
 STEPS = 4
 
