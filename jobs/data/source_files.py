@@ -69,7 +69,7 @@ def find_files(path: str | None) -> list[SourceFile]:
     elif glob.has_magic(str(given)):
         root, pattern = _split(given)
         found = list(_walk(root, lambda at: _leads_to(at, pattern), lambda at: _matches(at, pattern)))
-        missing = "matches no file (** stands for any folders, * for no /)"
+        missing = "does not exist: no file matches (** stands for any folders, * for no /)"
     else:
         found, missing = [], "is neither a file nor a folder" if given.exists() else "does not exist"
     if not found:
