@@ -138,7 +138,7 @@ class ShardReader:
             )
         try:
             entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _damaged(index, error) from None
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
             raise CheckpointError(

@@ -206,7 +206,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} has no config.json; give a checkpoint in Hugging Face's format"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy it again")

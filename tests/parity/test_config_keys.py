@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from errors import ConfigError
 from model.config import ModelConfig
-from model.hf_keys import WITHOUT_EFFECT
+from model.hf_keys import FIXED, WITHOUT_EFFECT
 from support.reference_models import TOLERANCE, like, random_reference, random_tokens
 
 ROPE: dict[str, Any] = {
@@ -288,3 +288,12 @@ def test_contradicting_names_of_one_number_are_refused() -> None:
         ConfigError, match=r"num_mtp_layers is 2 and num_nextn_predict_layers is 1.*remove one"
     ):
         ModelConfig.from_hf({**VALUES, "num_mtp_layers": 2, "num_nextn_predict_layers": 1})
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_a_key_with_one_value_is_refused_with_another(key: str) -> None:
+    """Some of these keys are DeepSeek's own, which transformers' class does not have."""
+    with pytest.raises(ConfigError, match=rf"config\.json: {key} is 'another', but only .* is supported"):
+        ModelConfig.from_hf({**VALUES, key: "another"})
+    for value in (None, *FIXED[key]):
+        assert ModelConfig.from_hf({**VALUES, key: value}) == ModelConfig.from_hf(VALUES)

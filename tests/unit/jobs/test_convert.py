@@ -24,10 +24,12 @@ from jobs.data.tokenizer import save_tokenizer, train_tokenizer
 from jobs.tools.convert import _deviation, export_checkpoint, import_checkpoint
 from jobs.tools.evaluate import evaluate, judge
 from jobs.tools.generate import continue_tokens, generate
+from model.causal_lm import CausalLM
 from model.checkpoints.fp8 import SCALE_SUFFIX, quantize
 from model.checkpoints.pretrained import (
     RandomSource,
     ShardReader,
+    save_pretrained,
     write_index,
     write_model_config,
     write_shard,
@@ -339,3 +341,32 @@ def test_a_checkpoint_that_is_cut_off_says_what_to_do(run: Path, tmp_path: Path)
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"model-trunk\.safetensors is damaged"):
         load_model(broken)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"n_shared_experts": 0}, {"first_k_dense_replace": 2, "num_nextn_predict_layers": 0}], ids=str
+)
+def test_models_without_shared_or_routed_experts_generate_and_are_evaluated(
+    run: Path, tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    model = CausalLM(CONFIG.model.model_copy(update=shape))
+    save_pretrained(model, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(run / "checkpoints" / "step-00000005" / name, tmp_path)
+    assert math.isfinite(evaluate(tmp_path, str(run / "corpus.jsonl"), sequence_length=16)["loss"])
+    assert generate(tmp_path, "def", max_tokens=3)["tokens"] > 0
+    assert import_checkpoint(tmp_path, tmp_path / "back")["parameters"] == model.config.total_parameters()
+
+
+def test_unused_tensors_are_named_where_a_model_is_loaded(run: Path, tmp_path: Path) -> None:
+    export_checkpoint(run, tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_nextn_predict_layers": 0}))
+    module = ShardReader(tmp_path / "hf").names
+    count = sum(name.startswith("model.layers.2.") for name in module)
+    said: list[str] = []
+    load_model(tmp_path / "hf", note=said.append)
+    assert said == [f"{tmp_path / 'hf'} has tensors that the model does not use: model.layers.2.* ({count})"]
+    assert import_checkpoint(tmp_path / "hf", tmp_path / "back")["unused"] == f"model.layers.2.* ({count})"
+    load_model(tmp_path / "back", note=said.append)
+    assert len(said) == 1

@@ -14,6 +14,7 @@ from torch import Tensor
 from errors import CheckpointError
 from model import load_pretrained, save_pretrained
 from model.causal_lm import CausalLM
+from model.checkpoints.expected_tensors import stored_dtype
 from model.checkpoints.fp8 import dequantize, quantize
 from model.checkpoints.shards import ShardReader, write_index, write_shard
 from model.checkpoints.sources import PretrainedSource
@@ -134,11 +135,13 @@ def _fp8_without_scales(directory: Path) -> None:
     ("damage", "said"),
     [
         (lambda d: (d / "config.json").unlink(), r"has no config\.json.*give"),
-        (lambda d: (d / "config.json").write_text("{"), r"config\.json cannot be read.*copy it again"),
+        (lambda d: (d / "config.json").write_text("{"), r"config\.json cannot be read.*copy"),
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json holds no JSON object"),
+        (lambda d: (d / "config.json").write_text("[" * 99_999), r"config\.json cannot be read.*copy"),
         (lambda d: next(d.glob("*.safetensors")).unlink(), r"safetensors is missing.*copy"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), r"has neither model\.safetensors\.index"),
         (lambda d: (d / "model.safetensors.index.json").write_text("{}"), r"index\.json is damaged"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("[" * 99_999), r"index\.json is damaged"),
         (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}'),
          r"index\.json is damaged: weight_map does not map each tensor to a file"),
         (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": []}'), r"weight_map does"),
@@ -181,3 +184,29 @@ def test_biases_stay_float32_when_weights_do_not(saved: Path, tmp_path: Path) ->
         expected = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
         assert reader.tensor(name).dtype == expected, name
     assert load_pretrained(tmp_path / "small")(TOKENS).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("matrices", "norms", "expected"),
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+        (None, torch.bfloat16, torch.bfloat16),  # fp8 with scales in float32
+    ],
+    ids=str,
+)
+def test_the_dtype_is_that_of_most_weights(
+    saved: Path, matrices: torch.dtype | None, norms: torch.dtype, expected: torch.dtype
+) -> None:
+    def convert(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("norm.weight") or matrices is None:
+                tensors[name] = tensor.to(norms)
+            elif tensor.ndim == 2:
+                tensors[name] = tensor.to(matrices)
+
+    rewrite(saved, convert)
+    if matrices is None:
+        to_fp8(saved, (8, 8))
+    assert stored_dtype(ShardReader(saved)) == expected
