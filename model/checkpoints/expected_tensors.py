@@ -53,6 +53,12 @@ def copies(config: ModelConfig) -> dict[str, str]:
     return tied | duplicate_names(config)
 
 
+def layer_of(name: str) -> int:
+    """Index of the layer that a tensor belongs to by its name; -1 if it belongs to none."""
+    layer = _LAYER.match(name)
+    return -1 if layer is None else int(layer[1])
+
+
 def unused_tensors(reader: ShardReader, config: ModelConfig) -> tuple[str, ...]:
     """Names of the tensors that the model does not use, and without which it computes the same.
 
@@ -61,8 +67,14 @@ def unused_tensors(reader: ShardReader, config: ModelConfig) -> tuple[str, ...]:
     Raises:
         CheckpointError: A tensor belongs to a model that computes something else.
     """
-    expected = tensor_shapes(config).keys() | copies(config).keys()
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    routed = (layers - config.first_k_dense_replace) * config.n_routed_experts
+    if max(layers, routed) > len(reader.names):  # before names are made for all of them
+        raise CheckpointError(
+            f"{reader.path} has {len(reader.names)} tensors, too few for the {layers} layers and {routed} "
+            "routed experts of its config.json; the checkpoint is incomplete, or the file is another model's"
+        )
+    expected = tensor_shapes(config).keys() | copies(config).keys()
     unused: list[str] = []
     foreign: list[str] = []
     empty = empty_shapes(config)
@@ -71,9 +83,7 @@ def unused_tensors(reader: ShardReader, config: ModelConfig) -> tuple[str, ...]:
             continue
         if name in expected or name.removesuffix(SCALE_SUFFIX) in expected:
             continue
-        layer = _LAYER.match(name)
-        beyond = layer is not None and int(layer[1]) >= layers
-        (unused if beyond or name.endswith(_BUFFER) else foreign).append(name)
+        (unused if layer_of(name) >= layers or name.endswith(_BUFFER) else foreign).append(name)
     if foreign:
         raise CheckpointError(
             f"{reader.path} has tensors that this model does not use, and without which it would compute "
@@ -105,8 +115,8 @@ def described(names: Collection[str]) -> str:
     """A few words that name tensors: a whole layer as one entry, with the number of its tensors."""
     layers: Counter[str] = Counter()
     for name in names:
-        layer = _LAYER.match(name)
-        layers[name if layer is None else layer_prefix(int(layer[1])) + "*"] += 1
+        layer = layer_of(name)
+        layers[name if layer < 0 else layer_prefix(layer) + "*"] += 1
     entries = []
     for entry, count in layers.items():
         if count == 1 and entry.endswith("*"):
@@ -116,4 +126,12 @@ def described(names: Collection[str]) -> str:
     return ", ".join(entries[:_NAMED]) + more
 
 
-__all__ = ["copies", "described", "stored_dtype", "tensor_shapes", "trunk_shapes", "unused_tensors"]
+__all__ = [
+    "copies",
+    "described",
+    "layer_of",
+    "stored_dtype",
+    "tensor_shapes",
+    "trunk_shapes",
+    "unused_tensors",
+]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from errors import CheckpointError, ConfigError
-from model.checkpoints.expected_tensors import copies, tensor_shapes, trunk_shapes, unused_tensors
+from model.checkpoints.expected_tensors import copies, layer_of, tensor_shapes, trunk_shapes, unused_tensors
 from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize, is_fp8
 from model.checkpoints.hf_names import EMBEDDING, HEAD, expert_names, layer_prefix
 from model.checkpoints.shards import ShardReader
@@ -172,8 +172,9 @@ class PretrainedSource:
         except ConfigError as error:
             raise CheckpointError(f"{self.directory}: {error}") from None
         # When it saves a model, transformers drops the MTP modules and leaves their number in config.json.
-        modules = tuple(layer_prefix(layer) for layer in config.mtp_layers)
-        if modules and not any(name.startswith(modules) for name in self._reader.names):
+        first = config.num_hidden_layers
+        last = first + config.num_nextn_predict_layers
+        if not any(first <= layer_of(name) < last for name in self._reader.names):
             return config.model_copy(update={"num_nextn_predict_layers": 0})
         return config
 
