@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -22,7 +22,7 @@ from model.checkpoints.shards import ShardReader
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _BUFFER = ".rotary_emb.inv_freq"  # saved by older versions of transformers, and computed from config.json
 _NAMED = 4  # names that a description lists before it counts the rest
 
@@ -87,7 +87,7 @@ def unused_tensors(reader: ShardReader, config: ModelConfig) -> tuple[str, ...]:
     if foreign:
         raise CheckpointError(
             f"{reader.path} has tensors that this model does not use, and without which it would compute "
-            f"something else: {described(foreign)}; give a checkpoint of the DeepSeek-V3 architecture, or "
+            f"something else: {_some(foreign)}; give a checkpoint of the DeepSeek-V3 architecture, or "
             "remove them"
         )
     return tuple(unused)
@@ -122,6 +122,11 @@ def described(names: Collection[str]) -> str:
         if count == 1 and entry.endswith("*"):
             entry = next(name for name in names if name.startswith(entry[:-1]))
         entries.append(entry if count == 1 else f"{entry} ({count})")
+    return _some(entries)
+
+
+def _some(entries: Sequence[str]) -> str:
+    """The first entries of a list, and the number of the others."""
     more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
     return ", ".join(entries[:_NAMED]) + more
 

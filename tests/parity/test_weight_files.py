@@ -124,6 +124,10 @@ O_PROJ = "model.layers.0.self_attn.o_proj."
             r"does not use.*layers\.0\.self_attn\.o_proj\.bias",
         ),
         (lambda t: t.update({"lm_head.bias": torch.ones(96)}), r"does not use.*lm_head\.bias"),
+        (
+            lambda t: t.update({f"model.layers.0.mlp.{p}_proj.bias": torch.ones(1) for p in "abcdef"}),
+            r"a_proj\.bias, .*b_proj\.bias, .*c_proj\.bias, .*d_proj\.bias and 2 more;",
+        ),
         (lambda t: t.update({"model.layers.1.self_attn.indexer.wk.weight": torch.ones(2, 32)}), "indexer"),
         (
             lambda t: t.update({"model.layers.1.mlp.experts.16.up_proj.weight": torch.ones(24, 32)}),
