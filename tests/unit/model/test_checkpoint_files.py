@@ -155,7 +155,7 @@ def _fp8_without_scales(directory: Path) -> None:
         (_config(model_type="llama"), r"model_type is 'llama'.*DeepSeek-V3"),
         (_config(n_group=3), r"n_routed_experts \(4\) must be a multiple of n_group \(3\)"),
         (_config(quantization_config={"quant_method": "awq"}), r"quant_method 'awq'.*give another export"),
-        (_config(num_hidden_layers=2**31 - 1), r"too few for the 2147483648 layers.*incomplete"),
+        (_config(num_hidden_layers=2**31 - 1), r"too few for the 2147483647 layers.*incomplete"),
         (_config(num_nextn_predict_layers=2**31 - 1), r"too few for the 2147483649 layers"),
         (_config(n_routed_experts=2**31 - 1, n_group=1, topk_group=1), r"too few for .* routed experts"),
         (_config(n_routed_experts=5), r"gate\.weight has shape \[4, 20\].*\[5, 20\]"),
