@@ -65,6 +65,11 @@ class GenerationDefaults:
             return 0.0
         return float(self.values.get("temperature", 1.0 if self.samples else 0.0))
 
+    def __str__(self) -> str:
+        """The defaults as a list; empty without any."""
+        named = {**self.values, **({} if self.max_tokens is None else {"max_new_tokens": self.max_tokens})}
+        return ", ".join(f"{name} {value:g}" for name, value in named.items())
+
 
 def _refused(file: Path, reason: str) -> DataError:
     return DataError(f"{file}: {reason}; correct it, or leave the file out with --generation-config none")

@@ -162,7 +162,12 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, list
             "layer with routed experts, and a deployment is built around these; use raymoe generate"
         )
     load_tokenizer(directory, model.vocab_size)
-    GenerationDefaults.of(directory, config.serving.generation_config)
+    defaults = GenerationDefaults.of(directory, config.serving.generation_config)
+    if str(defaults):
+        say(
+            f"what a request does not set comes from generation_config.json: {defaults} "
+            "(--generation-config none leaves it out)"
+        )
     check_template(ChatTemplate.from_directory(directory))
     if config.cluster.expert_hosts > model.n_routed_experts:
         raise ConfigError(

@@ -213,6 +213,8 @@ def test_defaults_are_the_values_that_transformers_reads(files: Path) -> None:
     assert ours.values == {name: getattr(theirs, name) for name in ours.values}
     assert set(ours.values) == {"temperature", "top_p", "top_k", "repetition_penalty"}
     assert ours.max_tokens == theirs.max_new_tokens
+    told = "temperature 0.6, top_p 0.95, top_k 20, repetition_penalty 1.1, max_new_tokens 7"
+    assert (str(ours), str(GenerationDefaults())) == (told, "")
     assert GenerationDefaults.of(files, "none") == GenerationDefaults()
 
 
