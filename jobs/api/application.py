@@ -147,8 +147,8 @@ async def _complete(backend: Backend, request: CompletionRequest) -> Response:
     deltas = backend.generate(job.prompts, job.params, choices=request.n)
     wanted = request.logprobs is not None
     views = [
-        CompletionView(backend.detokenizer, prompt, echo=request.echo, logprobs=wanted)
-        for prompt in job.prompts
+        CompletionView(backend.detokenizer, prompt, added=added, echo=request.echo, logprobs=wanted)
+        for prompt, added in zip(job.prompts, job.added, strict=True)
     ]
 
     def part(index: int, news: Choice) -> dict[str, Any]:

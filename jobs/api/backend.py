@@ -23,6 +23,7 @@ from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
 from jobs.chat.chat_renderer import ChatRenderer
 from jobs.checkpoints.generation_defaults import GenerationDefaults
+from jobs.data.tokenizer import opening_length
 
 _RETRY_SECONDS = 1
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest)
@@ -91,6 +92,7 @@ class Backend:
         longest: Tokens that prompt and answer may have together.
         end_of_text: Token that an empty prompt stands for.
         defaults: Sampling parameters that a request does not set.
+        opening: Number of tokens that the tokenizer puts before a text (BOS).
         health: Returns why requests cannot be answered, or None.
         engines: Returns the engines' figures by name.
         experts: Returns the expert hosts' figures; None if there are no hosts.
@@ -114,11 +116,13 @@ class Backend:
     admission: Admission = field(default_factory=Admission)
     created: int = field(default_factory=lambda: int(time.time()))
     detokenizer: Detokenizer = field(init=False, repr=False)
+    opening: int = field(init=False, repr=False)
     _longest_token: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.detokenizer = Detokenizer(self.tokenizer)
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
+        self.opening = opening_length(self.tokenizer)
 
     def check_key(self, authorization: str | None) -> None:
         """Check the API key of a request.

@@ -23,11 +23,13 @@ class CompletionJob:
         prompts: The prompt of each choice.
         params: The sampling parameters of each choice.
         prompt_tokens: Number of tokens of all prompts, each prompt counted once.
+        added: How many tokens at the beginning of each choice's prompt the tokenizer has added to its text.
     """
 
     prompts: list[list[int]]
     params: list[SamplingParams]
     prompt_tokens: int
+    added: list[int]
 
 
 def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJob:
@@ -60,12 +62,21 @@ def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJo
         prompts=[prompt for prompt in prompts for _ in range(request.n)],
         params=params,
         prompt_tokens=sum(map(len, prompts)),
+        added=[
+            backend.opening if isinstance(item, str) else 0
+            for item in _items(request.prompt)
+            for _ in range(request.n)
+        ],
     )
 
 
 def _several(given: str | Sequence[Any]) -> bool:
     """Whether a `prompt` field holds several prompts, not the text or the tokens of one."""
     return bool(given) and not isinstance(given, str) and not isinstance(given[0], int)
+
+
+def _items(given: str | Sequence[Any]) -> list[Any]:
+    return list(given) if _several(given) else [given]
 
 
 def _names(given: str | Sequence[Any]) -> list[str]:
@@ -75,10 +86,9 @@ def _names(given: str | Sequence[Any]) -> list[str]:
 
 def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
     """Every prompt as tokens; an empty prompt becomes the end-of-text token, which precedes every text."""
-    items = list(given) if _several(given) else [given]
     encoded = [
         backend.encode(item, name, add_special_tokens=True) if isinstance(item, str) else list(item)
-        for item, name in zip(items, _names(given), strict=True)
+        for item, name in zip(_items(given), _names(given), strict=True)
     ]
     return [tokens or [backend.end_of_text] for tokens in encoded]
 

@@ -48,8 +48,8 @@ async def _replies(
     usage = Usage(prompt=job.prompt_tokens, choices=request.n)
     wanted = request.logprobs is not None
     views = [
-        CompletionView(backend.detokenizer, prompt, echo=request.echo, logprobs=wanted)
-        for prompt in job.prompts
+        CompletionView(backend.detokenizer, prompt, added=added, echo=request.echo, logprobs=wanted)
+        for prompt, added in zip(job.prompts, job.added, strict=True)
     ]
     left = len(job.prompts)
     async with aclosing(backend.generate(job.prompts, job.params, choices=request.n)) as deltas:

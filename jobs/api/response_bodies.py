@@ -128,14 +128,15 @@ class CompletionView:
     Args:
         detokenizer: Decodes the prompt, and the tokens for their positions.
         prompt: Tokens of the prompt.
+        added: Number of tokens at its beginning that the client's text does not have (BOS).
         echo: Whether the prompt comes first.
         logprobs: Whether the client asked for log probabilities.
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, prompt: Sequence[int], *, echo: bool, logprobs: bool
+        self, detokenizer: Detokenizer, prompt: Sequence[int], *, added: int = 0, echo: bool, logprobs: bool
     ) -> None:
-        self._detokenizer, self._logprobs = detokenizer, logprobs
+        self._detokenizer, self._added, self._logprobs = detokenizer, added, logprobs
         self._prompt = prompt if echo else None  # until it has been shown
         self._offsets = TextOffsets(detokenizer)
 
@@ -150,9 +151,11 @@ class CompletionView:
         before: list[TokenLogprobs | None] = []
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
-            said = self._detokenizer.decode(prompt, special=True)
+            given = prompt[self._added :]
+            said = self._detokenizer.decode(given, special=True)
             if self._logprobs:
-                offsets = TextOffsets(self._detokenizer, special=True).take(prompt)
+                offsets = [0] * (len(prompt) - len(given))
+                offsets += TextOffsets(self._detokenizer, special=True).take(given)
                 before = [None, *news.prompt_logprobs]
             self._offsets = TextOffsets(self._detokenizer, start=len(said))
             text, tokens = said + text, [*prompt, *tokens]

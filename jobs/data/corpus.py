@@ -31,10 +31,10 @@ from jobs.data.held_out import HeldOut, zlib_bits_per_byte
 from jobs.data.packing import PackedCorpus, Packer, TokenBlock
 from jobs.data.source_files import SourceFile, find_files
 from jobs.data.tokenizer import (
-    begins_documents,
     document_tokenizer,
     encode_documents,
     load_tokenizer,
+    opening_length,
     tokenizer_files,
     train_tokenizer,
     trained_files,
@@ -145,7 +145,7 @@ def prepare(
             documents=len(held),
             size=sum(sizes[name] for name in held),
             zlib_bits_per_byte=zlib_bits_per_byte(row["text"] for row in _take(validation)),
-            begun=begins_documents(model),
+            begun=opening_length(model) > 0,
         ),
         carried=carried,
         skipped=skipped,

@@ -88,10 +88,10 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end_of_text: in
     return documents
 
 
-def begins_documents(tokenizer: Tokenizer) -> bool:
-    """Whether the post-processor puts a token before every text (BOS)."""
-    added = tokenizer.encode("a").special_tokens_mask
-    return bool(added and added[0])
+def opening_length(tokenizer: Tokenizer) -> int:
+    """Number of tokens that the post-processor puts before every text (BOS)."""
+    added: list[int] = tokenizer.encode("a").special_tokens_mask
+    return next((at for at, one in enumerate(added) if not one), len(added))
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
@@ -248,11 +248,11 @@ def _generation_ends(folder: Path) -> list[int]:
 __all__ = [
     "END_OF_TEXT",
     "ModelTokenizer",
-    "begins_documents",
     "document_tokenizer",
     "encode_documents",
     "highest_id",
     "load_tokenizer",
+    "opening_length",
     "save_tokenizer",
     "tokenizer_files",
     "train_tokenizer",

@@ -18,7 +18,7 @@ from jobs.data.documents import held_out, read_documents
 from jobs.data.held_out import HeldOut, zlib_bits_per_byte
 from jobs.data.packing import pack
 from jobs.data.source_files import find_files
-from jobs.data.tokenizer import begins_documents
+from jobs.data.tokenizer import opening_length
 from model.losses.training_losses import evaluation_loss
 
 _LENGTH = 1024  # tokens of a row for weights without a run
@@ -85,7 +85,7 @@ def judge(model: LoadedModel, texts: list[str], *, sequence_length: int, batch_s
         documents=len(texts),
         size=sum(len(text.encode()) for text in texts),
         zlib_bits_per_byte=zlib_bits_per_byte(texts),
-        begun=begins_documents(model.tokenizer),
+        begun=opening_length(model.tokenizer) > 0,
     )
     nats, targets = 0.0, 0
     accepted, drafted = [0] * depth, [0] * depth

@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from engine.params import SamplingParams
+from engine.sequence import TokenLogprobs
 from engine.service import Delta, Listener
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
@@ -42,7 +43,9 @@ class RecordingService:
         limit: int | None = None,
     ) -> asyncio.Future[None]:
         self.prompt, self.params = list(prompt), params
-        listener(Delta(tokens=[TURN_END], finish_reason="stop"))
+        told = [] if params.logprobs is None else [TokenLogprobs(token=-1.0, best=[])]
+        before = told * (len(prompt) - 1) if params.prompt_logprobs else []
+        listener(Delta(tokens=[TURN_END], logprobs=told, prompt_logprobs=before, finish_reason="stop"))
         done = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
@@ -98,6 +101,22 @@ def test_a_prompt_gets_the_tokens_that_the_post_processor_adds(folder: Path, tex
     assert answer["usage"]["prompt_tokens"] == len(theirs)
     served.post("completions", prompt=theirs)
     assert served.service.prompt == theirs  # token ids are taken as they are
+
+
+@pytest.mark.parametrize("prompt", ["the cat", [BOS, 300, 301]])
+def test_an_echo_is_the_prompt_that_was_given(folder: Path, prompt: Any) -> None:
+    """As vLLM has it: BOS is among the tokens, and not in the text of a prompt that came as text."""
+    served = Recorded(folder, defaults=GenerationDefaults())
+    answer = served.post("completions", prompt=prompt, echo=True, logprobs=0)["choices"][0]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = theirs(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    assert answer["text"] == (prompt if isinstance(prompt, str) else theirs.decode(prompt))
+    shown = answer["logprobs"]
+    assert shown["tokens"][0] == "<s>"
+    assert len(shown["text_offset"]) == len(tokens) + 1
+    first = 0 if isinstance(prompt, str) else len("<s>")
+    assert shown["text_offset"][:2] == [0, first]
+    assert shown["text_offset"][-1] == len(answer["text"])
 
 
 def test_a_conversation_has_bos_once(folder: Path) -> None:
