@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+import jobs.fleet.event_lines
 import jobs.training.run_watch
+from actors.rpc.control_server import ControlServer
 from errors import ChannelError
-from jobs.fleet.event_lines import EVENTS_FILE, EventLines
+from jobs.fleet.event_lines import EVENTS_FILE, EventLines, follow_events
 from jobs.training.run_watch import RunWatch
+from protos import admin_pb2, admin_pb2_grpc
+from support.waiting import wait_until
 
 JOINED = {"at": 1.0, "kind": "joined", "text": "expert host host-0"}
 DIED = {"at": 2.5, "kind": "died", "text": "expert host host-0: its process ended"}
@@ -76,3 +83,41 @@ def test_a_run_writes_what_happened_until_its_very_end(
     watch = RunWatch(EndedTrainer(), FinishedRun(), 0, None, events)  # type: ignore[arg-type]
     assert watch.until_done() is False
     assert written(tmp_path) == [JOINED, DIED]
+
+
+class EventfulJob(admin_pb2_grpc.AdminServicer):
+    """A job whose coordinator has recorded one event, and records another one for each call."""
+
+    def __init__(self) -> None:
+        self.texts = ["of old"]
+
+    def Events(
+        self, request: admin_pb2.EventsRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.EventsReply:
+        new = [admin_pb2.JobEvent(at=1.0, kind="died", text=text) for text in self.texts[request.known :]]
+        reply = admin_pb2.EventsReply(recorder="r", known=len(self.texts), events=new)
+        self.texts.append(f"number {len(self.texts)}")
+        return reply
+
+
+@pytest.mark.parametrize(("skip", "first"), [(False, "died: of old"), (True, "died: number 1")])
+@pytest.mark.timeout(30)
+def test_events_are_followed_until_the_end(skip: bool, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.fleet.event_lines, "_PAUSE", 0.01)
+    job, told, stop = EventfulJob(), list[str](), threading.Event()
+    server = ControlServer(lambda server: admin_pb2_grpc.add_AdminServicer_to_server(job, server))
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(follow_events, stop, server.address, told.append, skip=skip)
+        wait_until(lambda: len(told) > 3)
+        stop.set()
+        following.result(20)
+    server.close()
+    begin = 1 if skip else 0
+    assert told[0] == first
+    assert told == [f"died: {text}" for text in job.texts[begin : begin + len(told)]], "each event once"
+
+
+def test_without_a_coordinator_there_is_nothing_to_follow() -> None:
+    stop = threading.Event()
+    stop.set()
+    follow_events(stop, None, lambda line: pytest.fail(line))
