@@ -23,6 +23,7 @@ from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.checkpoints.loaded_model import note_unused
 from jobs.console import counted, say
 from jobs.data.tokenizer import load_tokenizer
+from jobs.fleet.event_lines import follow_events
 from jobs.fleet.expert_hosts import check_transport, on_loopback
 from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
 from jobs.fleet.stop_signals import StopSignals
@@ -107,7 +108,7 @@ def serve(
             stopped = threading.Event()
             with stop.running(stopped.set):
                 ready(endpoints)
-                stopped.wait()
+                follow_events(stopped, endpoints.coordinator, tell)
                 tell("stopping; requests under way are completed")
         finally:
             if answers:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import psutil
 import ray
 from ray._private.state import GlobalState
 from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]  # compiled
@@ -16,11 +15,11 @@ from ray.exceptions import RayError
 from actors.messages.job_identity import COORDINATOR, NAMESPACE
 from actors.rpc.admin_client import AdminClient
 from errors import RaymoeError, ResourceError
-from jobs.fleet.ray_session import ResourceNeeds, check_answers, ray_session
+from jobs.fleet.ray_address import VARIABLE, check_answers, local_addresses, running_address
+from jobs.fleet.ray_session import ResourceNeeds, ray_session
 from jobs.tools.jobs_found import RunningJob, described
 
 _ASK_SECONDS = 10.0
-_OPTION = "--gcs-address="
 
 
 def rehearse(
@@ -63,8 +62,7 @@ def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
     Raises:
         ResourceError: There is none, or this machine has several.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or _only(clusters_here())
-    check_answers(address)
+    address = running_address(address) if address else _only_cluster()
     with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
         yield address
 
@@ -72,7 +70,7 @@ def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
 def jobs_here(*, debug: bool = False) -> list[RunningJob]:
     """The jobs on all Ray clusters that have a node on this machine; clusters that refuse are left out."""
     found: list[RunningJob] = []
-    for address in clusters_here():
+    for address in local_addresses():
         with suppress(ResourceError):
             check_answers(address)
             if _has_coordinator(address):
@@ -91,16 +89,6 @@ def _has_coordinator(address: str) -> bool:
     finally:
         state.disconnect()
     return any(actor["Name"].startswith(COORDINATOR) for actor in alive)
-
-
-def clusters_here() -> list[str]:
-    """Addresses of the Ray clusters that have a node on this machine, by the nodes' processes."""
-    found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or ()).split()
-        if words and os.path.basename(words[0]) == "raylet":
-            found |= {word.removeprefix(_OPTION) for word in words if word.startswith(_OPTION)}
-    return sorted(found)
 
 
 def seen_coordinators() -> tuple[list[str], list[str]]:
@@ -134,14 +122,14 @@ def seen_coordinators() -> tuple[list[str], list[str]]:
     return found, silent
 
 
-def _only(clusters: Sequence[str]) -> str:
-    if len(clusters) == 1:
-        return clusters[0]
-    if not clusters:
-        raise ResourceError("no Ray cluster runs on this machine; --address names one elsewhere")
-    raise ResourceError(
-        f"{len(clusters)} Ray clusters run on this machine; name one with --address: {', '.join(clusters)}"
-    )
+def _only_cluster() -> str:
+    """The cluster that RAY_ADDRESS names, or else the only one of this machine."""
+    found = [] if os.environ.get(VARIABLE) else local_addresses()
+    if len(found) > 1:
+        raise ResourceError(
+            f"{len(found)} Ray clusters run on this machine; name one with --address: {', '.join(found)}"
+        )
+    return running_address(None)
 
 
-__all__ = ["clusters_here", "jobs_here", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]
+__all__ = ["jobs_here", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]

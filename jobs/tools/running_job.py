@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from actors.rpc.admin_client import AdminClient
 from jobs.fleet.job_notices import local_jobs
+from jobs.fleet.ray_address import VARIABLE
 from jobs.tools.jobs_found import JobsFound, RunningJob, described
 
 
@@ -29,7 +30,7 @@ def find_jobs(*, coordinator: str | None, address: str | None, debug: bool = Fal
     if coordinator is not None:
         at = coordinator if coordinator.startswith("grpc:") else f"grpc:{coordinator}"
         return JobsFound([described(at)], f"at {coordinator}")
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = address or os.environ.get(VARIABLE) or None
     if address is None:
         posted = local_jobs()
         if posted:

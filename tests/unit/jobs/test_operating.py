@@ -101,7 +101,7 @@ class Machine:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """A machine without other jobs and Ray clusters."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(cluster_jobs, "clusters_here", list)
+    monkeypatch.setattr(cluster_jobs, "local_addresses", list)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     made = Machine()
     yield made
