@@ -8,6 +8,7 @@
     ├── ResourceError         the cluster lacks what the configuration asks for
     │   ├── HostsChanged      expert hosts joined or left during a change of weights
     │   └── QueueFull         the queue of waiting requests is full
+    ├── RequestFailed         a generation request failed for a reason of its own
     ├── Interrupted           a training step is given up; the worker has to join the run again
     ├── WorkersLost           another worker's process has ended
     ├── ChannelError          a peer is unreachable, or closed the connection
@@ -60,6 +61,10 @@ class Interrupted(RaymoeError):
 
 class QueueFull(ResourceError):
     """The queue of waiting requests is full; the request can be sent again later."""
+
+
+class RequestFailed(RaymoeError):
+    """A generation request failed for a reason of its own; at another replica it would fail, too."""
 
 
 class WorkersLost(RaymoeError):
@@ -121,6 +126,7 @@ __all__ = [
     "QueueFull",
     "RaymoeError",
     "RemoteError",
+    "RequestFailed",
     "ResourceError",
     "StaleEpoch",
     "UsageError",

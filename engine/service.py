@@ -36,6 +36,7 @@ class Delta:
         prompt_logprobs: Log probabilities of the prompt, if requested; with the first delta.
         finish_reason: `stop`, `length` or `abort` in the last delta, otherwise None.
         error: Error text that ends the request, in place of a finish_reason.
+        own: Whether the error is of this request alone, which would fail again.
         cached: Positions of the prompt that were found in the cache.
         version: Version of the weights that computed the tokens.
     """
@@ -46,6 +47,7 @@ class Delta:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    own: bool = False
     cached: int = 0
     version: str = ""
 
@@ -232,9 +234,9 @@ class EngineService:
         if request is None:
             return
         try:
-            delta = Delta(error=new.error) if new.error else self._delta(request, new.tokens)
+            delta = Delta(error=new.error, own=True) if new.error else self._delta(request, new.tokens)
         except BaseException as error:  # a panic of the tokenizers library is no Exception
-            delta = Delta(error=described(error))
+            delta = Delta(error=described(error), own=True)
         if delta is None:
             return
         if delta.finish_reason or delta.error:
@@ -244,7 +246,7 @@ class EngineService:
         except BaseException as error:
             log.exception("request %s: its listener failed", new.sequence.id)
             self._drop(new.sequence.id, "error")
-            _tell(request, described(error))
+            _tell(request, Delta(error=described(error), own=True))
 
     def _drop(self, id: str, reason: str) -> None:
         """Forget a request; the engine ends it if it has not yet."""
@@ -288,13 +290,13 @@ class EngineService:
         requests, self._requests = self._requests, {}
         for id, request in requests.items():
             self._engine.cancel(id)
-            _tell(request, text)
+            _tell(request, Delta(error=text))
 
 
-def _tell(request: _GenerationRequest, error: str) -> None:
+def _tell(request: _GenerationRequest, delta: Delta) -> None:
     """Report an error to a listener, which may be gone."""
     with suppress(BaseException):
-        request.listener(Delta(error=error))
+        request.listener(delta)
 
 
 __all__ = ["Delta", "EngineService", "Listener"]

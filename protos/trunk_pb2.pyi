@@ -180,6 +180,7 @@ class TrunkDelta(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     CACHED_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    OWN_FIELD_NUMBER: builtins.int
     text: builtins.str
     finish_reason: builtins.str
     """"stop" or "length", in the last one."""
@@ -188,6 +189,8 @@ class TrunkDelta(google.protobuf.message.Message):
     cached: builtins.int
     version: builtins.str
     """Of the weights that computed the tokens."""
+    own: builtins.bool
+    """The error is of this request alone: it would fail again."""
     @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -205,8 +208,9 @@ class TrunkDelta(google.protobuf.message.Message):
         error: builtins.str = ...,
         cached: builtins.int = ...,
         version: builtins.str = ...,
+        own: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached", b"cached", "error", b"error", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "tokens", b"tokens", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached", b"cached", "error", b"error", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "own", b"own", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "tokens", b"tokens", "version", b"version"]) -> None: ...
 
 global___TrunkDelta = TrunkDelta
 

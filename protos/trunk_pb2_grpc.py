@@ -51,7 +51,8 @@ class TrunkServicer(object):
 
     def Generate(self, request, context):
         """Goes on with a prompt. Cancelling the call stops it. INVALID_ARGUMENT: the engine refuses the request;
-        RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one.
+        RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one; ABORTED: the request failed for a
+        reason of its own, and would at another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,8 @@ class TrunkStub:
         protos.trunk_pb2.TrunkDelta,
     ]
     """Goes on with a prompt. Cancelling the call stops it. INVALID_ARGUMENT: the engine refuses the request;
-    RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one.
+    RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one; ABORTED: the request failed for a
+    reason of its own, and would at another one.
     """
 
     Status: grpc.UnaryUnaryMultiCallable[
@@ -40,7 +41,8 @@ class TrunkAsyncStub:
         protos.trunk_pb2.TrunkDelta,
     ]
     """Goes on with a prompt. Cancelling the call stops it. INVALID_ARGUMENT: the engine refuses the request;
-    RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one.
+    RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one; ABORTED: the request failed for a
+    reason of its own, and would at another one.
     """
 
     Status: grpc.aio.UnaryUnaryMultiCallable[
@@ -56,7 +58,8 @@ class TrunkServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[protos.trunk_pb2.TrunkDelta], collections.abc.AsyncIterator[protos.trunk_pb2.TrunkDelta]]:
         """Goes on with a prompt. Cancelling the call stops it. INVALID_ARGUMENT: the engine refuses the request;
-        RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one.
+        RESOURCE_EXHAUSTED: the queue is full; UNAVAILABLE: this replica ends, ask another one; ABORTED: the request failed for a
+        reason of its own, and would at another one.
         """
 
     @abc.abstractmethod

@@ -117,8 +117,10 @@ def raise_error_of(delta: Delta) -> None:
     """Raise the error that ended a choice, if one did.
 
     Raises:
-        ApiError: The engine failed.
+        ApiError: The request failed for a reason of its own (500), or the engine did (503).
     """
+    if delta.error is not None and delta.own:
+        raise ApiError(500, delta.error, code="request_failed")
     if delta.error is not None:
         raise ApiError(503, delta.error, code="engine_failed", retry_after=1)
 

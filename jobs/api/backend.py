@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from engine.params import SamplingParams
 from engine.service import Delta, Listener
 from engine.text import Detokenizer
-from errors import ConfigError, DataError, QueueFull
+from errors import ConfigError, DataError, QueueFull, RaymoeError, ResourceError
 from jobs.api.admission import Admission
 from jobs.api.api_errors import ApiError, invalid, too_long
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
@@ -306,6 +306,10 @@ class Backend:
         except ConfigError as error:
             text = str(error)
             raise invalid(text, text.split()[0]) from error
+        except ResourceError as error:
+            raise ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS) from error
+        except RaymoeError as error:
+            raise ApiError(500, str(error), code="request_failed") from error
 
 
 def _queue_full(error: QueueFull) -> ApiError:

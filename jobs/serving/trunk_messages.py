@@ -67,6 +67,7 @@ def delta_message(deltas: Sequence[Delta]) -> TrunkDelta:
         text="".join([delta.text for delta in deltas]),
         finish_reason=last.finish_reason or "",
         error=last.error or "",
+        own=last.own,
         cached=last.cached,
         version=last.version,
     )
@@ -88,6 +89,7 @@ def delta_of(message: TrunkDelta) -> Delta:
         prompt_logprobs=_logprobs(message.prompt_logprobs) if message.prompt_logprobs else [],
         finish_reason=message.finish_reason or None,
         error=message.error or None,
+        own=message.own,
         cached=message.cached,
         version=message.version,
     )

@@ -12,7 +12,7 @@ import grpc
 
 from channels.grpc import tls
 from channels.grpc.options import OPTIONS
-from errors import ChannelError, ConfigError, QueueFull, RaymoeError
+from errors import ChannelError, ConfigError, QueueFull, RequestFailed
 from protos.trunk_pb2 import TrunkDelta, TrunkRequest, TrunkStatus, TrunkStatusRequest
 from protos.trunk_pb2_grpc import TrunkStub
 
@@ -54,7 +54,7 @@ class ReplicaConnection:
         Raises:
             ChannelError: The replica is gone or hangs, and the request has not ended.
             ConfigError, QueueFull: The replica refuses the request.
-            RaymoeError: The request failed at the replica, as it would at another one.
+            RequestFailed: The request failed at the replica, as it would at another one.
         """
         call = self._stub.Generate(request)
         self._calls.add(call)
@@ -69,7 +69,7 @@ class ReplicaConnection:
             kinds = {
                 grpc.StatusCode.INVALID_ARGUMENT: ConfigError,
                 grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
-                grpc.StatusCode.ABORTED: RaymoeError,
+                grpc.StatusCode.ABORTED: RequestFailed,
             }
             if error.code() in kinds:
                 raise kinds[error.code()](error.details()) from None

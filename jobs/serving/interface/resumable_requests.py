@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.params import SamplingParams, check_tokens
 from engine.service import Delta, Listener
-from errors import ChannelError, ConfigError, QueueFull, ResourceError, described
+from errors import ChannelError, ConfigError, QueueFull, RequestFailed, ResourceError, described
 from jobs.serving.interface.replica_connection import ReplicaConnection
 from jobs.serving.interface.replica_leases import ReplicaLease
 from jobs.serving.interface.replicas import Replicas
@@ -120,7 +120,7 @@ class ResumableRequests:
         except Exception as error:
             if not request.taken.done():
                 request.taken.set_result(None)
-            request.listener(Delta(error=described(error)))
+            request.listener(Delta(error=described(error), own=isinstance(error, RequestFailed)))
 
     async def _to_its_end(self, request: ResumableRequest) -> None:
         """Generate on one replica after the other until the request has ended.

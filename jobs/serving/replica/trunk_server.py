@@ -97,7 +97,7 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
                     ready.append(next_)
                     next_ = None
                 over = ready[-1].finish_reason is not None or ready[-1].error is not None
-                if self.closing and ready[-1].error is not None:
+                if self.closing and ready[-1].error is not None and not ready[-1].own:
                     raise ResourceError("this replica ends")
                 yield delta_message(ready)
         finally:

@@ -304,3 +304,42 @@ def test_warming_up_leaves_nothing_and_changes_nothing() -> None:
     assert engine.pool.held == 0
     assert not engine.stats.proposed
     assert [s.output for s in run(engine, prompts())] == [continued(model, prompt) for prompt in prompts()]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_prompt_alone_is_computed_without_a_token(settings: EngineSettings, echo: bool) -> None:
+    model = build(num_nextn_predict_layers=1)
+    engine = Engine(TrunkWeights.of(model.trunk), model.experts, settings)
+    asked = prompts(3)
+    params = SamplingParams(max_tokens=0, temperature=0.0, logprobs=1, prompt_logprobs=echo)
+    beside = engine.add("beside", asked[0], SamplingParams(max_tokens=NEW, temperature=0.0))
+    scored = [engine.add(str(at), prompt, params) for at, prompt in enumerate(asked)]
+    while engine.has_work:
+        engine.step()
+    assert beside.output == continued(model, asked[0])
+    for sequence, prompt in zip(scored, asked, strict=True):
+        assert (sequence.finish_reason, sequence.output, sequence.logprobs) == ("length", [], [])
+        with torch.no_grad():
+            logs = model(torch.tensor([prompt]))[0].log_softmax(-1)
+        expected = [float(logs[at, token]) for at, token in enumerate(prompt[1:])] if echo else []
+        assert [at.token for at in sequence.prompt_logprobs] == pytest.approx(expected, abs=1e-9)
+    assert engine.pool.held == 0
+
+
+def test_a_preempted_prompt_counts_no_entry_of_its_own_as_cached() -> None:
+    model = build()
+    engine = Engine(
+        TrunkWeights.of(model.trunk), model.experts, EngineSettings(page_size=4, max_batch_tokens=8)
+    )
+    sequence = engine.add("one", list(range(30)), SamplingParams(max_tokens=2, temperature=0.0))
+    engine.step()
+    engine.step()
+    engine.scheduler.restart()  # as a preemption does, the pages stay findable
+    while engine.has_work:
+        engine.step()
+    assert sequence.cached == 0
+    again = engine.add("two", list(range(30)), SamplingParams(max_tokens=1, temperature=0.0))
+    while engine.has_work:
+        engine.step()
+    assert again.cached == 28
