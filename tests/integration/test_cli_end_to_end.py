@@ -76,6 +76,7 @@ def _yaml(value: Any) -> str:
 def test_the_demo_leaves_a_run_and_its_picture(run: Path) -> None:
     assert [line["step"] for line in read_metrics(run / METRICS_FILE)] == list(range(1, 31))
     assert (run / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+    assert not (run / "ray_train").exists()  # Ray Train's own record of the run
     assert fresh_directory(run) == run.with_name("run-2")
     assert fresh_directory(run / "new") == run / "new"
 
