@@ -52,6 +52,7 @@ def dashboard() -> Iterator[tuple[str, dict[str, str]]]:
         path = f"{BIN}:{os.environ['PATH']}"  # what an activated environment gives every node
         user = {**os.environ, "PATH": path, "RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         user.pop("RAY_AUTH_MODE", None)
+        user["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nodes end without waiting for each other's work
         nodes = [_node(user, "--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}")]
         address = f"http://127.0.0.1:{ports[1]}"
         submitter = {**user, "RAY_AUTH_MODE": "token"}

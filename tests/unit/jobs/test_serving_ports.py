@@ -62,3 +62,13 @@ def test_a_refused_serve_has_imported_nothing_large(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: --port {port} is not available")
     assert len(done.stderr.splitlines()) == 1
     assert done.returncode == 1
+
+
+@pytest.mark.slow
+def test_reload_needs_no_torch() -> None:
+    script = (
+        "import sys, jobs.serving.reload; "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
