@@ -54,6 +54,7 @@ class RunWatch:
         self._error: BaseException | None = None
         self._failed_at: float | None = None
         self._interrupts = 0
+        self._stopping = False
         self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
 
     def until_done(self) -> bool:
@@ -64,15 +65,14 @@ class RunWatch:
         """
         with self._on_interrupt():
             self._thread.start()
-            stopping = False
             while self._thread.is_alive():
                 self._thread.join(_POLL_SECONDS)
-                if self._interrupts and not stopping:
-                    stopping = True
+                if self._interrupts and not self._stopping:
+                    self._stopping = True
                     self._note(
                         "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
                     )
-                if stopping:
+                if self._stopping:
                     with suppress(RaymoeError):  # repeated, because a new coordinator does not know of it
                         self._coordinator.request_stop()
                 if self._interrupts > 1:
@@ -83,7 +83,7 @@ class RunWatch:
         reason = self._reason()
         if reason is not None:
             raise reason from self._error
-        return stopping
+        return self._stopping
 
     def _give_up_on_stragglers(self) -> None:
         """End a failed run although other workers still wait for the failed one, which can take half an hour.
@@ -152,7 +152,9 @@ class RunWatch:
             return
 
         def count(number: int, frame: FrameType | None) -> None:
-            self._interrupts += 1
+            # Before the first is acted on, another one is the same request: timeout(1) sends two at a time.
+            if not self._interrupts or self._stopping:
+                self._interrupts += 1
 
         # Jobs are stopped from outside with SIGTERM.
         before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}

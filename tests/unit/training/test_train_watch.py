@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import Any
 
@@ -61,3 +63,32 @@ def test_a_run_that_goes_on_is_waited_for() -> None:
     watch = jobs.training.run_watch.RunWatch(trainer, FakeCoordinator(None), 0, None)  # type: ignore[arg-type]
     threading.Timer(0.3, trainer.done.set).start()
     assert watch.until_done() is False
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("again", [False, True])
+def test_signals_that_come_together_are_one_request(again: bool) -> None:
+    """A service manager may signal the process and its group at a time; a later signal ends the run at once."""
+    trainer = Trainer()
+
+    class Stopping(FakeCoordinator):
+        def request_stop(self) -> None:
+            if again:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                trainer.done.set()
+
+    watch = jobs.training.run_watch.RunWatch(trainer, Stopping(None), 0, None)  # type: ignore[arg-type]
+
+    def fit(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        Trainer.fit(trainer)
+
+    trainer.fit = lambda: fit(trainer)  # type: ignore[method-assign]
+    if again:
+        with pytest.raises(KeyboardInterrupt):
+            watch.until_done()
+        trainer.done.set()
+    else:
+        assert watch.until_done() is True
