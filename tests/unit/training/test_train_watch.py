@@ -68,7 +68,7 @@ def test_a_run_that_goes_on_is_waited_for() -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("again", [False, True])
 def test_signals_that_come_together_are_one_request(again: bool) -> None:
-    """A service manager may signal the process and its group at a time; a later signal ends the run at once."""
+    """As when a process and its group are signalled at a time; a later signal ends the run at once."""
     trainer = Trainer()
 
     class Stopping(FakeCoordinator):
