@@ -47,7 +47,7 @@ class EventLines:
     def __init__(
         self,
         source: EventSource,
-        tell: Callable[[str], None] | None,
+        tell: Callable[[str], object] | None,
         *,
         file: Path | None = None,
         kinds: Collection[str] | None = NOTABLE,
@@ -81,7 +81,7 @@ class EventLines:
 def follow_events(
     stop: threading.Event,
     coordinator: str | None,
-    tell: Callable[[str], None],
+    tell: Callable[[str], object],
     *,
     kinds: Collection[str] | None = NOTABLE,
     skip: bool = False,

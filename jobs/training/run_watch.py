@@ -166,7 +166,7 @@ class RunWatch:
 
 
 def run_events(
-    address: str, output: Path, tell: Callable[[str], None] | None, stack: ExitStack
+    address: str, output: Path, tell: Callable[[str], object] | None, stack: ExitStack
 ) -> EventLines:
     """The events of a run, written to `events.jsonl` in its directory.
 
