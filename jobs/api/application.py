@@ -141,7 +141,7 @@ def _card(backend: Backend) -> dict[str, Any]:
 
 
 async def _complete(backend: Backend, request: CompletionRequest) -> Response:
-    job = completion_job(backend, request)
+    job = await completion_job(backend, request)
     usage = Usage(prompt=job.prompt_tokens, choices=request.n)
     envelope = Envelope(kind="text_completion", model=backend.model, prefix="cmpl")
     deltas = backend.generate(job.prompts, job.params, choices=request.n)

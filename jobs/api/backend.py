@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tokenizers import Tokenizer
@@ -26,6 +27,7 @@ from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.data.tokenizer import opening_length
 
 _RETRY_SECONDS = 1
+_LONG_TEXT = 10_000  # characters, which take a few milliseconds to tokenize
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest)
 
 
@@ -167,8 +169,8 @@ class Backend:
         missing = {name: value for name, value in values.items() if name not in request.model_fields_set}
         return request.model_copy(update=missing)
 
-    def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize a text; a special token that it spells becomes that token.
+    async def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize a text, a long one in a thread; a special token that it spells becomes that token.
 
         Args:
             text: A prompt, or a conversation as the chat template writes it.
@@ -189,7 +191,12 @@ class Backend:
                 f"{len(text)} characters, more than so many tokens have. Please reduce its length.",
                 param,
             )
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) > _LONG_TEXT:
+            # Only batches are encoded without Python's lock, so that the event loop goes on meanwhile.
+            call = partial(self.tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens)
+            ids: list[int] = (await asyncio.to_thread(call))[0].ids
+        else:
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -204,7 +211,7 @@ class Backend:
             raise invalid(str(error), "messages") from error
         except QueueFull as error:
             raise _queue_full(error) from error
-        return self.encode(text, "messages", add_special_tokens=self.chat.template.plain)
+        return await self.encode(text, "messages", add_special_tokens=self.chat.template.plain)
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str, *, source: str = "prompt") -> int:
         """Number of tokens that may be generated after a prompt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class CompletionJob:
     added: list[int]
 
 
-def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJob:
+async def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJob:
     """The prompts and parameters of a request.
 
     Raises:
@@ -42,7 +43,7 @@ def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJo
     asked = len(request.prompt) if _several(request.prompt) else 1
     if asked * request.n > MAX_CHOICES:
         raise invalid(f"prompt and n make {asked * request.n} choices; {MAX_CHOICES} at most", "prompt")
-    prompts = _prompts(backend, request.prompt)
+    prompts = await _prompts(backend, request.prompt)
     params: list[SamplingParams] = []
     for prompt, source in zip(prompts, _names(request.prompt), strict=True):
         room = backend.room(prompt, request.max_tokens, "max_tokens", source=source)
@@ -84,13 +85,17 @@ def _names(given: str | Sequence[Any]) -> list[str]:
     return [f"prompt[{index}]" for index in range(len(given))] if _several(given) else ["prompt"]
 
 
-def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
+async def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
     """Every prompt as tokens; an empty prompt becomes the end-of-text token, which precedes every text."""
-    encoded = [
-        backend.encode(item, name, add_special_tokens=True) if isinstance(item, str) else list(item)
-        for item, name in zip(_items(given), _names(given), strict=True)
-    ]
-    return [tokens or [backend.end_of_text] for tokens in encoded]
+    items = list(_items(given))
+    encoded = []
+    for item, name in zip(items, _names(given), strict=True):
+        texts = isinstance(item, str)
+        tokens = await backend.encode(item, name, add_special_tokens=True) if texts else list(item)
+        encoded.append(tokens or [backend.end_of_text])
+        if len(items) > 1:  # other requests go on between prompts
+            await asyncio.sleep(0)
+    return encoded
 
 
 __all__ = ["MAX_CHOICES", "CompletionJob", "completion_job"]

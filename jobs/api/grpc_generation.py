@@ -43,7 +43,7 @@ async def _replies(
     backend.check_key(authorization)
     request = completion_request(message)
     backend.check_model(request.model)
-    job = completion_job(backend, request)
+    job = await completion_job(backend, request)
     id = f"cmpl-{uuid.uuid4().hex}"
     usage = Usage(prompt=job.prompt_tokens, choices=request.n)
     wanted = request.logprobs is not None

@@ -324,6 +324,27 @@ def test_every_failure_of_a_chat_template_is_the_clients_400(served: Served) -> 
     assert answer.status_code in (200, 400)
 
 
+def test_a_long_text_is_tokenized_while_the_event_loop_goes_on(served: Served) -> None:
+    backend = served.backend
+    before, backend.longest = backend.longest, 1 << 20
+    text = "the hat sat on a mat and the cat " * 3000
+
+    async def count() -> int:
+        encoding = asyncio.create_task(backend.encode(text, "prompt", add_special_tokens=True))
+        rounds = 0
+        while not encoding.done():
+            await asyncio.sleep(0)
+            rounds += 1
+        assert await encoding == served.tokenizer.encode(text).ids
+        return rounds
+
+    try:
+        # If the tokenizer kept Python's lock, a few rounds would pass before and after its work.
+        assert asyncio.run(count()) > 100
+    finally:
+        backend.longest = before
+
+
 def test_requests_that_come_during_the_end_are_refused_and_those_under_way_answered(served: Served) -> None:
     admission = served.backend.admission
 
