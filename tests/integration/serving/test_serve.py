@@ -231,6 +231,11 @@ def test_a_killed_host_is_not_missed(server: ServeProcess) -> None:
         (lambda d: (d / "config.json").unlink(), "config.json"),
         (lambda d: next(d.glob("*.safetensors")).unlink(), "safetensors"),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json"),
+        (
+            lambda d: (d / "chat_template.jinja").write_text("{% for"),
+            "the chat template cannot be read: line 1",
+        ),
     ],
 )
 def test_an_incomplete_model_is_refused_before_anything_starts(
