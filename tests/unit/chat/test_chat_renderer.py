@@ -40,9 +40,10 @@ def message(content: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content, "tool_calls": 5}]
 
 
-def workers() -> list[psutil.Process]:
+def workers() -> set[psutil.Process]:
+    """The processes that this one renders in; other tests may have some as well."""
     children = psutil.Process().children()
-    return [child for child in children if "rendering_worker" in " ".join(child.cmdline())]
+    return {child for child in children if "rendering_worker" in " ".join(child.cmdline())}
 
 
 def play(source: str, scene: Callable[[ChatRenderer], Awaitable[None]], **options: Any) -> None:
@@ -77,6 +78,7 @@ def test_what_a_hostile_template_does_is_an_error_of_one_line() -> None:
 
 
 def test_others_are_rendered_meanwhile_and_a_process_that_was_ended_is_replaced() -> None:
+    others = workers()
     source = "{% if messages[0].content == 'loop' %}" + FOREVER + "{% endif %}{{ messages[0].content }}"
 
     async def scene(renderer: ChatRenderer) -> None:
@@ -88,10 +90,10 @@ def test_others_are_rendered_meanwhile_and_a_process_that_was_ended_is_replaced(
             await looping
         texts = [f"text {index}" for index in range(20)]
         assert await asyncio.gather(*(renderer.render(message(text)) for text in texts)) == texts
-        assert 1 <= len(workers()) <= 2
+        assert 1 <= len(workers() - others) <= 2
 
     play(source, scene, limits=RenderLimits(cpu_seconds=0.5))
-    assert not workers()
+    assert workers() <= others
 
 
 def test_a_cancelled_conversation_is_dropped_and_no_one_gets_its_text() -> None:
@@ -129,6 +131,8 @@ def test_no_more_conversations_wait_than_may() -> None:
     ],
 )
 def test_a_template_that_cannot_be_read_is_refused_at_the_start(source: str, expected: str) -> None:
+    others = workers()
+
     async def scene(renderer: ChatRenderer) -> None:
         with pytest.raises(DataError, match="the chat template cannot be read") as caught:
             await renderer.start()
@@ -136,4 +140,4 @@ def test_a_template_that_cannot_be_read_is_refused_at_the_start(source: str, exp
         assert "\n" not in str(caught.value)
 
     play(source, scene)
-    assert not workers()
+    assert workers() <= others
