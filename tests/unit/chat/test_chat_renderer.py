@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -42,8 +43,12 @@ def message(content: str) -> list[dict[str, Any]]:
 
 def workers() -> set[psutil.Process]:
     """The processes that this one renders in; other tests may have some as well."""
-    children = psutil.Process().children()
-    return {child for child in children if "rendering_worker" in " ".join(child.cmdline())}
+    found = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "rendering_worker" in " ".join(child.cmdline()):
+                found.add(child)
+    return found
 
 
 def play(source: str, scene: Callable[[ChatRenderer], Awaitable[None]], **options: Any) -> None:
