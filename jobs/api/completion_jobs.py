@@ -87,7 +87,7 @@ def _names(given: str | Sequence[Any]) -> list[str]:
 
 async def _prompts(backend: Backend, given: str | Sequence[Any]) -> list[list[int]]:
     """Every prompt as tokens; an empty prompt becomes the end-of-text token, which precedes every text."""
-    items = list(_items(given))
+    items = _items(given)
     encoded = []
     for item, name in zip(items, _names(given), strict=True):
         texts = isinstance(item, str)
