@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 from openai import AsyncOpenAI
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typer.testing import CliRunner
 
 from actors.rpc.host_client import HostClient
@@ -52,9 +53,10 @@ def test_the_server_says_what_the_model_says(server: ServeProcess) -> None:
     tokenizer, _ = tiny_tokenizer()
     assert choice.text == tokenizer.decode(expected)
     assert choice.logprobs is not None
-    assert choice.logprobs.tokens == [
-        tokenizer.decode([token], skip_special_tokens=False) for token in expected
-    ]
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    for token, shown in zip(expected, choice.logprobs.tokens or [], strict=True):
+        own = bytes(byte_of[character] for character in tokenizer.id_to_token(token))
+        assert shown == (own.decode() if own.isascii() else f"bytes:\\x{own.hex()}")
 
 
 def test_the_official_client_with_every_parameter(server: ServeProcess) -> None:
