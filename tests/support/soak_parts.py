@@ -6,7 +6,7 @@ MINUTES = {
     "test_any_request": 2.0,
     "test_autoscaler": 2.0,
     "test_bench_serve_command": 2.5,
-    "test_busy_machine": 5.0,
+    "test_busy_machine": 9.0,
     "test_evals": 2.0,
     "test_generate": 5.0,
     "test_grpc_fuzz": 1.0,
