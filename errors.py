@@ -6,6 +6,7 @@
     │   ├── DataError         a corpus, a file or a tokenizer
     │   └── CheckpointError   a checkpoint that is missing, damaged or of another shape
     ├── ResourceError         the cluster lacks what the configuration asks for
+    │   ├── ChangeUnderWay    another change of the number of expert hosts has not ended
     │   ├── HostsChanged      expert hosts joined or left during a change of weights
     │   └── QueueFull         the queue of waiting requests is full
     ├── RequestFailed         a generation request failed for a reason of its own
@@ -49,6 +50,10 @@ class CheckpointError(UsageError):
 
 class ResourceError(RaymoeError):
     """The cluster lacks what the configuration asks for."""
+
+
+class ChangeUnderWay(ResourceError):
+    """Another change of the number of expert hosts has not ended; the request can be tried again."""
 
 
 class HostsChanged(ResourceError):

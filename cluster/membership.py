@@ -15,7 +15,7 @@ from enum import StrEnum
 from cluster.events import Event, EventLog
 from cluster.placement import Site
 from cluster.topology import HostInfo
-from errors import ConfigError, ProtocolError, ResourceError
+from errors import ChangeUnderWay, ConfigError, ProtocolError
 
 _BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds before another host is started after one, two, … failed starts in a row."""
@@ -37,7 +37,7 @@ class Member:
         info: Where the host is reached.
         stage: Stage of its life.
         seen: Time of its last answer.
-        drained: Whether the host leaves because it itself was to leave, not because fewer were wanted.
+        drained: Whether the host was drained by name, rather than retired as surplus.
     """
 
     info: HostInfo
@@ -73,6 +73,7 @@ class Scaling:
         replaced: Whether another host takes the place of the drained one, which stays when the change fails.
         ended: Time when the target was reached, or, after a failure, when the hosts were as before.
         failure: Why the change failed; None unless it did.
+        superseded: Whether it failed because another change has taken its place.
     """
 
     target: int
@@ -82,6 +83,7 @@ class Scaling:
     replaced: bool = False
     ended: float | None = None
     failure: str | None = None
+    superseded: bool = False
 
 
 @dataclass(slots=True)
@@ -170,7 +172,8 @@ class Membership:
     def scale(self, target: int, now: float) -> Scaling:
         """Change the number of hosts that the job should have, in place of a change that is under way.
 
-        A host that is being drained leaves all the same. The same target again is the same change.
+        A host that is being drained still leaves, unless another one is to replace it and the new change
+        fails. The same target again is the same change.
 
         Args:
             target: The new number.
@@ -190,11 +193,11 @@ class Membership:
         if last.target == target:
             return last
         last.failure, last.ended = f"the change to {target} expert hosts takes its place", now
-        leaves = last.drained is not None and not last.replaced
+        last.superseded = True
         return self._begin(
             Scaling(
                 target=target,
-                before=last.target if leaves else last.before,
+                before=last.before,
                 began=now,
                 drained=last.drained,
                 replaced=last.replaced,
@@ -211,7 +214,7 @@ class Membership:
 
         Raises:
             ConfigError: The host does not exist, or is the only one and is not replaced.
-            ResourceError: Another change is under way.
+            ChangeUnderWay: Another change is under way.
         """
         member = self.members.get(id)
         if member is None:
@@ -223,18 +226,17 @@ class Membership:
         member.stage, member.drained = Stage.LEAVING, True
         instead = ", for another one in its place" if replace else ""
         self.note(now, "draining", f"expert host {id}{instead}")
-        return self._begin(
-            Scaling(target=target, before=self.wanted, began=now, drained=id, replaced=replace)
-        )
+        # The host leaves even if a later change fails, so the number before that one is without it.
+        return self._begin(Scaling(target=target, before=target, began=now, drained=id, replaced=replace))
 
     def require_steady(self) -> None:
         """Raise if a change of the number of hosts is under way.
 
         Raises:
-            ResourceError: One is.
+            ChangeUnderWay: One is.
         """
         if self.under_way is not None:
-            raise ResourceError(
+            raise ChangeUnderWay(
                 f"the change to {self.under_way.target} expert hosts is under way; wait for its end, which "
                 "`raymoe status` tells, or give another number with `raymoe scale`"
             )
@@ -330,7 +332,7 @@ class Membership:
         self._failures += 1
 
     def _keep_leaving(self) -> None:
-        """Keep surplus hosts as far as they are wanted again; those that hold experts serve again."""
+        """Cancel the retirement of surplus hosts, up to the number that is wanted."""
         missing = self.wanted - sum(m.stage is not Stage.LEAVING for m in self.members.values())
         leaving = [m for m in self.members.values() if m.stage is Stage.LEAVING and not m.drained]
         for member in leaving[: max(0, missing)]:

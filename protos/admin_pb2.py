@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\traymoe.v1\"\x14\n\x12StatusOfJobRequest\"\"\n\x10StatusOfJobReply\x12\x0e\n\x06status\x18\x01 \x01(\t\"\x14\n\x12\x44\x65scribeJobRequest\"L\n\x10\x44\x65scribeJobReply\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\r\n\x05\x64oing\x18\x04 \x01(\t\"0\n\rEventsRequest\x12\x10\n\x08recorder\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\x03\"2\n\x08JobEvent\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"S\n\x0b\x45ventsReply\x12\x10\n\x08recorder\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\x03\x12#\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x13.raymoe.v1.JobEvent\".\n\x0cScaleRequest\x12\r\n\x05hosts\x18\x01 \x01(\x05\x12\x0f\n\x07timeout\x18\x02 \x01(\x01\">\n\x0c\x44rainRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07replace\x18\x02 \x01(\x08\x12\x0f\n\x07timeout\x18\x03 \x01(\x01\"K\n\nScaleReply\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\r\n\x05hosts\x18\x02 \x01(\x05\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0f\n\x07lacking\x18\x04 \x01(\t2\xc3\x02\n\x05\x41\x64min\x12\x44\n\x06Status\x12\x1d.raymoe.v1.StatusOfJobRequest\x1a\x1b.raymoe.v1.StatusOfJobReply\x12\x46\n\x08\x44\x65scribe\x12\x1d.raymoe.v1.DescribeJobRequest\x1a\x1b.raymoe.v1.DescribeJobReply\x12:\n\x06\x45vents\x12\x18.raymoe.v1.EventsRequest\x1a\x16.raymoe.v1.EventsReply\x12\x37\n\x05Scale\x12\x17.raymoe.v1.ScaleRequest\x1a\x15.raymoe.v1.ScaleReply\x12\x37\n\x05\x44rain\x12\x17.raymoe.v1.DrainRequest\x1a\x15.raymoe.v1.ScaleReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\traymoe.v1\"\x14\n\x12StatusOfJobRequest\"\"\n\x10StatusOfJobReply\x12\x0e\n\x06status\x18\x01 \x01(\t\"\x14\n\x12\x44\x65scribeJobRequest\"L\n\x10\x44\x65scribeJobReply\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\r\n\x05\x64oing\x18\x04 \x01(\t\"0\n\rEventsRequest\x12\x10\n\x08recorder\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\x03\"2\n\x08JobEvent\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"S\n\x0b\x45ventsReply\x12\x10\n\x08recorder\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\x03\x12#\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x13.raymoe.v1.JobEvent\";\n\x0cScaleRequest\x12\r\n\x05hosts\x18\x01 \x01(\x05\x12\x0f\n\x07timeout\x18\x02 \x01(\x01\x12\x0b\n\x03why\x18\x03 \x01(\t\">\n\x0c\x44rainRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07replace\x18\x02 \x01(\x08\x12\x0f\n\x07timeout\x18\x03 \x01(\x01\"K\n\nScaleReply\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\r\n\x05hosts\x18\x02 \x01(\x05\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0f\n\x07lacking\x18\x04 \x01(\t2\xc3\x02\n\x05\x41\x64min\x12\x44\n\x06Status\x12\x1d.raymoe.v1.StatusOfJobRequest\x1a\x1b.raymoe.v1.StatusOfJobReply\x12\x46\n\x08\x44\x65scribe\x12\x1d.raymoe.v1.DescribeJobRequest\x1a\x1b.raymoe.v1.DescribeJobReply\x12:\n\x06\x45vents\x12\x18.raymoe.v1.EventsRequest\x1a\x16.raymoe.v1.EventsReply\x12\x37\n\x05Scale\x12\x17.raymoe.v1.ScaleRequest\x1a\x15.raymoe.v1.ScaleReply\x12\x37\n\x05\x44rain\x12\x17.raymoe.v1.DrainRequest\x1a\x15.raymoe.v1.ScaleReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,11 +46,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENTSREPLY']._serialized_start=293
   _globals['_EVENTSREPLY']._serialized_end=376
   _globals['_SCALEREQUEST']._serialized_start=378
-  _globals['_SCALEREQUEST']._serialized_end=424
-  _globals['_DRAINREQUEST']._serialized_start=426
-  _globals['_DRAINREQUEST']._serialized_end=488
-  _globals['_SCALEREPLY']._serialized_start=490
-  _globals['_SCALEREPLY']._serialized_end=565
-  _globals['_ADMIN']._serialized_start=568
-  _globals['_ADMIN']._serialized_end=891
+  _globals['_SCALEREQUEST']._serialized_end=437
+  _globals['_DRAINREQUEST']._serialized_start=439
+  _globals['_DRAINREQUEST']._serialized_end=501
+  _globals['_SCALEREPLY']._serialized_start=503
+  _globals['_SCALEREPLY']._serialized_end=578
+  _globals['_ADMIN']._serialized_start=581
+  _globals['_ADMIN']._serialized_end=904
 # @@protoc_insertion_point(module_scope)

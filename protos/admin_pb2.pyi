@@ -153,16 +153,22 @@ class ScaleRequest(google.protobuf.message.Message):
 
     HOSTS_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
     hosts: builtins.int
     timeout: builtins.float
     """Seconds to wait until the change is done; 0 returns at once."""
+    why: builtins.str
+    """Reason of an automatic change, which is refused while another one is under way; empty when an operator
+    asks for it.
+    """
     def __init__(
         self,
         *,
         hosts: builtins.int = ...,
         timeout: builtins.float = ...,
+        why: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["hosts", b"hosts", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hosts", b"hosts", "timeout", b"timeout", "why", b"why"]) -> None: ...
 
 global___ScaleRequest = ScaleRequest
 

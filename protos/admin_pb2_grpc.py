@@ -83,15 +83,16 @@ class AdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
-        hosts is then what it was before.
+        """Takes the place of a change under way, unless it is automatic. Fails with the reason when the change is
+        given up; the number of hosts is then what it was before, or what the change in its place asks for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """When a scale takes its place, the host leaves nevertheless, and that is waited for.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -38,14 +38,15 @@ class AdminStub:
         protos.admin_pb2.ScaleRequest,
         protos.admin_pb2.ScaleReply,
     ]
-    """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
-    hosts is then what it was before.
+    """Takes the place of a change under way, unless it is automatic. Fails with the reason when the change is
+    given up; the number of hosts is then what it was before, or what the change in its place asks for.
     """
 
     Drain: grpc.UnaryUnaryMultiCallable[
         protos.admin_pb2.DrainRequest,
         protos.admin_pb2.ScaleReply,
     ]
+    """When a scale takes its place, the host leaves nevertheless, and that is waited for."""
 
 class AdminAsyncStub:
     Status: grpc.aio.UnaryUnaryMultiCallable[
@@ -67,14 +68,15 @@ class AdminAsyncStub:
         protos.admin_pb2.ScaleRequest,
         protos.admin_pb2.ScaleReply,
     ]
-    """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
-    hosts is then what it was before.
+    """Takes the place of a change under way, unless it is automatic. Fails with the reason when the change is
+    given up; the number of hosts is then what it was before, or what the change in its place asks for.
     """
 
     Drain: grpc.aio.UnaryUnaryMultiCallable[
         protos.admin_pb2.DrainRequest,
         protos.admin_pb2.ScaleReply,
     ]
+    """When a scale takes its place, the host leaves nevertheless, and that is waited for."""
 
 class AdminServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -104,8 +106,8 @@ class AdminServicer(metaclass=abc.ABCMeta):
         request: protos.admin_pb2.ScaleRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.admin_pb2.ScaleReply, collections.abc.Awaitable[protos.admin_pb2.ScaleReply]]:
-        """Takes the place of a change under way. Fails with the reason when the change is given up; the number of
-        hosts is then what it was before.
+        """Takes the place of a change under way, unless it is automatic. Fails with the reason when the change is
+        given up; the number of hosts is then what it was before, or what the change in its place asks for.
         """
 
     @abc.abstractmethod
@@ -113,6 +115,7 @@ class AdminServicer(metaclass=abc.ABCMeta):
         self,
         request: protos.admin_pb2.DrainRequest,
         context: _ServicerContext,
-    ) -> typing.Union[protos.admin_pb2.ScaleReply, collections.abc.Awaitable[protos.admin_pb2.ScaleReply]]: ...
+    ) -> typing.Union[protos.admin_pb2.ScaleReply, collections.abc.Awaitable[protos.admin_pb2.ScaleReply]]:
+        """When a scale takes its place, the host leaves nevertheless, and that is waited for."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

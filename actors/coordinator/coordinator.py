@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from actors.coordinator.failure_detector import FailureDetector
-from actors.coordinator.host_roster import HostRoster
+from actors.coordinator.host_roster import HostRoster, steady
 from actors.coordinator.job_status import describe, doing
 from actors.coordinator.placement_controller import PlacementController
 from actors.coordinator.policy import HostPolicy, InitialWeights
@@ -26,7 +26,7 @@ from actors.messages.coordinator_state import CoordinatorState
 from actors.messages.host_control import HostControl
 from actors.messages.job_identity import JobIdentity
 from cluster.events import Event
-from cluster.membership import Membership, Orders, Scaling
+from cluster.membership import Membership, Orders, Scaling, Stage
 from cluster.topology import HostInfo, RoutingTable
 from errors import ProtocolError, RaymoeError, ResourceError
 
@@ -185,22 +185,28 @@ class Coordinator:
             reloads=self.placements.reloads,
         )
 
-    def scale(self, hosts: int, timeout: float) -> Scaling:
+    def scale(self, hosts: int, timeout: float, *, why: str = "") -> Scaling:
         """Change the number of expert hosts, and wait at most `timeout` seconds until the change is done.
+
+        Args:
+            why: Reason of an automatic change, which is refused while another one is under way; empty when
+                an operator asks for it.
 
         Raises:
             ConfigError: Fewer than one host, or more hosts than experts of a layer.
-            ResourceError: The change failed, or another one has taken its place.
+            ResourceError: The change was refused, it failed, or another one has taken its place.
         """
-        return self._await_end(self.roster.scale(hosts), timeout)
+        return self._await_end(self.roster.scale(hosts, why=why), timeout)
 
     def drain(self, host: str, timeout: float, *, replace: bool = False) -> Scaling:
         """Retire one host once its experts are elsewhere, and wait as `scale` does.
 
+        When a scale takes the place of the drain, the host leaves nevertheless, and that is waited for.
+
         Args:
             replace: Start another host in its place; otherwise the job has one host less.
         """
-        return self._await_end(self.roster.drain(host, replace=replace), timeout)
+        return self._await_end(self.roster.drain(host, replace=replace), timeout, drained=host)
 
     def status(self) -> dict[str, Any]:
         """State of the job, for people and programs that operate it."""
@@ -268,16 +274,26 @@ class Coordinator:
             directory = last.directory or self._initial.directory
             self._initial = replace(self._initial, name=last.name, directory=directory)
 
-    def _await_end(self, scaling: Scaling, timeout: float) -> Scaling:
+    def _await_end(self, scaling: Scaling, timeout: float, drained: str | None = None) -> Scaling:
+        """Wait for the end of a change, or of the host `drained` where a scale replaced its drain."""
+
+        def is_over() -> bool:
+            if scaling.superseded and drained is not None:
+                return drained not in self.roster.leaving()
+            return scaling.ended is not None or scaling.failure is not None
+
         with self.roster.changed:
-            self.roster.changed.wait_for(
-                lambda: scaling.ended is not None or scaling.failure is not None or self._closing.is_set(),
-                timeout,
-            )
-        if scaling.failure is not None:
+            self.roster.changed.wait_for(lambda: is_over() or self._closing.is_set(), timeout)
+            stage = self.roster.stages().get(drained or "")
+            failed, wanted, last = scaling.failure, self.roster.wanted, self.roster.scaling
+        if scaling.superseded and drained is not None:
+            if stage in (None, Stage.LEAVING):
+                ended = steady() if stage is None else None
+                return replace(scaling, target=wanted, ended=ended, failure=None)
+            failed = f"expert host {drained} stays: {last.failure if last is not None else failed}"
+        if failed is not None:
             raise ResourceError(
-                f"the change to {scaling.target} expert hosts was given up, {self.roster.wanted} are wanted: "
-                f"{scaling.failure}"
+                f"the change to {scaling.target} expert hosts was given up, {wanted} are wanted: {failed}"
             )
         return scaling
 

@@ -132,7 +132,7 @@ class HostRoster:
 
         Raises:
             ConfigError: Fewer than one host, or more hosts than experts of a layer.
-            ResourceError: The change is automatic, and another one is under way.
+            ChangeUnderWay: The change is automatic, and another one is under way.
         """
         with self.changed:
             if why:
@@ -151,7 +151,7 @@ class HostRoster:
 
         Raises:
             ConfigError: The host does not exist, or is the only one and is not replaced.
-            ResourceError: Another change is under way.
+            ChangeUnderWay: Another change is under way.
         """
         with self.changed:
             scaling = self._membership.drain(id, self._clock(), replace=replace)

@@ -17,7 +17,7 @@ from torch import Tensor
 from actors.coordinator.common_snapshot import DECISIONS, CommonSnapshot, newest_common
 from actors.coordinator.host_roster import HostClients
 from actors.coordinator.placement_controller import PlacementController
-from actors.coordinator.run_state import RestartPoint, RunState
+from actors.coordinator.run_state import RestartPoint, RunState, RunStatus
 from actors.coordinator.transfer_plan import TransferPlan, no_sources
 from actors.coordinator.two_phase_commit import TwoPhaseCommit
 from actors.messages.coordinator_state import PlacedWeights
@@ -81,27 +81,38 @@ class Recovery:
 
     def _run(self, why: str) -> None:
         began = time.monotonic()
-        self._note("interrupted", f"at step {self._state.step}: {why}")
+        # A coordinator that has taken over does not know the step before the hosts are asked.
+        step = None if self._state.status is RunStatus.STARTING else self._state.step
+        self._note("interrupted", why if step is None else f"at step {step}: {why}")
         try:
             with self._commits.lock:  # a commit under way ends soon, with an error or with its step
                 self._commits.drain()
                 if self._state.begin_recovery():
-                    while not self._go_on_from(self._restore(), why, began):
+                    while not self._go_on_from(self._restore(), why, began, step):
                         continue
         except Exception as error:
             self._state.end(f"{why}; and the run cannot go on from memory or a checkpoint: {error}")
 
-    def _go_on_from(self, point: RestartPoint, why: str, began: float) -> bool:
-        """Let the workers begin again at this step; False if a host has been lost again meanwhile."""
+    def _go_on_from(self, point: RestartPoint, why: str, began: float, before: int | None) -> bool:
+        """Let the workers begin again at a step.
+
+        Args:
+            point: The step.
+            why: Reason of the interruption.
+            began: When it began, by `time.monotonic`.
+            before: The step that was interrupted; None if it is not known.
+
+        Returns:
+            Whether they begin again; False if a host has been lost meanwhile.
+        """
         with self._state.changed:
             if self._state.failure is not None:
                 return True
             if not self._commits.intact:
                 return False
-            seconds, back = time.monotonic() - began, self._state.step - point.step
+            seconds = time.monotonic() - began
             self._state.resume(point, f"back, since {why}, at step {point.step}", seconds)
-        steps = f"{back} step{'' if back == 1 else 's'} back" if back else "no step is lost"
-        self._note("resumed", f"at step {point.step}, {steps}, after {seconds:.2f} s")
+        self._note("resumed", f"at step {point.step}, {_steps_back(before, point.step)}after {seconds:.2f} s")
         with suppress(RaymoeError):
             self._commits.take_snapshot(point.step, point.bias)
         return True
@@ -171,6 +182,14 @@ class Recovery:
         if self._beginning is None:
             raise RaymoeError("no checkpoint to begin again from")
         return self._beginning()
+
+
+def _steps_back(before: int | None, now: int) -> str:
+    """How far the run went back, with a comma; empty if that is not known."""
+    if before is None or before < now:
+        return ""
+    back = before - now
+    return f"{back} step{'' if back == 1 else 's'} back, " if back else "no step is lost, "
 
 
 def _from_checkpoint(beginning: Beginning) -> RestartPoint:

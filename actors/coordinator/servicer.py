@@ -191,7 +191,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     def Scale(self, request: admin_pb2.ScaleRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):
-            return self._reply(self._coordinator.scale(request.hosts, request.timeout))
+            done = self._coordinator.scale(request.hosts, request.timeout, why=request.why)
+            return self._reply(done)
 
     def Drain(self, request: admin_pb2.DrainRequest, context: grpc.ServicerContext) -> admin_pb2.ScaleReply:
         with refusing(context):

@@ -48,24 +48,32 @@ class AdminClient:
         self._recorder, self._known = reply.recorder, reply.known
         return [{"at": one.at, "kind": one.kind, "text": one.text} for one in reply.events]
 
-    def scale(self, hosts: int, *, timeout: float = 300.0) -> dict[str, Any]:
+    def scale(self, hosts: int, *, timeout: float = 300.0, why: str = "") -> dict[str, Any]:
         """Change the number of expert hosts; returns when the change is done, or after `timeout` seconds.
 
-        A change that is under way is given up for this one.
+        A change that is under way is given up for this one, unless this one is automatic.
+
+        Args:
+            hosts: The new number.
+            timeout: Seconds to wait.
+            why: Reason of an automatic change; empty when an operator asks for it.
 
         Returns:
             done (whether the change is done), hosts (wanted now), seconds (since the request), lacking (what
             the cluster lacks for it, as far as known).
 
         Raises:
+            ChangeUnderWay: The change is automatic, and another one is under way.
             RaymoeError: The change is impossible, failed, or was given up for another one.
         """
         with raising(self._peer):
-            request = admin_pb2.ScaleRequest(hosts=hosts, timeout=timeout)
+            request = admin_pb2.ScaleRequest(hosts=hosts, timeout=timeout, why=why)
             return _scaled(self._stub.Scale(request, timeout=timeout + _SLACK))
 
     def drain(self, host: str, *, replace: bool = False, timeout: float = 300.0) -> dict[str, Any]:
         """Retire one host once its experts are elsewhere; waits and returns as `scale` does.
+
+        When a scale takes the place of the drain, the host leaves nevertheless, and that is waited for.
 
         Args:
             host: Id of the host.

@@ -30,7 +30,7 @@ from actors.remote import CoordinatorActor, ExpertHostActor, ask, require_reach,
 from actors.rpc.admin_client import AdminClient
 from actors.rpc.coordinator_client import CoordinatorClient
 from cluster.config import ClusterConfig
-from errors import ConfigError, ProtocolError, RaymoeError, ResourceError
+from errors import ChangeUnderWay, ConfigError, ProtocolError, RaymoeError, ResourceError
 from jobs.fleet.fleet_actors import CoordinatorBuilder, HostActor, HostBuilder, kill
 from jobs.fleet.job_notices import JobNotice, posted
 from jobs.fleet.room import free_resources, lacking, resources_of_a_host
@@ -190,8 +190,13 @@ class Fleet:
             self._followed, self._refollow = wish, time.monotonic() + _REFOLLOW_SECONDS
             admin = AdminClient(self.address, timeout=_CALL_SECONDS)
             try:
-                admin.scale(target, timeout=0.0)
-            except (ConfigError, ResourceError):  # more hosts than experts, or another change is in progress
+                why = (
+                    f"{len(nodes)} Ray nodes with {self.cluster.hosts_per_node} each (cluster.hosts_per_node)"
+                )
+                admin.scale(target, timeout=0.0, why=why)
+            except ChangeUnderWay:
+                self._refollow = 0.0  # asked for again at the next census
+            except (ConfigError, ResourceError):  # more hosts than experts, or it failed at once
                 pass
             finally:
                 admin.close()
@@ -215,7 +220,9 @@ class Fleet:
         unstarted = [id for id, host in self._hosts.items() if host.info is None]
         for id in unstarted[len(unstarted) - orders.cancel :]:
             self._end(id)
-        if orders.start and self._may_start(orders.start):
+        if not orders.start:
+            self._short_since = None
+        elif self._may_start(orders.start):
             for _ in range(orders.start):
                 self._start_host()
         return wanted

@@ -14,7 +14,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from actors.rpc.admin_client import AdminClient
-from errors import RaymoeError, ResourceError
+from errors import ChangeUnderWay, RaymoeError, ResourceError
 from jobs.tools.cluster_jobs import on_cluster, seen_coordinators
 
 _POLL_SECONDS = 0.5
@@ -102,7 +102,8 @@ def drain_hosts(job: DrainableJob, node: str, deadline: float) -> DrainResult:
     Args:
         job: Client of the job's coordinator.
         node: Id of the node.
-        deadline: Time by `time.monotonic`, after which hosts are still told to drain, but not waited for.
+        deadline: Time by `time.monotonic`, after which hosts are still told to drain, but not waited for. A
+            drain that is refused during another change is asked for again until then.
     """
     found = DrainResult([], [])
     try:
@@ -111,7 +112,7 @@ def drain_hosts(job: DrainableJob, node: str, deadline: float) -> DrainResult:
         return DrainResult([], [str(error)])
     for id in hosts:
         try:
-            done = job.drain(id, replace=True, timeout=max(0.0, deadline - time.monotonic()))["done"]
+            done = _drain_in_turn(job, id, deadline)["done"]
         except RaymoeError as error:
             found.failed.append(f"{id}: {error}")
             continue
@@ -120,6 +121,18 @@ def drain_hosts(job: DrainableJob, node: str, deadline: float) -> DrainResult:
         else:
             found.failed.append(f"{id} still holds experts; give it more --timeout")
     return found
+
+
+def _drain_in_turn(job: DrainableJob, host: str, deadline: float) -> dict[str, Any]:
+    """Drain one host, after a change of the hosts that is under way."""
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            return job.drain(host, replace=True, timeout=left)
+        except ChangeUnderWay:
+            if not left:
+                raise
+            time.sleep(min(_POLL_SECONDS, left))
 
 
 def _called(job: AdminClient, address: str) -> dict[str, str]:

@@ -70,3 +70,15 @@ def test_a_request_does_not_wait_for_starts_that_failed_before() -> None:
     made.start_failed("host-1", "no CPUs", 2.0)
     made.scale(2, 2.1)
     assert made.orders(0, 2.1).start == 1
+
+
+def test_the_last_of_two_scales_after_a_drain_is_given_up_as_any_other() -> None:
+    made = membership(3)
+    made.drain("host-0", 1.0)
+    made.scale(6, 2.0)
+    last = made.scale(5, 3.0)
+    made.start_failed("host-9", "no CPUs", 4.0)
+    assert last.failure == "expert host host-9 did not start: no CPUs"
+    assert made.wanted == 2, "the three hosts of the beginning without the drained one"
+    settle(made, 5.0)
+    assert stages(made) == dict.fromkeys(("host-1", "host-2"), Stage.SERVING)

@@ -275,7 +275,10 @@ def test_a_coordinator_that_takes_over_lets_nobody_begin_before_hosts_are_at_one
         assert [host.read for host in run.hosts] == read, "a checkpoint was read"
         assert [host.pulled for host in run.hosts] == [0, 0, 0], "experts moved"
         assert run.end_step(2).step == 2
-        assert "restarted" in [event.kind for event in run.coordinator.events()]
+        told = {event.kind: event.text for event in run.coordinator.events()}
+        assert "restarted" in told
+        assert told["interrupted"] == "the coordinator was restarted", "it does not know at which step"
+        assert told["resumed"].startswith("at step 2, after ")
     first.pool.shutdown()
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from errors import ChannelError, ResourceError
+import pytest
+
+from errors import ChangeUnderWay, ChannelError, ResourceError
+from jobs.tools import node_drain
 from jobs.tools.node_drain import DrainResult, drain_hosts
 
 
@@ -54,3 +57,22 @@ def test_one_that_comes_late_is_asked_all_the_same() -> None:
 
 def test_a_coordinator_that_is_gone_is_told() -> None:
     assert drain_hosts(Dead(), "here", time.monotonic() + 60).failed == ["the coordinator cannot be reached"]
+
+
+class Changing(FakeAdmin):
+    """A job whose hosts are being changed at the time of the first drains."""
+
+    refusals = 2
+
+    def drain(self, host: str, *, replace: bool = False, timeout: float = 300.0) -> dict[str, Any]:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise ChangeUnderWay("the change to 3 expert hosts is under way")
+        return super().drain(host, replace=replace, timeout=timeout)
+
+
+def test_a_drain_comes_after_a_change_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_drain, "_POLL_SECONDS", 0.0)
+    assert drain_hosts(Changing(a=True, b=True), "here", time.monotonic() + 60) == DrainResult(["a", "b"], [])
+    late = drain_hosts(Changing(a=True), "here", time.monotonic() - 1)
+    assert late.failed == ["a: the change to 3 expert hosts is under way"]

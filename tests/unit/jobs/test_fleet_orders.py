@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -11,6 +11,7 @@ from actors.messages.coordinator_state import CoordinatorState
 from cluster.config import ClusterConfig
 from cluster.membership import Orders
 from cluster.topology import HostInfo
+from errors import ChangeUnderWay
 from jobs.fleet.fleet import Fleet
 from jobs.fleet.fleet_actors import HostActor
 
@@ -98,3 +99,53 @@ def test_waiting_hosts_that_are_not_wanted_any_more_end_newest_first(cluster: Cl
     cluster.coordinator.orders_given = Orders(start=0, stop=(), cancel=1)
     assert cluster.look() == ["host-0"]
     assert set(cluster.fleet._hosts) == {"host-0", "host-1"}
+
+
+def test_room_that_is_lacking_again_is_waited_for_from_then_on(cluster: ClusterWithRoom) -> None:
+    cluster.coordinator.orders_given = Orders(start=1, stop=())
+    assert cluster.look() == []
+    cluster.coordinator.orders_given = Orders(start=0, stop=())
+    cluster.look(60.0)
+    cluster.coordinator.orders_given = Orders(start=1, stop=())
+    assert cluster.look() == [], "the first request was a minute ago, and was given up"
+
+
+class ScaledJob:
+    """An operator's client that records automatic changes, and refuses those during other changes."""
+
+    asked: ClassVar[list[tuple[int, str]]] = []
+    refuses = True
+
+    def __init__(self, address: str, *, timeout: float) -> None:
+        pass
+
+    def scale(self, hosts: int, *, timeout: float, why: str) -> None:
+        self.asked.append((hosts, why))
+        if self.refuses:
+            raise ChangeUnderWay("a drain is under way")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_node_that_joins_changes_the_hosts_after_a_change_that_is_under_way(
+    cluster: ClusterWithRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4.0}} for name in ("a", "b")]
+    monkeypatch.setattr(jobs.fleet.fleet.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(jobs.fleet.fleet, "AdminClient", ScaledJob)
+    monkeypatch.setattr(ScaledJob, "asked", [])
+    cluster.fleet.cluster = ClusterConfig(hosts_per_node=2)
+
+    def census() -> None:
+        cluster.now += 2.0
+        cluster.fleet._follow_nodes(2)
+
+    census()
+    census()
+    monkeypatch.setattr(ScaledJob, "refuses", False)
+    census()
+    census()
+    assert ScaledJob.asked == [(4, "2 Ray nodes with 2 each (cluster.hosts_per_node)")] * 3, (
+        "the last is done"
+    )
