@@ -39,7 +39,7 @@ def add_to(app: typer.Typer) -> None:
     """Register these commands."""
     for command in (status, drain, chaos, certs):
         app.command()(surfaced(command))
-    # A negative number is no option, so that it gets the same answer as any other number that cannot be.
+    # Parse `-1` as N, not as an option, so that the range check below reports it.
     app.command(context_settings={"ignore_unknown_options": True})(surfaced(scale))
 
 
@@ -52,7 +52,7 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Show what a job does, its expert hosts, their experts, and the last events."""
-    with _operated(coordinator, address, job, debug=debug) as (_, client):
+    with _operated(coordinator, address, job, changes=False, debug=debug) as (_, client):
         if as_json:
             finish(client.status, as_json=True)
             return
@@ -155,11 +155,11 @@ def chaos(
     )
 
     def compute() -> Result:
-        jobs = find_jobs(coordinator=coordinator, address=address, debug=debug)
+        jobs = find_jobs(coordinator=coordinator, address=address, changes=True, debug=debug)
         if dry_run and not jobs.jobs and job is None:
             say(f"no job runs {jobs.where}; this is the schedule alone")
             return {"seed": seed, "job": None, "faults": [asdict(fault) for fault in faults]}
-        found = jobs.chosen(job)
+        found = _chosen(jobs, job)
         say(f"{'would hit' if dry_run else 'hits'} {found.label}")
         if dry_run:
             done = [asdict(fault) for fault in faults]
@@ -232,9 +232,17 @@ def _choices(text: str, known: list[str], option: str) -> list[str]:
     return chosen
 
 
+def _chosen(jobs: Any, job: str | None) -> Any:
+    """One of the `JobsFound`, with a note on stderr if there may be others."""
+    found = jobs.chosen(job)
+    if jobs.note:
+        say(jobs.note)
+    return found
+
+
 @contextmanager
 def _operated(
-    coordinator: str | None, address: str | None, job: str | None, *, debug: bool
+    coordinator: str | None, address: str | None, job: str | None, *, changes: bool = True, debug: bool
 ) -> Iterator[tuple[Any, Any]]:
     """The job that a command operates on (`RunningJob`), and a client of it (`AdminClient`)."""
     from jobs.fleet.ray_token import use_own_token
@@ -242,7 +250,8 @@ def _operated(
     use_own_token()
     from jobs.tools.running_job import find_jobs, operated
 
-    found = find_jobs(coordinator=coordinator, address=address, debug=debug).chosen(job)
+    jobs = find_jobs(coordinator=coordinator, address=address, changes=changes, debug=debug)
+    found = _chosen(jobs, job)
     with operated(found) as client:
         yield found, client
 

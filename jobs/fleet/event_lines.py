@@ -56,7 +56,7 @@ class EventLines:
         self._file, self._kinds = file, kinds
 
     def look(self) -> None:
-        """Tell and write what has happened since the last look; without a coordinator nothing is known."""
+        """Report and write the events since the last call; nothing while the coordinator is unreachable."""
         try:
             events = self._source.events()
         except RaymoeError:

@@ -62,6 +62,22 @@ def running_address(address: str | None) -> str:
     return found[0]
 
 
+def only_address(address: str | None) -> str:
+    """The address of the running cluster that a command operates on, which never is one of several.
+
+    Args:
+        address: HOST:PORT; None takes RAY_ADDRESS, or without it the only cluster of this machine.
+
+    Raises:
+        ResourceError: There is no such cluster, or this machine has several.
+    """
+    if not address and not os.environ.get(VARIABLE) and len(found := local_addresses()) > 1:
+        raise ResourceError(
+            f"{len(found)} Ray clusters run on this machine; name one with --address: {', '.join(found)}"
+        )
+    return running_address(address or None)
+
+
 def local_addresses() -> list[str]:
     """Addresses of the clusters that have a node on this machine, in order; without asking them."""
     found = set()
@@ -116,4 +132,11 @@ def _recorded() -> str | None:
     return text or None
 
 
-__all__ = ["VARIABLE", "check_answers", "local_addresses", "running_address", "temporary_folder"]
+__all__ = [
+    "VARIABLE",
+    "check_answers",
+    "local_addresses",
+    "only_address",
+    "running_address",
+    "temporary_folder",
+]

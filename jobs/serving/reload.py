@@ -13,7 +13,7 @@ from ray.serve.schema import ApplicationStatus
 
 from errors import RaymoeError, ResourceError
 from jobs.checkpoints.checkpoint_store import find_weights
-from jobs.fleet.ray_address import running_address
+from jobs.fleet.ray_address import only_address
 from jobs.fleet.ray_session import ResourceNeeds, ray_session
 from jobs.serving.names import POOL
 
@@ -25,7 +25,8 @@ def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = Fa
 
     Args:
         checkpoint: The checkpoint, a run's directory, or a Hugging Face directory.
-        address: Address of the Ray cluster; None takes the one on this machine.
+        address: Address of the Ray cluster; None takes RAY_ADDRESS, or without it the only cluster of this
+            machine.
         name: Name of the Serve application.
         debug: Show the output of actors.
 
@@ -38,7 +39,7 @@ def reload(checkpoint: Path, *, address: str | None, name: str, debug: bool = Fa
     directory = find_weights(checkpoint).resolve()
     if not debug:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    address = running_address(address)
+    address = only_address(address)
     with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
         found = serve.status().applications.get(name)
         if found is None or found.status not in _ALIVE:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,10 +13,10 @@ from ray.exceptions import RayError
 
 from actors.messages.job_identity import COORDINATOR, NAMESPACE
 from actors.rpc.admin_client import AdminClient
-from errors import RaymoeError, ResourceError
-from jobs.fleet.ray_address import VARIABLE, check_answers, local_addresses, running_address
+from errors import RaymoeError
+from jobs.fleet.ray_address import check_answers, only_address
 from jobs.fleet.ray_session import ResourceNeeds, ray_session
-from jobs.tools.jobs_found import RunningJob, described
+from jobs.tools.jobs_found import HERE, JobsFound, RunningJob, described
 
 _ASK_SECONDS = 10.0
 
@@ -36,8 +35,12 @@ def rehearse(
         return run_chaos(client, faults, tell=tell)
 
 
-def jobs_on(address: str, *, debug: bool = False) -> list[RunningJob]:
+def jobs_on(address: str, *, debug: bool = False) -> JobsFound:
     """The jobs on the Ray cluster at an address.
+
+    Args:
+        address: Its address; `auto` as in `running_address`.
+        debug: Show the output of actors.
 
     Raises:
         ResourceError: There is no cluster.
@@ -48,7 +51,8 @@ def jobs_on(address: str, *, debug: bool = False) -> list[RunningJob]:
     def unknown(coordinator: str) -> RunningJob:
         return RunningJob(coordinator=coordinator, cluster=address, doing="does not answer")
 
-    return [described(at, unknown(at)) for at in found] + [unknown(name) for name in silent]
+    jobs = [described(at, unknown(at)) for at in found]
+    return JobsFound(jobs, f"on the Ray cluster at {address}", silent=silent)
 
 
 @contextmanager
@@ -62,20 +66,23 @@ def on_cluster(address: str | None, *, debug: bool = False) -> Iterator[str]:
     Raises:
         ResourceError: There is none, or this machine has several.
     """
-    address = running_address(address) if address else _only_cluster()
+    address = only_address(address)
     with ray_session(ResourceNeeds(cpus=0, why=""), address=address, debug=debug):
         yield address
 
 
-def jobs_here(*, debug: bool = False) -> list[RunningJob]:
-    """The jobs on all Ray clusters that have a node on this machine; clusters that refuse are left out."""
-    found: list[RunningJob] = []
-    for address in local_addresses():
-        with suppress(ResourceError):
+def jobs_of(addresses: Sequence[str], *, debug: bool = False) -> JobsFound:
+    """The jobs on Ray clusters that have a node on this machine; clusters that refuse are left out."""
+    jobs: list[RunningJob] = []
+    silent: list[str] = []
+    for address in addresses:
+        with suppress(RaymoeError):
             check_answers(address)
             if _has_coordinator(address):
-                found += jobs_on(address, debug=debug)
-    return found
+                found = jobs_on(address, debug=debug)
+                jobs += found.jobs
+                silent += found.silent
+    return JobsFound(jobs, HERE, silent=silent)
 
 
 def _has_coordinator(address: str) -> bool:
@@ -92,7 +99,7 @@ def _has_coordinator(address: str) -> bool:
 
 
 def seen_coordinators() -> tuple[list[str], list[str]]:
-    """Addresses of the coordinators that answer, and names of those that do not answer or die."""
+    """Addresses of the coordinators that answer, and names of those that time out or have died."""
     from actors.remote import ask  # with torch, which a machine without jobs need not load
 
     names = [
@@ -122,14 +129,4 @@ def seen_coordinators() -> tuple[list[str], list[str]]:
     return found, silent
 
 
-def _only_cluster() -> str:
-    """The cluster that RAY_ADDRESS names, or else the only one of this machine."""
-    found = [] if os.environ.get(VARIABLE) else local_addresses()
-    if len(found) > 1:
-        raise ResourceError(
-            f"{len(found)} Ray clusters run on this machine; name one with --address: {', '.join(found)}"
-        )
-    return running_address(None)
-
-
-__all__ = ["jobs_here", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]
+__all__ = ["jobs_of", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]

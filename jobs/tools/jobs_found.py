@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from actors.rpc.admin_client import AdminClient
 from errors import ConfigError, RaymoeError, ResourceError
+
+HERE: Final = "on this machine"
+"""Where jobs are looked for without an address."""
 
 _DESCRIBE_SECONDS, _LISTED_SECONDS = 30.0, 3.0  # for the job that is asked for, and for one of a list
 
@@ -47,12 +51,24 @@ class JobsFound:
     """The jobs of one place.
 
     Attributes:
-        jobs: The jobs that answer, and those that should.
+        jobs: Jobs whose coordinator answers, and known jobs whose coordinator does not.
         where: Where they were looked for, as the end of a sentence.
+        silent: Names of coordinators' actors that do not answer; nothing is known of their jobs.
     """
 
     jobs: Sequence[RunningJob]
     where: str
+    silent: Sequence[str] = ()
+
+    @property
+    def note(self) -> str:
+        """A line on coordinators of unknown jobs; empty if there are none."""
+        if not self.silent:
+            return ""
+        return (
+            f"{len(self.silent)} coordinator{'s' * (len(self.silent) > 1)} {self.where} did not answer, so "
+            f"other jobs may run there: {', '.join(self.silent)}"
+        )
 
     def chosen(self, wanted: str | None) -> RunningJob:
         """The only job, or the one of this name or id.
@@ -64,7 +80,7 @@ class JobsFound:
         if not self.jobs:
             raise ResourceError(
                 f"no raymoe job with a coordinator runs {self.where}; `--address` names another Ray cluster, "
-                "`--coordinator HOST:PORT` a job"
+                f"`--coordinator HOST:PORT` a job{self._unknown()}"
             )
         if wanted is None:
             if len(self.jobs) == 1:
@@ -74,13 +90,19 @@ class JobsFound:
             )
         found = [job for job in self.jobs if wanted in (job.id, job.name)]
         if not found:
-            raise ConfigError(f"--job {wanted}: no job of this name or id runs {self.where}{self._listed()}")
+            raise ConfigError(
+                f"--job {wanted}: no job of this name or id runs {self.where}{self._unknown()}"
+                f"{self._listed()}"
+            )
         if len(found) > 1:
             raise ResourceError(
                 f"--job {wanted}: {len(found)} jobs of this name run {self.where}; give the id"
                 f"{JobsFound(found, self.where)._listed()}"
             )
         return found[0]
+
+    def _unknown(self) -> str:
+        return f". {self.note}" if self.note else ""
 
     def _listed(self) -> str:
         """The jobs, each on a line of its own."""
@@ -101,7 +123,7 @@ def described(coordinator: str, known: RunningJob | None = None) -> RunningJob:
 
     Args:
         coordinator: Its address.
-        known: The job that should be there; returned if it does not answer.
+        known: The job expected at this address; returned if its coordinator does not answer.
 
     Raises:
         RaymoeError: The coordinator does not answer, and nothing is known of its job.

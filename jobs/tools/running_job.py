@@ -1,6 +1,6 @@
 """The running job that a command operates on: found on this machine without Ray, or on a Ray cluster.
 
-Nothing here needs Ray or torch, so that `raymoe status` is quick where the job runs on this machine.
+`raymoe status` needs neither Ray nor torch where the job runs on this machine, so that it is quick.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 
 from actors.rpc.admin_client import AdminClient
+from errors import ResourceError
 from jobs.fleet.job_notices import local_jobs
-from jobs.fleet.ray_address import VARIABLE
-from jobs.tools.jobs_found import JobsFound, RunningJob, described
+from jobs.fleet.ray_address import VARIABLE, local_addresses
+from jobs.tools.jobs_found import HERE, JobsFound, RunningJob, described
 
 
-def find_jobs(*, coordinator: str | None, address: str | None, debug: bool = False) -> JobsFound:
+def find_jobs(
+    *, coordinator: str | None, address: str | None, changes: bool = False, debug: bool = False
+) -> JobsFound:
     """The jobs that a command may operate on.
 
     Args:
         coordinator: HOST:PORT of a job's coordinator.
         address: Address of a Ray cluster to look at; None takes RAY_ADDRESS, or without it this machine.
+        changes: Whether the command changes a job, so that jobs without a notice count too, such as another
+            user's.
         debug: Show the output of actors.
 
     Raises:
@@ -32,25 +37,44 @@ def find_jobs(*, coordinator: str | None, address: str | None, debug: bool = Fal
         return JobsFound([described(at)], f"at {coordinator}")
     address = address or os.environ.get(VARIABLE) or None
     if address is None:
-        posted = local_jobs()
-        if posted:
-            jobs = [
-                described(one.coordinator, RunningJob(**asdict(one), doing="does not answer"))
-                for one in posted
-            ]
-            return JobsFound(jobs, "on this machine")
-    from jobs.tools.cluster_jobs import jobs_here, jobs_on
+        return _found_here(changes=changes, debug=debug)
+    from jobs.tools.cluster_jobs import jobs_on
 
-    if address is not None:
-        return JobsFound(jobs_on(address, debug=debug), f"on the Ray cluster at {address}")
-    return JobsFound(jobs_here(debug=debug), "on this machine")
+    return jobs_on(address, debug=debug)
 
 
 @contextmanager
 def operated(job: RunningJob) -> Iterator[AdminClient]:
-    """A client of a job."""
+    """A client of a job.
+
+    Raises:
+        ResourceError: Another job answers at the address of its coordinator.
+    """
     with closing(AdminClient(job.coordinator)) as client:
+        if job.id and (there := client.describe())["id"] != job.id:
+            raise ResourceError(
+                f"{job.label} does not answer: {job.coordinator.removeprefix('grpc:')} is the address of another "
+                f"job, {there['name'] or '?'} ({there['id'] or '?'}); nothing was done"
+            )
         yield client
+
+
+def _found_here(*, changes: bool, debug: bool) -> JobsFound:
+    """The jobs of this machine: those with a notice, and those on Ray clusters that no notice names."""
+    posted = local_jobs()
+    jobs = [described(one.coordinator, RunningJob(**asdict(one), doing="does not answer")) for one in posted]
+    if jobs and not changes:
+        return JobsFound(jobs, HERE)
+    covered = {one.cluster for one in posted}
+    elsewhere = [address for address in local_addresses() if address not in covered]
+    if not elsewhere:
+        return JobsFound(jobs, HERE)
+    from jobs.tools.cluster_jobs import jobs_of
+
+    others = jobs_of(elsewhere, debug=debug)
+    known = {job.id for job in jobs}  # a cluster can have several addresses
+    jobs += [job for job in others.jobs if not job.id or job.id not in known]
+    return JobsFound(jobs, HERE, silent=others.silent)
 
 
 __all__ = ["find_jobs", "operated"]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 from actors.rpc.control_server import ControlServer, refusing
 from errors import ResourceError
 from jobs.cli.main import app
-from jobs.fleet.job_notices import JobNotice, posted
-from jobs.tools import cluster_jobs
+from jobs.fleet.job_notices import JobNotice, local_jobs, posted
+from jobs.tools import cluster_jobs, running_job
+from jobs.tools.jobs_found import HERE, JobsFound, RunningJob
 from jobs.tools.status_view import shown
 from protos import admin_pb2, admin_pb2_grpc
 
@@ -101,7 +102,7 @@ class Machine:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """A machine without other jobs and Ray clusters."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(cluster_jobs, "local_addresses", list)
+    monkeypatch.setattr(running_job, "local_addresses", list)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     made = Machine()
     yield made
@@ -202,6 +203,60 @@ def test_a_job_that_does_not_answer_is_listed_as_such(machine: Machine, tmp_path
     dead = JobNotice(id="2b", name="beta", cluster="127.0.0.1:6380", coordinator="grpc:127.0.0.1:9")
     with posted(dead):
         assert "beta   2b  does not answer" in raymoe("status").stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["scale", "3"], ["drain", "host-0"], ["chaos"]])
+def test_a_job_at_the_port_of_another_one_is_left_alone(machine: Machine, command: list[str]) -> None:
+    beta = machine.start("2b", "beta")
+    (notice,) = local_jobs()
+    with posted(JobNotice(id="1a", name="alpha", cluster=notice.cluster, coordinator=notice.coordinator)):
+        result = raymoe(*command, "--job", "1a")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].endswith(
+        "is the address of another job, beta (2b); nothing was done"
+    )
+    assert beta.asked == []
+
+
+def test_jobs_of_clusters_without_a_notice_count_for_what_changes_a_job(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alpha = machine.start("1a", "alpha")
+    other = RunningJob(coordinator="grpc:127.0.0.1:9", id="2b", name="beta", cluster="127.0.0.1:6380")
+    looked: list[list[str]] = []
+
+    def jobs_of(addresses: list[str], *, debug: bool) -> JobsFound:
+        looked.append(addresses)
+        return JobsFound([other], HERE)
+
+    monkeypatch.setattr(running_job, "local_addresses", lambda: ["127.0.0.1:6379", other.cluster])
+    monkeypatch.setattr(cluster_jobs, "jobs_of", jobs_of)
+    assert raymoe("status").exit_code == 0
+    assert looked == [], "what only shows a job needs no Ray"
+    for command in (["scale", "3"], ["drain", "host-0"], ["chaos"]):
+        assert raymoe(*command).stderr.startswith("error: 2 jobs run on this machine; say which")
+    assert looked == [["127.0.0.1:6380"]] * 3
+    assert raymoe("scale", "3", "--job", "alpha").exit_code == 0
+    assert alpha.asked == ["status", "scale 3"]
+
+
+def test_a_coordinator_that_does_not_answer_ray_is_no_job_to_choose(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = machine.start("1a", "alpha")
+    found: list[str] = []
+    monkeypatch.setattr(cluster_jobs, "on_cluster", lambda address, debug: nullcontext(address))
+    monkeypatch.setattr(cluster_jobs, "seen_coordinators", lambda: (found, ["coordinator-77"]))
+    note = (
+        "1 coordinator on the Ray cluster at h:1 did not answer, so other jobs may run there: coordinator-77"
+    )
+    none = raymoe("scale", "3", "--address", "h:1")
+    assert none.exit_code == 1
+    assert none.stderr.startswith("error: no raymoe job with a coordinator runs on the Ray cluster at h:1")
+    assert none.stderr.endswith(f"{note}\n")
+    found += [one.coordinator for one in local_jobs()]
+    one = raymoe("scale", "3", "--address", "h:1")
+    assert (one.exit_code, one.stderr, job.asked) == (0, f"{note}\n", ["scale 3"])
 
 
 def test_status_says_what_is_left_to_do() -> None:
