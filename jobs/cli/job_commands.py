@@ -158,6 +158,7 @@ def chaos(
         jobs = find_jobs(coordinator=coordinator, address=address, changes=True, debug=debug)
         if dry_run and not jobs.jobs and job is None:
             say(f"no job runs {jobs.where}; this is the schedule alone")
+            _tell_unknown(jobs)
             return {"seed": seed, "job": None, "faults": [asdict(fault) for fault in faults]}
         found = _chosen(jobs, job)
         say(f"{'would hit' if dry_run else 'hits'} {found.label}")
@@ -235,9 +236,14 @@ def _choices(text: str, known: list[str], option: str) -> list[str]:
 def _chosen(jobs: Any, job: str | None) -> Any:
     """One of the `JobsFound`, with a note on stderr if there may be others."""
     found = jobs.chosen(job)
+    _tell_unknown(jobs)
+    return found
+
+
+def _tell_unknown(jobs: Any) -> None:
+    """Tell on stderr of coordinators that do not answer."""
     if jobs.note:
         say(jobs.note)
-    return found
 
 
 @contextmanager

@@ -53,8 +53,8 @@ def operated(job: RunningJob) -> Iterator[AdminClient]:
     with closing(AdminClient(job.coordinator)) as client:
         if job.id and (there := client.describe())["id"] != job.id:
             raise ResourceError(
-                f"{job.label} does not answer: {job.coordinator.removeprefix('grpc:')} is the address of another "
-                f"job, {there['name'] or '?'} ({there['id'] or '?'}); nothing was done"
+                f"{job.label} does not answer: {job.coordinator.removeprefix('grpc:')} is the address of "
+                f"another job, {there['name'] or '?'} ({there['id'] or '?'}); nothing was done"
             )
         yield client
 
