@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ import pytest
 from errors import ResourceError
 from jobs.fleet import ray_address
 from jobs.fleet.ray_address import check_answers, only_address, running_address
-from jobs.serving.reload import reload
+
+with warnings.catch_warnings():  # Ray Serve's own
+    warnings.simplefilter("ignore")
+    from jobs.serving.reload import reload
 
 
 @contextmanager
