@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,10 +37,12 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model with an OpenAI-compatible interface until Ctrl-C."""
+    from jobs.fleet.ray_address import named_address
+
     given = [] if generation_config is None else [f"serving.generation_config={generation_config}"]
     changes = [*(overrides or []), *given]
     listen = ListenAddress(host=host, port=port, grpc_port=grpc_port)
-    if address is None and not os.environ.get("RAY_ADDRESS"):
+    if named_address(address) is None:
         listen.check_free()  # before what takes seconds to import
     try:
         with StopSignals().watched() as stop:
@@ -61,7 +62,9 @@ def _serve(
     as_json: bool,
     debug: bool,
 ) -> None:
-    if address is not None or os.environ.get("RAY_ADDRESS"):
+    from jobs.fleet.ray_address import named_address
+
+    if named_address(address) is not None:
         from jobs.fleet.ray_token import use_own_token
 
         use_own_token()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +47,9 @@ def train(
 
     def compute() -> Result:
         with StopSignals().watched() as stop:
-            if address is not None or os.environ.get("RAY_ADDRESS"):
+            from jobs.fleet.ray_address import named_address
+
+            if named_address(address) is not None:
                 from jobs.fleet.ray_token import use_own_token
 
                 use_own_token()

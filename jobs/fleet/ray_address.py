@@ -31,6 +31,11 @@ _SILENT = (
 )
 
 
+def named_address(address: str | None) -> str | None:
+    """The address that `--address` gives, or else RAY_ADDRESS; None if neither does. Empty ones give none."""
+    return address or os.environ.get(VARIABLE) or None
+
+
 def running_address(address: str | None) -> str:
     """The address of the running cluster that `address` stands for, after a check that it answers.
 
@@ -41,8 +46,8 @@ def running_address(address: str | None) -> str:
     Raises:
         ResourceError: There is no such cluster, or `auto` could be several.
     """
-    if address in (None, "auto"):
-        address = os.environ.get(VARIABLE) or "auto"
+    if not address or address == "auto":
+        address = named_address(None) or "auto"
     if address != "auto":
         check_answers(address)
         return address
@@ -136,7 +141,4 @@ __all__ = [
     "VARIABLE",
     "check_answers",
     "local_addresses",
-    "only_address",
-    "running_address",
-    "temporary_folder",
-]
+    "named_address",

@@ -24,7 +24,6 @@ import psutil
 from ray._private import node, parameter, ray_constants, services, utils, worker
 
 from errors import ResourceError
-from jobs.fleet.ray_address import temporary_folder
 
 _LONGEST_SECONDS = 600.0  # that the processes of a cluster may take to start
 _STALLED_SECONDS = 60.0  # without progress after which a start is given up
@@ -57,13 +56,17 @@ class RayProcesses:
     """The processes of one cluster, and its folder of sockets and logs.
 
     If the command is killed, a small process kills theirs: some of Ray's would take minutes to end.
+
+    Attributes:
+        folder: The folder of the cluster's session; None until Ray has made it.
     """
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
         self._names: dict[int, str] = {}
         self._guard: subprocess.Popen[bytes] | None = None
-        self._folders_before = _session_folders()
+        self._used: dict[tuple[int, float], float] = {}
+        self.folder: Path | None = None
 
     @property
     def ended(self) -> str:
@@ -76,13 +79,15 @@ class RayProcesses:
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time that the processes and their children have used."""
-        total = 0.0
+        """CPU time in seconds that the processes and their children have used; it never falls.
+
+        A process that has ended counts with what it had used when it was last asked for.
+        """
         for process in self.family():
             with suppress(psutil.Error):
                 times = process.cpu_times()
-                total += times.user + times.system
-        return total
+                self._used[process.pid, process.create_time()] = times.user + times.system
+        return sum(self._used.values())
 
     def family(self) -> list[psutil.Process]:
         """The processes that live, with all their children."""
@@ -95,7 +100,7 @@ class RayProcesses:
         return found
 
     def add(self, process: subprocess.Popen[bytes], program: str) -> None:
-        """Count a process, which runs a program, to the cluster."""
+        """Add a started process to the cluster."""
         self._started.append(process)
         self._names[process.pid] = os.path.basename(program)
         if self._guard is None:
@@ -125,26 +130,23 @@ class RayProcesses:
             self._guard.communicate()
             self._guard = None
 
-    def folders(self) -> list[Path]:
-        """The folders of this cluster's sockets and logs."""
-        return sorted(_session_folders() - self._folders_before)
-
     def _last_error(self, name: str) -> str:
-        for folder in self.folders():
+        if self.folder is not None:
             with suppress(OSError):
-                text = (folder / "logs" / f"{name}.out").read_text(encoding="utf-8", errors="replace")
+                text = (self.folder / "logs" / f"{name}.out").read_text(encoding="utf-8", errors="replace")
                 if found := _ERROR.findall(text):
                     return f": {found[-1].strip()}"
         return ""
 
-    def delete_folders(self) -> None:
-        """Delete them, and Ray's link to the latest one if it is among them."""
-        for folder in self.folders():
-            shutil.rmtree(folder, ignore_errors=True)
-            link = folder.with_name(ray_constants.SESSION_LATEST)
-            with suppress(OSError):
-                if os.readlink(link) == str(folder):
-                    link.unlink()
+    def delete_folder(self) -> None:
+        """Delete the cluster's session folder, and the `session_latest` link if it points to it."""
+        if self.folder is None:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        link = self.folder.with_name(ray_constants.SESSION_LATEST)
+        with suppress(OSError):
+            if os.readlink(link) == str(self.folder):
+                link.unlink()
 
 
 @contextmanager
@@ -153,12 +155,13 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
 
     - The caller's handler of SIGTERM stays.
     - Without `debug`, Ray prints no lines about processes that died: a command says itself what that means.
+    - The folder of the session that it starts is noted; its name alone could be that of another container.
     - Processes that it starts get sessions of their own, so that a signal to the command's process group ends
       them in order, by the command.
     - It waits for them as long as they make progress.
 
     Args:
-        processes: Gets the processes that are started.
+        processes: Gets the processes that are started, and the folder of their session.
         debug: Whether the command shows the output of actors.
     """
     with ExitStack() as stack:
@@ -175,6 +178,7 @@ def adjusted(processes: RayProcesses | None, *, debug: bool) -> Iterator[None]:
                     started.add(self, command[0])
 
             stack.enter_context(_replaced(services, "ConsolePopen", _OwnSession))
+            stack.enter_context(_replaced(node.Node, "_init_temp", _noted(node.Node._init_temp, processes)))
             stack.enter_context(_replaced(services, "get_node", _patient(services.get_node, processes)))
             parameters = partial(parameter.RayParams, **_agent_ports())
             stack.enter_context(_replaced(parameter, "RayParams", parameters))
@@ -190,6 +194,19 @@ def _agent_ports() -> dict[str, int]:
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _AGENT_PORTS]
         return {name: probe.getsockname()[1] for name, probe in zip(_AGENT_PORTS, probes, strict=True)}
+
+
+def _noted(make: Callable[..., Any], processes: RayProcesses) -> Callable[..., Any]:
+    """Ray's function that makes the folder of a node's session, made to note it; also if it is stopped."""
+
+    def noted(made: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return make(made, *args, **kwargs)
+        finally:
+            if folder := getattr(made, "_session_dir", None):
+                processes.folder = Path(folder)
+
+    return noted
 
 
 def _look_for_port(wait: Callable[..., Any], *args: Any, timeout_ms: int) -> Any:
@@ -259,11 +276,6 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
-
-
-def _session_folders() -> set[Path]:
-    """Folders of Ray's sessions that this process has started."""
-    return set(temporary_folder().glob(f"session_*_{os.getpid()}"))
 
 
 __all__ = ["RayProcesses", "adjusted"]

@@ -13,7 +13,7 @@ from functools import partial
 import ray
 
 from errors import ResourceError
-from jobs.fleet.ray_address import VARIABLE, check_answers, running_address
+from jobs.fleet.ray_address import named_address, running_address
 from jobs.fleet.ray_start import connect, started_cluster
 from jobs.fleet.waiting import Tell
 
@@ -38,7 +38,7 @@ class ResourceNeeds:
 
 def embeds(address: str | None) -> bool:
     """Whether a command with this `--address` starts a cluster of its own."""
-    return not ray.is_initialized() and (address or os.environ.get(VARIABLE)) is None
+    return not ray.is_initialized() and named_address(address) is None
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def ray_session(
         check_resources(needs)
         yield False
         return
-    address = address or os.environ.get(VARIABLE)
+    address = named_address(address)
     if address is None:
         cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus) + 1)
         with started_cluster(cpus, check=partial(_await_resources, needs), debug=debug, tell=tell):
@@ -106,4 +106,4 @@ def _await_resources(needs: ResourceNeeds) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-__all__ = ["ResourceNeeds", "check_answers", "check_resources", "embeds", "ray_session"]
+__all__ = ["ResourceNeeds", "check_resources", "embeds", "ray_session"]

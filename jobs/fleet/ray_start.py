@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -106,14 +105,9 @@ def _end(processes: RayProcesses, *, keep: bool, tell: Tell | None, grace: float
     finally:
         processes.end(family, grace=grace)
         if not keep:
-            processes.delete_folders()
-        elif tell is not None:
-            for folder in processes.folders():
-                tell(f"logs of Ray and its actors: {_logs(folder)}")
-
-
-def _logs(folder: Path) -> Path:
-    return folder / "logs"
+            processes.delete_folder()
+        elif tell is not None and processes.folder is not None:
+            tell(f"logs of Ray and its actors: {processes.folder / 'logs'}")
 
 
 def _why(error: Exception, tries: int, seconds: float) -> str:

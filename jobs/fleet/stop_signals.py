@@ -17,7 +17,7 @@ _INTERRUPTED = 130  # exit code after Ctrl-C, by convention of shells
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM has ended a command before its job ran. That is what was asked for, not a failure."""
+    """Raised when SIGTERM stops a command before its job runs; the command exits with code 0."""
 
 
 class _CommandPhase(enum.Enum):

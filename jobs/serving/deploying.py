@@ -9,8 +9,9 @@ from contextlib import suppress
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from errors import ResourceError
@@ -20,6 +21,10 @@ from jobs.serving.names import INTERFACE, POOL, TRUNK
 _START_TRIES = 5
 _POLL_SECONDS = 0.2
 _EVERY_SECONDS = 10.0
+_GONE_SECONDS = 10.0  # that an application is absent, or its controller dead, before it is given up
+_ABSENT = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING)
+_CONTROLLER = "Ray Serve's controller"
+_ENDED = "Ray Serve has ended meanwhile; start the command again"
 _WORDS = {POOL: "coordinator and expert hosts", TRUNK: "trunk replicas", INTERFACE: "interface"}
 
 
@@ -56,26 +61,15 @@ def deploy(application: Any, *, name: str, tell: Tell) -> None:
         tell: Shows which parts are ready.
 
     Raises:
-        ResourceError: A part failed; the message is its error.
+        ResourceError: A part failed, and the message is its error; or the application was deleted meanwhile.
     """
     target = serve.RunTarget(target=application, name=name, route_prefix="/")
     with suppress(TimeoutError):  # of the proxies, which are waited for below
         serve.run_many(
             [target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False
         )
-    said, spoke = "", time.monotonic()
-    while True:
-        found = _status(name)
-        if found is not None:
-            if found.status is ApplicationStatus.RUNNING:
-                break
-            if found.status is ApplicationStatus.DEPLOY_FAILED:
-                raise ResourceError(f"the model could not be deployed: {cause(found)}")
-            words = waited_for({part: one.replica_states for part, one in found.deployments.items()})
-            late = time.monotonic() - spoke > _EVERY_SECONDS
-            if words and (words != said or late):
-                tell(f"waiting for {words}{f' ({machine_load()})' if late else ''}")
-                said, spoke = words, time.monotonic()
+    progress = _DeploymentProgress(name, tell)
+    while not progress.complete():
         time.sleep(_POLL_SECONDS)
     with telling("Ray Serve's proxy", tell):
         while True:
@@ -84,14 +78,65 @@ def deploy(application: Any, *, name: str, tell: Tell) -> None:
                 return
             except TimeoutError:  # after a minute
                 continue
+            except (RayActorError, RayServeException) as error:
+                raise ResourceError(_ENDED) from error
 
 
-def _status(name: str) -> ApplicationStatusOverview | None:
-    """The status of an application; None as long as Serve's controller does not know it, or answers late."""
-    try:
-        return serve.status().applications.get(name)
-    except (RayError, TimeoutError):
-        return None
+class _DeploymentProgress:
+    """The progress of an application that is deployed, which it tells.
+
+    Args:
+        name: Name of the application in Serve.
+        tell: Shows what is waited for.
+    """
+
+    def __init__(self, name: str, tell: Tell) -> None:
+        self._name, self._tell = name, tell
+        self._said = ""
+        self._spoke = time.monotonic()
+        self._seen = False
+        self._gone_since: float | None = None
+
+    def complete(self) -> bool:
+        """Whether the application runs now.
+
+        Raises:
+            ResourceError: It failed or was deleted, or Serve's controller has ended.
+        """
+        try:
+            with telling(_CONTROLLER, self._tell):  # Ray waits without limit for a controller that restarts
+                found = serve.status().applications.get(self._name)
+        except ActorDiedError as error:
+            if self._gone():
+                raise ResourceError(_ENDED) from error
+            return False
+        except (RayError, TimeoutError):
+            self._gone_since = None  # nothing is known
+            self._say(_CONTROLLER)
+            return False
+        if found is None or found.status in _ABSENT:
+            if self._gone():
+                what = "was deleted meanwhile" if self._seen else "is not known to Ray Serve"
+                raise ResourceError(f"the Serve application {self._name!r} {what}; start it again")
+            return False
+        if found.status is ApplicationStatus.DEPLOY_FAILED:
+            raise ResourceError(f"the model could not be deployed: {cause(found)}")
+        self._seen, self._gone_since = True, None
+        self._say(waited_for({part: one.replica_states for part, one in found.deployments.items()}))
+        return found.status is ApplicationStatus.RUNNING
+
+    def _gone(self) -> bool:
+        """Whether the application has been gone for some seconds, as it is now."""
+        if self._gone_since is None:
+            self._gone_since = time.monotonic()
+        return time.monotonic() - self._gone_since > _GONE_SECONDS
+
+    def _say(self, words: str) -> None:
+        """Tell what is waited for: new parts at once, the same ones and the controller every few seconds."""
+        late = time.monotonic() - self._spoke > _EVERY_SECONDS
+        if words and (late or words not in (self._said, _CONTROLLER)):
+            self._tell(f"waiting for {words}{f' ({machine_load()})' if late else ''}")
+            self._said, self._spoke = words, time.monotonic()
 
 
 def waited_for(parts: Mapping[str, Mapping[Any, int]]) -> str:

@@ -36,7 +36,7 @@ from jobs.serving.memory_check import check_serving
 from jobs.serving.names import NAME, POOL
 from jobs.serving.ports import ListenAddress
 from jobs.serving.served_model import serving_dtype
-from jobs.serving.shutdown import take_down
+from jobs.serving.shutdown import request_deletion, take_down
 from model.checkpoints.sources import PretrainedSource
 
 _GRPC_SECONDS = 30.0
@@ -114,7 +114,7 @@ def serve(
             if answers:
                 take_down(NAME, whole=embedded)
             elif not embedded:  # otherwise it ends with the cluster
-                ray_serve.delete(NAME, _blocking=False)  # Serve's controller completes it
+                request_deletion(NAME)
 
 
 def _proxies(listen: ListenAddress) -> dict[str, Any]:

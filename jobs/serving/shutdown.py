@@ -13,6 +13,7 @@ from contextlib import suppress
 import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
@@ -40,19 +41,29 @@ def _drain(application: str) -> None:
 
 
 def take_down(application: str, *, whole: bool) -> None:
-    """End an application, after the requests in progress.
+    """End an application, after the requests in progress; a second Ctrl-C ends it without waiting for them.
 
     Args:
         application: Its name.
         whole: Whether Serve ends as well, with its ports, because no other application uses it.
     """
-    _drain(application)
+    try:
+        _drain(application)
+    finally:
+        if not whole:
+            request_deletion(application)
     with suppress(TimeoutError):  # if the cluster stays, Serve's controller completes it
         if whole:
             _end_proxies()
             ray_serve.shutdown()
         else:
             ray_serve.delete(application)
+
+
+def request_deletion(application: str) -> None:
+    """Ask Serve's controller, unless it has ended, to delete an application; do not wait for that."""
+    with suppress(RayError, RayServeException):
+        ray_serve.delete(application, _blocking=False)
 
 
 def _end_proxies() -> None:
@@ -65,4 +76,4 @@ def _end_proxies() -> None:
             ray.wait([proxy.check_health.remote()], timeout=_PROXY_SECONDS)
 
 
-__all__ = ["take_down"]
+__all__ = ["request_deletion", "take_down"]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from jobs.config.run_config import RunConfig
 from jobs.console import Progress, surfaced
+from jobs.fleet.stop_signals import Stopped, StopSignals
 
 _PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 _SAMPLE_TOKENS = 120
@@ -35,20 +36,18 @@ def main(
 
 @surfaced
 def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
-    from jobs.config.config_file import load_config
-    from jobs.fleet.stop_signals import StopSignals
-    from jobs.tools.generate import generate
-    from jobs.training.plot import plot_run
-    from jobs.training.train import train
-
-    config = load_config(preset_name="demo", overrides=overrides)
     console = Console(highlight=False)
-    console.print(opening(config), soft_wrap=True)
-    with StopSignals().watched() as stop, Progress(config.training.steps) as progress:
-        result = train(config, output=output, progress=progress, stop=stop, debug=debug)
+    try:
+        result = _trained(console, output, overrides, debug=debug)
+    except Stopped:
+        console.print("stopped before the first step; no checkpoint was written")
+        return
     if result["interrupted"]:
         console.print(f"stopped at step {result['step']}; resume with: raymoe train --resume {output}")
         return
+    from jobs.tools.generate import generate
+    from jobs.training.plot import plot_run
+
     sample = generate(output, _PROMPT, max_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE)
     picture = plot_run(output)
     console.print(summary_table(result))
@@ -62,6 +61,17 @@ def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
     console.print(f"picture     {picture}", soft_wrap=True)
     console.print(f"checkpoint  {result['checkpoint']}", soft_wrap=True)
     console.print(f'next        .venv/bin/raymoe generate {output} --prompt "import "', soft_wrap=True)
+
+
+def _trained(console: Console, output: Path, overrides: list[str], *, debug: bool) -> dict[str, Any]:
+    with StopSignals().watched() as stop:  # before what takes seconds to import
+        from jobs.config.config_file import load_config
+        from jobs.training.train import train
+
+        config = load_config(preset_name="demo", overrides=overrides)
+        console.print(opening(config), soft_wrap=True)
+        with Progress(config.training.steps) as progress:
+            return train(config, output=output, progress=progress, stop=stop, debug=debug)
 
 
 def fresh_directory(wanted: Path) -> Path:

@@ -72,7 +72,7 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
 
         Raises:
             ConfigError, QueueFull: The engine refuses the request.
-            RaymoeError: This replica ends.
+            ResourceError: This replica ends.
         """
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
         next_: Delta | None = None

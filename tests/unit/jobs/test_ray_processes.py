@@ -6,7 +6,10 @@ import inspect
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -63,6 +66,7 @@ def test_ray_has_the_names_that_are_replaced_and_gets_them_back() -> None:
     """The names, and the callers in Ray that look them up."""
     names = [
         (services, "ConsolePopen", services.start_ray_process, "ConsolePopen("),
+        (node.Node, "_init_temp", node.Node.__init__, "self._init_temp("),
         (services, "get_node", node.Node.__init__, "services.get_node("),
         (node, "wait_for_persisted_port", node.Node.start_gcs_server, " wait_for_persisted_port("),
         (parameter, "RayParams", worker.init, "parameter.RayParams("),
@@ -118,6 +122,38 @@ def test_a_node_is_waited_for_as_long_as_its_processes_compute(
     assert not unregistered
 
 
+def test_a_process_that_ends_takes_no_progress_with_it(
+    processes: RayProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPU time only grows, whichever processes live and whichever number is used again."""
+    alive: list[Any] = []
+
+    def process(pid: int, born: float, user: float) -> Any:
+        times = SimpleNamespace(user=user, system=1.0)
+        return SimpleNamespace(pid=pid, create_time=lambda: born, cpu_times=lambda: times)
+
+    monkeypatch.setattr(processes, "family", lambda: alive)
+    alive[:] = [process(1, 1.0, 2.0), process(2, 1.0, 40.0)]
+    assert processes.cpu_seconds == 3.0 + 41.0
+    alive[:] = [process(1, 1.0, 5.0)]
+    assert processes.cpu_seconds == 6.0 + 41.0
+    alive[:] = [process(1, 1.0, 5.0), process(2, 9.0, 1.0)]
+    assert processes.cpu_seconds == 6.0 + 41.0 + 2.0
+
+
+def test_the_folder_that_ray_makes_is_noted(processes: RayProcesses, tmp_path: Path) -> None:
+    """Also if the start ends there."""
+    made = node.Node.__new__(node.Node)
+    made.head, made._session_name = True, "session_1"
+    made._ray_params = parameter.RayParams(temp_dir=str(tmp_path))
+    with adjusted(processes, debug=False), suppress(AttributeError):  # of what a whole node has
+        made._init_temp(None)
+    assert processes.folder == tmp_path / "session_1"
+    assert (tmp_path / "session_latest").readlink() == processes.folder
+    processes.delete_folder()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("raylet", "its raylet has ended with code 1: no agent came$"), ("sleep", "have used 0.0 s of CPU")],
@@ -131,8 +167,8 @@ def test_a_node_that_cannot_come_is_given_up(
     said: str,
 ) -> None:
     unregistered[:] = range(1_000_000)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    logs = tmp_path / "ray" / f"session_1_{os.getpid()}" / "logs"
+    processes.folder = tmp_path / "session_1"
+    logs = processes.folder / "logs"
     logs.mkdir(parents=True)
     (logs / "raylet.out").write_text(
         "[2026-01-02 03:04:05,678 E 12 12] (raylet) agent.cc:9: no agent came\n"

@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray._private.node import Node
 
 from errors import ConfigError, RaymoeError, ResourceError
-from jobs.fleet.ray_session import ResourceNeeds, ray_session
+from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
 
 NEEDS = ResourceNeeds(cpus=1, why="training.workers (1)")
 
@@ -31,13 +33,18 @@ class FakeRay:
 
     def init(self, **_: object) -> None:
         self.calls.append("init")
+        made = Node.__new__(Node)
+        made._init_temp()
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def init_temp(self, made: Any) -> None:
         session = self.folder / f"session_{len(self.calls)}_{os.getpid()}"
+        made._session_dir = str(session)
         (session / "logs").mkdir(parents=True)
         latest = self.folder / "session_latest"
         latest.unlink(missing_ok=True)
         latest.symlink_to(session)
-        if self.failures:
-            raise self.failures.pop(0)
 
     def shutdown(self) -> None:
         self.calls.append("shutdown")
@@ -57,6 +64,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeRay]:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", ray.init)
+    monkeypatch.setattr(Node, "_init_temp", lambda made: ray.init_temp(made))
     monkeypatch.setattr("ray.shutdown", ray.shutdown)
     monkeypatch.setattr("ray.available_resources", ray.available)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
@@ -126,6 +134,29 @@ def test_a_signal_ends_the_start_without_another_try(fake: FakeRay) -> None:
         pass
     assert fake.calls == ["init", "shutdown"]
     assert fake.left == []
+
+
+def test_the_folder_of_another_process_with_the_same_number_stays(fake: FakeRay) -> None:
+    """As two containers have them that share a folder of temporary files."""
+    other = fake.folder / f"session_of_another_{os.getpid()}"
+    fake.failures = [Exception("no port")]
+    with ray_session(NEEDS, address=None):
+        other.mkdir()
+    assert fake.left == [other.name]
+
+
+@pytest.mark.parametrize("address", [None, ""])
+def test_an_empty_address_starts_a_cluster(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert embeds(address)
+    with ray_session(NEEDS, address=address) as started:
+        assert started
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert not embeds(address)
+    with ray_session(NEEDS, address=address) as started:
+        assert not started
 
 
 def test_resources_that_a_new_node_reports_late_are_waited_for(fake: FakeRay) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import os
 import socket
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def test_the_loopback_is_known(host: str, loopback: bool) -> None:
 
 
 def test_a_refused_serve_has_imported_nothing_large(tmp_path: Path) -> None:
+    """Empty addresses name no cluster, so the ports are those of this machine."""
     script = (
         "import sys; from jobs.cli.main import app; code = app(sys.argv[1:], standalone_mode=False); "
         "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules]); sys.exit(code)"
@@ -53,7 +55,8 @@ def test_a_refused_serve_has_imported_nothing_large(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-c", script, "serve", str(tmp_path), "--port", str(port)],
+            [sys.executable, "-c", script, "serve", str(tmp_path), "--port", str(port), "--address="],
+            env=os.environ | {"RAY_ADDRESS": ""},
             capture_output=True,
             text=True,
             timeout=60,

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
 from jobs.fleet.stop_signals import Stopped, StopSignals
+from jobs.tools.demo import main
 
 # The main thread is in a call that does not return when SIGTERM comes; another thread takes the signal.
 _STUCK = """
@@ -58,3 +60,16 @@ def test_a_start_that_does_not_answer_is_ended_with_its_processes() -> None:
     assert process.returncode == 0
     assert err == "stopped without waiting for what was under way\n"
     assert not psutil.pid_exists(int(out)) or psutil.Process(int(out)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_sigterm_while_the_demo_starts_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    monkeypatch.setattr("jobs.training.train.train", train)
+    main(tmp_path)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "stopped before the first step; no checkpoint was written"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from errors import ResourceError
 
@@ -75,6 +76,51 @@ def test_a_part_that_fails_ends_the_wait_with_its_error(statuses: list[Any]) -> 
     statuses[:] = [_overview(ApplicationStatus.DEPLOY_FAILED, {"trunk": {}}, told)]
     with pytest.raises(ResourceError, match=r"could not be deployed: cache_tokens is too small$"):
         deploy(None, name="raymoe", tell=lambda _: None)
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that runs only while something is waited for: a second for each poll."""
+    now = [0.0]
+
+    def sleep(_: float) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(deploying, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+
+
+@pytest.mark.usefixtures("seconds")
+@pytest.mark.parametrize(
+    ("before", "then", "said"),
+    [
+        ("DEPLOYING", None, "the Serve application 'raymoe' was deleted meanwhile; start it again"),
+        ("DEPLOYING", "DELETING", "the Serve application 'raymoe' was deleted meanwhile; start it again"),
+        (None, None, "the Serve application 'raymoe' is not known to Ray Serve; start it again"),
+        ("DEPLOYING", ActorDiedError(), "Ray Serve has ended meanwhile; start the command again"),
+    ],
+)
+def test_an_application_that_is_gone_is_given_up(
+    statuses: list[Any], before: str | None, then: str | ActorDiedError | None, said: str
+) -> None:
+    first, rest = (
+        _overview(ApplicationStatus(one), {"trunk": {"STARTING": 1}}) if isinstance(one, str) else one
+        for one in (before, then)
+    )
+    statuses[:] = [first, *[rest] * 9, first, *[rest] * 12]  # it was back after 9 seconds
+    if before is None:
+        del statuses[12:]
+    with pytest.raises(ResourceError) as caught:
+        deploy(None, name="raymoe", tell=lambda _: None)
+    assert str(caught.value) == said
+
+
+@pytest.mark.usefixtures("seconds")
+def test_a_controller_that_does_not_answer_is_told_and_waited_for(statuses: list[Any]) -> None:
+    ready = _overview(ApplicationStatus.RUNNING, {part: {"RUNNING": 1} for part in PARTS})
+    statuses[:] = [ActorUnavailableError("restarts", None)] * 12 + [TimeoutError()] * 13 + [ready]
+    told: list[str] = []
+    deploy(None, name="raymoe", tell=told.append)
+    assert [line.partition(" (load")[0] for line in told] == ["waiting for Ray Serve's controller"] * 2
 
 
 def test_serve_is_started_again_when_its_proxies_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
