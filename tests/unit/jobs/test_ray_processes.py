@@ -6,7 +6,6 @@ import inspect
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,11 +141,10 @@ def test_a_process_that_ends_takes_no_progress_with_it(
 
 
 def test_the_folder_that_ray_makes_is_noted(processes: RayProcesses, tmp_path: Path) -> None:
-    """Also if the start ends there."""
     made = node.Node.__new__(node.Node)
     made.head, made._session_name = True, "session_1"
     made._ray_params = parameter.RayParams(temp_dir=str(tmp_path))
-    with adjusted(processes, debug=False), suppress(AttributeError):  # of what a whole node has
+    with adjusted(processes, debug=False):
         made._init_temp(None)
     assert processes.folder == tmp_path / "session_1"
     assert (tmp_path / "session_latest").readlink() == processes.folder
