@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -69,7 +70,7 @@ def test_sigterm_while_the_demo_starts_is_no_failure(
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
 
-    monkeypatch.setattr("jobs.training.train.train", train)
+    monkeypatch.setitem(sys.modules, "jobs.training.train", SimpleNamespace(train=train))
     main(tmp_path)
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "stopped before the first step; no checkpoint was written"

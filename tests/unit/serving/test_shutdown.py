@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve.exceptions import RayServeException
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's use of pydantic
+    from ray.serve.exceptions import RayServeException
     from ray.serve.schema import ApplicationStatus
 
     from jobs.serving import shutdown
