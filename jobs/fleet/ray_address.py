@@ -76,7 +76,7 @@ def only_address(address: str | None) -> str:
     Raises:
         ResourceError: There is no such cluster, or this machine has several.
     """
-    if not address and not os.environ.get(VARIABLE) and len(found := local_addresses()) > 1:
+    if named_address(address) is None and len(found := local_addresses()) > 1:
         raise ResourceError(
             f"{len(found)} Ray clusters run on this machine; name one with --address: {', '.join(found)}"
         )
@@ -142,3 +142,7 @@ __all__ = [
     "check_answers",
     "local_addresses",
     "named_address",
+    "only_address",
+    "running_address",
+    "temporary_folder",
+]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from dataclasses import asdict
 from actors.rpc.admin_client import AdminClient
 from errors import ResourceError
 from jobs.fleet.job_notices import local_jobs
-from jobs.fleet.ray_address import VARIABLE, local_addresses
+from jobs.fleet.ray_address import local_addresses, named_address
 from jobs.tools.jobs_found import HERE, JobsFound, RunningJob, described
 
 
@@ -35,7 +34,7 @@ def find_jobs(
     if coordinator is not None:
         at = coordinator if coordinator.startswith("grpc:") else f"grpc:{coordinator}"
         return JobsFound([described(at)], f"at {coordinator}")
-    address = address or os.environ.get(VARIABLE) or None
+    address = named_address(address)
     if address is None:
         return _found_here(changes=changes, debug=debug)
     from jobs.tools.cluster_jobs import jobs_on

@@ -120,3 +120,26 @@ def test_one_of_several_clusters_has_to_be_named(monkeypatch: pytest.MonkeyPatch
         _record(tmp_path, second)  # `ray start` began this one last
         assert running_address("auto") == second
         monkeypatch.setenv("RAY_ADDRESS", first)
+        assert running_address("auto") == running_address(None) == only_address(None) == first
+        assert running_address("") == only_address("") == first
+
+
+def test_a_command_never_takes_one_of_several_clusters(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with _control_service(grpc.StatusCode.OK) as first, _control_service(grpc.StatusCode.OK) as second:
+        _record(tmp_path, second)
+        monkeypatch.setattr(ray_address, "local_addresses", lambda: [first, second])
+        monkeypatch.setattr("jobs.serving.reload.find_weights", Path)
+        with pytest.raises(
+            ResourceError, match=f"2 Ray clusters .*name one with --address: {first}, {second}"
+        ):
+            reload(tmp_path, address=None, name="raymoe")
+        assert only_address(first) == first
+        monkeypatch.setattr(ray_address, "local_addresses", lambda: [second])
+        assert only_address(None) == second
+
+
+def test_no_cluster_is_said_as_such() -> None:
+    with pytest.raises(ResourceError, match="no Ray cluster runs on this machine"):
+        running_address("auto")
