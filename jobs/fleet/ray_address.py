@@ -15,7 +15,7 @@ import psutil
 
 from errors import ResourceError
 
-VARIABLE = "RAY_ADDRESS"
+_VARIABLE = "RAY_ADDRESS"
 """Ray's own convention for the address of its cluster, set inside `ray job submit`."""
 
 _ANSWER_SECONDS = 10.0
@@ -33,7 +33,7 @@ _SILENT = (
 
 def named_address(address: str | None) -> str | None:
     """The address that `--address` gives, or else RAY_ADDRESS; None if neither does. Empty ones give none."""
-    return address or os.environ.get(VARIABLE) or None
+    return address or os.environ.get(_VARIABLE) or None
 
 
 def running_address(address: str | None) -> str:
@@ -138,7 +138,6 @@ def _recorded() -> str | None:
 
 
 __all__ = [
-    "VARIABLE",
     "check_answers",
     "local_addresses",
     "named_address",
