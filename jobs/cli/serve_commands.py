@@ -93,7 +93,7 @@ def reload(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Address of the Ray cluster of the deployment; by default the one on this machine."
+            help="Address of the deployment's Ray cluster; by default the only one on this machine."
         ),
     ] = None,
     name: Annotated[str, typer.Option("--app", help="Name of the Serve application.")] = "raymoe",
