@@ -74,13 +74,26 @@ class StopSignals:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Stop a start whose signal was lost: an exception within a callback of Ray's goes no further.
+
+        Raises:
+            KeyboardInterrupt: A signal has come.
+        """
+        if self._first:
+            raise KeyboardInterrupt
+
     @contextmanager
     def running(self, stop: Callable[[], object] | None = None) -> Iterator[None]:
         """The job runs within this context, and ends after it.
 
         Args:
             stop: Called at each signal; None leaves the handlers to the caller.
+
+        Raises:
+            KeyboardInterrupt: A signal has come while the job started.
         """
+        self.check()
         self._phase = _CommandPhase.RUNNING
         handlers = {}
         if stop is not None:

@@ -94,6 +94,7 @@ def serve(
     if embeds(address):
         tell(f"starting Ray on this machine, to serve {directory}")
     with ray_session(_needs(config), address=address, debug=debug, tell=tell) as embedded:
+        stop.check()
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         tell(f"starting {_parts(config)}")

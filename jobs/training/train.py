@@ -114,6 +114,7 @@ def _train(
         )
     check_corpus(config, tokenizer=tokenizer)
     with ray_session(_needs(config), address=address, debug=debug, tell=note) as embedded:
+        stop.check()
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         data = prepare(config, tokenizer=tokenizer, note=note)

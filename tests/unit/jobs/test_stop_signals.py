@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -74,3 +75,13 @@ def test_sigterm_while_the_demo_starts_is_no_failure(
     main(tmp_path)
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "stopped before the first step; no checkpoint was written"
+
+
+def test_a_signal_that_was_lost_on_its_way_stops_the_start_at_the_next_check() -> None:
+    with pytest.raises(Stopped), StopSignals().watched() as stop:
+        stop.check()
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        with stop.running():
+            raise AssertionError("the job must not run")
