@@ -36,7 +36,7 @@ class Delta:
         prompt_logprobs: Log probabilities of the prompt, if requested; with the first delta.
         finish_reason: `stop`, `length` or `abort` in the last delta, otherwise None.
         error: Error text that ends the request, in place of a finish_reason.
-        own: Whether the error is of this request alone, which would fail again.
+        own: Whether the error belongs to this request, so that a retry fails in the same way.
         cached: Positions of the prompt that were found in the cache.
         version: Version of the weights that computed the tokens.
     """

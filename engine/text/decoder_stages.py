@@ -1,9 +1,9 @@
 """The decoders of a tokenizer.json as stages that take the pieces of a text one by one.
 
-A piece is a token's string at first, and what the stages before have made of it later on. A stage gives a
-piece only once no later piece can change it. Where a decoder treats every piece by itself, or the first or
-the last piece in another way, the stage calls that decoder with one piece. Decoders that look at several
-pieces are written here.
+A stage's input piece is a token's string for the first stage, and the previous stage's output for the others.
+A stage gives a piece only once no later piece can change it. Where a decoder treats every piece by itself, or
+the first or the last piece in another way, the stage calls that decoder with one piece. Decoders that look at
+several pieces are written here.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Admission:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around one request.
+        """Count one request as in progress within the context.
 
         Raises:
             ApiError: Requests are refused.

@@ -41,7 +41,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         404: "No such model.",
         413: "The body is too large.",
         429: "The queue is full; come back after Retry-After seconds.",
-        503: "The experts cannot be reached.",
+        500: "The request failed in a way of its own; it would fail again.",
+        503: "The server shuts down, or engine or experts failed; come back after Retry-After seconds.",
     }.items()
 }
 

@@ -205,13 +205,16 @@ class Backend:
         Raises:
             ApiError: The template cannot render these messages, or too many conversations wait for it.
         """
+        chat = self.chat  # a change of weights can replace it meanwhile
         try:
-            text = await self.chat.render(messages)
+            text = await chat.render(messages)
         except DataError as error:
             raise invalid(str(error), "messages") from error
+        except ResourceError as error:
+            raise ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS) from error
         except QueueFull as error:
             raise _queue_full(error) from error
-        return await self.encode(text, "messages", add_special_tokens=self.chat.template.plain)
+        return await self.encode(text, "messages", add_special_tokens=chat.template.plain)
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str, *, source: str = "prompt") -> int:
         """Number of tokens that may be generated after a prompt.

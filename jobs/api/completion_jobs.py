@@ -24,7 +24,7 @@ class CompletionJob:
         prompts: The prompt of each choice.
         params: The sampling parameters of each choice.
         prompt_tokens: Number of tokens of all prompts, each prompt counted once.
-        added: How many tokens at the beginning of each choice's prompt the tokenizer has added to its text.
+        added: How many tokens at the beginning of each choice's prompt the client has not given.
     """
 
     prompts: list[list[int]]
@@ -64,8 +64,8 @@ async def completion_job(backend: Backend, request: CompletionRequest) -> Comple
         params=params,
         prompt_tokens=sum(map(len, prompts)),
         added=[
-            backend.opening if isinstance(item, str) else 0
-            for item in _items(request.prompt)
+            _added(backend, item, prompt)
+            for item, prompt in zip(_items(request.prompt), prompts, strict=True)
             for _ in range(request.n)
         ],
     )
@@ -78,6 +78,13 @@ def _several(given: str | Sequence[Any]) -> bool:
 
 def _items(given: str | Sequence[Any]) -> list[Any]:
     return list(given) if _several(given) else [given]
+
+
+def _added(backend: Backend, item: str | Sequence[int], prompt: Sequence[int]) -> int:
+    """Number of tokens at the beginning of a prompt that the client has not given."""
+    if not item:
+        return len(prompt)
+    return backend.opening if isinstance(item, str) else 0
 
 
 def _names(given: str | Sequence[Any]) -> list[str]:

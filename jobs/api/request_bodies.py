@@ -180,7 +180,7 @@ class CompletionRequest(_Generation):
 
 
 class TextPart(BaseModel):
-    """A part of a message; only text there is."""
+    """One content part of a message; `text` is the only accepted type."""
 
     type: str = Field(json_schema_extra={"enum": ["text"]})
     text: str

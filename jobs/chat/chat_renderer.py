@@ -1,4 +1,4 @@
-"""Renders conversations without stopping the event loop, in processes that a template can end alone."""
+"""Renderer of conversations: runs the chat template in worker processes, off the event loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from errors import DataError, QueueFull
+from errors import DataError, QueueFull, ResourceError
 from jobs.chat.chat_template import ChatTemplate
 from jobs.chat.rendering_process import RenderingProcess, RenderLimits
 
@@ -54,6 +54,7 @@ class ChatRenderer:
 
         Raises:
             DataError: The template rejects these messages, or exceeds a limit.
+            ResourceError: No process can be started.
             QueueFull: Too many conversations wait already.
         """
         if self._pending >= _PROCESSES + self._waiting:
@@ -77,16 +78,27 @@ class ChatRenderer:
         self.close()
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        process = self._take()
+        try:
+            process = self._take()
+        except DataError as error:  # of a template that has been read before
+            raise ResourceError(str(error)) from error
         try:
             return process.render(messages)
         finally:
             self._give_back(process)
 
     def _take(self) -> RenderingProcess:
+        """An idle process that lives, or a new one.
+
+        Raises:
+            DataError: The template cannot be read, or the new process does not start.
+        """
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
+            while self._idle:
+                process = self._idle.pop()
+                if process.lives():
+                    return process
+                process.close()
         return RenderingProcess(self.template, self._limits)
 
     def _give_back(self, process: RenderingProcess) -> None:

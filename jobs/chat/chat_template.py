@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from errors import DataError
+from jobs.data.carried_files import read_object
+from jobs.data.special_tokens import special_tokens
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 """The template of models that have none."""
@@ -44,7 +45,7 @@ class ChatTemplate:
             DataError: A file cannot be read, or there are several templates and none is called `default`.
         """
         described = directory / "tokenizer_config.json"
-        settings = _read_object(described) if described.is_file() else {}
+        settings = read_object(described)
         named = _apart(directory)
         where = directory / "additional_chat_templates"
         if not named:
@@ -54,7 +55,7 @@ class ChatTemplate:
             raise DataError(
                 f"{where} has chat templates called {names}, and none called {_DEFAULT!r}; give one this name"
             )
-        return cls(source=named.get(_DEFAULT, PLAIN), special=_special_tokens(directory, settings))
+        return cls(source=named.get(_DEFAULT, PLAIN), special=special_tokens(directory))
 
 
 def _apart(directory: Path) -> dict[str, str]:
@@ -88,41 +89,12 @@ def _configured(settings: Mapping[str, Any], file: Path) -> dict[str, str]:
     return named
 
 
-def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of special tokens by name; those of an older special_tokens_map.json take precedence."""
-    listed = directory / "special_tokens_map.json"
-    older = _read_object(listed) if listed.is_file() and "added_tokens_decoder" not in settings else {}
-    found = {}
-    for name, value in {**settings, **older}.items():
-        if not name.endswith("_token"):
-            continue
-        if isinstance(value, dict):  # an AddedToken in JSON
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not valid JSON ({_line(error)}); repair or remove it") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{file} is not a JSON object; repair or remove it")
-    return value
-
-
 def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"{file} cannot be read: {reason}; repair or remove it") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 __all__ = ["PLAIN", "ChatTemplate"]

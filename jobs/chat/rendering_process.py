@@ -86,6 +86,10 @@ class RenderingProcess:
         except DataError as error:
             raise DataError(f"the chat template cannot render these messages: {error}") from None
 
+    def lives(self) -> bool:
+        """Whether the process can be asked."""
+        return self.alive and self._process.poll() is None
+
     def close(self) -> None:
         """End the process."""
         self.alive = False

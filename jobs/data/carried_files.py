@@ -33,11 +33,12 @@ _OF_THE_SOURCE = {*ALIASES, "auto_map", "dtype", "quantization_config", "rope_pa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CarriedFiles:
-    """What a model has beside its weights and its shape.
+    """Files and config.json keys of a model that its checkpoints copy unchanged.
 
     Attributes:
         files: Contents by name: the tokenizer, chat templates, and settings of generation.
-        config: Keys of config.json that the model's shape does not have, such as ids of special tokens.
+        config: Keys of config.json but those that say how weights are stored, such as ids of special tokens;
+            `write` lets the keys of the file there win.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -88,8 +89,11 @@ def read_object(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError):
-        values = None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}; repair or remove it") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file} is not valid JSON ({reason}); repair or remove it") from None
     if not isinstance(values, dict):
         raise DataError(f"{file} is not a JSON object; repair or remove it")
     return values

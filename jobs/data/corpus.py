@@ -88,8 +88,10 @@ class PreparedData:
     def carrying(self, weights: Path) -> PreparedData:
         """The same data for a run that starts from weights, whose other files its checkpoints then have."""
         theirs = CarriedFiles.of_model(weights)
-        if not (weights / TOKENIZER_FILE).is_file():  # the tokenizer is that of data.tokenizer
-            theirs = replace(theirs, files={**theirs.files, **self.carried.files})
+        if not (weights / TOKENIZER_FILE).is_file():
+            # The tokenizer is that of data.tokenizer, and files beside these weights name other tokens.
+            carried = CarriedFiles(files=self.carried.files, config={**theirs.config, **self.carried.config})
+            return replace(self, carried=carried)
         return replace(self, carried=theirs.over(self.carried))
 
 

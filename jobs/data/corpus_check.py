@@ -1,4 +1,4 @@
-"""Finds mistakes in a run's data before anything starts, in what can be read within a moment."""
+"""Check of a run's corpus and tokenizer before Ray starts: a small corpus whole, a large one by samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.data.file_formats import is_streamed
 from jobs.data.source_files import SourceFile, find_files
 from jobs.data.tokenizer import load_tokenizer
 
-_BYTES = 16 << 20  # A corpus up to this size is read whole.
+_BYTES = 16 << 20  # A corpus up to this size, decompressed too, is read whole.
 _FILES = 64
 
 
@@ -40,10 +40,14 @@ def check_corpus(config: RunConfig, *, tokenizer: Path | None = None) -> None:
     skipped: list[str] = []
     skip = skipped.append if config.data.on_bad_record == "skip" else None
     read: dict[str, int] = {}
+    total = 0
     for file in files if whole else _some(files, sizes):
         found = read_documents(file, config.data.text_field, skipped=skip)
         for document in found if whole else islice(found, 1):
             read[document.name] = len(document.text.encode())
+            total += read[document.name]
+            if total > _BYTES:  # of compressed files that are small
+                return
     if whole:
         check_skipped(len(read), len(skipped), skipped)
         held = held_out(list(read), config.data.validation_fraction)

@@ -19,7 +19,7 @@ class HeldOut:
         documents: Number of documents.
         size: Bytes of all documents in UTF-8.
         zlib_bits_per_byte: Bits per byte that zlib needs for the same documents.
-        begun: Whether the first token of every document is the same (BOS), so that it costs nothing.
+        begun: Whether every document begins with BOS, which adds nothing to the bits per byte.
     """
 
     rows: PackedCorpus

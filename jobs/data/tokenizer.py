@@ -20,6 +20,7 @@ from jobs.data.carried_files import (
     as_json,
     read_object,
 )
+from jobs.data.special_tokens import special_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the end-of-text token in common tokenizers.
@@ -214,16 +215,11 @@ def _uncut(tokenizer: Tokenizer) -> Tokenizer:
 
 def _declared_ids(tokenizer: Tokenizer, folder: Path) -> dict[str, int | None]:
     """Ids of the tokens that the files beside a tokenizer.json name; None where they name none."""
-    named = {
-        **read_object(folder / "special_tokens_map.json"),
-        **read_object(folder / "tokenizer_config.json"),
-    }
+    named = special_tokens(folder)
     ids: dict[str, int | None] = {}
     for role in _ROLES:
         name = named.get(f"{role}_token")
-        if isinstance(name, dict):  # an AddedToken in JSON
-            name = name.get("content")
-        ids[f"{role}_token_id"] = tokenizer.token_to_id(name) if isinstance(name, str) else None
+        ids[f"{role}_token_id"] = None if name is None else tokenizer.token_to_id(name)
     return ids
 
 

@@ -119,6 +119,14 @@ def test_an_echo_is_the_prompt_that_was_given(folder: Path, prompt: Any) -> None
     assert shown["text_offset"][-1] == len(answer["text"])
 
 
+def test_the_echo_of_an_empty_prompt_is_empty(folder: Path) -> None:
+    served = Recorded(folder, defaults=GenerationDefaults())
+    for prompt in ([[]], [""]):
+        answer = served.post("completions", prompt=prompt, echo=True, max_tokens=1)["choices"][0]
+        assert served.service.prompt
+        assert answer["text"] == ""
+
+
 def test_a_conversation_has_bos_once(folder: Path) -> None:
     served = Recorded(folder, defaults=GenerationDefaults())
     served.post("chat/completions", messages=MESSAGES)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from errors import DataError, QueueFull
+from errors import DataError, QueueFull, ResourceError
 from jobs.chat.chat_renderer import ChatRenderer
 from jobs.chat.chat_template import ChatTemplate
 from jobs.chat.rendering_process import RenderLimits
@@ -99,6 +99,29 @@ def test_others_are_rendered_meanwhile_and_a_process_that_was_ended_is_replaced(
 
     play(source, scene, limits=RenderLimits(cpu_seconds=0.5))
     assert workers() <= others
+
+
+def test_a_process_that_died_while_idle_fails_no_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = workers()
+
+    async def scene(renderer: ChatRenderer) -> None:
+        await renderer.start()
+        for process in workers() - others:
+            process.kill()
+            process.wait(30)
+        assert await renderer.render(message("hi")) == "hi"
+        for process in workers() - others:
+            process.kill()
+            process.wait(30)
+        monkeypatch.setattr("jobs.chat.chat_renderer.RenderingProcess", _cannot_start)
+        with pytest.raises(ResourceError, match="no memory"):
+            await renderer.render(message("hi"))
+
+    play("{{ messages[0].content }}", scene)
+
+
+def _cannot_start(*_: object) -> None:
+    raise DataError("no memory for a process")
 
 
 def test_a_cancelled_conversation_is_dropped_and_no_one_gets_its_text() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from errors import ConfigError, DataError, RaymoeError
 from jobs.config.config_file import load_config
+from jobs.data import corpus_check
 from jobs.data.corpus_check import check_corpus
 from jobs.data.documents import read_documents
 from jobs.data.source_files import find_files
@@ -223,3 +224,11 @@ def test_of_a_large_corpus_the_beginning_is_checked(tmp_path: Path) -> None:
     check_corpus(load_config(preset_name="tiny", overrides=overrides))
     with pytest.raises(DataError, match=r"000\.jsonl, line 1: has no text in the field 'body'"):
         check_corpus(load_config(preset_name="tiny", overrides=[*overrides, "data.text_field=body"]))
+
+
+def test_a_small_file_of_much_text_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_check, "_BYTES", 2000)
+    content = gzip.compress(LINES * 500 + b"found later\n")
+    assert len(content) < 2000
+    (tmp_path / "much.jsonl.gz").write_bytes(content)
+    check_corpus(load_config(preset_name="tiny", overrides=[f"data.path={json.dumps(str(tmp_path))}"]))

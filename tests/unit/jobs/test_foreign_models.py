@@ -12,10 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from errors import CheckpointError, DataError
+from jobs.chat.chat_template import ChatTemplate
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.cli.main import app
 from jobs.data.carried_files import CarriedFiles
+from jobs.data.corpus import PreparedData
 from jobs.data.tokenizer import load_tokenizer
 from jobs.tools.convert import export_checkpoint, import_checkpoint
 from jobs.tools.evaluate import judge
@@ -111,6 +113,32 @@ def test_every_end_token_of_the_files_ends_a_text(
     assert ours.ends == ends
     assert ours.end_of_text in ends
     assert ours.ids["bos_token_id"] == BOS
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_special_token_is_the_one_that_transformers_reads(files: Path, newer: bool) -> None:
+    change_json(files / "special_tokens_map.json", {"eos_token": "<|im_end|>"})
+    change_json(files / "config.json", {"eos_token_id": None})
+    change_json(files / "generation_config.json", {"eos_token_id": None})
+    if newer:
+        change_json(files / "tokenizer_config.json", {"added_tokens_decoder": {}})
+    theirs = transformers.AutoTokenizer.from_pretrained(files)
+    assert theirs.eos_token == ("</s>" if newer else "<|im_end|>")
+    assert load_tokenizer(files, MODEL.vocab_size).end_of_text == theirs.eos_token_id
+    assert ChatTemplate.from_directory(files).special["eos_token"] == theirs.eos_token
+
+
+def test_weights_without_a_tokenizer_leave_ids_and_files_to_the_one_that_is_used(files: Path) -> None:
+    (files / "tokenizer.json").unlink()
+    used = CarriedFiles(files={"tokenizer.json": b"{}"}, config={"eos_token_id": 0})
+    rows: Any = None  # which no file depends on
+    data = PreparedData(
+        tokenizer="{}", end_of_text=0, train=rows, train_documents=0, held_out=rows, carried=used
+    )
+    carried = data.carrying(files).carried
+    assert carried.files == used.files
+    assert carried.config["eos_token_id"] == 0
+    assert carried.config["use_cache"] is True
 
 
 def test_an_end_token_that_is_no_number_is_named(files: Path) -> None:
