@@ -59,6 +59,7 @@ class StopSignals:
         before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(ours,), name="stop-signals", daemon=True)
         thread.start()
+        hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         try:
             yield self
         except KeyboardInterrupt:
@@ -67,6 +68,7 @@ class StopSignals:
             raise
         finally:
             self._finished.set()
+            sys.unraisablehook = hook
             signal.set_wakeup_fd(before)
             waker.close()
             thread.join()
@@ -75,7 +77,7 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Stop a start whose signal was lost: an exception within a callback of Ray's goes no further.
+        """Stop a start whose signal was lost: an exception in a destructor or a callback goes no further.
 
         Raises:
             KeyboardInterrupt: A signal has come.
@@ -112,6 +114,11 @@ class StopSignals:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
             raise KeyboardInterrupt
+
+    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
+        """Print no exception that was lost in a destructor or a callback; `check` raises it again."""
+        if not (self._first and issubclass(lost.exc_type, KeyboardInterrupt)):
+            sys.__unraisablehook__(lost)
 
     def _watch(self, signals: socket.socket) -> None:
         """End the process if a signal has not ended its start in time; runs in a thread."""

@@ -108,7 +108,8 @@ def test_every_end_token_of_the_files_ends_a_text(
 ) -> None:
     change_json(files / "config.json", {"eos_token_id": config})
     change_json(files / "generation_config.json", {"eos_token_id": generation})
-    change_json(files / "tokenizer_config.json", {"eos_token": named})
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        change_json(files / name, {"eos_token": named})
     ours = load_tokenizer(files, MODEL.vocab_size)
     assert ours.ends == ends
     assert ours.end_of_text in ends
