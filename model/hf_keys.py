@@ -32,22 +32,6 @@ FIXED: dict[str, tuple[object, ...]] = {
 }
 """Keys that change what a model computes, and the values that this model computes; null is always one."""
 
-WITHOUT_EFFECT = frozenset(
-    {
-        # What a caller gets back, and how.
-        "output_router_logits", "output_hidden_states", "output_attentions", "return_dict", "use_cache",
-        "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp", "tie_last_hidden_states",
-        # Where a checkpoint comes from, and what else it has.
-        "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config",
-        "name_or_path", "_name_or_path", "id2label", "label2id", "num_labels", "problem_type",
-        # Tokens, which the tokenizer and the generation settings have.
-        "bos_token_id", "eos_token_id", "pad_token_id",
-        # How DeepSeek trained its models.
-        "aux_loss_alpha", "seq_aux", "ep_size",
-    }
-)  # fmt: skip
-"""Known keys that change nothing in the logits."""
-
 ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 """Other names of a field's key."""
 
@@ -199,4 +183,4 @@ def _yarn(rope: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-__all__ = ["ALIASES", "FIXED", "WITHOUT_EFFECT", "model_fields"]
+__all__ = ["ALIASES", "FIXED", "model_fields"]

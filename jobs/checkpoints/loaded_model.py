@@ -89,4 +89,4 @@ def compute_dtype(directory: Path, *, on_gpus: bool = False) -> torch.dtype:
     return stored if keeps else torch.float32
 
 
-__all__ = ["LoadedModel", "compute_dtype", "find_weights", "load_model", "note_unused"]
+__all__ = ["LoadedModel", "compute_dtype", "load_model", "note_unused"]

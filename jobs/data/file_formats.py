@@ -11,7 +11,7 @@ import json
 import tokenize
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 _JSON_LINES, _JSON, _PARQUET, _SOURCE = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".py",)
 _COMPRESSED = (".gz", ".zst")
@@ -72,10 +72,10 @@ def _format(name: str) -> str:
     return lower
 
 
-def _opened(path: str) -> IO[bytes]:
+def _opened(path: str) -> io.BufferedIOBase:
     lower = path.lower()
     if lower.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.GzipFile(path)
     if lower.endswith(".zst"):
         import pyarrow
 

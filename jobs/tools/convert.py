@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from errors import CheckpointError, ConfigError
-from jobs.checkpoints.checkpoint_store import CheckpointStore
-from jobs.checkpoints.loaded_model import find_weights
+from jobs.checkpoints.checkpoint_store import CheckpointStore, find_weights
 from jobs.config.hub_names import hub_hint
 from jobs.data.carried_files import TOKENIZER_FILE, CarriedFiles
 from jobs.data.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from errors import CheckpointError, ConfigError, DataError
-from jobs.checkpoints.checkpoint_store import read_state
-from jobs.checkpoints.loaded_model import LoadedModel, find_weights, load_model
+from jobs.checkpoints.checkpoint_store import find_weights, read_state
+from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.config.run_config import RunConfig
 from jobs.console import counted
 from jobs.data.documents import held_out, read_documents

@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.messages.timeline import FOLDER, merge
 from actors.rpc.coordinator_client import CoordinatorClient
 from errors import CheckpointError, ConfigError
-from jobs.checkpoints.checkpoint_store import CheckpointStore, find_checkpoint, read_state
+from jobs.checkpoints.checkpoint_store import CheckpointStore, find_checkpoint, find_weights, read_state
 from jobs.checkpoints.loaded_model import note_unused
 from jobs.config.config_file import write_config
 from jobs.config.device_and_dtype import check_dtype
@@ -195,7 +195,7 @@ def _start(
                 f"directory{hub_hint(init)}"
             )
         init = init.expanduser().resolve()  # hosts and workers have other working directories
-        weights = init if (init / "config.json").is_file() else find_checkpoint(init)
+        weights = find_weights(init)
         source = PretrainedSource(weights)
         note_unused(source, note or (lambda _: None))
         _check_shape(config, source)

@@ -12,8 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from jobs.checkpoints.checkpoint_store import find_checkpoint
-from jobs.checkpoints.loaded_model import find_weights
+from jobs.checkpoints.checkpoint_store import find_checkpoint, find_weights
 from jobs.cli.main import app
 from jobs.data.carried_files import CarriedFiles
 from jobs.tools.demo import fresh_directory

@@ -13,8 +13,24 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from errors import ConfigError
 from model.config import ModelConfig
-from model.hf_keys import FIXED, WITHOUT_EFFECT
+from model.hf_keys import FIXED
 from support.reference_models import TOLERANCE, like, random_reference, random_tokens
+
+WITHOUT_EFFECT = frozenset(
+    {
+        # What a caller gets back, and how.
+        "output_router_logits", "output_hidden_states", "output_attentions", "return_dict", "use_cache",
+        "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp", "tie_last_hidden_states",
+        # Where a checkpoint comes from, and what else it has.
+        "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config",
+        "name_or_path", "_name_or_path", "id2label", "label2id", "num_labels", "problem_type",
+        # Tokens, which the tokenizer and the generation settings have.
+        "bos_token_id", "eos_token_id", "pad_token_id",
+        # How DeepSeek trained its models.
+        "aux_loss_alpha", "seq_aux", "ep_size",
+    }
+)  # fmt: skip
+"""Known keys that change nothing in the logits."""
 
 ROPE: dict[str, Any] = {
     "type": "yarn",

@@ -54,6 +54,14 @@ def loss_of(model: CausalLM, tokens: Tensor, segments: Tensor | None = None, **c
     return training_loss(model.trunk, tokens, segments, experts=model.experts, weights=weights, **given)
 
 
+def documents_and_padding() -> Tensor:
+    """Segments [4, 10]: two documents in the first row, padding in the last."""
+    segments = torch.zeros(4, 10, dtype=torch.int32)
+    segments[0, 4:] = 1
+    segments[3, 6:] = -1
+    return segments
+
+
 def gradients(model: CausalLM, losses: Losses) -> dict[str, Tensor]:
     model.zero_grad()
     losses.total.backward()
@@ -239,9 +247,7 @@ def test_a_given_route_is_taken_and_not_counted() -> None:
 def test_microbatches_and_workers_add_up() -> None:
     """With the global batch's counts, losses and gradients of the parts are those of the whole."""
     model, tokens = model_of(), tokens_of(4, 10)
-    segments = torch.zeros(4, 10, dtype=torch.int32)
-    segments[0, 4:] = 1
-    segments[3, 6:] = -1
+    segments = documents_and_padding()
     counts: dict[str, Any] = {
         "n_targets": count_targets(tokens, segments, depth=2),
         "n_rows": 4,
@@ -264,9 +270,7 @@ def test_microbatches_and_workers_add_up() -> None:
 def test_losses_of_the_load_add_up_by_the_routing_of_the_batch(strategy: str) -> None:
     """`route` records what the passes of all parts have to know; modules of MTP count fewer tokens."""
     model, tokens = model_of(), tokens_of(4, 10)
-    segments = torch.zeros(4, 10, dtype=torch.int32)
-    segments[0, 4:] = 1
-    segments[3, 6:] = -1
+    segments = documents_and_padding()
     counts: dict[str, Any] = {
         "n_targets": count_targets(tokens, segments, depth=2),
         "n_rows": 4,
