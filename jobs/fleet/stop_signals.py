@@ -6,14 +6,18 @@ import enum
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 _GRACE_SECONDS = 15.0  # that a command has to end in order, before it is ended at once
+_AGAIN_SECONDS = 0.05  # after which a signal that stopped nothing is sent again
 _INTERRUPTED = 130  # exit code after Ctrl-C, by convention of shells
+_EXECUTE_CHILD = subprocess.Popen._execute_child.__code__  # type: ignore[attr-defined]
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,10 +33,11 @@ class _CommandPhase(enum.Enum):
 class StopSignals:
     """Handles Ctrl-C and SIGTERM in a command's main thread.
 
-    While the job starts, the first signal raises `KeyboardInterrupt`. A call that does not return to Python,
-    such as one of Ray's, would delay that; so a thread ends the process and its children if it has not ended
-    after some seconds. While the job runs, signals go to its own handler. While it ends, SIGTERM has no
-    effect.
+    While the job starts, the first signal raises `KeyboardInterrupt`. It is sent again if the exception went
+    no further than a destructor or a callback, and once a process that is just being started is known. A call
+    that does not return to Python, as some of Ray's, would delay the end; so a thread ends the process and
+    its children if it has not ended after some seconds. While the job runs, signals go to its own handler.
+    While it ends, SIGTERM has no effect.
 
     Args:
         grace: Seconds that a command has to end in order.
@@ -43,7 +48,9 @@ class StopSignals:
         self._grace = grace
         self._leave = leave
         self._phase = _CommandPhase.STARTING
-        self._first = 0  # number of the signal that stopped the start
+        self._first = 0  # number of the signal that stops the start
+        self._again = False  # it has to be sent again
+        self._main = threading.get_ident()
         self._finished = threading.Event()
 
     @contextmanager
@@ -53,6 +60,7 @@ class StopSignals:
         Raises:
             Stopped: SIGTERM came while the job started.
         """
+        self._main = threading.get_ident()
         handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         ours, waker = socket.socketpair()
         waker.setblocking(False)
@@ -77,12 +85,13 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Stop a start whose signal was lost: an exception in a destructor or a callback goes no further.
+        """Stop a start whose signal has not stopped it yet.
 
         Raises:
             KeyboardInterrupt: A signal has come.
         """
         if self._first:
+            self._phase, self._again = _CommandPhase.ENDING, False
             raise KeyboardInterrupt
 
     @contextmanager
@@ -109,15 +118,19 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._phase is not _CommandPhase.ENDING:
-            self._phase, self._first = _CommandPhase.ENDING, number
-            raise KeyboardInterrupt
-        if number == signal.SIGINT:
+        if self._phase is _CommandPhase.ENDING and number != signal.SIGINT:
+            return
+        self._first = self._first or number
+        self._again = _is_starting_a_process(frame)
+        if not self._again:
+            self._phase = _CommandPhase.ENDING
             raise KeyboardInterrupt
 
     def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Print no exception that was lost in a destructor or a callback; `check` raises it again."""
-        if not (self._first and issubclass(lost.exc_type, KeyboardInterrupt)):
+        """Print no exception that was lost in a destructor or a callback; its signal is sent again."""
+        if self._first and issubclass(lost.exc_type, KeyboardInterrupt):
+            self._phase, self._again = _CommandPhase.STARTING, True
+        else:
             sys.__unraisablehook__(lost)
 
     def _watch(self, signals: socket.socket) -> None:
@@ -126,8 +139,13 @@ class StopSignals:
             stopping = [number for number in numbers if number in (signal.SIGINT, signal.SIGTERM)]
             if not stopping or (self._phase is not _CommandPhase.STARTING and not self._first):
                 continue
-            if self._finished.wait(self._grace):
-                return
+            deadline = time.monotonic() + self._grace
+            while (left := deadline - time.monotonic()) > 0:
+                if self._finished.wait(min(left, _AGAIN_SECONDS)):
+                    return
+                if self._again:
+                    self._again = False
+                    signal.pthread_kill(self._main, self._first)
             import psutil  # not needed otherwise
 
             for child in psutil.Process().children(recursive=True):
@@ -136,6 +154,18 @@ class StopSignals:
             print("stopped without waiting for what was under way", file=sys.stderr, flush=True)
             self._leave(0 if stopping[0] == signal.SIGTERM else _INTERRUPTED)
             return
+
+
+def _is_starting_a_process(frame: FrameType | None) -> bool:
+    """Whether a signal came between a fork and the place where the new process becomes known.
+
+    An exception there would leave a process that nobody ends, and libraries' fork handlers half done.
+    """
+    while frame is not None:
+        if frame.f_code is _EXECUTE_CHILD:
+            return True
+        frame = frame.f_back
+    return False
 
 
 __all__ = ["StopSignals", "Stopped"]

@@ -85,6 +85,43 @@ class _Loses:
             pass
 
 
+def test_a_signal_that_was_lost_in_a_destructor_is_sent_again() -> None:
+    with pytest.raises(Stopped), StopSignals().watched():
+        _Loses()
+        while True:
+            signal.pause()
+
+
+# Handlers of forks that have to run to their ends, as libraries have, and SIGTERM in the midst of them.
+_FORKING = """
+import os, signal, subprocess, sys
+from jobs.fleet.stop_signals import StopSignals
+def stop(): os.kill(os.getpid(), signal.SIGTERM)
+def before():
+    stop()
+    begun.append(1)
+def in_child():
+    stop()
+    begun.pop()
+begun = []
+os.register_at_fork(before=before, after_in_parent=lambda: begun.pop(), after_in_child=in_child)
+try:
+    with StopSignals().watched():
+        child = subprocess.Popen(["sleep", "1000"], preexec_fn=stop)
+        signal.pause()
+finally:
+    child.kill()
+    print(child.wait(), len(begun))
+"""
+
+
+def test_a_signal_while_a_process_is_started_waits_until_it_is_known() -> None:
+    done = subprocess.run([sys.executable, "-c", _FORKING], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{-signal.SIGKILL} 0\n", done.stderr
+    assert done.stderr.splitlines()[-1] == "jobs.fleet.stop_signals.Stopped"
+    assert "ignored" not in done.stderr
+
+
 def test_a_signal_that_was_lost_in_a_destructor_stops_the_start_at_the_next_check(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
