@@ -137,9 +137,6 @@ def chaos(
     debug: Debug = False,
 ) -> None:
     """Inject faults into a running job: kill, stop, slow down or disconnect its processes."""
-    from jobs.fleet.ray_token import use_own_token
-
-    use_own_token()
     from dataclasses import asdict
 
     from jobs.tools.chaos import TARGETS, FaultKind, schedule
@@ -203,9 +200,6 @@ def certs(
 
 
 def _drain_node(node: str, address: str | None, timeout: float, *, as_json: bool, debug: bool) -> None:
-    from jobs.fleet.ray_token import use_own_token
-
-    use_own_token()
     from jobs.tools.node_drain import leave
 
     done = leave(None if node == "here" else node, address=address, timeout=timeout, debug=debug)
@@ -251,9 +245,6 @@ def _operated(
     coordinator: str | None, address: str | None, job: str | None, *, changes: bool = True, debug: bool
 ) -> Iterator[tuple[Any, Any]]:
     """The job that a command operates on (`RunningJob`), and a client of it (`AdminClient`)."""
-    from jobs.fleet.ray_token import use_own_token
-
-    use_own_token()
     from jobs.tools.running_job import find_jobs, operated
 
     jobs = find_jobs(coordinator=coordinator, address=address, changes=changes, debug=debug)

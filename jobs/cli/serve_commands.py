@@ -62,12 +62,6 @@ def _serve(
     as_json: bool,
     debug: bool,
 ) -> None:
-    from jobs.fleet.ray_address import named_address
-
-    if named_address(address) is not None:
-        from jobs.fleet.ray_token import use_own_token
-
-        use_own_token()
     from dataclasses import asdict
 
     from jobs.serving.config import ServeConfig
@@ -101,9 +95,6 @@ def reload(
     debug: Debug = False,
 ) -> None:
     """Replace the weights of a served model without interrupting it."""
-    from jobs.fleet.ray_token import use_own_token
-
-    use_own_token()
     from jobs.serving.reload import reload as run
 
     done = run(checkpoint, address=address, name=name, debug=debug)

@@ -47,12 +47,6 @@ def train(
 
     def compute() -> Result:
         with StopSignals().watched() as stop:
-            from jobs.fleet.ray_address import named_address
-
-            if named_address(address) is not None:
-                from jobs.fleet.ray_token import use_own_token
-
-                use_own_token()
             chosen = _training_config(preset, config, changes, resume=resume, init=init, output=output)
             from jobs.training.train import train as run
 

@@ -14,6 +14,7 @@ import grpc
 import psutil
 
 from errors import ResourceError
+from jobs.fleet.ray_token import fit_token_mode
 
 _VARIABLE = "RAY_ADDRESS"
 """Ray's own convention for the address of its cluster, set inside `ray job submit`."""
@@ -39,6 +40,8 @@ def named_address(address: str | None) -> str | None:
 def running_address(address: str | None) -> str:
     """The address of the running cluster that `address` stands for, after a check that it answers.
 
+    Ray in this process is ready to join it (`fit_token_mode`).
+
     Args:
         address: HOST:PORT; None and `auto` stand for RAY_ADDRESS, else for the cluster on this machine.
             Addresses of other forms, such as `ray://…`, are returned as they are.
@@ -49,7 +52,7 @@ def running_address(address: str | None) -> str:
     if not address or address == "auto":
         address = named_address(None) or "auto"
     if address != "auto":
-        check_answers(address)
+        fit_cluster(address)
         return address
     found = local_addresses()
     recorded = _recorded()
@@ -63,7 +66,7 @@ def running_address(address: str | None) -> str:
         raise ResourceError(
             "no Ray cluster runs on this machine; start a job or a cluster, or name one with --address"
         )
-    check_answers(found[0])
+    fit_cluster(found[0])
     return found[0]
 
 
@@ -93,34 +96,45 @@ def local_addresses() -> list[str]:
     return sorted(found)
 
 
-def check_answers(address: str) -> None:
-    """Check that the control service of a Ray cluster answers at HOST:PORT.
+def fit_cluster(address: str) -> None:
+    """Check that a cluster answers at an address, and make Ray in this process ready to join it.
 
-    Addresses of other forms are not checked.
+    Raises:
+        ResourceError: None does.
+    """
+    fit_token_mode(requires_token(address))
+
+
+def requires_token(address: str) -> bool | None:
+    """Whether the Ray cluster that has to answer at HOST:PORT requires a token.
+
+    None means unknown: addresses of other forms are not asked, and TLS is not spoken.
 
     Raises:
         ResourceError: Nothing answers there, or something else does.
     """
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit():
-        return
+        return None
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ResourceError(f"no Ray cluster at {address} ({error}); check --address") from None
     if os.environ.get(_TLS, "0").lower() in ("1", "true"):
-        return  # Ray's own certificates are needed for more
+        return None  # Ray's own certificates are needed for more
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(_ALIVE, None, None)(b"", timeout=_ANSWER_SECONDS)
         except grpc.RpcError as error:
-            # An error of the service itself, such as that of a missing token, is the answer of a cluster.
+            # An error of the service itself is the answer of a cluster.
             code = error.code()
             if code in _SILENT:
                 raise ResourceError(
                     f"what listens at {address} does not answer as a Ray cluster ({code.name}); check "
                     "--address, and end that cluster if it hangs"
                 ) from None
+            return bool(code is grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def temporary_folder() -> Path:
@@ -138,10 +152,11 @@ def _recorded() -> str | None:
 
 
 __all__ = [
-    "check_answers",
+    "fit_cluster",
     "local_addresses",
     "named_address",
     "only_address",
+    "requires_token",
     "running_address",
     "temporary_folder",
 ]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from errors import ResourceError, UsageError
 from jobs.console import own_error
@@ -53,13 +52,12 @@ def started_cluster(
 
 
 def connect(address: str, *, debug: bool, tell: Tell | None) -> None:
-    """Connect to a running cluster.
+    """Connect to a running cluster, at an address of `running_address`.
 
     Raises:
         ResourceError: That fails.
     """
     logging.getLogger("ray").setLevel(_level(debug))
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for `auto` alone
     try:
         with adjusted(None, debug=debug), telling(f"the Ray cluster at {address}", tell):
             ray.init(address=address, log_to_driver=debug, logging_level=_level(debug))

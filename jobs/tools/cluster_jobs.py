@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from actors.messages.job_identity import COORDINATOR, NAMESPACE
 from actors.rpc.admin_client import AdminClient
 from errors import RaymoeError
-from jobs.fleet.ray_address import check_answers, only_address
+from jobs.fleet.ray_address import fit_cluster, only_address
 from jobs.fleet.ray_session import ResourceNeeds, ray_session
 from jobs.tools.jobs_found import HERE, JobsFound, RunningJob, described
 
@@ -77,7 +77,7 @@ def jobs_of(addresses: Sequence[str], *, debug: bool = False) -> JobsFound:
     silent: list[str] = []
     for address in addresses:
         with suppress(RaymoeError):
-            check_answers(address)
+            fit_cluster(address)
             if _has_coordinator(address):
                 found = jobs_on(address, debug=debug)
                 jobs += found.jobs

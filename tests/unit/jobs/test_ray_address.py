@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import pytest
 
 from errors import ResourceError
 from jobs.fleet import ray_address
-from jobs.fleet.ray_address import check_answers, only_address, running_address
+from jobs.fleet.ray_address import only_address, requires_token, running_address
 
 with warnings.catch_warnings():  # Ray Serve's own
     warnings.simplefilter("ignore")
@@ -77,6 +80,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray_address, "local_addresses", lambda: [])
+    monkeypatch.setattr(ray_address, "fit_token_mode", lambda required: None)  # which changes the process
 
 
 def _record(folder: Path, address: str) -> None:
@@ -85,14 +89,48 @@ def _record(folder: Path, address: str) -> None:
 
 
 def test_a_cluster_that_answers_is_taken(tmp_path: Path) -> None:
-    # Without the cluster's token, Ray's service answers UNAUTHENTICATED: there is a cluster.
     with (
         _control_service(grpc.StatusCode.UNAUTHENTICATED) as secured,
         _control_service(grpc.StatusCode.OK) as address,
     ):
-        check_answers(secured)
+        assert requires_token(secured)
+        assert requires_token(address) is False
         _record(tmp_path, address)
         assert running_address(None) == running_address("auto") == running_address(address) == address
+
+
+_MODES = """
+import os, sys
+from ray._raylet import get_authentication_mode
+from jobs.fleet.ray_address import running_address
+for address in sys.argv[1:]:
+    running_address(address)
+    print(os.environ["RAY_AUTH_MODE"], int(get_authentication_mode()))
+"""
+
+
+@pytest.mark.parametrize("given", [None, "disabled", "token"])
+def test_the_token_is_used_where_a_cluster_requires_it(tmp_path: Path, given: str | None) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("of an earlier cluster", encoding="utf-8")
+    env = {**os.environ, "HOME": str(tmp_path)}
+    env.pop("RAY_AUTH_MODE", None)
+    if given is not None:
+        env["RAY_AUTH_MODE"] = given
+    with (
+        _control_service(grpc.StatusCode.UNAUTHENTICATED) as secured,
+        _control_service(grpc.StatusCode.OK) as open_to_all,
+    ):
+        told = subprocess.run(
+            [sys.executable, "-c", _MODES, open_to_all, secured, open_to_all],
+            env=env,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout.splitlines()
+    modes = {"disabled": "disabled 0", "token": "token 1"}
+    assert told == [modes[given or mode] for mode in ("disabled", "token", "disabled")]
 
 
 @pytest.mark.parametrize("auto", [True, False])
@@ -105,7 +143,7 @@ def test_a_stale_address_is_refused_at_once(tmp_path: Path, auto: bool) -> None:
 
 def test_another_service_at_the_address_is_no_cluster(tmp_path: Path) -> None:
     with _control_service(None) as other, pytest.raises(ResourceError, match="UNIMPLEMENTED"):
-        check_answers(other)
+        requires_token(other)
     with _web_server() as web:
         _record(tmp_path, web)
         with pytest.raises(ResourceError, match=f"{web} does not answer as a Ray cluster"):
