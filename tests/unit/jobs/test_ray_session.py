@@ -70,7 +70,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeRay]:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr("jobs.fleet.ray_session.running_address", lambda address: address)
     monkeypatch.setattr("jobs.fleet.ray_session._POLL_SECONDS", 0.0)
-    monkeypatch.setattr("jobs.fleet.ray_start.maybe_enable_token_auth_if_token_available", lambda **_: False)
     monkeypatch.setattr("os.getloadavg", lambda: (40.2, 9.0, 3.0))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     yield ray
