@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import ray
 
+from support.commands.losses import busy_core
 from support.commands.serve import SharedServer
 from support.commands.train import STEPS, finish, start
 
@@ -81,3 +83,10 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result["interrupted"] is False
     assert result["hosts_per_token"] > 1
     return output
+
+
+@pytest.fixture(scope="module", params=["quiet", "beside a busy loop"])
+def machine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What else runs."""
+    with nullcontext() if request.param == "quiet" else busy_core():
+        yield request.param

@@ -16,6 +16,7 @@ import pytest
 
 from actors.rpc.admin_client import AdminClient
 from errors import ConfigError, RaymoeError
+from support.commands.losses import wait_for_hosts
 from support.commands.serve import TWO_REPLICAS, ServeProcess, SharedServer, running, save_model, tiny_model
 from support.commands.streams import COORDINATOR, HOST, StreamLoad, Told, actors, disturbed, greedy_requests
 from support.waiting import wait_until
@@ -45,17 +46,6 @@ def undisturbed(server: ServeProcess) -> list[Told]:
     return told
 
 
-def settled(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict[str, Any]:
-    """Wait until so many hosts serve and every expert has its replicas; return the status."""
-
-    def status() -> dict[str, Any]:
-        found = admin.status()
-        serve = [host["state"] for host in found["hosts"]] == ["serving"] * hosts
-        return found if serve and found["replicas_min"] >= min(replicas, hosts) else {}
-
-    return wait_until(status, seconds=120.0, every=0.1, what=admin.status)
-
-
 def under_load(
     server: ServeProcess, undisturbed: list[Told], disturb: Callable[[], object], at: int
 ) -> StreamLoad:
@@ -69,70 +59,53 @@ def under_load(
 def test_a_killed_host_costs_nothing_but_time(
     server: ServeProcess, admin: AdminClient, undisturbed: list[Told], seed: int
 ) -> None:
-    settled(admin, HOSTS)
+    wait_for_hosts(admin, HOSTS)
     source = random.Random(seed)
     at = source.randrange(STREAMS, STREAMS * TOKENS // 2)
     before = deaths(admin)
     load = under_load(server, undisturbed, lambda: source.choice(actors(server, HOST)).kill(), at)
     print(f"killed after {at} chunks: longest gap {load.gap:.2f} s")
     wait_until(lambda: deaths(admin) == before + 1, what=admin.status)  # the streams may end before
-    settled(admin, HOSTS)
+    wait_for_hosts(admin, HOSTS)
 
 
 def deaths(admin: AdminClient) -> int:
     return sum(event["kind"] == "died" for event in admin.status()["events"])
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_twenty_hosts_are_lost(
-    server: ServeProcess, admin: AdminClient, undisturbed: list[Told], how: signal.Signals
-) -> None:
-    gaps = []
-    for seed in range(20):
-        settled(admin, HOSTS)
-        source = random.Random(seed)
-        at = source.randrange(STREAMS, STREAMS * TOKENS // 2)
-        lost = source.choice(actors(server, HOST))
-        gaps.append(under_load(server, undisturbed, lambda lost=lost: lost.send_signal(how), at).gap)  # type: ignore[misc]
-        lost.wait(60)
-    print(f"{how.name} 20 times: longest gaps {', '.join(f'{gap:.2f}' for gap in sorted(gaps))} s")
-
-
 def test_a_host_that_hangs_is_given_up(
     server: ServeProcess, admin: AdminClient, undisturbed: list[Told]
 ) -> None:
-    settled(admin, HOSTS)
+    wait_for_hosts(admin, HOSTS)
     hung = actors(server, HOST)[0]
     load = under_load(server, undisturbed, lambda: hung.send_signal(signal.SIGSTOP), STREAMS * 10)
     print(f"stopped: longest gap {load.gap:.2f} s")
-    settled(admin, HOSTS)
+    wait_for_hosts(admin, HOSTS)
     hung.wait(60)  # it was killed and is not restarted
 
 
 def test_a_killed_coordinator_is_not_missed(
     server: ServeProcess, admin: AdminClient, undisturbed: list[Told]
 ) -> None:
-    before = settled(admin, HOSTS)
+    before = wait_for_hosts(admin, HOSTS)
     load = under_load(server, undisturbed, lambda: actors(server, COORDINATOR)[0].kill(), STREAMS * 10)
     print(f"coordinator killed: longest gap {load.gap:.2f} s")
     after = settled_again(admin)
     assert [host["id"] for host in after["hosts"]] == [host["id"] for host in before["hosts"]]
     assert after["epoch"] == before["epoch"]
     load = under_load(server, undisturbed, lambda: actors(server, HOST)[0].kill(), STREAMS * 10)
-    settled(admin, HOSTS)
+    wait_for_hosts(admin, HOSTS)
 
 
 def settled_again(admin: AdminClient) -> dict[str, Any]:
     """Wait for a coordinator that answers and for all hosts; return the status."""
-    return wait_until(lambda: settled(admin, HOSTS), every=0.1, ignoring=RaymoeError)
+    return wait_until(lambda: wait_for_hosts(admin, HOSTS), every=0.1, ignoring=RaymoeError)
 
 
 def test_hosts_come_and_go_under_load(
     server: ServeProcess, admin: AdminClient, undisturbed: list[Told]
 ) -> None:
-    settled(admin, HOSTS)
+    wait_for_hosts(admin, HOSTS)
     for target in (2, 4, 1, 3):
         took: list[dict[str, Any]] = []
 
@@ -141,7 +114,7 @@ def test_hosts_come_and_go_under_load(
 
         load = under_load(server, undisturbed, scale, STREAMS * 10)
         assert took[0]["done"]
-        status = settled(admin, target)
+        status = wait_for_hosts(admin, target)
         wait_until(lambda: len(actors(server, HOST)) == target)  # noqa: B023  # within this turn
         print(
             f"to {target} hosts in {took[0]['seconds']:.2f} s, epoch {status['epoch']}: "
@@ -150,15 +123,15 @@ def test_hosts_come_and_go_under_load(
 
 
 def test_a_chosen_host_is_drained(server: ServeProcess, admin: AdminClient, undisturbed: list[Told]) -> None:
-    names = [host["id"] for host in settled(admin, HOSTS)["hosts"]]
+    names = [host["id"] for host in wait_for_hosts(admin, HOSTS)["hosts"]]
     load = under_load(server, undisturbed, lambda: admin.drain(names[1], replace=True), STREAMS * 10)
-    left = [host["id"] for host in settled(admin, HOSTS)["hosts"]]
+    left = [host["id"] for host in wait_for_hosts(admin, HOSTS)["hosts"]]
     assert names[1] not in left and set(names) - {names[1]} < set(left)
     print(f"drained: longest gap {load.gap:.2f} s")
 
 
 def test_what_cannot_be_is_refused_in_one_line(server: ServeProcess, admin: AdminClient) -> None:
-    settled(admin, HOSTS)
+    wait_for_hosts(admin, HOSTS)
     for wrong in (0, 9):
         with pytest.raises(ConfigError, match=f"{wrong} expert hosts cannot be: .* 8 routed experts"):
             admin.scale(wrong)
@@ -175,10 +148,12 @@ def test_without_replicas_streams_wait_for_the_reload(tmp_path: Path) -> None:
     with running(model, directory, tmp_path / "serve.log", *options) as server:
         admin = AdminClient(f"grpc:{server.coordinator}")
         calm = asyncio.run(StreamLoad(server, REQUESTS).run())
-        settled(admin, HOSTS, replicas=1)
+        wait_for_hosts(admin, HOSTS, replicas=1)
         load = under_load(server, calm, lambda: actors(server, HOST)[0].kill(), STREAMS * 10)
         moved = [
-            event["text"] for event in settled(admin, HOSTS, replicas=1)["events"] if event["kind"] == "moved"
+            event["text"]
+            for event in wait_for_hosts(admin, HOSTS, replicas=1)["events"]
+            if event["kind"] == "moved"
         ]
         print(f"without replicas: longest gap {load.gap:.2f} s ({'; '.join(moved)})")
 
@@ -188,5 +163,5 @@ def test_without_replicas_streams_wait_for_the_reload(tmp_path: Path) -> None:
 
         load = under_load(server, calm, kill_all, STREAMS * 10)
         print(f"all hosts killed at once: longest gap {load.gap:.2f} s")
-        settled(admin, HOSTS, replicas=1)
+        wait_for_hosts(admin, HOSTS, replicas=1)
         admin.close()

@@ -7,17 +7,15 @@ import json
 import random
 import signal
 import time
-import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import psutil
 import pytest
 
+from support.commands.losses import answering_trunks, request, trunks, wait_for_trunks
 from support.commands.serve import PROMPT, TWO_REPLICAS, ServeProcess, SharedServer
-from support.commands.streams import TRUNK, StreamLoad, Told, actors
-from support.waiting import wait_until
+from support.commands.streams import StreamLoad, Told
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.shares("two replicas")]
 COUNT = 160
@@ -29,45 +27,12 @@ def server(shared_server: SharedServer) -> ServeProcess:
     return shared_server.with_settings(TWO_REPLICAS)
 
 
-def request(index: int) -> dict[str, Any]:
-    """A completion request: greedy, seeded, with penalties or with log probabilities, by its index."""
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"temperature": 1.0, "seed": index, "logprobs": 2},
-        {"temperature": 0.8, "seed": index, "presence_penalty": 0.5, "top_p": 0.95},
-        {"temperature": 0.0, "logprobs": 0, "echo": True, "frequency_penalty": 0.3},
-    ]
-    return {
-        "model": "tiny",
-        "prompt": PROMPT[: 3 + index % 11],
-        "max_tokens": COUNT + index,
-        "extra_body": {"ignore_eos": True},
-        **kinds[index % len(kinds)],
-    }
-
-
-def trunks(server: ServeProcess) -> list[psutil.Process]:
-    """The processes of the server's trunk replicas."""
-    return actors(server, TRUNK)
-
-
-REQUESTS = [request(index) for index in range(STREAMS)]
-
-
-def engines(server: ServeProcess) -> int:
-    """Number of trunk replicas that answer."""
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(line.startswith("raymoe_num_requests_running{") for line in lines)
-
-
-def all_there(server: ServeProcess) -> None:
-    wait_until(lambda: engines(server) >= 2, seconds=120.0, every=0.2)
+REQUESTS = [request(index, COUNT) for index in range(STREAMS)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(server: ServeProcess) -> list[Told]:
-    all_there(server)
+    wait_for_trunks(server)
     told = asyncio.run(StreamLoad(server, REQUESTS).run())
     assert all(reason == "length" for *_, reason in told)
     return told
@@ -90,7 +55,7 @@ async def disturbed(server: ServeProcess, at: list[int], disturb: Callable[[], o
 def test_a_killed_replica_costs_time_and_nothing_else(
     server: ServeProcess, undisturbed: list[Told], seed: int
 ) -> None:
-    all_there(server)
+    wait_for_trunks(server)
     source = random.Random(seed)
     at = source.randrange(STREAMS, STREAMS * COUNT // 2)
     load = asyncio.run(disturbed(server, [at], lambda: source.choice(trunks(server)).kill()))
@@ -99,33 +64,14 @@ def test_a_killed_replica_costs_time_and_nothing_else(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_twenty_replicas_are_lost(server: ServeProcess, undisturbed: list[Told], how: signal.Signals) -> None:
-    gaps = []
-    for seed in range(20):
-        all_there(server)
-        source = random.Random(seed)
-        at = source.randrange(STREAMS, STREAMS * COUNT // 2)
-        lost = source.choice(trunks(server))
-        load = asyncio.run(disturbed(server, [at], lambda lost=lost: lost.send_signal(how)))  # type: ignore[misc]
-        assert load.told == undisturbed
-        gaps.append(load.gap)
-        with suppress(psutil.NoSuchProcess):
-            lost.kill()
-        lost.wait(60)
-    print(f"{how.name} 20 times: longest gaps {', '.join(f'{gap:.2f}' for gap in sorted(gaps))} s")
-
-
-@pytest.mark.soak
 def test_replicas_that_are_killed_one_after_the_other(server: ServeProcess, undisturbed: list[Told]) -> None:
     """The second replica is killed as soon as Serve has restarted the first."""
-    all_there(server)
+    wait_for_trunks(server)
     killed: list[psutil.Process] = []
 
     def kill() -> None:
         deadline = time.monotonic() + 60
-        while engines(server) < 2:
+        while answering_trunks(server) < 2:
             assert time.monotonic() < deadline
         killed.append(next(one for one in trunks(server) if one not in killed))
         killed[-1].kill()
@@ -138,7 +84,7 @@ def test_replicas_that_are_killed_one_after_the_other(server: ServeProcess, undi
 
 
 def test_all_replicas_killed_at_once_are_waited_for(server: ServeProcess, undisturbed: list[Told]) -> None:
-    all_there(server)
+    wait_for_trunks(server)
 
     def kill() -> None:
         for one in trunks(server):
@@ -150,7 +96,7 @@ def test_all_replicas_killed_at_once_are_waited_for(server: ServeProcess, undist
 
 
 def test_a_replica_that_hangs_is_given_up(server: ServeProcess, undisturbed: list[Told]) -> None:
-    all_there(server)
+    wait_for_trunks(server)
     hung: list[psutil.Process] = []
 
     def stop() -> None:
@@ -174,12 +120,12 @@ def rounded(choices: list[Any]) -> Any:
 
 
 def test_answers_in_one_piece_and_conversations_survive_as_well(server: ServeProcess) -> None:
-    all_there(server)
+    wait_for_trunks(server)
 
     async def ask_all() -> list[Any]:
         async with server.async_client as client:
             whole = [
-                client.completions.create(**{**request(index), "n": 2, "temperature": 0.9, "seed": 5})
+                client.completions.create(**{**request(index, COUNT), "n": 2, "temperature": 0.9, "seed": 5})
                 for index in range(4)
             ]
             chats = [
@@ -207,4 +153,4 @@ def test_answers_in_one_piece_and_conversations_survive_as_well(server: ServePro
     calm = asyncio.run(ask_all())
     kill = True
     assert asyncio.run(ask_all()) == calm
-    all_there(server)  # stopping the server would wait for a replica that is starting
+    wait_for_trunks(server)  # stopping the server would wait for a replica that is starting

@@ -1,0 +1,88 @@
+"""Losses of a server's processes under streams: what is asked for, and waiting until all is there again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+from actors.rpc.admin_client import AdminClient
+from support.commands.serve import PROMPT, ServeProcess
+from support.commands.streams import TRUNK, actors
+from support.waiting import wait_until
+
+IN_A_ROW = 30
+"""Losses in a row in the tests that lose the same thing again and again."""
+
+
+def request(index: int, count: int) -> dict[str, Any]:
+    """A completion request: greedy, seeded, with penalties or with log probabilities, by its index."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": index, "logprobs": 2},
+        {"temperature": 0.8, "seed": index, "presence_penalty": 0.5, "top_p": 0.95},
+        {"temperature": 0.0, "logprobs": 0, "echo": True, "frequency_penalty": 0.3},
+    ]
+    return {
+        "model": "tiny",
+        "prompt": PROMPT[: 3 + index % 11],
+        "max_tokens": count + index,
+        "extra_body": {"ignore_eos": True},
+        **kinds[index % len(kinds)],
+    }
+
+
+def trunks(server: ServeProcess) -> list[psutil.Process]:
+    """The processes of the server's trunk replicas."""
+    return actors(server, TRUNK)
+
+
+def answering_trunks(server: ServeProcess) -> int:
+    """Number of trunk replicas that answer."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(line.startswith("raymoe_num_requests_running{") for line in lines)
+
+
+def wait_for_trunks(server: ServeProcess) -> None:
+    """Wait until two trunk replicas answer."""
+    wait_until(lambda: answering_trunks(server) >= 2, seconds=120.0, every=0.2)
+
+
+def wait_for_hosts(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict[str, Any]:
+    """Wait until so many hosts serve and every expert has its replicas; return the status."""
+
+    def status() -> dict[str, Any]:
+        found = admin.status()
+        serve = [host["state"] for host in found["hosts"]] == ["serving"] * hosts
+        return found if serve and found["replicas_min"] >= min(replicas, hosts) else {}
+
+    return wait_until(status, seconds=120.0, every=0.1, what=admin.status)
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """A process that keeps one core busy within the context."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+            yield
+        finally:
+            process.kill()
+
+
+__all__ = [
+    "IN_A_ROW",
+    "answering_trunks",
+    "busy_core",
+    "request",
+    "trunks",
+    "wait_for_hosts",
+    "wait_for_trunks",
+]
