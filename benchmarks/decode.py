@@ -118,7 +118,10 @@ def ours(config: RunConfig, *, batch: int, prompt: int, alone: bool = False) -> 
     Args:
         alone: Time only the tokens after the first one, without reading the prompt.
     """
-    from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
+    from engine.engine import Engine
+    from engine.params import SamplingParams
+    from engine.settings import EngineSettings
+    from engine.weights import TrunkWeights
     from model.causal_lm import CausalLM
     from model.checkpoints.sources import RandomSource
     from model.experts.protocols import Experts

@@ -12,7 +12,10 @@ from typing import Any, Final
 
 from benchmarks.expert_lanes import expert_lanes
 from cluster.config import ClusterConfig
-from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
+from engine.engine import Engine
+from engine.params import SamplingParams
+from engine.settings import EngineSettings
+from engine.weights import TrunkWeights
 from errors import ConfigError, DataError
 from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.tools.evaluate import documents_of

@@ -134,7 +134,10 @@ def training(config: RunConfig, *, overlap: bool, weigh: bool = False) -> Iterat
 def decode(config: RunConfig, *, sequences: int, overlap: bool, weigh: bool = False) -> Iterator[Step]:
     """Decoding steps; without overlap a step is not halved."""
     from benchmarks.expert_lanes import expert_lanes
-    from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
+    from engine.engine import Engine
+    from engine.params import SamplingParams
+    from engine.settings import EngineSettings
+    from engine.weights import TrunkWeights
     from model.checkpoints.sources import RandomSource
     from model.transformer import Transformer
 

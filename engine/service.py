@@ -9,50 +9,21 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tokenizers import Tokenizer
 
+from engine.delta import Delta, Listener
 from engine.engine import Engine, NewTokens
 from engine.params import SamplingParams
-from engine.sequence import Sequence, TokenLogprobs
+from engine.sequence import Sequence
 from engine.text import Detokenizer, TextStream
 from errors import ConfigError, QueueFull, ResourceError, described
 
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """New tokens and text of a request.
-
-    Attributes:
-        text: Text that has become certain.
-        tokens: New tokens, including a token that ended the text.
-        logprobs: Log probabilities of these tokens, if requested.
-        prompt_logprobs: Log probabilities of the prompt, if requested; with the first delta.
-        finish_reason: `stop`, `length` or `abort` in the last delta, otherwise None.
-        error: Error text that ends the request, in place of a finish_reason.
-        own: Whether the error belongs to this request, so that a retry fails in the same way.
-        cached: Positions of the prompt that were found in the cache.
-        version: Version of the weights that computed the tokens.
-    """
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: str | None = None
-    own: bool = False
-    cached: int = 0
-    version: str = ""
-
-
-Listener = Callable[[Delta], None]
 
 
 @dataclass(slots=True)
@@ -299,4 +270,4 @@ def _tell(request: _GenerationRequest, delta: Delta) -> None:
         request.listener(delta)
 
 
-__all__ = ["Delta", "EngineService", "Listener"]
+__all__ = ["EngineService"]

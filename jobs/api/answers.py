@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi.responses import StreamingResponse
 
-from engine.service import Delta
+from engine.delta import Delta
 from errors import described
 from jobs.api.api_errors import ApiError
 from jobs.api.response_bodies import Choice, Envelope, Usage

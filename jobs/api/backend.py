@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 from tokenizers import Tokenizer
 
+from engine.delta import Delta, Listener
 from engine.params import SamplingParams
-from engine.service import Delta, Listener
 from engine.text import Detokenizer
 from errors import ConfigError, DataError, QueueFull, RaymoeError, ResourceError
 from jobs.api.admission import Admission

@@ -11,8 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from google.protobuf.message import Message
 from pydantic import ValidationError
 
+from engine.delta import Delta
 from engine.sequence import TokenLogprobs
-from engine.service import Delta
 from jobs.api.answers import raise_error_of
 from jobs.api.api_errors import of_validation
 from jobs.api.backend import Backend

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.delta import Delta
 from engine.sequence import TokenLogprobs
-from engine.service import Delta
 from engine.text import Detokenizer
 from jobs.api.logprob_bodies import TextOffsets
 

@@ -29,6 +29,7 @@ from jobs.serving.names import INTERFACE, POOL, TRUNK
 from jobs.serving.pool.pool import ExpertPool
 from jobs.serving.pool_link import PoolLink
 from jobs.serving.replica.held_leases import HeldLeases
+from jobs.serving.replica.joining import join
 from jobs.serving.replica.replica import Replica
 from jobs.serving.replica.trunk_server import TrunkServer, TrunkService
 from jobs.serving.served_model import model_name
@@ -57,7 +58,7 @@ class TrunkReplica:
         config = ServeConfig.from_dict(values)
         link = PoolLink(pool, serve.get_replica_context().replica_tag)
         self._closing.callback(link.close)
-        member, client, table = await link.join(config.cluster.call_timeout)
+        member, client, table = await join(link, config.cluster.call_timeout)
         if client is not None:
             self._closing.callback(client.close)
         self._follower = Follower(member.run, member.version, ask=link.ask, report=link.report)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from actors.rpc.coordinator_client import CoordinatorClient
-from cluster.topology import RoutingTable
 from jobs.api.serving_metrics import ExpertFigures
 from jobs.serving.versions import PoolMembership, ReplicaState, WantedVersions
-
-_RETRY_SECONDS = 0.2
 
 
 class PoolLink:
@@ -42,28 +37,6 @@ class PoolLink:
         if "lease" not in self._calls:
             self._calls["lease"] = self._pool.lease.remote(self.name)
         return member
-
-    async def join(
-        self, timeout: float
-    ) -> tuple[PoolMembership, CoordinatorClient | None, RoutingTable | None]:
-        """Join the pool; also return the coordinator and its routing table for the same weights.
-
-        Both are None if there are no expert hosts.
-        """
-        while True:
-            member = await self.enter()
-            if member.coordinator is None:
-                return member, None, None
-            client = CoordinatorClient(member.coordinator, timeout=timeout)
-            try:
-                table = await asyncio.to_thread(client.table)
-            except BaseException:
-                client.close()
-                raise
-            if table.weights == member.version.name:
-                return member, client, table
-            client.close()
-            await asyncio.sleep(_RETRY_SECONDS)  # a change of the weights is in progress
 
     async def ask(self, known: int) -> WantedVersions:
         """The versions that the pool wants, as `Rollout.ask` returns them."""

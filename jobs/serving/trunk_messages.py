@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from engine.delta import Delta
 from engine.params import SamplingParams
 from engine.sequence import TokenLogprobs
-from engine.service import Delta
 from protos.trunk_pb2 import Alternatives, Sampling, TrunkDelta
 
 _INT32 = (1 << 31) - 1

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
+from engine.engine import Engine
+from engine.params import SamplingParams
+from engine.settings import EngineSettings
+from engine.weights import TrunkWeights
 from errors import DataError
 from jobs.checkpoints.generation_defaults import GenerationDefaults, GenerationSource
 from jobs.checkpoints.loaded_model import LoadedModel, load_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import CheckpointError, ConfigError
+from errors import CheckpointError
 from model.checkpoints.expected_tensors import copies, layer_of, tensor_shapes, trunk_shapes, unused_tensors
 from model.checkpoints.fp8 import SCALE_SUFFIX, block_size, dequantize, is_fp8
+from model.checkpoints.hf_config import model_config, read_hf_config
 from model.checkpoints.hf_names import EMBEDDING, HEAD, expert_names, layer_prefix
 from model.checkpoints.shards import ShardReader
 from model.config import ModelConfig
@@ -167,10 +167,7 @@ class PretrainedSource:
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
     def _own_config(self, values: dict[str, Any]) -> ModelConfig:
-        try:
-            config = ModelConfig.from_hf(values)
-        except ConfigError as error:
-            raise CheckpointError(f"{self.directory}: {error}") from None
+        config = model_config(self.directory, values)
         # When it saves a model, transformers drops the MTP modules and leaves their number in config.json.
         first = config.num_hidden_layers
         last = first + config.num_nextn_predict_layers
@@ -192,26 +189,4 @@ def _with_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Ten
     return tensors
 
 
-def read_hf_config(directory: Path) -> dict[str, Any]:
-    """A checkpoint's config.json.
-
-    Raises:
-        CheckpointError: The file is missing or not a JSON object.
-    """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory; give one with config.json and safetensors files")
-    path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} has no config.json; give a checkpoint in Hugging Face's format"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy it again")
-    return values
-
-
-__all__ = ["PretrainedSource", "RandomSource", "gate_biases", "read_hf_config"]
+__all__ = ["PretrainedSource", "RandomSource", "gate_biases"]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import EngineSettings, Sequence
+from engine.sequence import Sequence
+from engine.settings import EngineSettings
 from model.causal_lm import CausalLM
 from support.generation import (
     engine_over,

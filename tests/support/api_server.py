@@ -9,8 +9,10 @@ import torch
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer
 
-from engine import Engine, EngineSettings, TrunkWeights
+from engine.engine import Engine
 from engine.service import EngineService
+from engine.settings import EngineSettings
+from engine.weights import TrunkWeights
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
 from jobs.api.serving_metrics import ExpertFigures, ServingMetrics

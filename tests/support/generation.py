@@ -16,8 +16,11 @@ from actors.router import Router, RouterSettings
 from actors.router.engine_lanes import EngineLanes
 from channels.choose import connect
 from cluster import RoutingTable, experts_held
-from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
-from engine import Sequence as Request
+from engine.engine import Engine
+from engine.params import SamplingParams
+from engine.sequence import Sequence as Request
+from engine.settings import EngineSettings
+from engine.weights import TrunkWeights
 from jobs.fleet.expert_hosts import placement
 from model.causal_lm import CausalLM
 from model.config import ModelConfig

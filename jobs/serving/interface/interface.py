@@ -28,7 +28,7 @@ from jobs.serving.interface.resumable_requests import ResumableRequests
 from jobs.serving.pool_link import PoolLink
 from jobs.serving.version_follower import Exchanger, Follower
 from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
-from model.checkpoints.sources import PretrainedSource
+from model.checkpoints.hf_config import model_config
 
 _RETRY_SECONDS = 1.0
 
@@ -65,7 +65,7 @@ class Interface(GrpcMethods):
         self._closing = ExitStack()  # closed in the reverse order
         self._loopback = loopback
         config = ServeConfig.from_dict(values)
-        model = PretrainedSource(Path(directory)).config
+        model = model_config(Path(directory))
         text = load_tokenizer(Path(directory), model.vocab_size)
         self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
         self._closing.callback(self._link.close)

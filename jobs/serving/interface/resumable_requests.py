@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from engine.delta import Delta, Listener
 from engine.params import SamplingParams, check_tokens
-from engine.service import Delta, Listener
 from errors import ChannelError, ConfigError, QueueFull, RequestFailed, ResourceError, described
 from jobs.serving.interface.replica_connection import ReplicaConnection
 from jobs.serving.interface.replica_leases import ReplicaLease

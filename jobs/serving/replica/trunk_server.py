@@ -13,7 +13,8 @@ import grpc
 
 from channels.grpc import tls
 from channels.grpc.options import MAX_STREAMS, OPTIONS
-from engine.service import Delta, EngineService
+from engine.delta import Delta
+from engine.service import EngineService
 from errors import ConfigError, QueueFull, RaymoeError, ResourceError, described
 from jobs.serving.replica.held_leases import HeldLeases
 from jobs.serving.trunk_messages import delta_message, sampling_params

@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc
 
+from engine.delta import Delta
 from engine.params import SamplingParams
-from engine.service import Delta
 from jobs.serving.interface.replica_leases import ReplicaLease
 from jobs.serving.interface.replicas import Replicas
 from jobs.serving.interface.resumable_requests import ResumableRequests

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engine import EngineSettings
+from engine.settings import EngineSettings
 from jobs.api import build_api
 from support.api_requests import AnswerSeen, over_grpc, random_request, streamed, whole
 from support.api_server import Served
@@ -96,7 +96,8 @@ def assert_whole(served: Served, body: dict[str, Any], answer: AnswerSeen) -> No
         assert {choice.finish_reason for choice in answer.choices} == {"length"}
     for at, choice in enumerate(answer.choices):
         prompt = prompts[at // n] if body.get("echo") else []
-        echoed = served.tokenizer.decode(prompt, skip_special_tokens=False) if prompt else ""
+        shown = _given(served, body)[at // n] if body.get("echo") else []  # nothing of an empty prompt
+        echoed = served.tokenizer.decode(shown, skip_special_tokens=False) if shown else ""
         assert choice.text.startswith(echoed)
         if choice.offsets:
             assert choice.offsets == sorted(choice.offsets)
@@ -109,12 +110,16 @@ def assert_whole(served: Served, body: dict[str, Any], answer: AnswerSeen) -> No
         assert answer.usage["completion_tokens"] == counted - echoes, body
 
 
-def _prompts(served: Served, body: dict[str, Any]) -> list[list[int]]:
+def _given(served: Served, body: dict[str, Any]) -> list[list[int]]:
     """The tokens of each prompt of a completion; of a chat one prompt, whose tokens do not matter."""
     given = body.get("prompt", [[0]])
     given = given if given and not isinstance(given, str) and not isinstance(given[0], int) else [given]
-    found = [
+    return [
         served.tokenizer.encode(one, add_special_tokens=False).ids if isinstance(one, str) else one
         for one in given
     ]
-    return [one or [served.backend.end_of_text] for one in found]
+
+
+def _prompts(served: Served, body: dict[str, Any]) -> list[list[int]]:
+    """The tokens of each prompt as the model reads it: an empty one is the token that ends a text."""
+    return [one or [served.backend.end_of_text] for one in _given(served, body)]

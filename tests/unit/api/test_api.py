@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine import SamplingParams
-from engine.service import Delta
+from engine.delta import Delta
+from engine.params import SamplingParams
 from jobs.api.backend import Limits
 from support.api_server import PROMPT, Served, events
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import TrunkWeights
+from engine.weights import TrunkWeights
 from errors import ResourceError
 from jobs.data.tokenizer import save_tokenizer, train_tokenizer
 from jobs.serving import served_model

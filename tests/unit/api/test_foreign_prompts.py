@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from engine.delta import Delta, Listener
 from engine.params import SamplingParams
 from engine.sequence import TokenLogprobs
-from engine.service import Delta, Listener
 from jobs.api import build_api
 from jobs.api.backend import Backend, Limits
 from jobs.api.serving_metrics import ServingMetrics

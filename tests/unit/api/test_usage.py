@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine import EngineSettings
-from engine.service import Delta
+from engine.delta import Delta
+from engine.settings import EngineSettings
 from jobs.api.serving_metrics import ServingMetrics
 from support.api_requests import over_grpc
 from support.api_server import PROMPT, Served, events

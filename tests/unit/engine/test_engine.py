@@ -9,8 +9,12 @@ from typing import Literal
 import pytest
 import torch
 
-from engine import Engine, EngineSettings, SamplingParams, Sequence, TrunkWeights
+from engine.engine import Engine
 from engine.few_rows.batch import collect_few
+from engine.params import SamplingParams
+from engine.sequence import Sequence
+from engine.settings import EngineSettings
+from engine.weights import TrunkWeights
 from errors import ConfigError
 from model.causal_lm import CausalLM
 from model.config import ModelConfig

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
+from engine.delta import Delta
+from engine.engine import Engine
+from engine.params import SamplingParams
 from engine.sequence import Sequence
-from engine.service import Delta, EngineService
+from engine.service import EngineService
+from engine.settings import EngineSettings
+from engine.weights import TrunkWeights
 from errors import ConfigError, QueueFull
 from jobs.data.tokenizer import train_tokenizer
 from model.causal_lm import CausalLM

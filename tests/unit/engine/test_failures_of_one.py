@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine import SamplingParams
+from engine.delta import Delta
+from engine.params import SamplingParams
 from engine.sampling import likeliest_if_finite, log_probabilities
-from engine.service import Delta
 from engine.text import Detokenizer
 from errors import DataError
 from support.api_server import Served

@@ -15,10 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import Engine, EngineSettings, SamplingParams, TrunkWeights
 from engine.acceptance import Acceptance
+from engine.engine import Engine
+from engine.params import SamplingParams
 from engine.sampling import probabilities
 from engine.scheduler import Share
+from engine.settings import EngineSettings
+from engine.weights import TrunkWeights
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
 

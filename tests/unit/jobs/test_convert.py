@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from engine import Engine
+from engine.engine import Engine
 from errors import CheckpointError, ConfigError, DataError
 from jobs.checkpoints.checkpoint_store import TrainingState
 from jobs.checkpoints.loaded_model import LoadedModel, load_model

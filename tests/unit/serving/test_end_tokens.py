@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from engine.delta import Delta
 from engine.params import SamplingParams
-from engine.service import Delta
 from jobs.serving.config import ServeConfig
 from jobs.serving.replica.replica import Replica
 from jobs.serving.versions import WeightsVersion
