@@ -6,7 +6,8 @@ import glob
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,9 +50,9 @@ class SourceFile:
 def find_files(path: str | None) -> list[SourceFile]:
     """The files of a corpus in the order of their names; None is the Python standard library.
 
-    Folders and globs follow links to folders, each folder once, and leave out names that begin with a dot (a
-    glob matches them where it has the dot). A corpus of one plain text file is cut into pieces, because only
-    whole documents can be held out.
+    Folders and globs follow links to folders, give each file once, and leave out names that begin with a
+    dot (a glob matches them where it has the dot). A corpus of one plain text file is cut into pieces,
+    because only whole documents can be held out.
 
     Raises:
         DataError: There is no file, or a folder cannot be read.
@@ -68,7 +69,7 @@ def find_files(path: str | None) -> list[SourceFile]:
         missing = "holds no files"
     elif glob.has_magic(str(given)):
         root, pattern = _split(given)
-        found = list(_walk(root, lambda at: _leads_to(at, pattern), lambda at: _matches(at, pattern)))
+        found = list(_walk(root, lambda at: _left_after(at, pattern), lambda at: _matches(at, pattern)))
         missing = "does not exist: no file matches (** stands for any folders, * for no /)"
     else:
         found, missing = [], "is neither a file nor a folder" if given.exists() else "does not exist"
@@ -97,28 +98,32 @@ def _name(parts: Sequence[str]) -> str:
     return os.fsencode("/".join(parts)).decode("utf-8", "backslashreplace")
 
 
-def _walk(root: Path, enters: Callable[[_Parts], bool], wanted: Callable[[_Parts], bool]) -> Iterator[_Parts]:
-    """Paths below a folder, as parts, of the wanted files.
+def _walk(
+    root: Path, enters: Callable[[_Parts], Hashable], wanted: Callable[[_Parts], bool]
+) -> Iterator[_Parts]:
+    """Paths below a folder, as parts, of the wanted files, each file once.
 
-    Every folder is walked once, by its own name rather than that of a link to it, so links make no loops.
+    Links are followed after the folders that they lead to, so a file has its own name where that is wanted.
+    A folder is walked again only where another name of it can lead to other files, so links make no loops.
 
     Args:
-        enters: Whether a folder may hold wanted files.
+        enters: What decides which files below a folder are wanted; false if none can be.
         wanted: Whether a file is wanted.
 
     Raises:
         DataError: A folder cannot be read.
     """
-    seen: set[tuple[int, int]] = set()
-    folders: list[_Parts] = [()]
-    linked: list[_Parts] = []
+    seen: set[tuple[int, int, Hashable]] = set()
+    given: set[tuple[int, int, str]] = set()
+    folders: list[tuple[_Parts, Hashable]] = [((), enters(()))]
+    linked: deque[tuple[_Parts, Hashable]] = deque()
     while folders or linked:
-        at = folders.pop() if folders else linked.pop()
+        at, below = folders.pop() if folders else linked.popleft()
         try:
             here = os.stat(root.joinpath(*at))
-            if (here.st_dev, here.st_ino) in seen:
+            if (here.st_dev, here.st_ino, below) in seen:
                 continue
-            seen.add((here.st_dev, here.st_ino))
+            seen.add((here.st_dev, here.st_ino, below))
             with os.scandir(root.joinpath(*at)) as found:
                 entries = sorted(found, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
@@ -128,11 +133,12 @@ def _walk(root: Path, enters: Callable[[_Parts], bool], wanted: Callable[[_Parts
                 "or leave it out with a glob"
             ) from None
         for entry in entries:
-            inner = (*at, entry.name)
+            inner, file = (*at, entry.name), (here.st_dev, here.st_ino, entry.name)
             kind = _kind(entry)
-            if stat.S_ISDIR(kind) and enters(inner):
-                (linked if entry.is_symlink() else folders).append(inner)
-            elif stat.S_ISREG(kind) and wanted(inner):
+            if stat.S_ISDIR(kind) and (deeper := enters(inner)):
+                (linked if entry.is_symlink() else folders).append((inner, deeper))
+            elif stat.S_ISREG(kind) and file not in given and wanted(inner):
+                given.add(file)
                 yield inner
 
 
@@ -145,7 +151,7 @@ def _kind(entry: os.DirEntry[str]) -> int:
 
 
 def _visible(at: _Parts) -> bool:
-    return not at[-1].startswith(".")
+    return not at or not at[-1].startswith(".")
 
 
 def _split(pattern: Path) -> tuple[Path, _Parts]:
@@ -168,16 +174,16 @@ def _matches(at: _Parts, pattern: _Parts) -> bool:
     return bool(at) and _matches_part(at[0], pattern[0]) and _matches(at[1:], pattern[1:])
 
 
-def _leads_to(at: _Parts, pattern: _Parts) -> bool:
-    """Whether paths below a folder can match a glob."""
+def _left_after(at: _Parts, pattern: _Parts) -> frozenset[_Parts]:
+    """The ends of a glob that paths below a folder have to match; none if no path below it matches."""
     if not at:
-        return bool(pattern)
+        return frozenset({pattern} if pattern else ())
     if not pattern:
-        return False
+        return frozenset()
     if pattern[0] == "**":
-        deeper = _visible(at[:1]) and _leads_to(at[1:], pattern)
-        return deeper or _leads_to(at, pattern[1:])
-    return _matches_part(at[0], pattern[0]) and _leads_to(at[1:], pattern[1:])
+        deeper = _left_after(at[1:], pattern) if _visible(at[:1]) else frozenset()
+        return deeper | _left_after(at, pattern[1:])
+    return _left_after(at[1:], pattern[1:]) if _matches_part(at[0], pattern[0]) else frozenset()
 
 
 def _matches_part(name: str, pattern: str) -> bool:

@@ -146,7 +146,7 @@ def test_good_records_around_a_bad_one_keep_their_names(tmp_path: Path) -> None:
 
 
 def test_folder_and_glob_find_the_same_files(tmp_path: Path) -> None:
-    """Through links to folders too, each folder once and without end, and without hidden names."""
+    """Through links to folders too, each file once and without end, and without hidden names."""
     root, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
     for name in ("a.txt", "b/c.txt", "b/d/e.TXT", ".hidden/f.txt", "b/.g.txt", ".h.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +171,9 @@ def test_folder_and_glob_find_the_same_files(tmp_path: Path) -> None:
     assert names(root / "*" / "*.txt") == ["b/c.txt", "far/i.txt"]
     assert names(root / "b" / "**" / "d" / "*") == ["d/e.TXT"]
     assert names(root / ".hid*" / "*") == [".hidden/f.txt"]
+    assert names(root / "a-l*" / "*.txt") == names(root / "**" / "a-link" / "*.txt") == ["a-link/c.txt"]
+    assert names(root / "b*" / "loop" / "**" / "a.txt") == ["b/loop/a.txt"]
+    assert len(names(root / "**" / "loop" / "*.txt")) == 1  # of two names of one file
     assert [file.path for file in find_files(str(root / "f?r" / "*"))] == [str(root / "far" / "i.txt")]
 
 
