@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
+from jobs.console import say
 from jobs.serving.deployment import GRACE_SECONDS
 from jobs.serving.names import POOL
 
@@ -30,14 +31,17 @@ def _drain(application: str) -> None:
     """Have the interface of an application refuse requests, and wait until those in progress have ended.
 
     They have `GRACE_SECONDS`. An application that has not started has none, and those of an application whose
-    pool does not answer cannot end well.
+    pool does not answer cannot end well, which is said.
     """
-    with suppress(Exception):
+    try:
         found = ray_serve.status().applications.get(application)
         if found is None or found.status not in _SERVING:
             return
         ray_serve.get_deployment_handle(POOL, application).close.remote().result(timeout_s=GRACE_SECONDS)
         time.sleep(_LEAVING_SECONDS)
+    except Exception as error:  # of Ray, Serve or the pool; whatever it is, the rest has to end
+        why = str(error).strip().splitlines()
+        say(f"requests in progress may be cut off ({why[0] if why else type(error).__name__})")
 
 
 def take_down(application: str, *, whole: bool) -> None:

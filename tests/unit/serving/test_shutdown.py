@@ -46,6 +46,18 @@ def test_a_second_interrupt_still_deletes_the_application(
     assert calls == ["drain", *left]
 
 
+def test_a_drain_that_fails_is_told_and_the_rest_ends(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_handle(*_: str) -> None:
+        raise RayServeException("the pool is gone\nand more")
+
+    monkeypatch.setattr("ray.serve.get_deployment_handle", no_handle)
+    take_down("alpha", whole=True)
+    assert calls == ["proxies", "shutdown"]
+    assert capsys.readouterr().err == "requests in progress may be cut off (the pool is gone)\n"
+
+
 def test_without_a_controller_there_is_nothing_to_delete(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
