@@ -16,8 +16,9 @@ from jobs.checkpoints.checkpoint_store import find_checkpoint
 from jobs.config.run_config import RunConfig
 from jobs.training.run_start import RunStart
 from model.checkpoints.shards import ShardReader
-from support.sharded_workers import Moment, Workers, train_sharded
+from support.sharded_training import train_sharded
 from support.training_job import RunOutcome, difference, text_corpus, tiny, train
+from support.worker_processes import Moment, Workers
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 STEPS, STOP = 12, 6

@@ -1,4 +1,4 @@
-"""Training runs whose workers are processes with a gloo process group; hosts and coordinator run here.
+"""Workers of a training run as processes with a gloo process group, and the moments at which they fail.
 
 `Workers` does what Ray Train does for a run: it starts the workers, and restarts all when one is lost.
 """
@@ -9,8 +9,8 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,23 +22,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from actors.coordinator.servicer import CoordinatorServicer
 from actors.host.host_server import ExpertHostServer
-from actors.rpc.control_server import ControlServer
 from actors.rpc.coordinator_client import CoordinatorClient
 from actors.rpc.host_client import HostClient
 from channels.base import Channel, Phase, Request
 from cluster.topology import HostInfo
-from errors import ChannelError, WorkersLost
+from errors import ChannelError
 from jobs.config.run_config import RunConfig
 from jobs.fleet.expert_hosts import connector
-from jobs.training.actor_builders import build_coordinator, build_host
-from jobs.training.metrics_file import METRICS_FILE, read_metrics
+from jobs.training.actor_builders import build_host
 from jobs.training.run_start import RunStart
 from jobs.training.worker_assembly import HostAccess, assemble_worker
 from jobs.training.worker_group import WorkerGroup
-from protos import coordinator_pb2_grpc
-from support.training_job import Corpus, RunOutcome, weights_of
+from support.training_job import Corpus
 
 _PATIENCE = 60.0  # seconds to wait for any result
 
@@ -100,7 +96,15 @@ class _WatchedChannel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _WorkerJob:
+class WorkerJob:
+    """The run that a worker takes part in, and its place there.
+
+    Attributes:
+        meeting: File by which the workers of a process group find each other.
+        end: When the worker's process ends.
+        cut: When the worker stops reaching hosts, until the run goes on in another epoch.
+    """
+
     rank: int
     workers: int
     config: dict[str, Any]
@@ -127,7 +131,7 @@ class WorkerResult:
     gradient_bytes: int = 0
 
 
-def _work(job: _WorkerJob) -> WorkerResult:
+def _work(job: WorkerJob) -> WorkerResult:
     from jobs.training.ray_worker import ProcessGroupReducer
 
     config = RunConfig.from_dict(job.config)
@@ -223,7 +227,7 @@ class Workers:
         self._running: list[tuple[Any, Connection]] = []
         self._meetings = 0
 
-    def run(self, jobs: list[_WorkerJob]) -> list[WorkerResult | BaseException]:
+    def run(self, jobs: list[WorkerJob]) -> list[WorkerResult | BaseException]:
         """Do all jobs at once; return the result of each, an `EOFError` where the process has ended."""
         while len(self._running) < len(jobs):
             self._running.append(self._begin(_serve))
@@ -239,6 +243,11 @@ class Workers:
         if any(isinstance(one, BaseException) for one in found):
             self.close()  # as Ray Train does
         return found
+
+    def meeting(self, directory: Path) -> Path:
+        """A new name for the file by which the workers of a process group find each other."""
+        self._meetings += 1
+        return directory / f"meeting-{self._meetings}"
 
     @contextmanager
     def doomed_host(
@@ -276,95 +285,4 @@ class Workers:
         return process, mine
 
 
-def train_sharded(
-    workers: Workers,
-    config: RunConfig,
-    corpus: Corpus,
-    output: Path,
-    *,
-    start: RunStart | None = None,
-    stop_after: int | None = None,
-    lose_host: Moment | None = None,
-    lose_worker: Moment | None = None,
-    cut_worker: Moment | None = None,
-    go_on_with: int | None = None,
-) -> tuple[RunOutcome, list[WorkerResult], list[tuple[str, float]]]:
-    """Run a training job to its end; raises what a worker raised.
-
-    Args:
-        lose_host: When the last host's process ends.
-        cut_worker: When the last worker stops reaching hosts, until the run goes on in another epoch.
-        lose_worker: When the last worker's process ends; `go_on_with` workers are started afterwards.
-
-    Returns:
-        The outcome, every worker's state, and the run's interruptions.
-    """
-    start = start or RunStart(run="test")
-    n_hosts, n_workers = config.cluster.expert_hosts, config.training.workers
-    with ExitStack() as stack:
-        coordinator = build_coordinator(config, start, output)
-        stack.callback(coordinator.close)
-        steps = coordinator.steps
-        report = steps.report
-
-        def watched(one: Any) -> Any:
-            if stop_after is not None and one.step + 1 >= stop_after:
-                steps.request_stop()
-            return report(one)
-
-        steps.report = watched  # type: ignore[method-assign]
-        hosts = [
-            build_host(config, start, f"host-{i}", connect=HostClient)
-            for i in range(n_hosts - (lose_host is not None))
-        ]
-        for host in hosts:
-            server = ExpertHostServer(host)
-            stack.callback(server.close)
-            coordinator.register_host(server.info)
-        if lose_host is not None:
-            doomed = f"host-{n_hosts - 1}"
-            lost = partial(coordinator.roster.lose, doomed, "its process ended")
-            info = stack.enter_context(workers.doomed_host(config, start, doomed, lose_host, lost))
-            coordinator.register_host(info)
-        if n_hosts:
-            coordinator.place_experts()
-        servicer = CoordinatorServicer(coordinator)
-        control = ControlServer(
-            lambda server: coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
-        )
-        stack.callback(control.close)
-
-        def jobs(n: int) -> list[_WorkerJob]:
-            workers._meetings += 1
-            job = _WorkerJob(
-                rank=0,
-                workers=n,
-                config=config.to_dict(),
-                corpus=corpus,
-                start=start,
-                output=output,
-                coordinator=control.address,
-                meeting=output / f"meeting-{workers._meetings}",
-            )
-            return [replace(job, rank=rank) for rank in range(n)]
-
-        output.mkdir(parents=True, exist_ok=True)
-        if lose_worker is not None:
-            some = jobs(n_workers)
-            found = workers.run([*some[:-1], replace(some[-1], end=lose_worker)])
-            assert isinstance(found[-1], EOFError), found
-            assert all(isinstance(one, WorkersLost) for one in found[:-1]), found
-            n_workers = go_on_with or n_workers
-        some = jobs(n_workers)
-        found = workers.run([*some[:-1], replace(some[-1], cut=cut_worker)])
-        for one in found:
-            if isinstance(one, BaseException):
-                raise one
-        shares = [one for one in found if isinstance(one, WorkerResult)]
-        outcome = RunOutcome(trunk=shares[0].trunk, metrics=read_metrics(output / METRICS_FILE))
-        outcome.experts = {k: v for host in hosts for k, v in weights_of(host).items()}
-        outcome.losses = [line["main_loss"] for line in outcome.metrics]
-        return outcome, shares, list(steps.pauses)
-
-
-__all__ = ["Moment", "WorkerResult", "Workers", "train_sharded"]
+__all__ = ["Moment", "WorkerJob", "WorkerResult", "Workers"]
