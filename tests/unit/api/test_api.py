@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +12,6 @@ from engine.delta import Delta
 from engine.params import SamplingParams
 from jobs.api.backend import Limits
 from support.api_server import PROMPT, Served, events
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    made = Served()
-    yield made
-    assert made.engine.pool.held == 0
-    made.service.close()
 
 
 def test_a_completion_and_its_stream_are_the_same(served: Served) -> None:

@@ -20,14 +20,6 @@ from support.fuzzing import assert_robust
 JSON = {"Content-Type": "application/json"}
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    made = Served()
-    yield made
-    assert made.engine.pool.held == 0
-    made.service.close()
-
-
 def test_every_answer_is_as_the_document_says(served: Served) -> None:
     before = served.complete(max_tokens=8).json()["choices"]
     assert_robust(schemathesis.openapi.from_asgi("/openapi.json", build_api(lambda: served.backend)), 40)

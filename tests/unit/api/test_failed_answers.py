@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from support.api_server import Served, events
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    made = Served()
-    yield made
-    assert made.engine.pool.held == 0
-    made.service.close()
 
 
 @pytest.mark.parametrize("name", ["engine.acceptance.choose", "jobs.api.logprob_bodies._completion_text"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -62,14 +61,6 @@ class Methods(GrpcMethods):
         with pytest.raises(RaymoeError):
             self.generate(context, **fields)
         return context.code, context.details
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    made = Served()
-    yield made
-    assert made.engine.pool.held == 0
-    made.service.close()
 
 
 def test_replies_are_the_same_as_over_http(served: Served) -> None:
