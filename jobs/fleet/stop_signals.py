@@ -118,7 +118,9 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._phase is _CommandPhase.ENDING and number != signal.SIGINT:
+        if self._phase is _CommandPhase.ENDING:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             return
         self._first = self._first or number
         self._again = _is_starting_a_process(frame)
