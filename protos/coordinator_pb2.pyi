@@ -203,6 +203,40 @@ class SuspectReply(google.protobuf.message.Message):
 global___SuspectReply = SuspectReply
 
 @typing.final
+class RecordEventRequest(google.protobuf.message.Message):
+    """An event that another process of the job has noticed. A repeat is recorded once."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AT_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    at: builtins.float
+    """Unix time in seconds."""
+    kind: builtins.str
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        at: builtins.float = ...,
+        kind: builtins.str = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at", b"at", "kind", b"kind", "text", b"text"]) -> None: ...
+
+global___RecordEventRequest = RecordEventRequest
+
+@typing.final
+class RecordEventReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___RecordEventReply = RecordEventReply
+
+@typing.final
 class OrdersRequest(google.protobuf.message.Message):
     """State of the hosts' processes."""
 

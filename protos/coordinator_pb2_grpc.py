@@ -49,6 +49,11 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_coordinator__pb2.SuspectRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.SuspectReply.FromString,
                 _registered_method=True)
+        self.RecordEvent = channel.unary_unary(
+                '/raymoe.v1.Coordinator/RecordEvent',
+                request_serializer=protos_dot_coordinator__pb2.RecordEventRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.RecordEventReply.FromString,
+                _registered_method=True)
         self.Orders = channel.unary_unary(
                 '/raymoe.v1.Coordinator/Orders',
                 request_serializer=protos_dot_coordinator__pb2.OrdersRequest.SerializeToString,
@@ -134,6 +139,13 @@ class CoordinatorServicer(object):
 
     def Suspect(self, request, context):
         """A router cannot reach a host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordEvent(self, request, context):
+        """Adds an event to those of the job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -243,6 +255,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Suspect,
                     request_deserializer=protos_dot_coordinator__pb2.SuspectRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.SuspectReply.SerializeToString,
+            ),
+            'RecordEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordEvent,
+                    request_deserializer=protos_dot_coordinator__pb2.RecordEventRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.RecordEventReply.SerializeToString,
             ),
             'Orders': grpc.unary_unary_rpc_method_handler(
                     servicer.Orders,
@@ -391,6 +408,33 @@ class Coordinator(object):
             '/raymoe.v1.Coordinator/Suspect',
             protos_dot_coordinator__pb2.SuspectRequest.SerializeToString,
             protos_dot_coordinator__pb2.SuspectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordEvent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raymoe.v1.Coordinator/RecordEvent',
+            protos_dot_coordinator__pb2.RecordEventRequest.SerializeToString,
+            protos_dot_coordinator__pb2.RecordEventReply.FromString,
             options,
             channel_credentials,
             insecure,

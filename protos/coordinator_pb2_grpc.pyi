@@ -36,6 +36,12 @@ class CoordinatorStub:
     ]
     """A router cannot reach a host."""
 
+    RecordEvent: grpc.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.RecordEventRequest,
+        protos.coordinator_pb2.RecordEventReply,
+    ]
+    """Adds an event to those of the job."""
+
     Orders: grpc.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.OrdersRequest,
         protos.coordinator_pb2.OrdersReply,
@@ -127,6 +133,12 @@ class CoordinatorAsyncStub:
         protos.coordinator_pb2.SuspectReply,
     ]
     """A router cannot reach a host."""
+
+    RecordEvent: grpc.aio.UnaryUnaryMultiCallable[
+        protos.coordinator_pb2.RecordEventRequest,
+        protos.coordinator_pb2.RecordEventReply,
+    ]
+    """Adds an event to those of the job."""
 
     Orders: grpc.aio.UnaryUnaryMultiCallable[
         protos.coordinator_pb2.OrdersRequest,
@@ -225,6 +237,14 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[protos.coordinator_pb2.SuspectReply, collections.abc.Awaitable[protos.coordinator_pb2.SuspectReply]]:
         """A router cannot reach a host."""
+
+    @abc.abstractmethod
+    def RecordEvent(
+        self,
+        request: protos.coordinator_pb2.RecordEventRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.coordinator_pb2.RecordEventReply, collections.abc.Awaitable[protos.coordinator_pb2.RecordEventReply]]:
+        """Adds an event to those of the job."""
 
     @abc.abstractmethod
     def Orders(

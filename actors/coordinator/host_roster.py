@@ -174,6 +174,12 @@ class HostRoster:
             self._membership.note(self._clock(), kind, text)
             self.changed.notify_all()
 
+    def record(self, event: Event) -> None:
+        """Add an event that another process has noticed; a repeat does nothing."""
+        with self.changed:
+            if event not in self._membership.events:
+                self._membership.events.add(event)
+
     @property
     def lacking(self) -> str:
         """What the cluster lacks for hosts that wait to be started; empty if nothing is known."""

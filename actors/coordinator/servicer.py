@@ -12,6 +12,7 @@ from actors.coordinator.host_roster import steady
 from actors.messages.control_codec import host_from, host_to, table_to, tensor_to
 from actors.messages.steps import StepReport
 from actors.rpc.control_server import refusing
+from cluster.events import Event
 from cluster.membership import Scaling
 from protos import admin_pb2, admin_pb2_grpc, coordinator_pb2, coordinator_pb2_grpc
 
@@ -56,6 +57,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         with refusing(context):
             self._coordinator.suspect(request.host, request.why)
             return coordinator_pb2.SuspectReply()
+
+    def RecordEvent(
+        self, request: coordinator_pb2.RecordEventRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.RecordEventReply:
+        with refusing(context):
+            self._coordinator.roster.record(Event(at=request.at, kind=request.kind, text=request.text))
+            return coordinator_pb2.RecordEventReply()
 
     def Orders(
         self, request: coordinator_pb2.OrdersRequest, context: grpc.ServicerContext

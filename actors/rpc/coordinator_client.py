@@ -14,6 +14,7 @@ from actors.messages.control_codec import host_from, host_to, table_from, tensor
 from actors.messages.coordinator_state import CoordinatorState
 from actors.messages.steps import Resume, StepDecision, StepMetrics, StepReport
 from actors.rpc.control_server import control_channel, raising
+from cluster.events import Event
 from cluster.membership import Orders
 from cluster.topology import HostInfo, RoutingTable
 from protos import coordinator_pb2, coordinator_pb2_grpc
@@ -60,6 +61,12 @@ class CoordinatorClient:
         """Have the coordinator check a host that cannot be reached."""
         with raising(self._peer):
             self._stub.Suspect(coordinator_pb2.SuspectRequest(host=host, why=why), timeout=self._timeout)
+
+    def record(self, event: Event) -> None:
+        """Add an event to those of the job; a repeat does nothing."""
+        request = coordinator_pb2.RecordEventRequest(at=event.at, kind=event.kind, text=event.text)
+        with raising(self._peer):
+            self._stub.RecordEvent(request, timeout=self._timeout)
 
     def orders(
         self, *, starting: int, failed: Mapping[str, str], stopped: Iterable[str], lacking: str = ""

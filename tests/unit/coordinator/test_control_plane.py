@@ -26,6 +26,7 @@ from actors.rpc.coordinator_client import CoordinatorClient
 from actors.rpc.host_client import HostClient
 from channels.base import Phase, Request, RequestId
 from channels.grpc import channel as grpc_channel
+from cluster.events import Event
 from errors import (
     ChannelError,
     CheckpointError,
@@ -281,6 +282,10 @@ def test_a_job_is_operated_over_grpc(stack: ExitStack) -> None:
     assert admin.describe()["doing"] == "serves the weights "
     assert admin.drain("host-0", timeout=20.0)["done"] is True
     assert {event["kind"] for event in admin.events()} >= {"draining", "left"}
+    noticed = {"at": 1767225600.25, "kind": "died", "text": "trunk replica a: its process ended"}
+    for _ in range(2):  # the reply to the first one may have been lost
+        client.record(Event(at=1767225600.25, kind="died", text="trunk replica a: its process ended"))
+    assert [event for event in admin.events() if event["kind"] == "died"] == [noticed]
     assert [host.id for host in client.table().hosts] == ["host-1", "host-2"]
     orders, wanted, _ = client.orders(starting=0, failed={}, stopped=[])
     assert (orders.start, orders.stop, wanted) == (0, ("host-0",), 2)
