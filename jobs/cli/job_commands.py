@@ -11,23 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from errors import ConfigError, ResourceError
-from jobs.cli.options import Debug, Json, Result
+from jobs.cli.options import Cluster, Debug, Job, Json, Result
 from jobs.console import finish, say, surfaced
 
 At = Annotated[
     str | None,
     typer.Option(
         "--coordinator", metavar="HOST:PORT", help="The job's coordinator; by default the job is looked for."
-    ),
-]
-Cluster = Annotated[
-    str | None,
-    typer.Option("--address", help="Address of the job's Ray cluster; by default those of this machine."),
-]
-Job = Annotated[
-    str | None,
-    typer.Option(
-        "--job", metavar="NAME|ID", help="Which job, where several run; a command without it lists them."
     ),
 ]
 Patience = Annotated[

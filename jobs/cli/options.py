@@ -27,6 +27,16 @@ Address = Annotated[
     str | None,
     typer.Option(help="Address of a running Ray cluster, or auto; by default one is started for this run."),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option("--address", help="Address of the job's Ray cluster; by default those of this machine."),
+]
+Job = Annotated[
+    str | None,
+    typer.Option(
+        "--job", metavar="NAME|ID", help="Which job, where several run; a command without it lists them."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, alone on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the actors' logs.")]
 Checkpoint = Annotated[
@@ -47,9 +57,11 @@ Threads = Annotated[
 __all__ = [
     "Address",
     "Checkpoint",
+    "Cluster",
     "ConfigFile",
     "Debug",
     "Generation",
+    "Job",
     "Json",
     "Overrides",
     "Preset",

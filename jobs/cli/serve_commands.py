@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Address, Checkpoint, Debug, Generation, Json, Overrides
+from jobs.cli.options import Address, Checkpoint, Cluster, Debug, Generation, Job, Json, Overrides
 from jobs.console import announcing, finish, say, surfaced
 from jobs.fleet.stop_signals import Stopped, StopSignals
 from jobs.serving.ports import ListenAddress
@@ -84,20 +84,19 @@ def _serve(
 
 def reload(
     checkpoint: Checkpoint,
-    address: Annotated[
+    address: Cluster = None,
+    job: Job = None,
+    application: Annotated[
         str | None,
-        typer.Option(
-            help="Address of the deployment's Ray cluster; by default the only one on this machine."
-        ),
+        typer.Option("--app", help="Name of the Serve application; by default any that serves a model."),
     ] = None,
-    name: Annotated[str, typer.Option("--app", help="Name of the Serve application.")] = "raymoe",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Replace the weights of a served model without interrupting it."""
-    from jobs.serving.reload import reload as run
+    from jobs.tools.served_models import reload_served
 
-    done = run(checkpoint, address=address, name=name, debug=debug)
+    done = reload_served(checkpoint, address=address, job=job, application=application, tell=say, debug=debug)
     if as_json:
         finish(lambda: done, as_json=True)
     elif done["version"] == done["previous"]:

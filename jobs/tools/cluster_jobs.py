@@ -78,24 +78,24 @@ def jobs_of(addresses: Sequence[str], *, debug: bool = False) -> JobsFound:
     for address in addresses:
         with suppress(RaymoeError):
             fit_cluster(address)
-            if _has_coordinator(address):
+            if any(name.startswith(COORDINATOR) for name in living_actors(address)):
                 found = jobs_on(address, debug=debug)
                 jobs += found.jobs
                 silent += found.silent
     return JobsFound(jobs, HERE, silent=silent)
 
 
-def _has_coordinator(address: str) -> bool:
-    """Whether a coordinator lives on a cluster, which is not joined for that."""
+def living_actors(address: str) -> list[str]:
+    """Names of the actors that live on a cluster, which is not joined for that; none if it refuses."""
     state = GlobalState()
     state._initialize_global_state(GcsClientOptions.create(address, None, True, False))
     try:
         alive = state.actor_table(None, actor_state_name="ALIVE").values()
     except (RuntimeError, RayError):  # it refuses this user's token, or ends just now
-        return False
+        return []
     finally:
         state.disconnect()
-    return any(actor["Name"].startswith(COORDINATOR) for actor in alive)
+    return [actor["Name"] for actor in alive if actor["Name"]]
 
 
 def seen_coordinators() -> tuple[list[str], list[str]]:
@@ -129,4 +129,4 @@ def seen_coordinators() -> tuple[list[str], list[str]]:
     return found, silent
 
 
-__all__ = ["jobs_of", "jobs_on", "on_cluster", "rehearse", "seen_coordinators"]
+__all__ = ["jobs_of", "jobs_on", "living_actors", "on_cluster", "rehearse", "seen_coordinators"]

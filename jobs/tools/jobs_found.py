@@ -21,7 +21,7 @@ class RunningJob:
     """A job as its operators see it.
 
     Attributes:
-        coordinator: Address of its coordinator, `grpc:HOST:PORT`.
+        coordinator: Address of its coordinator, `grpc:HOST:PORT`; empty if it has none.
         id, name: What it is called; empty if it did not answer when it was looked for.
         cluster: Address of its Ray cluster.
         doing: What it does, in a few words.
@@ -38,7 +38,13 @@ class RunningJob:
         """Its name, its id and its Ray cluster."""
         if not self.id:
             return f"the job at {self.coordinator.removeprefix('grpc:')}"
-        return f"{self.name or 'the job'} ({self.id}, Ray cluster {self.cluster})"
+        id = f"{self.id}, " if self.id != self.cluster else ""
+        return f"{self.name or 'the job'} ({id}Ray cluster {self.cluster})"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is known to train a model."""
+        return self.doing.startswith("trains")
 
     def to_dict(self) -> dict[str, str]:
         """What identifies it, as JSON objects have it."""
@@ -107,7 +113,10 @@ class JobsFound:
     def _listed(self) -> str:
         """The jobs, each on a line of its own."""
         rows = [
-            (job.name or "?", job.id or "?", job.doing, job.coordinator.removeprefix("grpc:"), job.cluster)
+            (
+                *(job.name or "?", job.id or "?", job.doing),
+                *(job.coordinator.removeprefix("grpc:") or "none", job.cluster),
+            )
             for job in self.jobs
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
