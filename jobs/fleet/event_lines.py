@@ -1,4 +1,4 @@
-"""Events of a running job, followed through its coordinator: as lines for its user, and in a file."""
+"""Events of a running job, followed through its coordinator or pool: as lines for its user, and in a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVENTS_FILE: Final = "events.jsonl"
 
 NOTABLE: Final = frozenset(
     (
-        *("died", "failed", "waiting", "interrupted", "resumed", "restarted"),
+        *("died", "replaced", "returned", "failed", "waiting", "interrupted", "resumed", "restarted"),
         *("scaling", "scaled", "autoscaled", "draining", "left", "reloaded"),
     )
 )
@@ -28,7 +28,7 @@ _CALL_SECONDS = 2.0
 
 
 class EventSource(Protocol):
-    """The call of an `AdminClient` that `EventLines` needs."""
+    """The call of an `AdminClient` or of `PoolEvents` that `EventLines` needs."""
 
     def events(self) -> list[dict[str, Any]]:
         """The events that have not been returned before, oldest first."""
@@ -38,7 +38,7 @@ class EventLines:
     """Tells new events in one line each, and appends them to a file. `look` is called again and again.
 
     Args:
-        source: Client of the job's coordinator.
+        source: Client of the job's coordinator or pool.
         tell: Called with a line for each event that is told; None tells none.
         file: Gets every event; None writes none.
         kinds: Kinds that are told; None tells all.
@@ -80,31 +80,48 @@ class EventLines:
 
 def follow_events(
     stop: threading.Event,
-    coordinator: str | None,
+    coordinator: str,
     tell: Callable[[str], object],
     *,
     kinds: Collection[str] | None = NOTABLE,
     skip: bool = False,
 ) -> None:
-    """Tell a job's events until `stop` is set.
+    """Tell the events of a job with a coordinator until `stop` is set.
 
     Args:
         stop: Ends the wait.
-        coordinator: Address of the job's coordinator; None only waits.
+        coordinator: Address of the job's coordinator.
         tell: Called with a line for each event.
         kinds: Kinds that are told; None tells all.
         skip: Leave out what has happened before.
     """
-    if coordinator is None:
-        stop.wait()
-        return
     with closing(AdminClient(coordinator, timeout=_CALL_SECONDS)) as client:
-        lines = EventLines(client, tell, kinds=kinds)
         if skip:
             EventLines(client, None).look()
-        while not stop.wait(_PAUSE):
-            lines.look()
+        follow_source(stop, client, tell, kinds=kinds)
+
+
+def follow_source(
+    stop: threading.Event,
+    source: EventSource,
+    tell: Callable[[str], object],
+    *,
+    kinds: Collection[str] | None = NOTABLE,
+    every: float = _PAUSE,
+) -> None:
+    """Tell the events of a source until `stop` is set.
+
+    Args:
+        stop: Ends the wait.
+        source: Asked again and again.
+        tell: Called with a line for each event.
+        kinds: Kinds that are told; None tells all.
+        every: Seconds between two questions.
+    """
+    lines = EventLines(source, tell, kinds=kinds)
+    while not stop.wait(every):
         lines.look()
+    lines.look()
 
 
-__all__ = ["EVENTS_FILE", "NOTABLE", "EventLines", "EventSource", "follow_events"]
+__all__ = ["EVENTS_FILE", "NOTABLE", "EventLines", "EventSource", "follow_events", "follow_source"]

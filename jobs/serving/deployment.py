@@ -80,7 +80,7 @@ class TrunkReplica:
         self._server = TrunkServer(service, host=listening_address(config.cluster.interface))
         await self._server.start()
         self._closing.callback(service.close)
-        link.address = self._server.address
+        link.address, link.serves = self._server.address, True
         await link.report(ReplicaState(uses=member.version.epoch))
         loaded.set_result(self._replica)
         freeze_heap()

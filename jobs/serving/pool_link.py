@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import ray
 from ray.serve.handle import DeploymentHandle
 
 from jobs.api.serving_metrics import ExpertFigures
@@ -22,18 +23,23 @@ class PoolLink:
 
     Attributes:
         address: Address of the replica's gRPC service, which is part of its reports.
+        serves: Whether the replica accepts requests, which is part of its reports.
     """
 
     def __init__(self, pool: DeploymentHandle, name: str, *, interface: bool = False) -> None:
         self.name = name
         self.address = ""
+        self.serves = False
         self._interface = interface
+        self._actor = ray.get_runtime_context().get_actor_id() or ""
         self._pool = pool
         self._calls: dict[str, Any] = {}
 
     async def enter(self) -> PoolMembership:
         """Join the pool, also again after a crash of the pool."""
-        member: PoolMembership = await self._pool.join.remote(self.name)
+        member: PoolMembership = await self._pool.join.remote(
+            self.name, self._actor, interface=self._interface
+        )
         if "lease" not in self._calls:
             self._calls["lease"] = self._pool.lease.remote(self.name)
         return member
@@ -46,7 +52,7 @@ class PoolLink:
 
     async def report(self, state: ReplicaState) -> None:
         """Report the replica's state, as for `Rollout.report`."""
-        state = replace(state, address=self.address, interface=self._interface)
+        state = replace(state, address=self.address, interface=self._interface, serves=self.serves)
         await self._pool.report.remote(self.name, state)
 
     async def drained(self) -> None:

@@ -23,7 +23,7 @@ from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.checkpoints.loaded_model import note_unused
 from jobs.console import counted, say
 from jobs.data.tokenizer import load_tokenizer
-from jobs.fleet.event_lines import follow_events
+from jobs.fleet.event_lines import follow_events, follow_source
 from jobs.fleet.expert_hosts import check_transport, on_loopback
 from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
 from jobs.fleet.stop_signals import StopSignals
@@ -34,6 +34,7 @@ from jobs.serving.deployment import app, build_application
 from jobs.serving.interface.grpc_methods import SERVICES
 from jobs.serving.memory_check import check_serving
 from jobs.serving.names import NAME, POOL
+from jobs.serving.pool_events import PoolEvents
 from jobs.serving.ports import ListenAddress
 from jobs.serving.served_model import serving_dtype
 from jobs.serving.shutdown import request_deletion, take_down
@@ -42,6 +43,7 @@ from model.checkpoints.sources import PretrainedSource
 _GRPC_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
 _TRIES = 6
+_EVENTS_SECONDS = 1.0  # between two questions to the pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +111,21 @@ def serve(
             stopped = threading.Event()
             with stop.running(stopped.set):
                 ready(endpoints)
-                follow_events(stopped, endpoints.coordinator, tell)
+                _follow(stopped, endpoints.coordinator, tell)
                 tell("stopping; requests under way are completed")
         finally:
             if answers:
                 take_down(NAME, whole=embedded)
             elif not embedded:  # otherwise it ends with the cluster
                 request_deletion(NAME)
+
+
+def _follow(stopped: threading.Event, coordinator: str | None, tell: Tell) -> None:
+    """Tell what happens to the deployment until the command is stopped."""
+    if coordinator is not None:  # it has the pool's events, too
+        follow_events(stopped, coordinator, tell)
+    else:
+        follow_source(stopped, PoolEvents(NAME), tell, every=_EVENTS_SECONDS)
 
 
 def _proxies(listen: ListenAddress) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class ReplicaState:
         failure: Text of that error.
         address: Address of its gRPC service; empty before it has one.
         interface: Whether it is a process of the interface, not a trunk replica.
+        serves: Whether it accepts requests.
     """
 
     uses: int
@@ -58,6 +59,7 @@ class ReplicaState:
     failure: str = ""
     address: str = ""
     interface: bool = False
+    serves: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

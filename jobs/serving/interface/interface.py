@@ -99,6 +99,7 @@ class Interface(GrpcMethods):
         )
         self._templates = ChatTemplateExchange(self._backend, member.version.name, source)
         self._closing.callback(self._templates.close)
+        self._link.serves = True  # the first report of the follower says so
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
         freeze_heap()

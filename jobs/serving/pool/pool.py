@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator.coordinator import Coordinator, HostPolicy, InitialWeights
+from actors.coordinator.host_roster import steady
 from actors.host import ExpertHost, HostResources, HostSettings, InitialExperts
 from actors.messages.coordinator_state import CoordinatorState
 from actors.rpc.admin_client import AdminClient
 from actors.rpc.coordinator_client import CoordinatorClient
 from actors.rpc.host_client import HostClient
+from cluster.events import Event
 from errors import HostsChanged, RaymoeError, is_loss
 from jobs.api.serving_metrics import ExpertFigures
 from jobs.config.device_and_dtype import compute_device
 from jobs.fleet.expert_hosts import host_threads, placement_spec
 from jobs.fleet.fleet import Fleet
 from jobs.serving.config import ServeConfig
+from jobs.serving.pool.process_losses import ProcessLosses
+from jobs.serving.pool.process_watch import ProcessWatch
 from jobs.serving.pool.rollout import Rollout
 from jobs.serving.served_model import ModelShape, model_name, require_room, serving_dtype, weights_version
 from jobs.serving.versions import PoolMembership, ReplicaState, WantedVersions, WeightsVersion
@@ -29,6 +33,7 @@ from model.checkpoints.pretrained import PretrainedSource
 
 _CONTROL_SECONDS = 30.0
 _STATUS_SECONDS = 2.0
+_ASK_SECONDS = 5.0  # longest time until a replica's question is answered, and asked again
 _TRIES = 4  # at loading other weights, while hosts come and go
 
 
@@ -50,13 +55,14 @@ class ExpertPool:
         self._kind = ModelShape.of(config, weights)
         self._run = uuid.uuid4().hex[:12]
         version = WeightsVersion(epoch=0, directory=directory, name=weights_version(weights))
-        self._rollout = Rollout(self._run, version)
+        self._rollout = Rollout(self._run, version, pause=min(_ASK_SECONDS, cluster.dead_after / 2))
         self._last_epoch = 0
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[dict[str, Any]]] = set()
         self._address: str | None = None
         self._coordinator: CoordinatorClient | None = None
         self._admin: AdminClient | None = None
+        recorder: CoordinatorClient | None = None
         if cluster.expert_hosts:
             fleet = Fleet(
                 cluster,
@@ -70,17 +76,43 @@ class ExpertPool:
             self._actors.callback(self._coordinator.close)
             self._admin = AdminClient(self._address, timeout=_STATUS_SECONDS)
             self._actors.callback(self._admin.close)
+            recorder = CoordinatorClient(self._address, timeout=_STATUS_SECONDS)
+            self._actors.callback(recorder.close)
+        self._losses = ProcessLosses(cluster.dead_after, clock=steady)
+        self._watch = ProcessWatch(self._losses, recorder)
+        self._actors.callback(self._watch.stop)
 
     async def where(self) -> str | None:
         """Address of the coordinator; None without expert hosts."""
         return self._address
 
-    async def join(self, name: str) -> PoolMembership:
-        """Add a replica."""
+    async def events(self, run: str, known: int) -> tuple[str, int, list[Event]]:
+        """Deaths and replacements of trunk replicas and interface processes.
+
+        Args:
+            run, known: The first two values of the last answer.
+
+        Returns:
+            The run of this pool, the number of its events so far, and those that the caller does not know.
+        """
+        events = self._watch.events
+        return self._run, events.recorded, events.after(known if run == self._run else 0)
+
+    async def join(self, name: str, actor: str, *, interface: bool) -> PoolMembership:
+        """Add a replica.
+
+        Args:
+            name: Its name.
+            actor: Id of its Ray actor.
+            interface: Whether it is a process of the interface, not a trunk replica.
+        """
+        self._losses.join(name, actor, interface=interface)
+        self._watch.start()
         return PoolMembership(run=self._run, coordinator=self._address, version=self._rollout.join(name))
 
     async def leave(self, name: str) -> None:
         """Remove a replica."""
+        self._losses.leave(name)
         self._rollout.leave(name)
 
     async def lease(self, name: str) -> None:
@@ -93,14 +125,18 @@ class ExpertPool:
 
     async def ask(self, name: str, known: int) -> WantedVersions:
         """The versions that a replica should use and load, as `Rollout.ask` returns them."""
-        return await self._rollout.ask(name, known)
+        with self._losses.question(name):
+            return await self._rollout.ask(name, known)
 
     async def report(self, name: str, state: ReplicaState) -> None:
         """Record the state of a replica."""
         self._rollout.report(name, state)
+        if state.serves:
+            self._losses.serve(name)
 
     async def close(self) -> None:
         """Have the interface refuse requests; return when those in progress have been answered."""
+        self._losses.close()
         await self._rollout.close()
 
     async def drained(self, name: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from errors import ProtocolError, ResourceError
 from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
 
-_ASK_SECONDS = 5.0  # longest time until a question is answered, and asked again
+_ATTEND_SECONDS = 5.0  # between two looks for replicas that are dead
 
 
 @dataclass(slots=True)
@@ -34,12 +34,14 @@ class Rollout:
         run: Name of the pool's run.
         version: The version to start with.
         patience: Seconds without a question after which a replica counts as dead.
+        pause: Longest time in seconds until a question is answered, and asked again.
         clock: Seconds, monotonic.
     """
 
     run: str
     version: WeightsVersion
     patience: float = 30.0
+    pause: float = 5.0
     clock: Callable[[], float] = time.monotonic
     _wanted: WantedVersions = field(init=False)
     _members: dict[str, _PoolMember] = field(default_factory=dict)
@@ -80,14 +82,14 @@ class Rollout:
         """Return when a replica has left or is dead."""
         self._bury()
         while name in self._members:
-            await self._news(_ASK_SECONDS, lambda: name not in self._members)
+            await self._news(_ATTEND_SECONDS, lambda: name not in self._members)
             self._bury()
 
     async def ask(self, name: str, known: int) -> WantedVersions:
         """The wanted versions, as soon as their serial differs from `known`, or after a few seconds."""
         self._see(name)
         if self._wanted.serial == known:
-            await self._news(_ASK_SECONDS, lambda: self._wanted.serial != known)
+            await self._news(self.pause, lambda: self._wanted.serial != known)
             self._see(name)
         return self._wanted
 

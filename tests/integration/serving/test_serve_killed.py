@@ -8,14 +8,17 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import psutil
 import pytest
 
-from support.commands.losses import answering_trunks, request, trunks, wait_for_trunks
+from actors.rpc.admin_client import AdminClient
+from support.commands.losses import SaidLines, answering_trunks, request, trunks, wait_for_trunks
 from support.commands.serve import PROMPT, TWO_REPLICAS, ServeProcess, SharedServer
-from support.commands.streams import StreamLoad, Told
+from support.commands.streams import INTERFACE, StreamLoad, Told, actors
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.shares("two replicas")]
 COUNT = 160
@@ -56,11 +59,17 @@ def test_a_killed_replica_costs_time_and_nothing_else(
     server: ServeProcess, undisturbed: list[Told], seed: int
 ) -> None:
     wait_for_trunks(server)
+    said = SaidLines(server)
     source = random.Random(seed)
     at = source.randrange(STREAMS, STREAMS * COUNT // 2)
     load = asyncio.run(disturbed(server, [at], lambda: source.choice(trunks(server)).kill()))
     assert load.told == undisturbed
     print(f"killed after {at} chunks: longest gap between two chunks {load.gap:.2f} s")
+    dead = said.wait(r"died: trunk replica (\w+): its process ended").group(1)
+    said.wait(rf"replaced: trunk replica \w+ serves in place of {dead}$")
+    with closing(AdminClient(f"grpc:{server.coordinator}")) as admin:
+        events = [(event["kind"], event["text"]) for event in admin.status()["events"]]
+    assert events.count(("died", f"trunk replica {dead}: its process ended")) == 1
 
 
 @pytest.mark.soak
@@ -97,7 +106,7 @@ def test_all_replicas_killed_at_once_are_waited_for(server: ServeProcess, undist
 
 def test_a_replica_that_hangs_is_given_up(server: ServeProcess, undisturbed: list[Told]) -> None:
     wait_for_trunks(server)
-    hung: list[psutil.Process] = []
+    said, hung = SaidLines(server), list[psutil.Process]()
 
     def stop() -> None:
         hung.append(trunks(server)[0])
@@ -105,10 +114,22 @@ def test_a_replica_that_hangs_is_given_up(server: ServeProcess, undisturbed: lis
 
     try:
         load = asyncio.run(disturbed(server, [STREAMS * 20], stop))
+        given_up = said.wait(r"died: trunk replica (\w+): silent for 5 s").group(1)
     finally:
         hung[0].send_signal(signal.SIGCONT)
     assert load.told == undisturbed
+    said.wait(f"returned: trunk replica {given_up} answers again$")
     print(f"hung: longest gap between two chunks {load.gap:.2f} s")
+
+
+def test_the_death_of_an_interface_process_is_told(server: ServeProcess) -> None:
+    wait_for_trunks(server)
+    said = SaidLines(server)
+    (interface,) = actors(server, INTERFACE)
+    interface.kill()
+    dead = said.wait(r"died: interface process (\w+): its process ended").group(1)
+    said.wait(rf"replaced: interface process \w+ serves in place of {dead}$")
+    wait_until(lambda: answering_trunks(server), seconds=120.0, every=0.2, ignoring=OSError)
 
 
 def rounded(choices: list[Any]) -> Any:
@@ -124,23 +145,31 @@ def test_answers_in_one_piece_and_conversations_survive_as_well(server: ServePro
 
     async def ask_all() -> list[Any]:
         async with server.async_client as client:
-            whole = [
-                client.completions.create(**{**request(index, COUNT), "n": 2, "temperature": 0.9, "seed": 5})
-                for index in range(4)
-            ]
-            chats = [
-                client.chat.completions.create(
-                    model="tiny",
-                    messages=[{"role": "user", "content": PROMPT}],
-                    max_tokens=COUNT,
-                    seed=index,
-                    extra_body={"ignore_eos": True},
-                )
-                for index in range(4)
-            ]
-            asking = asyncio.gather(*whole, *chats)
+
+            def ask() -> asyncio.Future[list[Any]]:
+                whole = [
+                    client.completions.create(
+                        **{**request(index, COUNT), "n": 2, "temperature": 0.9, "seed": 5}
+                    )
+                    for index in range(4)
+                ]
+                chats = [
+                    client.chat.completions.create(
+                        model="tiny",
+                        messages=[{"role": "user", "content": PROMPT}],
+                        max_tokens=COUNT,
+                        seed=index,
+                        extra_body={"ignore_eos": True},
+                    )
+                    for index in range(4)
+                ]
+                return asyncio.gather(*whole, *chats)
+
+            asking = ask()
             if kill:
                 while not any((await asyncio.to_thread(server.gauges)).values()):
+                    if asking.done():  # all ended between two looks
+                        asking = ask()
                     await asyncio.sleep(0.01)
                 trunks(server)[0].kill()
             answers = await asking

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -66,6 +67,26 @@ def wait_for_hosts(admin: AdminClient, hosts: int, *, replicas: int = 2) -> dict
     return wait_until(status, seconds=120.0, every=0.1, what=admin.status)
 
 
+class SaidLines:
+    """The lines that a server's command has written on stderr since this was made."""
+
+    def __init__(self, server: ServeProcess) -> None:
+        self._log = server.log
+        self._before = len(self.all())
+
+    def all(self) -> list[str]:
+        """Every complete line of the command."""
+        return [line for line in self._log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def find(self, pattern: str) -> list[re.Match[str]]:
+        """The new lines that a regular expression matches anywhere."""
+        return [found for line in self.all()[self._before :] if (found := re.search(pattern, line))]
+
+    def wait(self, pattern: str) -> re.Match[str]:
+        """The first new line that a regular expression matches, as soon as there is one."""
+        return wait_until(lambda: self.find(pattern), seconds=120.0, every=0.1, what=self._log.read_text)[0]
+
+
 @contextmanager
 def busy_core() -> Iterator[None]:
     """A process that keeps one core busy within the context."""
@@ -79,6 +100,7 @@ def busy_core() -> Iterator[None]:
 
 __all__ = [
     "IN_A_ROW",
+    "SaidLines",
     "answering_trunks",
     "busy_core",
     "request",

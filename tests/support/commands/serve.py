@@ -108,6 +108,7 @@ class ServeProcess:
     model: CausalLM
     directory: Path
     client: OpenAI
+    log: Path
 
     @property
     def async_client(self) -> AsyncOpenAI:
@@ -178,7 +179,7 @@ def running(model: CausalLM, directory: Path, log: Path, *options: str) -> Itera
     try:
         with OpenAI(base_url=f"{at['url']}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
             yield ServeProcess(
-                at["url"], at["grpc"], at["ray"], at["coordinator"], process, model, directory, client
+                at["url"], at["grpc"], at["ray"], at["coordinator"], process, model, directory, client, log
             )
     except BaseException:
         process.send_signal(signal.SIGTERM)

@@ -95,6 +95,17 @@ def actors(server: ServeProcess, title: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-HOST, TRUNK, COORDINATOR = "_ExpertHostProcess", "ServeReplica:raymoe:trunk", "_CoordinatorProcess"
+HOST, COORDINATOR = "_ExpertHostProcess", "_CoordinatorProcess"
+TRUNK, INTERFACE = "ServeReplica:raymoe:trunk", "ServeReplica:raymoe:api"
 
-__all__ = ["COORDINATOR", "HOST", "TRUNK", "StreamLoad", "Told", "actors", "disturbed", "greedy_requests"]
+__all__ = [
+    "COORDINATOR",
+    "HOST",
+    "INTERFACE",
+    "TRUNK",
+    "StreamLoad",
+    "Told",
+    "actors",
+    "disturbed",
+    "greedy_requests",
+]

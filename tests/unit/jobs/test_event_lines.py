@@ -15,7 +15,7 @@ import jobs.fleet.event_lines
 import jobs.training.run_watch
 from actors.rpc.control_server import ControlServer
 from errors import ChannelError
-from jobs.fleet.event_lines import EVENTS_FILE, EventLines, follow_events
+from jobs.fleet.event_lines import EVENTS_FILE, EventLines, follow_events, follow_source
 from jobs.training.run_watch import RunWatch
 from protos import admin_pb2, admin_pb2_grpc
 from support.waiting import wait_until
@@ -117,7 +117,8 @@ def test_events_are_followed_until_the_end(skip: bool, first: str, monkeypatch: 
     assert told == [f"died: {text}" for text in job.texts[begin : begin + len(told)]], "each event once"
 
 
-def test_without_a_coordinator_there_is_nothing_to_follow() -> None:
-    stop = threading.Event()
+def test_a_source_is_asked_once_more_at_the_end() -> None:
+    told, stop = list[str](), threading.Event()
     stop.set()
-    follow_events(stop, None, lambda line: pytest.fail(line))
+    follow_source(stop, ScriptedEvents([JOINED, DIED]), told.append)
+    assert told == ["died: expert host host-0: its process ended"]
