@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def start(corpus: Path, output: Path, *options: str, **changed: Any) -> subprocess.Popen[str]:
-    """Start `raymoe train --preset tiny` in a process session of its own."""
+    """Start `raymoe train --preset tiny` in a process group of its own."""
     settings = {**SETTINGS, "data.path": corpus, **{k.replace("__", "."): v for k, v in changed.items()}}
     command = [sys.executable, "-m", "jobs.cli", "train", "--json", *options]
     if "--resume" not in options:
@@ -33,7 +33,7 @@ def start(corpus: Path, output: Path, *options: str, **changed: Any) -> subproce
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
 
 
