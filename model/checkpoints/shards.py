@@ -164,7 +164,10 @@ def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
         seen.add(storage.data_ptr())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors makes files for their owner alone
         save_file(owned, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
         _publish(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

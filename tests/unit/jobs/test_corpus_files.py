@@ -39,15 +39,19 @@ def texts_of(path: Path) -> list[str]:
     return [one.text for file in find_files(str(path)) for one in read_documents(file, "text")]
 
 
+# Without the time, since names of tests are made of it, which have to be the same in every process.
+GZIPPED = gzip.compress(LINES, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("a.JSONL", LINES),
-        ("a.NdJson.GZ", gzip.compress(LINES)),
+        ("a.NdJson.GZ", GZIPPED),
         ("a.jsonl.zst", zstd(LINES[:20]) + zstd(LINES[20:])),  # a file of two frames, as by zstd --append
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\r\n")),
         ("a.json", json.dumps(GOOD, indent=1).encode()),
-        ("a.json.gz", gzip.compress(LINES)),
+        ("a.json.gz", GZIPPED),
         ("a.JSON", b"\xef\xbb\xbf" + json.dumps(GOOD).encode()),
         ("a.Parquet", parquet(pyarrow.array(["one", "two"]))),
         ("a.jsonl", LINES.replace(b"{", b'{"n": 7, "inner": [[1]], ')),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(CheckpointError, match="cannot write"):
         write_json(tmp_path / "nowhere" / "x.json", {})
+
+
+def test_files_of_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        saved(tmp_path / "a")
+    finally:
+        os.umask(before)
+    modes = {path.suffix: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == {".safetensors": 0o640, ".json": 0o640}
 
 
 def test_an_unfinished_checkpoint_has_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
