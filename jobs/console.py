@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,7 +21,10 @@ from errors import RaymoeError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, by convention of shells
+
+INTERRUPTED: Final = 130
+"""Exit code of a command that Ctrl-C ended, by convention of shells."""
+
 _PLAIN_SECONDS = 5.0  # between progress lines without a terminal
 
 
@@ -149,7 +152,7 @@ def surfaced(command: Callable[_P, _R]) -> Callable[_P, _R]:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             own = own_error(error)
             if own is None or kwargs.get("debug"):
@@ -237,4 +240,4 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-__all__ = ["Progress", "announcing", "counted", "finish", "own_error", "say", "surfaced"]
+__all__ = ["INTERRUPTED", "Progress", "announcing", "counted", "finish", "own_error", "say", "surfaced"]

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from jobs.checkpoints.checkpoint_store import find_checkpoint, find_weights
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.data.carried_files import CarriedFiles
 from jobs.tools.demo import fresh_directory
 from jobs.training.metrics_file import METRICS_FILE, read_metrics

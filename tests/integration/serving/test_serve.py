@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from actors.rpc.host_client import HostClient
 from cluster.topology import HostInfo
 from errors import RaymoeError
-from jobs.cli.main import app
+from jobs.cli.app import app
 from support.commands.serve import (
     ONE_REPLICA,
     PROMPT,

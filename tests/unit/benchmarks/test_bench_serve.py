@@ -22,7 +22,7 @@ from benchmarks.serving.request_mix import (
     RequestMix,
 )
 from errors import ChannelError, ConfigError, ResourceError
-from jobs.cli.main import app
+from jobs.cli.app import app
 
 Answer = Callable[[web.Request, dict[str, Any], web.StreamResponse], Awaitable[None]]
 

@@ -23,7 +23,7 @@ from channels.grpc import channel as grpc
 from channels.grpc import tls
 from cluster.config import ClusterConfig
 from errors import ChannelError, ConfigError
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.fleet.expert_hosts import check_transport
 from jobs.tools import certs
 from jobs.tools.certs import CA_KEY, make_certificates

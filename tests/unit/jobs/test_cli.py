@@ -13,10 +13,11 @@ import pytest
 import typer
 import yaml
 from rich.console import Console
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from errors import CheckpointError, ConfigError, RaymoeError, ResourceError
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.config.config_file import load_config
 from jobs.config.presets import preset
 from jobs.console import Progress, finish, own_error, surfaced
@@ -60,9 +61,16 @@ def test_every_problem_is_a_line_on_stderr_and_the_exit_code_is_two() -> None:
     ("arguments", "said"),
     [
         (["train", "--steps", "0"], "--steps"),
-        (["generate", "x", "--prompt", "x", "--threads", "100000"], "'--threads'"),
-        (["generate", "x", "--prompt", "x", "--temperature", "nan"], "'--temperature'"),
-        (["eval", "x", "--threads", "100000"], "'--threads'"),
+        (["generate", "x", "--prompt", "x", "--threads", "100000"], "--threads is '100000'; give a whole"),
+        (
+            ["generate", "x", "--prompt", "x", "--temperature", "nan"],
+            "is 'nan'; give a number of at least 0;",
+        ),
+        (["generate", "x", "--prompt", "x", "--generation-config", "y"], "is 'y'; give auto or none;"),
+        (["serve", "x", "--port", "abc"], "--port is 'abc'; give a whole number from 1 to 65,535;"),
+        (["scale", "x"], "N is 'x'; give a whole number;"),
+        (["impor"], "Did you mean 'import'? `raymoe --help`"),
+        (["eval", "x", "--threads", "100000"], "--threads is"),
         (["bench", "trian"], "trian"),
         (["trian"], "trian"),
         (["generate", "x"], "--prompt"),
@@ -95,9 +103,36 @@ def test_a_group_without_a_command_shows_its_help(arguments: list[str]) -> None:
     assert "error:" not in result.output
 
 
+@pytest.mark.parametrize("module", ["jobs.cli.app", "typer"])
+def test_ctrl_c_during_the_imports_of_the_script_ends_it_in_one_line(module: str) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from jobs.cli.main import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_while_options_are_read_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TyperGroup, "invoke", interrupted)
+    result = runner.invoke(app, ["config"])
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
 def test_help_needs_neither_torch_nor_ray() -> None:
     script = (
-        "import sys; from jobs.cli.main import app\n"
+        "import sys; from jobs.cli.app import app\n"
         "try:\n    app(['train', '--help'])\nexcept SystemExit:\n    pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'transformers')))"
     )

@@ -15,7 +15,7 @@ from errors import CheckpointError, DataError
 from jobs.chat.chat_template import ChatTemplate
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.checkpoints.loaded_model import LoadedModel, load_model
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.data.carried_files import CarriedFiles
 from jobs.data.corpus import PreparedData
 from jobs.data.tokenizer import load_tokenizer

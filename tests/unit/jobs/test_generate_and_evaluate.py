@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from engine.engine import Engine
 from errors import DataError
 from jobs.checkpoints.loaded_model import load_model
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.tools.convert import export_checkpoint, import_checkpoint
 from jobs.tools.evaluate import evaluate, judge
 from jobs.tools.generate import continue_tokens, generate

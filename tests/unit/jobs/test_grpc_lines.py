@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from jobs.cli import main
+from jobs.cli import app, main
 
 # In place of the command: a call to a server that announces the end of its connection (RFC 9113, 6.8).
 _COMMAND = """
 import socket, struct, threading
-from jobs.cli import main
+from jobs.cli import app, main
 
 def serve(listener):
     connection, _ = listener.accept()
@@ -32,7 +32,7 @@ def command():
         except grpc.RpcError:
             pass
 
-main.app = command
+app.app = command
 main.main()
 """
 
@@ -47,7 +47,7 @@ def test_lines_about_connections_are_not_shown() -> None:
 
 @pytest.mark.parametrize(("options", "level"), [([], "NONE"), (["--debug"], None)])
 def test_debug_shows_them(monkeypatch: pytest.MonkeyPatch, options: list[str], level: str | None) -> None:
-    monkeypatch.setattr(main, "app", lambda: None)
+    monkeypatch.setattr(app, "app", lambda: None)
     monkeypatch.setattr(sys, "argv", ["raymoe", "status", *options])
     monkeypatch.setenv("GRPC_VERBOSITY", "")  # so that its value is restored
     monkeypatch.delenv("GRPC_VERBOSITY")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from actors.rpc.control_server import ControlServer, refusing
 from errors import ResourceError
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.fleet.job_notices import JobNotice, local_jobs, posted
 from jobs.tools import cluster_jobs, running_job
 from jobs.tools.jobs_found import HERE, JobsFound, RunningJob
@@ -275,7 +275,7 @@ def test_status_says_what_is_left_to_do() -> None:
 def test_status_of_this_machines_job_needs_neither_ray_nor_torch(machine: Machine, tmp_path: Path) -> None:
     machine.start("1a", "alpha")
     script = (
-        "import sys; from jobs.cli.main import app\n"
+        "import sys; from jobs.cli.app import app\n"
         "try:\n    app(['status'])\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from errors import ResourceError
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.tools.jobs_found import HERE, JobsFound, RunningJob
 
 with warnings.catch_warnings():  # Ray Serve's own

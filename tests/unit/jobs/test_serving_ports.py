@@ -49,7 +49,7 @@ def test_the_loopback_is_known(host: str, loopback: bool) -> None:
 def test_a_refused_serve_has_imported_nothing_large(tmp_path: Path) -> None:
     """Empty addresses name no cluster, so the ports are those of this machine."""
     script = (
-        "import sys; from jobs.cli.main import app; code = app(sys.argv[1:], standalone_mode=False); "
+        "import sys; from jobs.cli.app import app; code = app(sys.argv[1:], standalone_mode=False); "
         "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules]); sys.exit(code)"
     )
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from docs import modules
 from jobs.api.neutral_values import KNOWN
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
-from jobs.cli.main import app
+from jobs.cli.app import app
 from jobs.config.run_config import RunConfig
 from jobs.serving.config import ServeConfig
 
