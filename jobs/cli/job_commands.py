@@ -197,10 +197,15 @@ def _drain_node(node: str, address: str | None, timeout: float, *, as_json: bool
         finish(lambda: done, as_json=True)
         return
     hosts = "; ".join(f"{one['name']} ({one['id']}): {', '.join(one['drained'])}" for one in done["jobs"])
+    ended = f"; {_trunks(done['replicas_ended'])} ended without another in its place"
     print(
-        f"{hosts or 'no expert host'} and {done['replicas']} trunk replicas were moved in "
-        f"{done['seconds']:.1f} s"
+        f"{hosts or 'no expert host'} and {_trunks(done['replicas'])} were moved in {done['seconds']:.1f} s"
+        f"{ended if done['replicas_ended'] else ''}"
     )
+
+
+def _trunks(number: int) -> str:
+    return f"{number} trunk replica{'s' * (number != 1)}"
 
 
 def _choices(text: str, known: list[str], option: str) -> list[str]:

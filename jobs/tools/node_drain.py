@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,12 +16,16 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from actors.rpc.admin_client import AdminClient
-from errors import ChangeUnderWay, RaymoeError, ResourceError
+from errors import ChangeUnderWay, ConfigError, RaymoeError, ResourceError
+from jobs.serving.names import TRUNK
 from jobs.tools.cluster_jobs import on_cluster, seen_coordinators
+from jobs.tools.drain_refusal import refusal
 
 _POLL_SECONDS = 0.5
 _REPLICA = "ServeReplica:"
 """Prefix of the class names of Ray Serve's replicas."""
+
+_TRUNK_REPLICA = re.compile(f"{_REPLICA}.*:{TRUNK}")
 
 
 def leave(node: str | None, *, address: str | None, timeout: float, debug: bool = False) -> dict[str, Any]:
@@ -32,19 +38,23 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
         debug: Show the output of actors.
 
     Returns:
-        node, drained (ids of hosts), jobs (with a host there: name, id, drained), replicas (of Ray Serve),
-        seconds.
+        node, drained (ids of hosts), jobs (with a host there: name, id, drained), replicas (trunk replicas
+        that have another in their place), replicas_ended (trunk replicas that have none), seconds.
 
     Raises:
-        ResourceError: There is no such node, or more than one, or Ray refuses.
+        ConfigError: There is no such node, or more than one, or what runs there cannot move: it is the only
+            node, or the head node of a deployment. Nothing was changed.
+        ResourceError: Ray refuses.
         RaymoeError: At the end of the time something has not moved, or did not answer.
     """
     began = time.monotonic()
     deadline = began + timeout
     with on_cluster(address, debug=debug), ExitStack() as jobs:
         node = _whole_id(node or ray.get_runtime_context().get_node_id())
+        before = list(actors().values())
+        if why := refusal(node, ray.nodes(), before):
+            raise ConfigError(why)
         _refuse_newcomers(node, timeout)
-        replicas = _replicas(node)
         found, silent = seen_coordinators()
         clients = [jobs.enter_context(closing(AdminClient(at))) for at in found]
         # All jobs at the same time, so that one that does not answer does not delay the others.
@@ -59,6 +69,7 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
         ]
         if left := _replicas(node):
             failed.append(f"Ray Serve has {left} replicas there still")
+        moved, ended = moved_replicas(node, before, list(actors().values()))
     if failed:
         seconds = time.monotonic() - began
         raise RaymoeError(f"node {node} is not empty after {seconds:.1f} s: {'; '.join(failed)}")
@@ -68,7 +79,8 @@ def leave(node: str | None, *, address: str | None, timeout: float, debug: bool 
         "jobs": [
             {**job, "drained": part.drained} for job, part in zip(names, parts, strict=True) if part.drained
         ],
-        "replicas": replicas,
+        "replicas": moved,
+        "replicas_ended": ended,
         "seconds": round(time.monotonic() - began, 3),
     }
 
@@ -150,7 +162,7 @@ def _whole_id(node: str) -> str:
     found = [id for id in alive if id.startswith(node)]
     if len(found) != 1:
         what = "no Ray node" if not found else f"{len(found)} Ray nodes have an id that begins with"
-        raise ResourceError(
+        raise ConfigError(
             f"{what} {node}{' is alive' if not found else ''}; `raymoe status` shows those with expert hosts"
         )
     return str(found[0])
@@ -169,8 +181,34 @@ def _refuse_newcomers(node: str, timeout: float) -> None:
         raise ResourceError(f"Ray does not drain node {node}: {why}; `ray status` shows what there is")
 
 
+def moved_replicas(
+    node: str, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> tuple[int, int]:
+    """Numbers of a node's trunk replicas that have another in their place elsewhere, and that have none.
+
+    Args:
+        node: Id of the node.
+        before: All actors of the Ray cluster before the drain, as Ray describes them.
+        after: All actors after it.
+    """
+    old, new = _trunk_replicas(before), _trunk_replicas(after)
+    gone = sum(at == node and id not in new for id, at in old.items())
+    started = sum(at != node and id not in old for id, at in new.items())
+    moved = min(gone, started)
+    return moved, gone - moved
+
+
+def _trunk_replicas(known: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Node of each trunk replica that is alive, by the id of its actor."""
+    return {
+        actor["ActorID"]: actor["Address"]["NodeID"]
+        for actor in known
+        if actor["State"] == "ALIVE" and _TRUNK_REPLICA.fullmatch(actor["ActorClassName"])
+    }
+
+
 def _replicas(node: str) -> int:
-    """Number of Ray Serve's replicas on a node."""
+    """Number of Ray Serve's replicas of any kind on a node."""
     return sum(
         actor["State"] == "ALIVE"
         and actor["Address"]["NodeID"] == node
@@ -179,4 +217,4 @@ def _replicas(node: str) -> int:
     )
 
 
-__all__ = ["drain_hosts", "leave"]
+__all__ = ["drain_hosts", "leave", "moved_replicas"]

@@ -9,7 +9,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from actors.rpc.admin_client import AdminClient
-from errors import ResourceError
+from errors import ConfigError
 from jobs.tools.node_drain import leave
 from support.commands.serve import running, save_model, tiny_model
 
@@ -53,6 +53,8 @@ def test_hosts_are_where_their_resource_is_and_leave_a_node(cluster: Cluster, tm
         assert done["drained"] == [id for id, at in before.items() if at == node]
         after = {host["id"]: host["node"] for host in admin.status()["hosts"]}
         assert len(after) == 2 and set(after.values()) == offering - {node}
-        with pytest.raises(ResourceError, match="no Ray node"):
+        with pytest.raises(ConfigError, match="head node and holds the pool and interface of raymoe"):
+            leave(cluster.head_node.node_id, address=cluster.address, timeout=5)
+        with pytest.raises(ConfigError, match="no Ray node"):
             leave("ab" * 28, address=cluster.address, timeout=5)
         admin.close()
