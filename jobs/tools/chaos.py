@@ -11,7 +11,8 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -104,24 +105,33 @@ def run_chaos(
     """
     began = time.monotonic()
     done: list[dict[str, Any]] = []
-    tasks: list[Any] = []  # they continue the processes that they stop, so they have to complete
+    tasks: dict[Any, int] = {}  # they continue the processes that they stop, so they have to complete
+    killed: set[tuple[str, int]] = set()
     for fault in faults:
         time.sleep(max(0.0, began + fault.at - time.monotonic()))
         try:
-            how = _drop(job, fault) if fault.kind is FaultKind.DROP else _signal(job, fault, tasks)
+            if fault.kind is FaultKind.DROP:
+                how = _drop(job, fault, killed)
+            else:
+                how, task = _signal(job, fault, killed)
+                tasks.update({} if task is None else {task: len(done)})
         except (RaymoeError, RayError) as error:
             how = f"not done: {str(error).strip().splitlines()[0]}"
         tell(f"{time.monotonic() - began:7.2f} s  {fault.kind} {fault.target}: {how}")
         done.append({**asdict(fault), "how": how})
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=2 * _LONGEST)
+    for index in _without_effect(tasks):
+        done[index]["how"] = f"not done: {done[index]['how']} was gone already"
+        tell(
+            f"{done[index]['at']:7.2f} s  {done[index]['kind']} {done[index]['target']}: {done[index]['how']}"
+        )
     return done
 
 
-def _drop(job: AdminClient, fault: Fault) -> str:
+def _drop(job: AdminClient, fault: Fault, killed: Set[tuple[str, int]]) -> str:
     hosts = [
         HostInfo(**{name: host[name] for name in ("id", "node", "pid", "addresses")})
         for host in job.status()["hosts"]
+        if (host["node"], host["pid"]) not in killed
     ]
     if not hosts:
         return "not done: there is no expert host"
@@ -134,14 +144,39 @@ def _drop(job: AdminClient, fault: Fault) -> str:
     return f"connections of {host.id}"
 
 
-def _signal(job: AdminClient, fault: Fault, tasks: list[Any]) -> str:
-    """Start a task on the node of a process that carries out the fault."""
-    found = processes(fault.target, job.status(), list(actors().values()))
+def _signal(job: AdminClient, fault: Fault, killed: set[tuple[str, int]]) -> tuple[str, Any]:
+    """Start a task on the node of a process that carries out the fault.
+
+    Args:
+        job: Client of the job's coordinator.
+        fault: The fault.
+        killed: Node and process id of what this rehearsal has killed, which the coordinator and Ray may not
+            have noticed yet; a process that is killed now is added.
+
+    Returns:
+        The affected process, or why there is none; the task, or None.
+    """
+    known = processes(fault.target, job.status(), list(actors().values()))
+    found = [process for process in known if process not in killed]
     if not found:
-        return "not done: there is none"
+        return "not done: there is none", None
     node, pid = found[int(fault.pick * len(found))]
-    tasks.append(_on(node, _do).remote(pid, str(fault.kind), _SECONDS.get(fault.kind, 0.0)))
-    return f"process {pid} on node {node[:8]}"
+    task = _on(node, _do).remote(pid, str(fault.kind), _SECONDS.get(fault.kind, 0.0))
+    if fault.kind is FaultKind.KILL:
+        killed.add((node, pid))
+    return f"process {pid} on node {node[:8]}", task
+
+
+def _without_effect(tasks: Mapping[Any, int]) -> list[int]:
+    """Wait for the tasks of faults; the numbers of those that found no process."""
+    if not tasks:
+        return []
+    ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=2 * _LONGEST)
+    found = []
+    for task in ended:
+        with suppress(RayError):  # it has ended with its node
+            found += [] if ray.get(task) else [tasks[task]]
+    return sorted(found)
 
 
 def processes(
@@ -183,29 +218,32 @@ def _on(node: str, work: Callable[..., Any]) -> Any:
     return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
 
 
-def _do(pid: int, kind: str, seconds: float) -> None:
-    """Carry out a fault; runs as a task on the node, and affects only processes of the same parent."""
+def _do(pid: int, kind: str, seconds: float) -> bool:
+    """Carry out a fault; runs as a task on the node, and affects only processes of the same parent.
+
+    Returns:
+        Whether there was such a process.
+    """
     deadline = time.monotonic() + seconds
     try:
-        if psutil.Process(pid).ppid() != os.getppid():
-            return
-        if kind == FaultKind.KILL:
-            os.kill(pid, signal.SIGKILL)
-        elif kind == FaultKind.STOP:
-            os.kill(pid, signal.SIGSTOP)
+        process = psutil.Process(pid)
+        if process.ppid() != os.getppid() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        os.kill(pid, signal.SIGKILL if kind == FaultKind.KILL else signal.SIGSTOP)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+    if kind == FaultKind.KILL:
+        return True
+    with suppress(ProcessLookupError):  # it was killed because it did not answer
+        if kind == FaultKind.STOP:
             time.sleep(seconds)
+        while kind == FaultKind.SLOW and time.monotonic() < deadline:
+            time.sleep(_PULSE * _STILL)
             os.kill(pid, signal.SIGCONT)
-        else:
-            while time.monotonic() < deadline:
-                os.kill(pid, signal.SIGSTOP)
-                time.sleep(_PULSE * _STILL)
-                os.kill(pid, signal.SIGCONT)
-                time.sleep(_PULSE * (1 - _STILL))
-    except (
-        ProcessLookupError,
-        psutil.NoSuchProcess,
-    ):  # it has ended, or was killed because it did not answer
-        return
+            time.sleep(_PULSE * (1 - _STILL))
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(pid, signal.SIGCONT)
+    return True
 
 
 __all__ = ["TARGETS", "Fault", "FaultKind", "processes", "run_chaos", "schedule"]

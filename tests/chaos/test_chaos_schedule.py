@@ -1,14 +1,19 @@
-"""The faults that `raymoe chaos` plans: kinds, targets and times."""
+"""The faults that `raymoe chaos` plans (kinds, targets and times), and the processes that it draws."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.tools.chaos import TARGETS, FaultKind, processes, schedule
+from jobs.tools import chaos
+from jobs.tools.chaos import TARGETS, Fault, FaultKind, processes, run_chaos, schedule
 
 
 @given(
@@ -86,3 +91,64 @@ def test_only_a_jobs_own_processes_are_touched(target: str, expected: list[tuple
 
 def test_without_a_coordinator_there_is_nobody_to_be_found() -> None:
     assert processes("trunk", {"actor": "", "hosts": []}, ACTORS) == []
+
+
+class LaggingJob:
+    """A fake coordinator's client, whose status does not change after the death of a host."""
+
+    def __init__(self, *pids: int) -> None:
+        self.hosts = [{"id": f"host-{pid}", "node": "n0", "pid": pid, "addresses": {}} for pid in pids]
+
+    def status(self) -> dict[str, Any]:
+        return {"actor": "actor-n0-10", "hosts": self.hosts}
+
+
+@dataclass(frozen=True, eq=False)
+class FakeTask:
+    """A Ray task that has ended, and its result; as a remote function, what it calls."""
+
+    work: Callable[..., Any]
+    result: Any = None
+
+    def remote(self, *given: Any) -> FakeTask:
+        return FakeTask(self.work, self.work(*given))
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks run in the test's own process, on a cluster without actors."""
+    monkeypatch.setattr(chaos, "actors", dict)
+    monkeypatch.setattr(chaos, "_on", lambda _, work: FakeTask(work))
+    monkeypatch.setattr(chaos.ray, "wait", lambda tasks, **_: (tasks, []))
+    monkeypatch.setattr(chaos.ray, "get", lambda task: task.result)
+
+
+def fault(kind: FaultKind) -> Fault:
+    return Fault(at=0.0, kind=kind, target="host", pick=0.0)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_killed_process_is_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    hit: list[int] = []
+    monkeypatch.setattr(chaos, "_do", lambda pid, *_: hit.append(pid) or True)
+    kinds = [FaultKind.STOP, FaultKind.KILL, FaultKind.SLOW, FaultKind.KILL, FaultKind.KILL, FaultKind.DROP]
+    job: Any = LaggingJob(20, 21)
+    done = run_chaos(job, [fault(kind) for kind in kinds], tell=lambda _: None)
+    assert hit == [20, 20, 21, 21]
+    assert [one["how"] for one in done[3:]] == [
+        "process 21 on node n0",
+        "not done: there is none",
+        "not done: there is no expert host",
+    ]
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("kind", [FaultKind.KILL, FaultKind.STOP, FaultKind.SLOW])
+def test_a_process_that_was_gone_does_not_count(kind: FaultKind) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    said: list[str] = []
+    job: Any = LaggingJob(ended.pid)
+    (done,) = run_chaos(job, [fault(kind)], tell=said.append)
+    assert done["how"] == f"not done: process {ended.pid} on node n0 was gone already"
+    assert said[-1].endswith(f"{kind} host: {done['how']}")
