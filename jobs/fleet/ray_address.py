@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import psutil
 
-from errors import ResourceError
+from errors import ConfigError, ResourceError
 from jobs.fleet.ray_token import fit_token_mode
 
 _VARIABLE = "RAY_ADDRESS"
@@ -47,7 +47,8 @@ def running_address(address: str | None) -> str:
             Addresses of other forms, such as `ray://…`, are returned as they are.
 
     Raises:
-        ResourceError: There is no such cluster, or `auto` could be several.
+        ConfigError: `auto` could be several.
+        ResourceError: There is no such cluster.
     """
     if not address or address == "auto":
         address = named_address(None) or "auto"
@@ -59,7 +60,7 @@ def running_address(address: str | None) -> str:
     if recorded in found or (recorded is not None and not found):
         found = [recorded]
     if len(found) > 1:
-        raise ResourceError(
+        raise ConfigError(
             f"{len(found)} Ray clusters run on this machine: {', '.join(found)}; say which with --address"
         )
     if not found:
@@ -77,10 +78,11 @@ def only_address(address: str | None) -> str:
         address: HOST:PORT; None takes RAY_ADDRESS, or without it the only cluster of this machine.
 
     Raises:
-        ResourceError: There is no such cluster, or this machine has several.
+        ConfigError: This machine has several.
+        ResourceError: There is no such cluster.
     """
     if named_address(address) is None and len(found := local_addresses()) > 1:
-        raise ResourceError(
+        raise ConfigError(
             f"{len(found)} Ray clusters run on this machine; name one with --address: {', '.join(found)}"
         )
     return running_address(address or None)

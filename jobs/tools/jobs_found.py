@@ -80,8 +80,8 @@ class JobsFound:
         """The only job, or the one of this name or id.
 
         Raises:
-            ConfigError: There is no such job.
-            ResourceError: There is none at all, or more than one; the error lists them.
+            ConfigError: There is no such job, or more than one; the error lists them.
+            ResourceError: There is none at all.
         """
         if not self.jobs:
             raise ResourceError(
@@ -91,7 +91,7 @@ class JobsFound:
         if wanted is None:
             if len(self.jobs) == 1:
                 return self.jobs[0]
-            raise ResourceError(
+            raise ConfigError(
                 f"{len(self.jobs)} jobs run {self.where}; say which with --job NAME or ID{self._listed()}"
             )
         found = [job for job in self.jobs if wanted in (job.id, job.name)]
@@ -101,7 +101,7 @@ class JobsFound:
                 f"{self._listed()}"
             )
         if len(found) > 1:
-            raise ResourceError(
+            raise ConfigError(
                 f"--job {wanted}: {len(found)} jobs of this name run {self.where}; give the id"
                 f"{JobsFound(found, self.where)._listed()}"
             )

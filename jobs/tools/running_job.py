@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 
 from actors.rpc.admin_client import AdminClient
-from errors import ResourceError
+from channels.grpc import tls
+from errors import ChannelError, ConfigError, ResourceError, is_loss
 from jobs.fleet.job_notices import local_jobs
 from jobs.fleet.ray_address import local_addresses, named_address
 from jobs.tools.jobs_found import HERE, JobsFound, RunningJob, described
+
+_HOST_PORT = re.compile(r"(?:\[[^\]\s]+\]|[^:/\s\[\]]+):(?P<port>[0-9]{1,5})")
 
 
 def find_jobs(
@@ -29,17 +33,35 @@ def find_jobs(
         debug: Show the output of actors.
 
     Raises:
+        ConfigError: The coordinator's address is not of this form.
+        ChannelError: No coordinator answers there.
         ResourceError: There is no cluster at the address.
     """
     if coordinator is not None:
-        at = coordinator if coordinator.startswith("grpc:") else f"grpc:{coordinator}"
-        return JobsFound([described(at)], f"at {coordinator}")
+        return _found_at(coordinator)
     address = named_address(address)
     if address is None:
         return _found_here(changes=changes, debug=debug)
     from jobs.tools.cluster_jobs import jobs_on
 
     return jobs_on(address, debug=debug)
+
+
+def _found_at(coordinator: str) -> JobsFound:
+    """The job of the coordinator at HOST:PORT."""
+    at = coordinator.removeprefix("grpc:")
+    parts = _HOST_PORT.fullmatch(at)
+    if parts is None or not 0 < int(parts["port"]) < 65536:
+        raise ConfigError(f"--coordinator is {coordinator!r}; give HOST:PORT")
+    try:
+        return JobsFound([described(f"grpc:{at}")], f"at {at}")
+    except ChannelError as error:
+        if not is_loss(error) or tls.VARIABLE in str(error):  # that error says what to compare
+            raise
+        raise ChannelError(
+            f"no coordinator answers at {at}; give --coordinator the address that the job prints, or leave "
+            "it out to look for the job"
+        ) from None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from errors import RaymoeError, ResourceError
+from errors import ConfigError, RaymoeError, ResourceError
 from jobs.checkpoints.checkpoint_store import find_weights
 from jobs.fleet.ray_address import fit_cluster, local_addresses, named_address
 from jobs.fleet.waiting import Tell
@@ -111,7 +111,8 @@ def _models_on(address: str, application: str | None) -> dict[RunningJob, str]:
     """The models of the cluster of this session, with their applications.
 
     Raises:
-        ResourceError: There is none, or the application is not there.
+        ConfigError: The application is not there.
+        ResourceError: There is none, or the application does not run.
     """
     states = served_applications()
     if application is not None:
@@ -120,8 +121,8 @@ def _models_on(address: str, application: str | None) -> dict[RunningJob, str]:
         return {_model(name): name for name in alive}
     if application is None:
         raise ResourceError(f"no model is served on the Ray cluster at {address}; check --address")
-    what = f"is {states[application]}" if states else "is not there"
-    raise ResourceError(
+    error, what = (ResourceError, f"is {states[application]}") if states else (ConfigError, "is not there")
+    raise error(
         f"the Serve application {application!r} {what} on the Ray cluster at {address}; check --app and "
         "--address"
     )

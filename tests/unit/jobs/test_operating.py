@@ -120,7 +120,7 @@ COMMANDS = [["status"], ["scale", "3"], ["drain", "host-0"], ["chaos"], ["chaos"
 def test_of_several_jobs_none_is_taken(machine: Machine, command: list[str]) -> None:
     jobs = [machine.start("1a", "alpha"), machine.start("2b", "beta", "serves the weights x")]
     result = raymoe(*command)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stdout == ""
     said = result.stderr.splitlines()
     assert said[0] == "error: 2 jobs run on this machine; say which with --job NAME or ID"
@@ -146,7 +146,7 @@ def test_a_job_is_chosen_by_name_or_id_and_named_in_the_answer(machine: Machine,
 def test_jobs_of_one_name_are_told_apart_by_their_ids(machine: Machine) -> None:
     jobs = [machine.start(id, "demo") for id in ("1a", "2b")]
     result = raymoe("status", "--job", "demo")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "2 jobs of this name run on this machine; give the id" in result.stderr
     assert [job.asked for job in jobs] == [[], []]
     unknown = raymoe("status", "--job", "other")
@@ -159,6 +159,33 @@ def test_that_nothing_runs_is_said(machine: Machine, command: list[str]) -> None
     result = raymoe(*command)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: no raymoe job with a coordinator runs on this machine")
+
+
+@pytest.mark.parametrize(
+    "given", ["foo", "foo:", ":6379", "foo:0", "foo:70000", "::1:5", "http://foo:80", ""]
+)
+def test_a_coordinator_is_host_and_port(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(at: str) -> RunningJob:
+        raise AssertionError(at)
+
+    monkeypatch.setattr(running_job, "described", described)
+    result = raymoe("status", "--coordinator", given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: --coordinator is {given!r}; give HOST:PORT\n"
+
+
+@pytest.mark.parametrize("given", ["foo:6379", "10.0.0.1:1", "[::1]:5", "grpc:foo:6379"])
+def test_a_coordinator_may_have_a_name_or_a_number(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_job, "described", lambda at: RunningJob(coordinator=at))
+    found = running_job.find_jobs(coordinator=given, address=None)
+    assert found.jobs[0].coordinator == f"grpc:{given.removeprefix('grpc:')}"
+
+
+def test_a_coordinator_that_cannot_be_reached_is_told_in_a_sentence() -> None:
+    result = raymoe("status", "--coordinator", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no coordinator answers at 127.0.0.1:1; give --coordinator the")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_rehearsal_can_be_planned_without_a_job(machine: Machine) -> None:

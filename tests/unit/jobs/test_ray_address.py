@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from errors import ResourceError
+from errors import ConfigError, ResourceError
 from jobs.fleet import ray_address
 from jobs.fleet.ray_address import only_address, requires_token, running_address
 
@@ -148,7 +148,7 @@ def test_another_service_at_the_address_is_no_cluster(tmp_path: Path) -> None:
 def test_one_of_several_clusters_has_to_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with _control_service(grpc.StatusCode.OK) as first, _control_service(grpc.StatusCode.OK) as second:
         monkeypatch.setattr(ray_address, "local_addresses", lambda: [first, second])
-        with pytest.raises(ResourceError, match=f"2 Ray clusters .*{first}, {second}; say which"):
+        with pytest.raises(ConfigError, match=f"2 Ray clusters .*{first}, {second}; say which"):
             running_address("auto")
         _record(tmp_path, second)  # `ray start` began this one last
         assert running_address("auto") == second
@@ -163,9 +163,7 @@ def test_a_command_never_takes_one_of_several_clusters(
     with _control_service(grpc.StatusCode.OK) as first, _control_service(grpc.StatusCode.OK) as second:
         _record(tmp_path, second)
         monkeypatch.setattr(ray_address, "local_addresses", lambda: [first, second])
-        with pytest.raises(
-            ResourceError, match=f"2 Ray clusters .*name one with --address: {first}, {second}"
-        ):
+        with pytest.raises(ConfigError, match=f"2 Ray clusters .*name one with --address: {first}, {second}"):
             only_address(None)
         assert only_address(first) == first
         monkeypatch.setattr(ray_address, "local_addresses", lambda: [second])

@@ -108,7 +108,7 @@ def test_the_only_model_is_reloaded_and_named(monkeypatch: pytest.MonkeyPatch) -
 def test_of_several_clusters_with_models_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = clusters(monkeypatch, a={"raymoe": ALPHA}, b={"raymoe": BETA}, c={"raymoe": None})
     result = reload()
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     said = result.stderr.splitlines()
     assert said[0] == "error: 3 jobs run on this machine; say which with --job NAME or ID"
     assert "alpha   1a" in said[1] and "beta    2b" in said[2]
@@ -157,7 +157,7 @@ def test_of_several_models_of_a_cluster_one_has_to_be_named(
 ) -> None:
     fake = clusters(monkeypatch, a={"first": ALPHA, "second": BETA})
     asked = reload("--address", A)
-    assert asked.exit_code == 1
+    assert asked.exit_code == 2
     assert asked.stderr.startswith(f"error: 2 jobs run on the Ray cluster at {A}; say which with --job")
     assert fake.reloaded == []
     assert reload("--address", A, *options).exit_code == 0
@@ -166,9 +166,8 @@ def test_of_several_models_of_a_cluster_one_has_to_be_named(
 
 def test_an_application_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     clusters(monkeypatch, a={"raymoe": ALPHA})
-    assert (
-        f"the Serve application 'other' is not there on the Ray cluster at {A}"
-        in reload("--app", "other").stderr
-    )
+    result = reload("--app", "other")
+    assert result.exit_code == 2
+    assert f"the Serve application 'other' is not there on the Ray cluster at {A}" in result.stderr
     clusters(monkeypatch, a={})
     assert f"no model is served on the Ray cluster at {A}" in reload().stderr
