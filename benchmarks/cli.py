@@ -9,7 +9,17 @@ import typer
 
 from benchmarks.serving import options as serve_options
 from errors import ConfigError
-from jobs.cli.options import ConfigFile, Debug, Json, Overrides, Preset, Result
+from jobs.cli.options import (
+    Checkpoint,
+    ConfigFile,
+    Debug,
+    Json,
+    ModelOverrides,
+    Overrides,
+    Preset,
+    Result,
+    ServeOverrides,
+)
 from jobs.console import finish, say, surfaced
 
 Device = Annotated[str, typer.Option(help="Device of all contenders: cpu, or cuda for one GPU.")]
@@ -43,7 +53,7 @@ def bench_train(
 def bench_decode(
     preset: Preset = None,
     config: ConfigFile = None,
-    overrides: Overrides = None,
+    overrides: ModelOverrides = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the contenders alternate.")] = 5,
     device: Device = "cpu",
     as_json: Json = False,
@@ -89,9 +99,7 @@ def bench_experts(
 @bench.command("drafts")
 @surfaced
 def bench_drafts(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, a run's directory, or a Hugging Face directory.")
-    ],
+    checkpoint: Checkpoint,
     data: Annotated[
         str | None, typer.Option(help="Documents to continue; by default those that the run held out.")
     ] = None,
@@ -159,7 +167,7 @@ def bench_serve(
     url: serve_options.Url = None,
     checkpoint: serve_options.ServedCheckpoint = None,
     config: serve_options.ServerConfig = None,
-    overrides: Overrides = None,
+    overrides: ServeOverrides = None,
     rate: serve_options.Rate = "auto",
     share: serve_options.LoadShare = 0.8,
     requests: serve_options.Requests = None,

@@ -9,7 +9,7 @@ import typer
 
 Url = Annotated[
     str | None,
-    typer.Argument(metavar="[URL]", help="URL of a running server; by default one is started for this run."),
+    typer.Argument(metavar="URL", help="URL of a running server; by default one is started for this run."),
 ]
 ServedCheckpoint = Annotated[
     Path | None,

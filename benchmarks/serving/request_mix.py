@@ -196,8 +196,14 @@ def mix_of(
 def _texts(file: Path) -> tuple[str, ...]:
     try:
         texts = tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts: {file} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = "does not exist" if missing else f"cannot be read: {error.strerror or error}"
+        raise DataError(f"--prompts: {file} {what}; give a file with a prompt in each line") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--prompts: {file} is not UTF-8 text (byte {error.start}); convert it, for instance with iconv"
+        ) from None
     if not texts:
         raise DataError(f"--prompts: {file} holds no line of text")
     return texts

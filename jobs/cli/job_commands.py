@@ -76,7 +76,7 @@ def scale(
 
 def drain(
     host: Annotated[
-        str | None, typer.Argument(metavar="[HOST]", help="Name of the host, as in `raymoe status`.")
+        str | None, typer.Argument(metavar="HOST", help="Name of the host, as in `raymoe status`.")
     ] = None,
     node: Annotated[
         str | None,
@@ -166,7 +166,9 @@ def chaos(
 
 
 def certs(
-    directory: Annotated[str, typer.Argument(help="Directory to write to; set RAYMOE_TLS_DIR to it.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIRECTORY", help="Directory to write to; set RAYMOE_TLS_DIR to it.")
+    ],
     days: Annotated[
         float, typer.Option(min=0.001, max=36500, help="Days for which the certificate is valid.")
     ] = 90.0,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from errors import DataError
-from jobs.cli.options import Checkpoint, ConfigFile, Debug, Generation, Json, Overrides, Result, Threads
+from jobs.cli.options import Checkpoint, Debug, Generation, Json, Overrides, Result, Threads
 from jobs.console import finish, say, surfaced
 
 
@@ -151,9 +151,12 @@ def import_(
 
 def config_(
     preset: Annotated[
-        str | None, typer.Argument(help="Name: tiny, demo (the default), bench-20m or deepseek-v3.")
+        str | None,
+        typer.Argument(metavar="PRESET", help="Name: tiny, demo (the default), bench-20m or deepseek-v3."),
     ] = None,
-    config: ConfigFile = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Configuration file (YAML) to print with all fields.")
+    ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
     debug: Debug = False,

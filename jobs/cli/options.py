@@ -19,10 +19,15 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="Configuration file (YAML); `raymoe config` prints a complete one."),
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=V", help="Set one field, such as training.steps=100; repeatable."),
-]
+
+
+def _set(example: str) -> Any:
+    return typer.Option("--set", metavar="A.B=V", help=f"Set one field, such as {example}; repeatable.")
+
+
+Overrides = Annotated[list[str] | None, _set("training.steps=100")]
+ServeOverrides = Annotated[list[str] | None, _set("cluster.expert_hosts=4")]
+ModelOverrides = Annotated[list[str] | None, _set("model.n_routed_experts=32")]
 Address = Annotated[
     str | None,
     typer.Option(help="Address of a running Ray cluster, or auto; by default one is started for this run."),
@@ -63,8 +68,10 @@ __all__ = [
     "Generation",
     "Job",
     "Json",
+    "ModelOverrides",
     "Overrides",
     "Preset",
     "Result",
+    "ServeOverrides",
     "Threads",
 ]

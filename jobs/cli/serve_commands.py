@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Address, Checkpoint, Cluster, Debug, Generation, Job, Json, Overrides
+from jobs.cli.options import Address, Checkpoint, Cluster, Debug, Generation, Job, Json, ServeOverrides
 from jobs.console import announcing, finish, say, surfaced
 from jobs.fleet.stop_signals import Stopped, StopSignals
 from jobs.serving.ports import ListenAddress
@@ -25,7 +25,7 @@ def serve(
         Path | None,
         typer.Option("--config", help="Configuration file (YAML) with the sections serving and cluster."),
     ] = None,
-    overrides: Overrides = None,
+    overrides: ServeOverrides = None,
     host: Annotated[str, typer.Option(help="Network interface for HTTP.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port for HTTP.")] = 8000,
     grpc_port: Annotated[

@@ -52,7 +52,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     path = path.strip()
     if not separator or not path or not all(path.split(".")):
-        raise ConfigError(f"--set {override!r}: write section.field=value, such as training.steps=100")
+        raise ConfigError(f"--set {override!r}: write section.field=value, such as cluster.expert_hosts=2")
     if not text.strip():
         raise ConfigError(f"--set {path}: is empty; write {path}=VALUE")
     value = parse_yaml(text, f"--set {path}")

@@ -140,9 +140,7 @@ def _parquet(path: str, text_field: str) -> Iterator[Record]:
         table = pyarrow.parquet.ParquetFile(path)
         columns = table.schema_arrow.names
         if text_field not in columns:
-            raise UnreadableFile(
-                f"has no column {text_field!r}; set data.text_field to one of {_list(columns)}"
-            )
+            raise UnreadableFile(f"has no column {text_field!r}; set data.text_field to {_one_of(columns)}")
         for batch in table.iter_batches(columns=[text_field], batch_size=1024):
             for value in batch.column(0):
                 number += 1
@@ -178,7 +176,7 @@ def _field(value: Any, text_field: str) -> tuple[str | None, str]:
             kind = "null" if text is None else f"a {type(text).__name__}"
             return None, f"has no text in the field {text_field!r}, which is {kind}; set data.text_field"
         there = [name for name, inner in value.items() if isinstance(inner, str)] or list(value)
-        fix = f"set data.text_field to one of {_list(there)}" if there else "it has no fields"
+        fix = f"set data.text_field to {_one_of(there)}" if there else "it has no fields"
         return None, f"has no text in the field {text_field!r}; {fix}"
     try:
         text.encode()
@@ -214,9 +212,9 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     )
 
 
-def _list(names: list[str]) -> str:
+def _one_of(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ("one of " if len(names) > 1 else "") + ", ".join(names[:_SHOWN]) + more
 
 
 def _line(error: BaseException) -> str:

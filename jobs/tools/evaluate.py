@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def evaluate(
         torch.set_num_threads(threads)
     directory = find_weights(checkpoint)
     run = _run_of(directory)
-    texts = documents_of(directory, data, text_field=text_field, note=note)
+    with _options_named(given=data is not None):
+        texts = documents_of(directory, data, text_field=text_field, note=note)
     model = load_model(directory, note=note)
     limit = model.transformer.config.max_position_embeddings
     length = sequence_length or min(run.training.sequence_length if run else _LENGTH, limit)
@@ -139,11 +142,29 @@ def _run_of(directory: Path) -> RunConfig | None:
         return None
 
 
+@contextmanager
+def _options_named(*, given: bool) -> Iterator[None]:
+    """Name the command's options in an error, in place of the fields of a run's configuration.
+
+    Args:
+        given: Whether the documents are those of `--data`, not of the run.
+    """
+    try:
+        yield
+    except DataError as error:
+        text = str(error).replace("; set data.text_field", "; set --text-field")
+        if given:
+            text = re.sub(r"^data\.path:", "--data:", text)
+            text = text.replace(", or set data.on_bad_record=skip", "")  # the run's alone, and no option
+        raise DataError(text) from None
+
+
 def _texts(
     data: str | None, text_field: str | None, run: RunConfig | None, note: Callable[[str], None]
 ) -> list[str]:
     field = text_field or (run.data.text_field if run else "text")
-    files = find_files(data if data is not None else run.data.path if run else None)
+    given = data if data is not None else run.data.path if run else None
+    files = find_files(given)
     note(f"reading {counted(len(files), 'file')}")
     problems: list[str] = []
     skipped = problems.append if run is not None and run.data.on_bad_record == "skip" else None
@@ -154,7 +175,7 @@ def _texts(
         names = held_out([document.name for document in documents], run.data.validation_fraction)
         documents = [document for document in documents if document.name in names]
     if not documents:
-        raise DataError(f"--data: {data} holds no text; give files that are not empty")
+        raise DataError(f"--data: {given} holds no text; give files that are not empty")
     return [document.text for document in documents]
 
 

@@ -21,6 +21,7 @@ from jobs.cli.app import app
 from jobs.config.config_file import load_config
 from jobs.config.presets import preset
 from jobs.console import Progress, finish, own_error, surfaced
+from jobs.serving.config import ServeConfig
 
 ROOT = Path(__file__).parents[3]
 runner = CliRunner()
@@ -101,6 +102,18 @@ def test_a_group_without_a_command_shows_its_help(arguments: list[str]) -> None:
     result = runner.invoke(app, arguments, prog_name="raymoe")
     assert "Commands:" in result.output
     assert "error:" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["config"], ["serve"], ["bench", "decode"], ["bench", "serve"]], ids=" ".join
+)
+def test_the_example_of_a_field_is_one_that_the_command_takes(command: list[str]) -> None:
+    words = runner.invoke(app, [*command, "--help"], prog_name="raymoe").stdout.split()
+    example = words[words.index("field,") + 3].rstrip(";")
+    if "serve" in command:
+        ServeConfig.load(None, [example])
+    else:
+        load_config(overrides=[example])
 
 
 @pytest.mark.parametrize("module", ["jobs.cli.app", "typer"])

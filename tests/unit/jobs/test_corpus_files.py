@@ -196,7 +196,7 @@ def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
         ({"a.txt": b"one"}, [], "holds 1 document"),
         ({"a.txt": b"", "b.txt": b""}, [], "holds 0 document"),
         ({"a.jsonl": b"x\ny\n"}, ["data.on_bad_record=skip"], r"line 1: .* skipped all 2 records"),
-        ({"a.jsonl": LINES}, ["data.text_field=body"], r"data\.text_field to one of text$"),
+        ({"a.jsonl": LINES}, ["data.text_field=body"], r"data\.text_field to text$"),
         ({"a.jsonl": LINES}, ["data.tokenizer=/nonesuch"], r"data\.tokenizer: /nonesuch does not exist"),
         (
             {"a.txt": b"a" * 9, "b.txt": b"b" * 9},

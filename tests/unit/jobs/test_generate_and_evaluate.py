@@ -127,6 +127,28 @@ def test_eval_judges_the_documents_that_the_run_held_out(run: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "nope"], "--data: nope does not exist; give a file, a folder or a glob"),
+        (["--data", "one.jsonl", "--text-field", "body"], "the field 'body'; set --text-field to text"),
+        (["--data", "two.jsonl", "--text-field", "c"], "the field 'c'; set --text-field to one of a, b"),
+        (["--data", "bytes.txt"], "is not UTF-8 text (byte 0); convert it with iconv -f ENCODING -t UTF-8"),
+    ],
+)
+def test_eval_names_its_own_options(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "two.jsonl").write_text('{"a": "one", "b": "two"}\n')
+    (tmp_path / "bytes.txt").write_bytes(b"\xff")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["eval", str(run), *options])
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: --data: ") and last.endswith(said)
+
+
 def test_the_commands_print_one_json_object(run: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     for arguments, key in (
