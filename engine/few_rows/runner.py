@@ -10,6 +10,7 @@ Shapes: N positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,6 +89,11 @@ class FewRowsRunner:
         return (
             like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and page_size % 4 == 0
         )
+
+    @staticmethod
+    def is_compiled() -> bool:
+        """Whether compiled code is stored, so that the first step does not take seconds to compile."""
+        return any(Path(attend.stats.cache_path).glob("attention.attend-*"))
 
     def batch(self, stretches: Sequence[Stretch]) -> FewRowsBatch:
         """The batch of a step over these stretches."""

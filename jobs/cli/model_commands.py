@@ -45,7 +45,8 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a text."""
-    text = _stdin_text() if prompt == "-" else prompt
+    text = _stdin_text() if prompt == "-" else _argument_text(prompt)
+    _say_loading(checkpoint)
 
     def compute() -> Result:
         from jobs.tools.generate import generate as run
@@ -88,6 +89,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Evaluate a model on documents: loss, perplexity, bits per byte, draft acceptance."""
+    _say_loading(checkpoint)
 
     def compute() -> Result:
         from jobs.tools.evaluate import evaluate as run
@@ -176,6 +178,20 @@ def config_(
         f"{counts['tokens']:,} tokens to train on"
     )
     print(commented_yaml(chosen), end="")
+
+
+def _say_loading(checkpoint: Path) -> None:
+    """Tell at once what the command does, before what takes seconds to import."""
+    if checkpoint.exists():
+        say(f"loading {checkpoint}")
+
+
+def _argument_text(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        raise DataError("--prompt is not UTF-8; convert it, for instance with iconv") from None
+    return prompt
 
 
 def _stdin_text() -> str:

@@ -66,7 +66,8 @@ def train(
         finish(compute, as_json=as_json)
     except Stopped:
         say("stopped before the first step; no checkpoint was written")
-        finish(lambda: {"interrupted": True, "output": str(directory)}, as_json=as_json)
+        made = {"output": str(directory)} if directory.exists() else {}
+        finish(lambda: {"interrupted": True, **made}, as_json=as_json)
 
 
 def _with_steps(overrides: list[str] | None, steps: int | None) -> list[str]:

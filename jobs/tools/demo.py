@@ -13,7 +13,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from jobs.config.run_config import RunConfig
-from jobs.console import Progress, surfaced
+from jobs.console import Progress, say, surfaced
 from jobs.fleet.stop_signals import Stopped, StopSignals
 
 _PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
@@ -43,12 +43,16 @@ def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
         console.print("stopped before the first step; no checkpoint was written")
         return
     if result["interrupted"]:
-        console.print(f"stopped at step {result['step']}; resume with: raymoe train --resume {output}")
+        console.print(
+            f"stopped at step {result['step']}; resume with: .venv/bin/raymoe train --resume {output}",
+            soft_wrap=True,
+        )
         return
     from jobs.tools.generate import generate
     from jobs.training.plot import plot_run
 
-    sample = generate(output, _PROMPT, max_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE)
+    say("loading the trained model, to write a sample with it")
+    sample = generate(output, _PROMPT, max_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE, note=say)
     picture = plot_run(output)
     console.print(summary_table(result))
     console.print(
@@ -64,6 +68,7 @@ def _run(output: Path, overrides: list[str], *, debug: bool) -> None:
 
 
 def _trained(console: Console, output: Path, overrides: list[str], *, debug: bool) -> dict[str, Any]:
+    say(f"loading what the demo needs; it trains a small model for a few minutes, into {output}")
     with StopSignals().watched() as stop:  # before what takes seconds to import
         from jobs.config.config_file import load_config
         from jobs.training.train import train

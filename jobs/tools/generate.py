@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.engine import Engine
+from engine.few_rows import FewRowsRunner
 from engine.params import SamplingParams
 from engine.settings import EngineSettings
 from engine.weights import TrunkWeights
@@ -42,7 +43,8 @@ def generate(
         seed: Seed of the sampling.
         generation_config: Whether the model's generation_config.json gives further sampling parameters.
         threads: Compute threads; None takes one for each core.
-        note: Called with what should be known about the checkpoint, one line at a time.
+        note: Called with what takes long, and with what should be known about the checkpoint and the
+            arguments, one line at a time.
 
     Returns:
         prompt, text (the generated text), tokens, finish_reason (`stop` at the end of the text, `length`
@@ -50,17 +52,15 @@ def generate(
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
-        DataError: The prompt is not UTF-8, or too long, or generation_config.json is damaged.
+        DataError: The prompt is too long, or generation_config.json is damaged.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
-        raise DataError("--prompt is not UTF-8; convert it, for instance with iconv") from None
+    note = note or (lambda _: None)
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(checkpoint, note=note)
     defaults = GenerationDefaults.of(model.directory, generation_config)
     ids = model.text.prompt(prompt)
+    _tell(model, len(ids), max_tokens, note)
     began = time.perf_counter()
     new, reason = continue_tokens(
         model,
@@ -78,6 +78,23 @@ def generate(
         "tokens_per_second": len(new) / (time.perf_counter() - began),
         "checkpoint": str(model.directory),
     }
+
+
+def _tell(model: LoadedModel, size: int, max_tokens: int | None, note: Callable[[str], None]) -> None:
+    """Tell that the asked number of tokens is cut, and that functions are compiled.
+
+    Args:
+        size: Tokens of the prompt.
+        max_tokens: What was asked for; None for a default, which may be cut without a word.
+    """
+    longest = model.transformer.config.max_position_embeddings
+    if max_tokens is not None and 0 < longest - size < max_tokens:
+        note(
+            f"--max-tokens is cut from {max_tokens:,} to {longest - size:,}: the model takes {longest:,} "
+            "tokens, the prompt and its continuation together (max_position_embeddings)"
+        )
+    if FewRowsRunner.takes(TrunkWeights.of(model.transformer), _PAGE) and not FewRowsRunner.is_compiled():
+        note("compiling the functions that generate, once; this takes about ten seconds")
 
 
 def continue_tokens(

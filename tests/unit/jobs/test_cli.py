@@ -17,10 +17,12 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from errors import CheckpointError, ConfigError, RaymoeError, ResourceError
+from jobs.cli import train_command
 from jobs.cli.app import app
 from jobs.config.config_file import load_config
 from jobs.config.presets import preset
 from jobs.console import Progress, finish, own_error, surfaced
+from jobs.fleet.stop_signals import Stopped
 from jobs.serving.config import ServeConfig
 
 ROOT = Path(__file__).parents[3]
@@ -141,6 +143,22 @@ def test_ctrl_c_while_options_are_read_ends_in_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(TyperGroup, "invoke", interrupted)
     result = runner.invoke(app, ["config"])
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_stopped_start_names_the_runs_directory_only_if_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(train_command, "_training_config", stopped)
+    output = tmp_path / "run"
+    if there:
+        output.mkdir()
+    result = runner.invoke(app, ["train", "--output", str(output), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"interrupted": True, **({"output": str(output)} if there else {})}
 
 
 def test_help_needs_neither_torch_nor_ray() -> None:

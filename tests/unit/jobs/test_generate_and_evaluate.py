@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from engine.engine import Engine
+from engine.few_rows import FewRowsRunner
 from errors import DataError
 from jobs.checkpoints.loaded_model import load_model
 from jobs.cli.app import app
@@ -83,6 +85,26 @@ def test_a_prompt_that_is_not_text_is_refused(run: Path, prompt: str, stdin: byt
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {said}")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_generate_says_what_it_does_and_what_it_cuts(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = CONFIG.model.max_position_embeddings
+    command = ["generate", str(run), "--prompt", "def", "--max-tokens"]
+    with monkeypatch.context() as first:
+        nothing = SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path)))
+        first.setattr("engine.few_rows.runner.attend", nothing)
+        assert not FewRowsRunner.is_compiled()
+    assert generate(run, "def", max_tokens=1)["tokens"] == 1
+    assert FewRowsRunner.is_compiled()
+    monkeypatch.setattr(FewRowsRunner, "is_compiled", lambda: False)
+    cut = CliRunner().invoke(app, [*command, "4000"]).stderr.splitlines()
+    assert cut[0] == f"loading {run}"
+    assert cut[1].startswith("--max-tokens is cut from 4,000 to ") and f"takes {longest:,} tokens" in cut[1]
+    assert cut[2].startswith("compiling the functions that generate, once")
+    monkeypatch.setattr(FewRowsRunner, "is_compiled", lambda: True)
+    assert CliRunner().invoke(app, [*command, "3"]).stderr.splitlines() == cut[:1]
 
 
 def test_a_prompt_from_stdin_is_utf_8_whatever_the_locale(run: Path) -> None:

@@ -101,7 +101,10 @@ def test_a_file_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
             "training.steps.x=3",
             "--set training.steps.x: training.steps is a value, not a section with fields",
         ),
-        ("training.steps", "--set 'training.steps': write section.field=value, such as training.steps=100"),
+        (
+            "training.steps",
+            "--set 'training.steps': write section.field=value, such as cluster.expert_hosts=2",
+        ),
         ("training.steps= ", "--set training.steps: is empty; write training.steps=VALUE"),
         ("data.path=", "--set data.path: is empty; write data.path=VALUE"),
     ],
