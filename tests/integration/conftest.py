@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
 import ray
 
-from support.commands.losses import busy_core
-from support.commands.serve import SharedServer
+from actors.rpc.admin_client import AdminClient
+from support.commands.losses import LossSeries, busy_core
+from support.commands.serve import TWO_REPLICAS, SharedServer
 from support.commands.train import STEPS, finish, start
 
 _server = SharedServer()
@@ -90,3 +91,11 @@ def machine(request: pytest.FixtureRequest) -> Iterator[str]:
     """What else runs."""
     with nullcontext() if request.param == "quiet" else busy_core():
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def losses(shared_server: SharedServer) -> Iterator[LossSeries]:
+    """A server whose processes are lost one after the other."""
+    server = shared_server.with_settings({**TWO_REPLICAS, "cluster.dead_after": 1.0})
+    with closing(AdminClient(f"grpc:{server.coordinator}")) as admin:
+        yield LossSeries(server, admin)

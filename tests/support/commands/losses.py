@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
 
 from actors.rpc.admin_client import AdminClient
 from support.commands.serve import PROMPT, ServeProcess
-from support.commands.streams import TRUNK, actors
+from support.commands.streams import TRUNK, StreamLoad, Told, actors, disturbed
 from support.waiting import wait_until
 
 IN_A_ROW = 30
 """Losses in a row in the tests that lose the same thing again and again."""
+
+_STREAMS, _TOKENS = 12, 160  # of a `LossSeries`
 
 
 def request(index: int, count: int) -> dict[str, Any]:
@@ -87,6 +94,50 @@ class SaidLines:
         return wait_until(lambda: self.find(pattern), seconds=120.0, every=0.1, what=self._log.read_text)[0]
 
 
+@dataclass(slots=True)
+class LossSeries:
+    """Streams of a server of three hosts and two trunk replicas, which loses one process after the other."""
+
+    server: ServeProcess
+    admin: AdminClient
+    undisturbed: list[Told] = field(init=False)
+
+    def __post_init__(self) -> None:
+        wait_for_trunks(self.server)
+        self.undisturbed = asyncio.run(self._load().run())
+        assert all(reason == "length" for *_, reason in self.undisturbed)
+
+    def lose(
+        self, candidates: Callable[[], list[psutil.Process]], how: signal.Signals, *, kill: bool = False
+    ) -> str:
+        """Send a signal to one of these processes again and again; return the longest gaps as text.
+
+        Args:
+            candidates: The processes of which one is lost.
+            how: The signal.
+            kill: End a stopped process in the end; otherwise the server has to.
+        """
+        gaps = []
+        for seed in range(IN_A_ROW):
+            wait_for_trunks(self.server)
+            wait_for_hosts(self.admin, 3)
+            source = random.Random(seed)
+            at = source.randrange(_STREAMS, _STREAMS * _TOKENS // 2)
+            lost = source.choice(candidates())
+            load = self._load()
+            asyncio.run(disturbed(load, at, partial(lost.send_signal, how)))
+            assert load.told == self.undisturbed
+            gaps.append(load.gap)
+            if kill:
+                with suppress(psutil.NoSuchProcess):
+                    lost.kill()
+            lost.wait(60)
+        return f"{IN_A_ROW} times: longest gaps {', '.join(f'{gap:.2f}' for gap in sorted(gaps))} s"
+
+    def _load(self) -> StreamLoad:
+        return StreamLoad(self.server, [request(index, _TOKENS) for index in range(_STREAMS)])
+
+
 @contextmanager
 def busy_core() -> Iterator[None]:
     """A process that keeps one core busy within the context."""
@@ -100,6 +151,7 @@ def busy_core() -> Iterator[None]:
 
 __all__ = [
     "IN_A_ROW",
+    "LossSeries",
     "SaidLines",
     "answering_trunks",
     "busy_core",

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import pytest
 
 from jobs.fleet.stop_signals import Stopped, StopSignals
 from jobs.tools.demo import main
+from support.waiting import wait_until
 
 # The main thread is in a call that does not return when SIGTERM comes; another thread takes the signal.
 _STUCK = """
@@ -64,8 +64,7 @@ def test_a_start_that_does_not_answer_is_ended_with_its_processes() -> None:
     assert err == "stopped without waiting for what was under way\n"
     with suppress(psutil.NoSuchProcess):  # the signal to the child was sent, and may still be on its way
         child = psutil.Process(int(out))
-        while child.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+        wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_sigterm_while_the_demo_starts_is_no_failure(
