@@ -124,7 +124,13 @@ class Interface(GrpcMethods):
     async def _drain(self) -> None:
         """Tell the pool when no request is in progress any more."""
         await self._backend.admission.drained()
-        await self._link.drained()
+        while True:
+            try:
+                await self._link.drained()
+            except Exception:  # the pool is restarting; without this report the shutdown waits its full grace
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                return
 
     async def _follow(self, run: str, version: WeightsVersion) -> None:
         """Follow the version that the pool wants; after a crash of the pool, join the new one."""

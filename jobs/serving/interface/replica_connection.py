@@ -125,8 +125,9 @@ class ReplicaConnection:
                 continue
             try:
                 await self.status()
-            except ChannelError as error:
-                self.lost = f"the trunk's replica at {error}"
+            except Exception as error:  # an unforeseen one too: without a watch the calls could wait for ever
+                what = str(error) if isinstance(error, ChannelError) else f"{self.address}: {error!r}"
+                self.lost = f"the trunk's replica at {what}"
                 for call in list(self._calls):
                     with suppress(Exception):
                         call.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +12,8 @@ from cluster.events import Event, EventLog
 from errors import RaymoeError
 from jobs.serving.pool.process_inquiry import ProcessInquiry
 from jobs.serving.pool.process_losses import LOOK_SECONDS, ProcessLosses, ProcessSigns
+
+log = logging.getLogger(__name__)
 
 
 class EventRecorder(Protocol):
@@ -38,6 +41,7 @@ class ProcessWatch:
     inquire: Callable[[Mapping[str, str]], ProcessSigns] = field(default_factory=ProcessInquiry)
     events: EventLog = field(default_factory=EventLog)
     _recorded: int = 0
+    _failure: str | None = None
     _watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -70,7 +74,15 @@ class ProcessWatch:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # the next look may succeed, and a watch that ended would tell nothing
+                failure = f"{type(error).__name__}: {error}"
+                if failure != self._failure:  # one line for a failure that repeats every second
+                    log.exception("the watch over the deployment's processes failed; it looks again")
+                self._failure = failure
+            else:
+                self._failure = None
 
 
 __all__ = ["EventRecorder", "ProcessWatch"]

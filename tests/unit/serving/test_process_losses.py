@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 from ray.core.generated.common_pb2 import ActorDeathCause, ActorDiedErrorContext
 
+import jobs.serving.pool.process_watch
 from cluster.events import Event
 from errors import ChannelError
 from jobs.serving.pool.process_inquiry import end_of
@@ -235,3 +236,32 @@ def test_the_coordinator_gets_every_event_once_it_is_there(scene: LossScene, has
     asyncio.run(run())
     assert [event.kind for event in watch.events] == ["died", "replaced"]
     assert recorder.events == (list(watch.events) if has_recorder else [])
+
+
+def test_a_look_that_raises_does_not_end_the_watch(
+    scene: LossScene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jobs.serving.pool.process_watch, "LOOK_SECONDS", 0.001)
+    looks = 0
+
+    def inquire(suspects: Mapping[str, str]) -> ProcessSigns:
+        nonlocal looks
+        looks += 1
+        if looks <= 3:
+            raise KeyError("nobody foresaw this")
+        return ProcessSigns(ends={"a": KILLED})
+
+    watch = ProcessWatch(scene.losses, None, inquire=inquire)
+
+    async def run() -> None:
+        scene.start("a")
+        scene.now += 1.0
+        watch.start()
+        async with asyncio.timeout(10):
+            while not watch.events.recorded:
+                await asyncio.sleep(0)
+        watch.stop()
+
+    asyncio.run(run())
+    assert [event.text for event in watch.events] == ["trunk replica a: its process ended"]
+    assert [record.exc_text is not None for record in caplog.records] == [True]  # told once, not at every look

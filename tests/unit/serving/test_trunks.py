@@ -14,6 +14,7 @@ from engine.sequence import TokenLogprobs
 from errors import ConfigError, QueueFull
 from jobs.api.serving_metrics import ExpertFigures
 from jobs.serving.interface.deployment_status import DeploymentStatus
+from jobs.serving.interface.replica_connection import ReplicaConnection
 from jobs.serving.trunk_messages import delta_message, delta_of, sampling_message, sampling_params
 from support.fakes.fake_replicas import (
     COUNT,
@@ -79,6 +80,20 @@ def test_a_replica_that_hangs_is_given_up_and_all_its_requests_go_on() -> None:
             scene.picks = 0
             assert tokens(await heard(trunks)) == expected(PROMPT)
             assert len(scene.fakes[0].asked) == 2
+
+    run(check)
+
+
+def test_a_watch_that_fails_in_an_unforeseen_way_gives_its_replica_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("nobody foresaw this")
+
+    async def check() -> None:
+        scene = Scene([{4: "hangs"}, {}])
+        async with scene.running(dead_after=0.5) as trunks:
+            monkeypatch.setattr(ReplicaConnection, "status", broken)
+            assert tokens(await heard(trunks)) == expected(PROMPT)
+            assert scene.lost_ones == ["lease-1"]
 
     run(check)
 
