@@ -182,6 +182,7 @@ def bench_serve(
     probe_seconds: serve_options.ProbeSeconds = 10.0,
     timeout: serve_options.Timeout = 600.0,
     api_key: serve_options.ApiKey = None,
+    api_key_file: serve_options.ApiKeyFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -189,6 +190,7 @@ def bench_serve(
     from benchmarks.serving.load_test import Load
     from benchmarks.serving.progress import ProgressLine
     from benchmarks.serving.request_mix import mix_of, rate_of
+    from jobs.api.api_keys import client_key
 
     if url is not None and (checkpoint or config or overrides):
         raise ConfigError("--checkpoint, --config and --set are for a server of its own; leave out URL")
@@ -208,7 +210,7 @@ def bench_serve(
         probe_seconds=probe_seconds,
         ignore_eos=ignore_eos,
         timeout=timeout,
-        api_key=api_key,
+        api_key=api_key or client_key(api_key_file),
     )
     options = [*(["--config", str(config)] if config else ()), *(f"--set={text}" for text in overrides or ())]
 

@@ -10,7 +10,7 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Load:
     most_concurrency: int = 256
     ignore_eos: bool = True
     timeout: float = 600.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 def bench_serve(

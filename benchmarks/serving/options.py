@@ -69,10 +69,24 @@ ProbeSeconds = Annotated[
     ),
 ]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds after which a request fails.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", help="API key sent with every request.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        help="API key sent with every request. Others see arguments; RAYMOE_API_KEY or a file is better.",
+    ),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        help="File with the API key in its first line. By default RAYMOE_API_KEY, or RAYMOE_API_KEYS_FILE.",
+    ),
+]
 
 __all__ = [
     "ApiKey",
+    "ApiKeyFile",
     "Drops",
     "Duration",
     "IgnoreEos",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from engine.text import Detokenizer
 from errors import ConfigError, DataError, QueueFull, RaymoeError, ResourceError
 from jobs.api.admission import Admission
 from jobs.api.api_errors import ApiError, invalid, too_long
+from jobs.api.api_keys import ApiKeys
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
 from jobs.chat.chat_renderer import ChatRenderer
@@ -39,13 +39,11 @@ class Limits:
         max_queue: Requests that may wait at a replica; further ones get status 429.
         max_prompt: Tokens of a prompt; None is the model's limit.
         max_tokens: Tokens that a request may ask for; None is the model's limit.
-        api_keys: API keys, one of which every request must carry; if empty, no key is needed.
     """
 
     max_queue: int = 256
     max_prompt: int | None = None
     max_tokens: int | None = None
-    api_keys: tuple[str, ...] = ()
 
 
 class Service(Protocol):
@@ -94,6 +92,7 @@ class Backend:
         longest: Tokens that prompt and answer may have together.
         end_of_text: Token that an empty prompt stands for.
         defaults: Sampling parameters that a request does not set.
+        keys: API keys that requests may carry.
         opening: Number of tokens that the tokenizer puts before a text (BOS).
         health: Returns why requests cannot be answered, or None.
         engines: Returns the engines' figures by name.
@@ -115,6 +114,7 @@ class Backend:
     experts: Callable[[], Awaitable[ExpertFigures | None]] = _no_experts
     metrics: ServingMetrics
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    keys: ApiKeys = field(default_factory=ApiKeys)
     admission: Admission = field(default_factory=Admission)
     created: int = field(default_factory=lambda: int(time.time()))
     detokenizer: Detokenizer = field(init=False, repr=False)
@@ -135,14 +135,7 @@ class Backend:
         Raises:
             ApiError: A key is needed, and it is missing or wrong.
         """
-        keys = self.limits.api_keys
-        if not keys:
-            return
-        scheme, _, key = (authorization or "").strip().partition(" ")
-        # Headers are read as Latin-1, whatever bytes the client sent.
-        given = key.strip().encode("latin-1", "replace")
-        known = any(hmac.compare_digest(given, key.encode()) for key in keys)
-        if scheme.lower() != "bearer" or not known:
+        if not self.keys.allows(authorization):
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send Authorization: Bearer KEY",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, ValidationError, field_validator, model_validator
 
 from cluster.config import ClusterConfig, GpuShare, Reserved, Seconds
 from engine.settings import EngineSettings
 from errors import ConfigError
+from jobs.api.api_keys import FILE_VARIABLE, VARIABLE, ApiKeys, configured_digests, is_digest, taken_from
 from jobs.api.backend import Limits
 from jobs.checkpoints.generation_defaults import GenerationSource
 from jobs.config.config_file import apply_override
 from jobs.config.field_errors import Section
 from jobs.config.run_config import CountOrZero, DTypeName, Size, Threads
 from jobs.config.yaml_text import read_yaml
+from jobs.console import say
 
 
 class ServingConfig(Section):
@@ -38,7 +41,10 @@ class ServingConfig(Section):
         max_queue: requests that may wait at a replica; further ones get status 429.
         max_prompt: largest number of tokens of a prompt; null is the model's limit.
         max_tokens: largest number of tokens that a request may ask for; null is the model's limit.
-        api_keys: API keys, one of which every request must carry; if empty, no key is needed.
+        api_keys: API keys, one of which every request must carry, each as it is or as `sha256:` and its
+            digest; without these, a file and the environment's, no key is needed.
+        api_keys_file: a file on the head node with an API key on each line, or a directory of such files, as
+            Kubernetes mounts a secret; it is followed, so that keys change without a restart.
         replicas: number of trunk replicas, which share the expert hosts.
         api_replicas: number of processes of the interface, which have no weights.
         resume_timeout: seconds that a request waits for another replica after its own has died.
@@ -64,6 +70,7 @@ class ServingConfig(Section):
     max_prompt: Size | None = None
     max_tokens: Size | None = None
     api_keys: tuple[str, ...] = ()
+    api_keys_file: str | None = None
     replicas: Size = 1
     api_replicas: Size = 1
     resume_timeout: Seconds = 120.0
@@ -72,13 +79,29 @@ class ServingConfig(Section):
     gpus_per_replica: GpuShare = 0
     threads: Threads | None = None
 
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _digests_in_place_of_keys(cls, value: Any) -> Any:
+        return configured_digests(value, lambda text: say(f"serving.api_keys: {text}"))
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _whatever_the_working_directory(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value.strip():
+            raise ValueError("this is empty; give a path, or null")
+        return str(Path(value).expanduser().absolute())
+
     @field_validator("autoscaling")
     @classmethod
     def _as_serve_takes_it(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        from ray.serve.config import AutoscalingConfig  # slow to import, and rarely used
-
         if value is None:
             return None
+        from ray.serve.config import AutoscalingConfig  # slow to import, and rarely used
+
         unknown = sorted(set(value) - set(AutoscalingConfig.model_fields))
         if unknown:  # Serve ignores them
             raise ValueError(f"Ray Serve's autoscaling_config has no field {', '.join(unknown)}; remove it")
@@ -113,13 +136,21 @@ class ServingConfig(Section):
             overlap_from=self.overlap_from,
         )
 
+    def allowed_keys(self) -> ApiKeys:
+        """The API keys of requests, with those of this process's environment.
+
+        Raises:
+            ConfigError: The file of keys cannot be read, or a variable is set and empty.
+        """
+        file = None if self.api_keys_file is None else Path(self.api_keys_file)
+        return ApiKeys.of(self.api_keys, file)
+
     def limits(self) -> Limits:
         """The limits that the interface enforces."""
         return Limits(
             max_queue=self.max_queue,
             max_prompt=self.max_prompt,
             max_tokens=self.max_tokens,
-            api_keys=self.api_keys,
         )
 
 
@@ -133,6 +164,8 @@ class ServeConfig(Section):
 
     serving: ServingConfig = ServingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     @property
     def on_gpus(self) -> bool:
@@ -150,9 +183,51 @@ class ServeConfig(Section):
         values: Any = {} if file is None else read_yaml(file) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: holds no mapping of sections (serving, cluster)")
+        given: dict[str, Any] = {}
         for override in overrides:
+            apply_override(given, override)
             apply_override(values, override)
+        if _has_keys(given):
+            raise ConfigError(
+                "--set serving.api_keys: other users see the arguments of a command, and Ray records them; "
+                f"put the keys into {VARIABLE}, or into a file that serving.api_keys_file or "
+                f"{FILE_VARIABLE} names, or give their digests (sha256:…)"
+            )
         return cls.from_dict(values)
+
+    @classmethod
+    def of_arguments(cls, values: Any) -> Self:
+        """The configuration in the `args` of a Serve config file.
+
+        Raises:
+            ConfigError: A value is invalid, or an API key stands there.
+        """
+        if _has_keys(values):
+            raise ConfigError(
+                "args.serving.api_keys: Ray Serve's status and dashboard show these arguments; give "
+                "serving.api_keys_file, or the digests of the keys (sha256:…)"
+            )
+        return cls.from_dict(values)
+
+    def with_keys_of(self, environment: MutableMapping[str, str]) -> Self:
+        """This configuration with the keys of a command's environment, which loses them.
+
+        Raises:
+            ConfigError: A variable is set and empty, or holds what is no key.
+        """
+        keys, file = taken_from(environment)
+        changes = {
+            "api_keys": (*self.serving.api_keys, *keys),
+            "api_keys_file": self.serving.api_keys_file or (None if file is None else str(file)),
+        }
+        return self.model_copy(update={"serving": self.serving.model_copy(update=changes)})
+
+
+def _has_keys(values: Any) -> bool:
+    """Whether the plain values of a configuration hold an API key as it is, and not its digest."""
+    serving = values.get("serving") if isinstance(values, dict) else None
+    keys = serving.get("api_keys") if isinstance(serving, dict) else None
+    return keys is not None and not (isinstance(keys, list | tuple) and all(map(is_digest, keys)))
 
 
 __all__ = ["ServeConfig", "ServingConfig"]

@@ -149,7 +149,7 @@ def app(arguments: dict[str, Any]) -> Application:
     checkpoint = values.pop("checkpoint", None)
     if not isinstance(checkpoint, str):
         raise RaymoeError("args.checkpoint is missing; give the directory of a checkpoint")
-    return build_application(ServeConfig.from_dict(values), find_weights(Path(checkpoint)).resolve())
+    return build_application(ServeConfig.of_arguments(values), find_weights(Path(checkpoint)).resolve())
 
 
 __all__ = ["GRACE_SECONDS", "TrunkReplica", "app", "build_application"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -90,6 +91,7 @@ def serve(
         RaymoeError: The deployment failed, with its error text.
     """
     stop = stop or StopSignals()
+    config = config.with_keys_of(os.environ)
     directory = _checked(config, checkpoint, address=address, listen=listen)
     if not debug:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -187,6 +189,7 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, list
             f"{model.n_routed_experts} routed experts: a host would own none; lower it"
         )
     if embeds(address):
+        config.serving.allowed_keys()  # their file is to be read on this machine
         check_serving(config, model, serving_dtype(config, directory))
     return directory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from engine.service import EngineService
 from engine.settings import EngineSettings
 from engine.weights import TrunkWeights
 from jobs.api import build_api
+from jobs.api.api_keys import ApiKeys
 from jobs.api.backend import Backend, Limits
 from jobs.api.serving_metrics import ExpertFigures, ServingMetrics
 from jobs.chat.chat_renderer import ChatRenderer
@@ -32,6 +34,7 @@ class Served:
         self,
         limits: Limits | None = None,
         *,
+        keys: Sequence[str] = (),
         tokenizer: tuple[Tokenizer, int] | None = None,
         dtype: torch.dtype = torch.float32,
         settings: EngineSettings | None = None,
@@ -78,6 +81,7 @@ class Served:
             longest=self.engine.longest,
             end_of_text=end,
             limits=limits or Limits(),
+            keys=ApiKeys(keys),
             health=self.health,
             experts=self.experts,
             metrics=ServingMetrics("tiny"),

@@ -65,6 +65,7 @@ class Interface(GrpcMethods):
         self._closing = ExitStack()  # closed in the reverse order
         self._loopback = loopback
         config = ServeConfig.from_dict(values)
+        keys = config.serving.allowed_keys()
         model = model_config(Path(directory))
         text = load_tokenizer(Path(directory), model.vocab_size)
         self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
@@ -91,6 +92,7 @@ class Interface(GrpcMethods):
             longest=config.serving.engine_settings().longest(model.max_position_embeddings),
             end_of_text=text.end_of_text,
             limits=config.serving.limits(),
+            keys=keys,
             health=deployment.health,
             engines=deployment.engines,
             experts=deployment.experts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -47,10 +48,12 @@ CONFIG = ModelConfig(
     num_nextn_predict_layers=1,
 )
 
-KEY = "none"
+KEY = "a-key-of-the-tests-of-serve"
 """The API key that the clients of these tests send."""
 
-ONE_REPLICA: dict[str, object] = {"cluster.expert_hosts": 2, "serving.api_keys": f'["{KEY}"]'}
+_DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+
+ONE_REPLICA: dict[str, object] = {"cluster.expert_hosts": 2, "serving.api_keys": f'["sha256:{_DIGEST}"]'}
 """Settings of the server that tests of a single replica of the trunk share."""
 
 TWO_REPLICAS: dict[str, object] = {

@@ -211,12 +211,12 @@ def test_models_health_and_metrics(served: Served) -> None:
 
 
 def test_keys_and_a_full_queue() -> None:
-    served = Served(Limits(api_keys=("secret",), max_queue=0))
+    served = Served(Limits(max_queue=0), keys=["secret-of-16-and-more"])
     try:
         assert served.complete().status_code == 401
         served.client.headers["Authorization"] = "Bearer wrong"
         assert served.complete().json()["error"]["code"] == "invalid_api_key"
-        served.client.headers["Authorization"] = "Bearer secret"
+        served.client.headers["Authorization"] = "Bearer secret-of-16-and-more"
         assert served.client.get("/v1/models").status_code == 200
         answer = served.complete()
         assert answer.status_code == 429

@@ -142,15 +142,15 @@ def test_a_refusal_has_its_status_and_names_the_parameter(
 
 
 def test_keys_a_full_queue_and_callers_from_elsewhere() -> None:
-    served = Served(Limits(api_keys=("secret",), max_queue=0))
+    served = Served(Limits(max_queue=0), keys=["secret-of-16-and-more"])
     try:
         methods = Methods(served)
         assert methods.refused()[0] is grpc.StatusCode.UNAUTHENTICATED
         wrong = Context({"authorization": "Bearer wrong"})
         assert methods.refused(wrong)[0] is grpc.StatusCode.UNAUTHENTICATED
-        right = Context({"authorization": "Bearer secret"})
+        right = Context({"authorization": "Bearer secret-of-16-and-more"})
         assert methods.refused(right)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        far = Context({"authorization": "Bearer secret"}, peer="ipv4:192.0.2.9:5")
+        far = Context({"authorization": "Bearer secret-of-16-and-more"}, peer="ipv4:192.0.2.9:5")
         assert Methods(served, loopback=True).refused(far)[0] is grpc.StatusCode.PERMISSION_DENIED
     finally:
         served.service.close()
