@@ -32,7 +32,9 @@ class PoolLink:
         self.serves = False
         self._interface = interface
         self._actor = ray.get_runtime_context().get_actor_id() or ""
-        self._pool = pool
+        # Over Serve's gRPC: Ray's own answers of one process leave it in a single thread, so that one caller
+        # that hangs would keep the pool's answers from all others.
+        self._pool = pool.options(_by_reference=False)
         self._calls: dict[str, Any] = {}
 
     async def enter(self) -> PoolMembership:

@@ -26,8 +26,7 @@ _ANSWER_SECONDS = 0.5
 class ProcessInquiry:
     """Asks Ray about processes, and the processes themselves by calls of Ray; used by one thread at a time.
 
-    These calls do not go through Ray Serve: where one process hangs, Serve may deliver no answer of the pool
-    to any other, so that none of them asks again.
+    These calls do not go through Ray Serve, whose own delays would make processes look as if they hung.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,14 @@ import psutil
 import pytest
 
 from actors.rpc.admin_client import AdminClient
-from support.commands.losses import SaidLines, answering_trunks, request, trunks, wait_for_trunks
+from support.commands.losses import (
+    SaidLines,
+    answering_trunks,
+    expert_hosts,
+    request,
+    trunks,
+    wait_for_trunks,
+)
 from support.commands.serve import PROMPT, TWO_REPLICAS, ServeProcess, SharedServer
 from support.commands.streams import INTERFACE, StreamLoad, Told, actors
 from support.waiting import wait_until
@@ -115,6 +122,8 @@ def test_a_replica_that_hangs_is_given_up(server: ServeProcess, undisturbed: lis
     try:
         load = asyncio.run(disturbed(server, [STREAMS * 20], stop))
         given_up = said.wait(r"died: trunk replica (\w+): silent for 5 s").group(1)
+        # The pool answers the other processes meanwhile.
+        wait_until(lambda: expert_hosts(server) == TWO_REPLICAS["cluster.expert_hosts"], seconds=5.0)
     finally:
         hung[0].send_signal(signal.SIGCONT)
     assert load.told == undisturbed

@@ -53,9 +53,19 @@ def trunks(server: ServeProcess) -> list[psutil.Process]:
 
 def answering_trunks(server: ServeProcess) -> int:
     """Number of trunk replicas that answer."""
+    return len(_metric(server, "num_requests_running"))
+
+
+def expert_hosts(server: ServeProcess) -> float | None:
+    """Number of expert hosts that serve and answer; None while the pool does not say."""
+    return next(iter(_metric(server, "expert_hosts")), None)
+
+
+def _metric(server: ServeProcess, name: str) -> list[float]:
+    """The values of a metric, whatever its labels."""
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    return sum(line.startswith("raymoe_num_requests_running{") for line in lines)
+    return [float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"raymoe_{name}{{")]
 
 
 def wait_for_trunks(server: ServeProcess) -> None:
@@ -94,6 +104,24 @@ class SaidLines:
         return wait_until(lambda: self.find(pattern), seconds=120.0, every=0.1, what=self._log.read_text)[0]
 
 
+def _hit(
+    candidates: Callable[[], list[psutil.Process]],
+    source: random.Random,
+    how: signal.Signals,
+    hit: list[psutil.Process],
+) -> None:
+    """Send a signal to one of the processes that there are now, and add that one to `hit`.
+
+    A process that starved for a while, so that it was given up and replaced, may end just now: then another
+    one is taken.
+    """
+    while not hit:
+        one = source.choice(candidates())
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(how)
+            hit.append(one)
+
+
 @dataclass(slots=True)
 class LossSeries:
     """Streams of a server of three hosts and two trunk replicas, which loses one process after the other."""
@@ -123,11 +151,11 @@ class LossSeries:
             wait_for_hosts(self.admin, 3)
             source = random.Random(seed)
             at = source.randrange(_STREAMS, _STREAMS * _TOKENS // 2)
-            lost = source.choice(candidates())
-            load = self._load()
-            asyncio.run(disturbed(load, at, partial(lost.send_signal, how)))
+            load, hit = self._load(), list[psutil.Process]()
+            asyncio.run(disturbed(load, at, partial(_hit, candidates, source, how, hit)))
             assert load.told == self.undisturbed
             gaps.append(load.gap)
+            (lost,) = hit
             if kill:
                 with suppress(psutil.NoSuchProcess):
                     lost.kill()
