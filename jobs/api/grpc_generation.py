@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from engine.delta import Delta
 from engine.sequence import TokenLogprobs
 from jobs.api.answers import raise_error_of
-from jobs.api.api_errors import of_validation
+from jobs.api.api_errors import invalid, of_validation
 from jobs.api.backend import Backend
 from jobs.api.completion_jobs import completion_job
 from jobs.api.request_bodies import CompletionRequest
@@ -22,25 +22,25 @@ from jobs.api.response_bodies import Choice, CompletionView, Usage
 from protos import generation_pb2
 from protos.generation_pb2 import GenerateReply, GenerateRequest
 
+_LONGEST_LIST = 4096
 
-async def generate(
-    backend: Backend, message: GenerateRequest, authorization: str | None
-) -> AsyncGenerator[GenerateReply, None]:
+
+async def generate(backend: Backend, message: GenerateRequest) -> AsyncGenerator[GenerateReply, None]:
     """Replies to a request, as tokens are generated; closing the generator ends the generation.
+
+    The caller has checked the API key, before it read the message.
 
     Raises:
         ApiError: The request is refused, or the engine failed.
     """
     with backend.admission.request():
-        async with aclosing(_replies(backend, message, authorization)) as replies:
+        async with aclosing(_replies(backend, message)) as replies:
             async for reply in replies:
                 yield reply
 
 
-async def _replies(
-    backend: Backend, message: GenerateRequest, authorization: str | None
-) -> AsyncGenerator[GenerateReply, None]:
-    backend.check_key(authorization)
+async def _replies(backend: Backend, message: GenerateRequest) -> AsyncGenerator[GenerateReply, None]:
+    _refuse_wide(message, backend)
     request = completion_request(message)
     backend.check_model(request.model)
     job = await completion_job(backend, request)
@@ -79,6 +79,19 @@ async def _each(
     async for ready in deltas:
         for one in ready:
             yield one
+
+
+def _refuse_wide(message: GenerateRequest, backend: Backend) -> None:
+    """Refuse lists that are longer than any valid one, before they become Python's objects, which are larger.
+
+    Raises:
+        ApiError: One is; the error names it.
+    """
+    backend.room(message.tokens.ids, 0, "max_tokens")
+    most = max(_LONGEST_LIST, backend.tokenizer.get_vocab_size())
+    for field in ("stop", "stop_token_ids", "logit_bias"):
+        if (size := len(getattr(message, field))) > most:
+            raise invalid(f"{field} has {size} entries; {most} at most", field)
 
 
 def completion_request(message: GenerateRequest) -> CompletionRequest:

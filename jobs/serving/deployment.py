@@ -99,13 +99,13 @@ class TrunkReplica:
         self._closing.close()
 
 
-def build_application(config: ServeConfig, directory: Path, *, loopback: bool = False) -> Application:
+def build_application(config: ServeConfig, directory: Path, *, grpc: str | None = None) -> Application:
     """The application for `serve.run`.
 
     Args:
         config: The configuration.
         directory: The directory with weights and tokenizer.
-        loopback: Refuse gRPC calls from other machines; Serve's gRPC proxy listens on all interfaces.
+        grpc: Host and port for gRPC, on the head node; None is without.
     """
     serving, values = config.serving, config.to_dict()
     pool = serve.deployment(
@@ -133,7 +133,7 @@ def build_application(config: ServeConfig, directory: Path, *, loopback: bool = 
         ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=GRACE_SECONDS,
-    ).bind(values, str(directory), serving.name or model_name(directory), pool, trunk, loopback=loopback)
+    ).bind(values, str(directory), serving.name or model_name(directory), pool, trunk, grpc=grpc)
 
 
 def app(arguments: dict[str, Any]) -> Application:

@@ -16,8 +16,7 @@ class ListenAddress:
     Attributes:
         host: Network interface for HTTP.
         port: Port for HTTP.
-        grpc_port: Port for gRPC; None switches it off. Serve's gRPC proxy listens on all interfaces; if
-            `host` is the loopback, calls from other machines are refused.
+        grpc_port: Port for gRPC; None switches it off.
     """
 
     host: str
@@ -31,6 +30,13 @@ class ListenAddress:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def grpc(self) -> str | None:
+        """Host and port for gRPC; None if it is off."""
+        if self.grpc_port is None:
+            return None
+        return f"[{self.host}]:{self.grpc_port}" if ":" in self.host else f"{self.host}:{self.grpc_port}"
 
     def check_free(self) -> None:
         """Check that both ports can be listened on; Serve's proxies would fail late, or silently.
@@ -51,7 +57,7 @@ class ListenAddress:
             ) from None
         _try("--port", self.port, family, address)
         if self.grpc_port is not None:
-            _try("--grpc-port", self.grpc_port, socket.AF_INET, ("", self.grpc_port))
+            _try("--grpc-port", self.grpc_port, family, (address[0], self.grpc_port, *address[2:]))
 
 
 def _try(option: str, port: int, family: int, address: tuple[object, ...]) -> None:

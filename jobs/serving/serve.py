@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import ray
 from ray import serve as ray_serve
-from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.config import HTTPOptions
 
 from errors import CheckpointError, ConfigError, ResourceError
 from jobs.chat.chat_template import ChatTemplate
@@ -32,7 +31,6 @@ from jobs.fleet.waiting import Tell
 from jobs.serving.config import ServeConfig
 from jobs.serving.deploying import deploy, start_serve
 from jobs.serving.deployment import app, build_application
-from jobs.serving.interface.grpc_methods import SERVICES
 from jobs.serving.memory_check import check_serving
 from jobs.serving.names import NAME, POOL
 from jobs.serving.pool_events import PoolEvents
@@ -41,7 +39,6 @@ from jobs.serving.served_model import serving_dtype
 from jobs.serving.shutdown import request_deletion, take_down
 from model.checkpoints.sources import PretrainedSource
 
-_GRPC_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
 _TRIES = 6
 _EVENTS_SECONDS = 1.0  # between two questions to the pool
@@ -105,9 +102,7 @@ def serve(
         start_serve(tell, **_proxies(listen))
         answers = False
         try:
-            deploy(build_application(config, directory, loopback=listen.loopback), name=NAME, tell=tell)
-            if listen.grpc_port is not None:
-                _check_answers(listen.grpc_port)
+            deploy(build_application(config, directory, grpc=listen.grpc), name=NAME, tell=tell)
             endpoints = _endpoints(listen)
             answers = True
             stopped = threading.Event()
@@ -131,12 +126,10 @@ def _follow(stopped: threading.Event, coordinator: str | None, tell: Tell) -> No
 
 
 def _proxies(listen: ListenAddress) -> dict[str, Any]:
-    services = [] if listen.grpc_port is None else SERVICES
     return {
         # The interface runs on the head node; a proxy on another node would add a point of failure.
         "proxy_location": "HeadOnly",
         "http_options": HTTPOptions(host=listen.host, port=listen.port),
-        "grpc_options": gRPCOptions(port=listen.grpc_port or 0, grpc_servicer_functions=services),
     }
 
 
@@ -210,18 +203,6 @@ def _coordinator() -> str | None:
         f"the model is up, but its deployment {POOL!r} does not answer this command within "
         f"{_TRIES * _ANSWER_SECONDS:g} s; see whether Ray's nodes reach this machine, and try again"
     )
-
-
-def _check_answers(port: int) -> None:
-    """Check that gRPC answers: if Serve runs on the cluster already, it keeps its earlier options."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=_GRPC_SECONDS)
-        except grpc.FutureTimeoutError:
-            raise ResourceError(
-                f"nothing answers gRPC on port {port}: Serve may run on this cluster with other options; "
-                "leave out --grpc-port, or start Serve with its grpc_options"
-            ) from None
 
 
 def _needs(config: ServeConfig) -> ResourceNeeds:

@@ -21,7 +21,7 @@ from jobs.data.tokenizer import load_tokenizer
 from jobs.serving.config import ServeConfig
 from jobs.serving.interface.chat_template_exchange import ChatTemplateExchange
 from jobs.serving.interface.deployment_status import DeploymentStatus
-from jobs.serving.interface.grpc_methods import GrpcMethods
+from jobs.serving.interface.grpc_server import InterfaceServer
 from jobs.serving.interface.replica_leases import ServeLeases
 from jobs.serving.interface.replicas import Replicas
 from jobs.serving.interface.resumable_requests import ResumableRequests
@@ -40,7 +40,7 @@ def _backend() -> Backend:
 
 
 @serve.ingress(build_api(_backend))
-class Interface(GrpcMethods):
+class Interface:
     """One process of the interface; it has no weights.
 
     Args:
@@ -49,7 +49,7 @@ class Interface(GrpcMethods):
         title: Name of the model for clients.
         pool: Handle of the pool's deployment.
         trunk: Handle of the trunk replicas' deployment.
-        loopback: Refuse gRPC calls from other machines.
+        grpc: Host and port for gRPC; None is without.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -60,10 +60,10 @@ class Interface(GrpcMethods):
         pool: DeploymentHandle,
         trunk: DeploymentHandle,
         *,
-        loopback: bool,
+        grpc: str | None,
     ) -> None:
         self._closing = ExitStack()  # closed in the reverse order
-        self._loopback = loopback
+        self._server: InterfaceServer | None = None
         config = ServeConfig.from_dict(values)
         keys = config.serving.allowed_keys()
         model = model_config(Path(directory))
@@ -101,6 +101,9 @@ class Interface(GrpcMethods):
         )
         self._templates = ChatTemplateExchange(self._backend, member.version.name, source)
         self._closing.callback(self._templates.close)
+        if grpc is not None:
+            self._server = InterfaceServer(self._backend, grpc)
+            await self._server.start()
         self._link.serves = True  # the first report of the follower says so
         self._following = asyncio.create_task(self._follow(member.run, member.version))
         self._closing.callback(self._following.cancel)
@@ -111,7 +114,11 @@ class Interface(GrpcMethods):
         """The served model."""
         return self._backend
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:  # Serve awaits it, when the requests that it counts have ended
+        if self._server is not None:
+            self._backend.admission.close()
+            await self._backend.admission.drained()
+            await self._server.stop()
         self._closing.close()
 
     async def _ask(self, known: int) -> WantedVersions:
@@ -126,6 +133,8 @@ class Interface(GrpcMethods):
     async def _drain(self) -> None:
         """Tell the pool when no request is in progress any more."""
         await self._backend.admission.drained()
+        if self._server is not None:
+            await self._server.stop()
         while True:
             try:
                 await self._link.drained()

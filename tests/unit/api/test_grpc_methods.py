@@ -1,4 +1,4 @@
-"""The gRPC methods of a replica, called as Serve's proxy calls them, over an engine in this process."""
+"""The gRPC methods of the interface, over an engine in this process."""
 
 from __future__ import annotations
 
@@ -13,52 +13,43 @@ from errors import RaymoeError
 from jobs.api.backend import Limits
 from jobs.api.grpc_generation import completion_request
 from jobs.api.request_bodies import CompletionRequest
-from jobs.serving.interface.grpc_methods import GrpcMethods, on_this_machine
+from jobs.serving.interface.grpc_methods import GrpcMethods
 from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 from support.api_server import PROMPT, Served
 
 
-class Context:
-    """A fake of Serve's gRPC context with what the methods use."""
+class Aborted(Exception):
+    """Ends a call, as gRPC's own exception does."""
 
-    def __init__(self, metadata: dict[str, str] | None = None, peer: str = "ipv4:127.0.0.1:5") -> None:
-        self._metadata, self._peer = metadata or {}, peer
+
+class Context:
+    """A fake of gRPC's context with what the methods use."""
+
+    def __init__(self) -> None:
         self.code: grpc.StatusCode | None = None
         self.details = ""
 
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return list(self._metadata.items())
-
-    def peer(self) -> str:
-        return self._peer
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-    def set_details(self, details: str) -> None:
-        self.details = details
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        self.code, self.details = code, details
+        raise Aborted
 
 
 class Methods(GrpcMethods):
-    def __init__(self, served: Served, *, loopback: bool = False) -> None:
-        self._served, self._loopback = served, loopback
-
-    @property
-    def backend(self) -> Any:
-        return self._served.backend
+    def __init__(self, served: Served) -> None:
+        super().__init__(served.backend)
 
     def generate(self, context: Any = None, **fields: Any) -> list[GenerateReply]:
         fields = {"text": PROMPT, "temperature": 0, **fields}
 
         async def collect() -> list[GenerateReply]:
             request = GenerateRequest(**fields)
-            return [reply async for reply in self.Generate(request, grpc_context=context or Context())]
+            return [reply async for reply in self.Generate(request, context or Context())]
 
         return asyncio.run(collect())
 
-    def refused(self, context: Context | None = None, **fields: Any) -> tuple[grpc.StatusCode | None, str]:
-        context = context or Context()
-        with pytest.raises(RaymoeError):
+    def refused(self, **fields: Any) -> tuple[grpc.StatusCode | None, str]:
+        context = Context()
+        with pytest.raises(Aborted):
             self.generate(context, **fields)
         return context.code, context.details
 
@@ -141,19 +132,22 @@ def test_a_refusal_has_its_status_and_names_the_parameter(
     assert text in details
 
 
-def test_keys_a_full_queue_and_callers_from_elsewhere() -> None:
-    served = Served(Limits(max_queue=0), keys=["secret-of-16-and-more"])
+def test_a_full_queue_is_a_status_of_its_own() -> None:
+    served = Served(Limits(max_queue=0))
     try:
-        methods = Methods(served)
-        assert methods.refused()[0] is grpc.StatusCode.UNAUTHENTICATED
-        wrong = Context({"authorization": "Bearer wrong"})
-        assert methods.refused(wrong)[0] is grpc.StatusCode.UNAUTHENTICATED
-        right = Context({"authorization": "Bearer secret-of-16-and-more"})
-        assert methods.refused(right)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        far = Context({"authorization": "Bearer secret-of-16-and-more"}, peer="ipv4:192.0.2.9:5")
-        assert Methods(served, loopback=True).refused(far)[0] is grpc.StatusCode.PERMISSION_DENIED
+        assert Methods(served).refused()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
     finally:
         served.service.close()
+
+
+def test_lists_longer_than_any_valid_one_are_refused_before_they_are_unpacked(served: Served) -> None:
+    methods = Methods(served)
+    wide: dict[str, Any] = {"stop": ["x"] * 5000, "stop_token_ids": [1] * 5000}
+    for name, value in {**wide, "logit_bias": dict.fromkeys(range(5000), 1.0)}.items():
+        status, details = methods.refused(**{name: value})
+        assert status is grpc.StatusCode.INVALID_ARGUMENT and details.startswith(f"{name} has 5000 entries")
+    status, details = methods.refused(text=None, tokens=TokenIds(ids=range(100_000)))
+    assert status is grpc.StatusCode.INVALID_ARGUMENT and "100000 tokens" in details
 
 
 def test_a_failure_of_the_engine_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +168,7 @@ def test_a_failure_of_the_engine_is_unavailable(monkeypatch: pytest.MonkeyPatch)
 def test_who_stops_listening_stops_the_generation(served: Served) -> None:
     async def leave() -> None:
         request = GenerateRequest(text=PROMPT, max_tokens=40, ignore_eos=True)
-        replies = Methods(served).Generate(request, grpc_context=Context())
+        replies = Methods(served).Generate(request, Context())
         await anext(replies)
         await replies.aclose()
         await asyncio.wrap_future(served.service.call(lambda: None))  # the engine has processed it
@@ -187,6 +181,7 @@ def test_health_is_that_of_http(served: Served) -> None:
     methods, name = Methods(served), "raymoe.v1.Generation"
 
     async def ask() -> list[int]:
+        methods = Methods(served)
         checks = [await methods.Check(HealthCheckRequest(service=s), Context()) for s in ("", name)]
         listed = await methods.List(HealthListRequest(), Context())
         watched = await anext(methods.Watch(HealthCheckRequest(), Context()))
@@ -199,24 +194,6 @@ def test_health_is_that_of_http(served: Served) -> None:
     finally:
         served.unwell = None
     context = Context()
-    with pytest.raises(RaymoeError):
+    with pytest.raises(Aborted):
         asyncio.run(methods.Check(HealthCheckRequest(service="other"), context))
     assert context.code is grpc.StatusCode.NOT_FOUND
-
-
-@pytest.mark.parametrize(
-    ("peer", "here"),
-    [
-        ("ipv4:127.0.0.1:4242", True),
-        ("ipv6:[::1]:4242", True),
-        ("ipv6:%5B::1%5D:4242", True),
-        ("ipv6:[::ffff:127.0.0.1]:4242", True),
-        ("unix:/tmp/socket", True),
-        ("ipv4:192.0.2.1:4242", False),
-        ("ipv6:[2001:db8::1]:4242", False),
-        ("ipv6:[::ffff:192.0.2.1]:4242", False),
-        ("unknown", False),
-    ],
-)
-def test_callers_from_this_machine_are_told_by_their_address(peer: str, here: bool) -> None:
-    assert on_this_machine(peer) is here

@@ -84,7 +84,9 @@ def test_a_replica_that_hangs_is_given_up_and_all_its_requests_go_on() -> None:
     run(check)
 
 
-def test_a_watch_that_fails_in_an_unforeseen_way_gives_its_replica_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_that_fails_in_an_unforeseen_way_gives_its_replica_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("nobody foresaw this")
 
