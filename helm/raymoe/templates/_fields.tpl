@@ -1,0 +1,32 @@
+{{- /* Parts of the specs of RayService, RayJob and RayCluster. */ -}}
+
+{{- /* Fields that others own where the values leave them empty: Kueue suspends and resumes, and a field that helm 4 has
+applied once is helm's. Takes the values of the mode. */ -}}
+{{- define "raymoe.others" -}}
+{{- $fields := dict -}}
+{{- if not (kindIs "invalid" .suspend) -}}{{- $_ := set $fields "suspend" .suspend -}}{{- end -}}
+{{- with .managedBy -}}{{- $_ := set $fields "managedBy" . -}}{{- end -}}
+{{- with $fields -}}{{- toYaml . -}}{{- end -}}
+{{- end -}}
+
+{{- /* How a RayService goes on to a cluster with other pods. */ -}}
+{{- define "raymoe.serviceUpgrade" -}}
+upgradeStrategy:
+  type: {{ .Values.serve.upgradeStrategy }}
+  {{- with .Values.serve.upgradeOptions }}
+  clusterUpgradeOptions: {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+
+{{- /* The spec of the Service. Takes `serve.service`, whose `spec` wins. The port is found by name: KubeRay's selector
+takes in pods of all groups, and only the head's has a port of this name. */ -}}
+{{- define "raymoe.service" -}}
+{{- $port := dict "name" "serve" "port" (int .port) "targetPort" "serve" -}}
+{{- with .nodePort -}}{{- $_ := set $port "nodePort" (int .) -}}{{- end -}}
+{{- with .appProtocol -}}{{- $_ := set $port "appProtocol" . -}}{{- end -}}
+{{- $spec := dict "type" .type "ports" (concat (list $port) .extraPorts) -}}
+{{- range $key := list "loadBalancerClass" "loadBalancerSourceRanges" "externalTrafficPolicy" "internalTrafficPolicy" "ipFamilyPolicy" "ipFamilies" -}}
+{{- with get $ $key -}}{{- $_ := set $spec $key . -}}{{- end -}}
+{{- end -}}
+{{- include "raymoe.merged" (list $spec .spec) -}}
+{{- end -}}
