@@ -171,6 +171,25 @@ def test_an_upgrade_leaves_the_autoscaler_what_it_has_set(kubernetes: Kubernetes
     assert trunk["replicas"] == 2, "not above the new maxReplicas"
 
 
+JOB = "/apis/ray.io/v1/namespaces/default/rayjobs/moe-raymoe"
+
+
+@pytest.mark.parametrize("suspended", [True, False], ids=["waits in the queue", "was admitted"])
+def test_an_upgrade_leaves_kueue_what_it_has_set(kubernetes: Kubernetes, suspended: bool) -> None:
+    values = str(CHART / "ci" / "train-kueue.yaml")
+    kubernetes.helm("install", "moe", str(CHART), "--values", values)
+    job = kubernetes.get(JOB)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+    assert "suspend" not in job["spec"]
+    kubernetes.patch(JOB, {"spec": {"suspend": suspended}})
+
+    kubernetes.helm("upgrade", "moe", str(CHART), "--values", values, "--set", "train.backoffLimit=5")
+    job = kubernetes.get(JOB)
+    assert job["spec"]["suspend"] is suspended
+    assert job["spec"]["backoffLimit"] == 5
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+
+
 def test_two_releases_in_a_namespace_do_not_clash(kubernetes: Kubernetes) -> None:
     kubernetes.helm("install", "moe", str(CHART), "--set", "serve.checkpoint=/checkpoints/demo")
     first = kubernetes.names()

@@ -19,6 +19,7 @@
 {{- include "raymoe.checkGpus" . -}}
 {{- include "raymoe.checkTls" . -}}
 {{- include "raymoe.checkObjects" . -}}
+{{- include "raymoe.checkFields" . -}}
 {{- end -}}
 
 {{- define "raymoe.checkName" -}}

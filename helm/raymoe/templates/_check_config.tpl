@@ -8,7 +8,7 @@
 {{- fail (printf "serve.checkpoint is %q, which is no absolute path: name the directory of a checkpoint as pods see it, such as /checkpoints/demo." .Values.serve.checkpoint) -}}
 {{- end -}}
 {{- else -}}
-{{- range $key := list "ingress" -}}
+{{- range $key := list "ingress" "httpRoute" -}}
 {{- if (get $.Values $key).enabled -}}
 {{- fail (printf "%s.enabled is for mode serve, and mode is %s: set it to false." $key $.Values.mode) -}}
 {{- end -}}

@@ -9,15 +9,6 @@ applied once is helm's. Takes the values of the mode. */ -}}
 {{- with $fields -}}{{- toYaml . -}}{{- end -}}
 {{- end -}}
 
-{{- /* How a RayService goes on to a cluster with other pods. */ -}}
-{{- define "raymoe.serviceUpgrade" -}}
-upgradeStrategy:
-  type: {{ .Values.serve.upgradeStrategy }}
-  {{- with .Values.serve.upgradeOptions }}
-  clusterUpgradeOptions: {{- toYaml . | nindent 4 }}
-  {{- end }}
-{{- end -}}
-
 {{- /* The spec of the Service. Takes `serve.service`, whose `spec` wins. The port is found by name: KubeRay's selector
 takes in pods of all groups, and only the head's has a port of this name. */ -}}
 {{- define "raymoe.service" -}}

@@ -17,3 +17,9 @@ of a date reads a duration. */ -}}
 {{- $from := toDate "2006-01-02" "2000-01-01" -}}
 {{- sub (unixEpoch (dateModify . $from)) (unixEpoch $from) -}}
 {{- end -}}
+
+{{- /* Milliseconds of a duration of one unit, such as 15s or 500ms. */ -}}
+{{- define "raymoe.milliseconds" -}}
+{{- $unit := regexFind "[a-z]+$" . -}}
+{{- mul (trimSuffix $unit . | int64) (get (dict "ms" 1 "s" 1000 "m" 60000) $unit) -}}
+{{- end -}}
