@@ -68,7 +68,7 @@ REFUSED = [
 
 TAKEN = [
     (*TRAIN, FIXED, f"train.{QUEUE}"),
-    (*TRAIN, f"train.{QUEUE}", r"train.annotations.kueue\.x-k8s\.io/elastic-job=true"),
+    (*TRAIN, f"train.{QUEUE}", r'train.annotations.kueue\.x-k8s\.io/elastic-job:="true"'),
     (*TRAIN, BOTH % "DeleteSelf"),
     (*TRAIN, KEEP, FIXED, RULES % "DeleteWorkers"),
     (*MONITOR, "monitoring.podMonitor.scrapeTimeout=15000ms"),
