@@ -23,6 +23,9 @@ Each message names what was wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Final
+
 
 class RaymoeError(Exception):
     """Base of every deliberate error; ends a command with exit code 1."""
@@ -104,6 +107,28 @@ class ProtocolError(RaymoeError):
     """A malformed frame, or a call that is out of order."""
 
 
+_BRIEF: Final = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxlist, _BRIEF.maxtuple = 3, 4, 6, 6
+_BRIEF.maxstring, _BRIEF.maxlong, _BRIEF.maxother = 100, 50, 100
+_LONGEST_REASON: Final = 300  # characters
+
+
+def brief(value: object) -> str:
+    """A value from a file of others as part of a message: its `repr`, in one line and cut to a length."""
+    return _BRIEF.repr(value)
+
+
+def shown(text: str, longest: int = 100) -> str:
+    """A name from a file of others as part of a message: in one line, cut to a length, without quotes."""
+    cut = text if len(text) <= longest else text[:longest] + "…"
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in cut)
+
+
+def reason(error: BaseException) -> str:
+    """The text of a library's error as part of a message: in one line and cut to a length."""
+    return shown(" ".join(str(error).split()), _LONGEST_REASON) or type(error).__name__
+
+
 def is_loss(error: BaseException) -> bool:
     """Whether an error means that a peer is unreachable; an error that the peer replied with is none."""
     return isinstance(error, ChannelError) and not isinstance(error, RemoteError)
@@ -136,7 +161,10 @@ __all__ = [
     "StaleEpoch",
     "UsageError",
     "WorkersLost",
+    "brief",
     "described",
     "gives_way",
     "is_loss",
+    "reason",
+    "shown",
 ]

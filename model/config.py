@@ -17,6 +17,16 @@ from model.optimizers.schedule import Schedule
 _LARGEST = (1 << 31) - 1
 Size = Annotated[int, Field(ge=1, le=_LARGEST)]
 SizeOrZero = Annotated[int, Field(ge=0, le=_LARGEST)]
+# Far above every published model, and small enough that no product of them leaves 63 bits.
+Layers = Annotated[int, Field(ge=1, le=1024)]
+LayersOrZero = Annotated[int, Field(ge=0, le=1024)]
+Heads = Annotated[int, Field(ge=1, le=1 << 16)]
+HeadDim = Annotated[int, Field(ge=1, le=1 << 14)]
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+InnerWidth = Annotated[int, Field(ge=1, le=1 << 24)]
+Experts = Annotated[int, Field(ge=1, le=1 << 16)]
+SharedExperts = Annotated[int, Field(ge=0, le=1024)]
+Vocabulary = Annotated[int, Field(ge=1, le=1 << 24)]
 Weight = Annotated[float, Field(ge=0)]
 THEIR_SCORED_EXPERTS = 2
 """Number of experts that score a group in released code, transformers and vLLM."""
@@ -97,23 +107,23 @@ class ModelConfig(_Frozen):
             topk_group, as the paper does. Released code takes 2, and so does a checkpoint that does not say.
     """
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    moe_intermediate_size: Size
-    num_hidden_layers: Size
-    first_k_dense_replace: SizeOrZero = 1
-    num_attention_heads: Size
-    q_lora_rank: Size | None = None
-    kv_lora_rank: Size
-    qk_nope_head_dim: Size
-    qk_rope_head_dim: Size
-    v_head_dim: Size
-    n_routed_experts: Size
-    n_shared_experts: SizeOrZero = 1
-    num_experts_per_tok: Size
-    n_group: Size = 1
-    topk_group: Size = 1
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: InnerWidth
+    moe_intermediate_size: InnerWidth
+    num_hidden_layers: Layers
+    first_k_dense_replace: LayersOrZero = 1
+    num_attention_heads: Heads
+    q_lora_rank: Width | None = None
+    kv_lora_rank: Width
+    qk_nope_head_dim: HeadDim
+    qk_rope_head_dim: HeadDim
+    v_head_dim: HeadDim
+    n_routed_experts: Experts
+    n_shared_experts: SharedExperts = 1
+    num_experts_per_tok: Experts
+    n_group: Experts = 1
+    topk_group: Experts = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: Annotated[float, Field(gt=0)] = 2.5
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
@@ -123,10 +133,10 @@ class ModelConfig(_Frozen):
     max_position_embeddings: Size = 4096
     tie_word_embeddings: bool = False
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    num_nextn_predict_layers: SizeOrZero = 0
+    num_nextn_predict_layers: LayersOrZero = 0
     mtp_mode: Literal["chain", "parallel"] = "chain"
     group_score: Literal["biased", "affinity"] = "biased"
-    group_score_experts: Size | None = None
+    group_score_experts: Experts | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from errors import ConfigError
+from errors import ConfigError, brief, shown
 
 FIXED: dict[str, tuple[object, ...]] = {
     "model_type": ("deepseek_v3", "kimi_k2"),
@@ -79,8 +79,8 @@ def model_fields(values: Mapping[str, Any], known: frozenset[str]) -> dict[str, 
         other = given.pop(alias, None)
         if other is not None and given.setdefault(name, other) != other:
             raise ConfigError(
-                f"config.json: {alias} is {other!r} and {name} is {given[name]!r}; both are the same number: "
-                "remove one"
+                f"config.json: {alias} is {brief(other)} and {name} is {brief(given[name])}; both are the "
+                "same number: remove one"
             )
     fields = {**_DEFAULTS, **{name: value for name, value in given.items() if name in known}}
     fields |= {name: value for name, value in _NULLS.items() if fields.get(name, value) is None}
@@ -99,7 +99,7 @@ def _refuse_other_models(values: Mapping[str, Any]) -> None:
             continue
         only = " or ".join(map(repr, accepted)) or "null"
         raise ConfigError(
-            f"config.json: {name} is {value!r}, but only {only} is supported; "
+            f"config.json: {name} is {brief(value)}, but only {only} is supported; "
             "give a checkpoint of the DeepSeek-V3 architecture"
         )
 
@@ -111,18 +111,18 @@ def _refuse_contradictions(given: Mapping[str, Any], fields: Mapping[str, Any]) 
     )
     if given.get("num_key_value_heads") not in (None, heads):
         raise ConfigError(
-            f"config.json: num_key_value_heads is {given['num_key_value_heads']!r} beside "
-            f"num_attention_heads {heads!r}; multi-head latent attention wants them equal"
+            f"config.json: num_key_value_heads is {brief(given['num_key_value_heads'])} beside "
+            f"num_attention_heads {brief(heads)}; multi-head latent attention wants them equal"
         )
     if given.get("head_dim") not in (None, rope):
         raise ConfigError(
-            f"config.json: head_dim is {given['head_dim']!r} beside qk_rope_head_dim {rope!r}; in this "
-            "architecture it is the size of the rotary part: remove it, or make it equal"
+            f"config.json: head_dim is {brief(given['head_dim'])} beside qk_rope_head_dim {brief(rope)}; in "
+            "this architecture it is the size of the rotary part: remove it, or make it equal"
         )
     whole = nope + rope if isinstance(nope, int) and isinstance(rope, int) else None
     if whole is not None and given.get("qk_head_dim") not in (None, whole):
         raise ConfigError(
-            f"config.json: qk_head_dim is {given['qk_head_dim']!r}, and qk_nope_head_dim ({nope}) + "
+            f"config.json: qk_head_dim is {brief(given['qk_head_dim'])}, and qk_nope_head_dim ({nope}) + "
             f"qk_rope_head_dim ({rope}) is {whole}: remove it, or make it equal"
         )
 
@@ -138,15 +138,15 @@ def _rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     kind = kinds[0] if kinds else "default"
     if any(not isinstance(k, str) or k not in _ROPE_TYPES for k in kinds) or len(set(kinds)) > 1:
         raise ConfigError(
-            f"config.json: rope scaling of type {kinds} is not supported; only yarn (or none) is"
+            f"config.json: rope scaling of type {brief(kinds)} is not supported; only yarn (or none) is"
         )
     if rope.get("partial_rotary_factor") in (None, 1.0):
         rope.pop("partial_rotary_factor", None)
     unknown = sorted(key for key, value in rope.items() if key not in _ROPE_TYPES[kind] and value is not None)
     if unknown:
         raise ConfigError(
-            f"config.json: {name} of type {kind!r} has {unknown[0]} ({rope[unknown[0]]!r}), which is not "
-            'supported there; remove it, or correct the type (such as "type": "yarn")'
+            f"config.json: {name} of type {kind!r} has {shown(unknown[0])} ({brief(rope[unknown[0]])}), "
+            'which is not supported there; remove it, or correct the type (such as "type": "yarn")'
         )
     scaling = _yarn(rope, values) if kind == "yarn" else None
     return {"rope_theta": theta, "rope_scaling": scaling}
@@ -160,7 +160,8 @@ def _rope_mapping(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             continue
         if not isinstance(given, Mapping):
             raise ConfigError(
-                f'config.json: {name} is {given!r}; write a mapping such as {{"type": "yarn", "factor": 40}}'
+                f"config.json: {name} is {brief(given)}; write a mapping such as "
+                '{"type": "yarn", "factor": 40}'
             )
         return name, dict(given)
     return "rope_scaling", {}

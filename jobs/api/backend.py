@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tokenizers import Tokenizer
@@ -22,12 +22,12 @@ from jobs.api.api_errors import ApiError, invalid, too_long
 from jobs.api.api_keys import ApiKeys
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
+from jobs.api.text_encoder import TextEncoder
 from jobs.chat.chat_renderer import ChatRenderer
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.data.tokenizer import opening_length
 
 _RETRY_SECONDS = 1
-_LONG_TEXT = 10_000  # characters, which take a few milliseconds to tokenize
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest)
 
 
@@ -120,11 +120,17 @@ class Backend:
     detokenizer: Detokenizer = field(init=False, repr=False)
     opening: int = field(init=False, repr=False)
     _longest_token: int = field(init=False, repr=False)
+    _encoder: TextEncoder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.detokenizer = Detokenizer(self.tokenizer)
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
         self.opening = opening_length(self.tokenizer)
+        self._encoder = TextEncoder(self.tokenizer, waiting=self.limits.max_queue)
+
+    def close(self) -> None:
+        """End the processes that tokenize, if there are any."""
+        self._encoder.close()
 
     def check_key(self, authorization: str | None) -> None:
         """Check the API key of a request.
@@ -163,7 +169,7 @@ class Backend:
         return request.model_copy(update=missing)
 
     async def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize a text, a long one in a thread; a special token that it spells becomes that token.
+        """Tokenize a text; a special token that it spells becomes that token.
 
         Args:
             text: A prompt, or a conversation as the chat template writes it.
@@ -172,7 +178,8 @@ class Backend:
                 them themselves.
 
         Raises:
-            ApiError: It has an unpaired surrogate, or more characters than any prompt can have.
+            ApiError: It has an unpaired surrogate, or more characters than any prompt can have; or the
+                tokenizer cannot encode it, takes too long, or has too many texts before it.
         """
         try:
             text.encode()
@@ -184,13 +191,8 @@ class Backend:
                 f"{len(text)} characters, more than so many tokens have. Please reduce its length.",
                 param,
             )
-        if len(text) > _LONG_TEXT:
-            # Only batches are encoded without Python's lock, so that the event loop goes on meanwhile.
-            call = partial(self.tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens)
-            ids: list[int] = (await asyncio.to_thread(call))[0].ids
-        else:
-            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        with _refusals(param):
+            return await self._encoder.encode(text, add_special_tokens=add_special_tokens)
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The prompt of a conversation, by the chat template.
@@ -199,14 +201,8 @@ class Backend:
             ApiError: The template cannot render these messages, or too many conversations wait for it.
         """
         chat = self.chat  # a change of weights can replace it meanwhile
-        try:
+        with _refusals("messages"):
             text = await chat.render(messages)
-        except DataError as error:
-            raise invalid(str(error), "messages") from error
-        except ResourceError as error:
-            raise ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS) from error
-        except QueueFull as error:
-            raise _queue_full(error) from error
         return await self.encode(text, "messages", add_special_tokens=chat.template.plain)
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str, *, source: str = "prompt") -> int:
@@ -313,6 +309,19 @@ class Backend:
             raise ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS) from error
         except RaymoeError as error:
             raise ApiError(500, str(error), code="request_failed") from error
+
+
+@contextmanager
+def _refusals(param: str) -> Iterator[None]:
+    """Answer errors of a confined process, for a request's parameter."""
+    try:
+        yield
+    except DataError as error:
+        raise invalid(str(error), param) from error
+    except QueueFull as error:
+        raise _queue_full(error) from error
+    except ResourceError as error:
+        raise ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS) from error
 
 
 def _queue_full(error: QueueFull) -> ApiError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errors import DataError
-from jobs.data.carried_files import read_object
+from errors import DataError, shown
+from jobs.data.carried_files import TEMPLATE_GUARD, files_like, read_object
 from jobs.data.special_tokens import special_tokens
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -51,7 +52,7 @@ class ChatTemplate:
         if not named:
             named, where = _configured(settings, described), described
         if named and _DEFAULT not in named:
-            names = ", ".join(map(repr, sorted(named)))
+            names = shown(", ".join(map(repr, sorted(named))))
             raise DataError(
                 f"{where} has chat templates called {names}, and none called {_DEFAULT!r}; give one this name"
             )
@@ -61,11 +62,11 @@ class ChatTemplate:
 def _apart(directory: Path) -> dict[str, str]:
     """Templates in files of their own, by name."""
     named = {}
-    single = directory / "chat_template.jinja"
-    if single.exists():
-        named[_DEFAULT] = _read_text(single)
-    for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        named[file.stem] = _read_text(file)
+    with suppress(FileNotFoundError):
+        named[_DEFAULT] = TEMPLATE_GUARD.text(directory / "chat_template.jinja")
+    for file in files_like(directory, "additional_chat_templates/*.jinja"):
+        with suppress(FileNotFoundError):  # a link to nothing
+            named[file.stem] = TEMPLATE_GUARD.text(file)
     return named
 
 
@@ -87,14 +88,6 @@ def _configured(settings: Mapping[str, Any], file: Path) -> dict[str, str]:
             )
         named[name] = source
     return named
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"{file} cannot be read: {reason}; repair or remove it") from None
 
 
 __all__ = ["PLAIN", "ChatTemplate"]

@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import CheckpointError
+from errors import CheckpointError, ConfigError
 from jobs.config.hub_names import hub_hint
+from jobs.config.run_config import RunConfig
+from model.checkpoints.guarded_files import STATE, is_there
 
 _FORMAT = 1
 _STATE = "state.json"
@@ -130,7 +132,7 @@ def find_weights(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    if (path / "config.json").is_file():
+    if is_there(path / "config.json"):  # reading it refuses what is no file
         return path
     try:
         return find_checkpoint(path)
@@ -148,12 +150,10 @@ def read_state(checkpoint: Path) -> TrainingState:
     """
     file = checkpoint / _STATE
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = STATE.json(file)
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint} has no {_STATE}: it holds weights only; use --init") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); use an earlier checkpoint") from None
-    if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+    if values.pop("format", None) != _FORMAT:
         raise CheckpointError(f"{file} is not of format {_FORMAT}: written by another version of raymoe")
     kinds = {"step": int, "bias_version": int, "config": dict}
     for name, kind in kinds.items():
@@ -162,6 +162,22 @@ def read_state(checkpoint: Path) -> TrainingState:
     if values["step"] < 0:
         raise CheckpointError(f"{file}: step ({values['step']}) is negative; use an earlier checkpoint")
     return TrainingState(**{name: values[name] for name in (*kinds, "validation") if name in values})
+
+
+def run_config(checkpoint: Path, state: TrainingState) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    try:
+        return RunConfig.from_dict(state.config)
+    except ConfigError as error:
+        first, *others = str(error).splitlines()
+        more = f" and {len(others)} more" if others else ""
+        raise CheckpointError(
+            f"{checkpoint / _STATE}: config is that of no run ({first}{more}); use an earlier checkpoint"
+        ) from None
 
 
 def _name(step: int) -> str:
@@ -176,4 +192,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["CheckpointStore", "TrainingState", "find_checkpoint", "find_weights", "read_state"]
+__all__ = [
+    "CheckpointStore",
+    "TrainingState",
+    "find_checkpoint",
+    "find_weights",
+    "read_state",
+    "run_config",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.params import SamplingParams
-from errors import ConfigError, DataError
+from errors import ConfigError, DataError, brief
 from jobs.data.carried_files import GENERATION_FILE, read_object
 
 GenerationSource = Literal["auto", "none"]
@@ -47,11 +47,11 @@ class GenerationDefaults:
         for name, value in {**values, **({} if longest is None else {"max_new_tokens": longest})}.items():
             whole = name in ("top_k", "max_new_tokens")
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise _refused(file, f"{name} is {value!r}, not a {'whole ' if whole else ''}number")
+                raise _refused(file, f"{name} is {brief(value)}, not a {'whole ' if whole else ''}number")
         if "top_k" in values:
             values["top_k"] = max(0, values["top_k"])  # -1 also takes all tokens
         if longest is not None and longest < 1:
-            raise _refused(file, f"max_new_tokens ({longest}) is less than 1")
+            raise _refused(file, f"max_new_tokens ({brief(longest)}) is less than 1")
         try:
             SamplingParams(**values)
         except ConfigError as error:

@@ -63,12 +63,13 @@ def load_model(path: Path, *, note: Callable[[str], None] | None = None) -> Load
         loading_need(source.config, dtype),
         advice="use a machine with more, or raymoe serve with cluster.expert_hosts on several machines",
     )
+    text = load_tokenizer(directory, source.config.vocab_size)
     model = load_pretrained(directory, dtype=dtype).eval()
     return LoadedModel(
         directory=directory,
         transformer=model.trunk,
         experts=model.experts,
-        text=load_tokenizer(directory, model.config.vocab_size),
+        text=text,
     )
 
 

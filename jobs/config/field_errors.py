@@ -9,7 +9,9 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from errors import ConfigError
+from errors import ConfigError, brief, shown
+
+_MOST = 100  # problems that are explained
 
 
 class Section(BaseModel):
@@ -37,7 +39,7 @@ class Section(BaseModel):
 def explain(error: ValidationError, schema: type[BaseModel], values: Any) -> ConfigError:
     """A `ConfigError` with one line for each distinct problem, in the order of the fields."""
     lines: dict[str, None] = {}
-    for details in error.errors(include_url=False):
+    for details in error.errors(include_url=False)[:_MOST]:
         if details["type"] == "float_type" and isinstance(details["input"], list):
             continue  # for a schedule given as a list there are errors of the list itself as well
         for line in _lines(details, schema):
@@ -69,10 +71,10 @@ def _lines(details: ErrorDetails, schema: type[BaseModel]) -> Iterator[str]:
         for line in reason.splitlines():
             yield _prefixed(path, line, within)
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
-        yield f"{path or 'the configuration'}: {value!r} is not a mapping; write `field: value` lines"
+        yield f"{path or 'the configuration'}: {brief(value)} is not a mapping; write `field: value` lines"
     else:
         message = details["msg"].removeprefix("Input ")
-        yield f"{path}: {value!r} {message}"
+        yield f"{path}: {brief(value)} {message}"
 
 
 def _walk(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
@@ -101,7 +103,8 @@ def _unknown(location: list[str], within: type[BaseModel] | None, schema: type[B
     name = location[-1] if location else "?"
     known = list(within.model_fields) if within is not None else []
     parent = ".".join(location[:-1])
-    line = f"{'.'.join(location)}: unknown field"
+    line = f"{shown('.'.join(location))}: unknown field"
+    name = shown(name)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"{line}; did you mean {parent + '.' if parent else ''}{close[0]}?"

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from errors import DataError
+from model.checkpoints.guarded_files import CONFIG, FileGuard
 from model.hf_keys import ALIASES
 
 TOKENIZER_FILE = "tokenizer.json"
 MODEL_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-_TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "tiktoken.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_MORE = ("additional_chat_templates/*.jinja", "tokenization_*.py")
+_MIB = 1 << 20
+
+
+def _guard(mebibytes: int, values: int = 0) -> FileGuard:
+    return FileGuard(size=mebibytes * _MIB, values=values, fix="repair or remove it", error=DataError)
+
+
+TEMPLATE_GUARD = _guard(1)
+"""A chat template in a file of its own."""
+
+TOKENIZER_GUARD = _guard(128)
+"""tokenizer.json; that of Gemma 3, of 262,144 tokens, has 33 MB."""
+
+_MODEL_GUARD = replace(CONFIG, fix="repair or remove it", error=DataError)
+_CODE_GUARD = _guard(1)
+_TOKENIZER_FILES = {
+    TOKENIZER_FILE: TOKENIZER_GUARD,
+    "tokenizer_config.json": _guard(16, values=1_000_000),
+    "special_tokens_map.json": _guard(4, values=200_000),
+    "added_tokens.json": _guard(16, values=1_000_000),
+    "tokenizer.model": _guard(64),
+    "tiktoken.model": _guard(64),
+    "vocab.json": _guard(64),
+    "merges.txt": _guard(64),
+    "chat_template.jinja": TEMPLATE_GUARD,
+    "chat_template.json": TEMPLATE_GUARD,
+}
+_GUARDS = {**_TOKENIZER_FILES, MODEL_FILE: _MODEL_GUARD, GENERATION_FILE: _guard(4, values=200_000)}
+_MORE = {"additional_chat_templates/*.jinja": TEMPLATE_GUARD, "tokenization_*.py": _CODE_GUARD}
+_MOST_OF_A_PATTERN = 100  # files
 # Keys of config.json that say how the weights were stored, or repeat others under another name.
 _OF_THE_SOURCE = {*ALIASES, "auto_map", "dtype", "quantization_config", "rope_parameters", "torch_dtype"}
 
@@ -46,22 +66,30 @@ class CarriedFiles:
 
     @classmethod
     def of_tokenizer(cls, directory: Path) -> CarriedFiles:
-        """The files of a tokenizer, with its chat templates."""
-        names = [name for name in _TOKENIZER_FILES if (directory / name).is_file()]
-        for pattern in _MORE:
-            names += [str(path.relative_to(directory)) for path in sorted(directory.glob(pattern))]
-        return cls(files={name: (directory / name).read_bytes() for name in names})
+        """The files of a tokenizer, with its chat templates.
+
+        Raises:
+            DataError: A file cannot be read, or is beyond the limits of its kind.
+        """
+        files = {}
+        for name, guard in _TOKENIZER_FILES.items():
+            with suppress(FileNotFoundError):
+                files[name] = guard.read(directory / name)
+        for pattern, guard in _MORE.items():
+            for path in files_like(directory, pattern):
+                files[str(path.relative_to(directory))] = guard.read(path)
+        return cls(files=files)
 
     @classmethod
     def of_model(cls, directory: Path) -> CarriedFiles:
         """Everything beside a model's weights.
 
         Raises:
-            DataError: config.json is damaged.
+            DataError: A file cannot be read, or is beyond the limits of its kind.
         """
         files = dict(cls.of_tokenizer(directory).files)
-        if (directory / GENERATION_FILE).is_file():
-            files[GENERATION_FILE] = (directory / GENERATION_FILE).read_bytes()
+        with suppress(FileNotFoundError):
+            files[GENERATION_FILE] = _GUARDS[GENERATION_FILE].read(directory / GENERATION_FILE)
         values = read_object(directory / MODEL_FILE)
         return cls(files=files, config={name: values[name] for name in values if name not in _OF_THE_SOURCE})
 
@@ -80,23 +108,27 @@ class CarriedFiles:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file.
+    """The object in one of the JSON files beside a model's weights; empty if there is no such file.
 
     Raises:
-        DataError: The file holds something else.
+        DataError: The file holds something else, or is beyond the limits of its kind.
     """
     try:
-        values = json.loads(file.read_bytes())
+        return _GUARDS[file.name].json(file)
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}; repair or remove it") from None
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{file} is not valid JSON ({reason}); repair or remove it") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{file} is not a JSON object; repair or remove it")
-    return values
+
+
+def files_like(directory: Path, pattern: str) -> list[Path]:
+    """The files of a directory that a pattern matches, sorted.
+
+    Raises:
+        DataError: There are more than such directories have.
+    """
+    found = list(islice(directory.glob(pattern), _MOST_OF_A_PATTERN + 1))
+    if len(found) > _MOST_OF_A_PATTERN:
+        raise DataError(f"{directory} has more than {_MOST_OF_A_PATTERN} files {pattern}; remove some")
+    return sorted(found)
 
 
 def as_json(values: Mapping[str, Any]) -> bytes:
@@ -107,8 +139,11 @@ def as_json(values: Mapping[str, Any]) -> bytes:
 __all__ = [
     "GENERATION_FILE",
     "MODEL_FILE",
+    "TEMPLATE_GUARD",
     "TOKENIZER_FILE",
+    "TOKENIZER_GUARD",
     "CarriedFiles",
     "as_json",
+    "files_like",
     "read_object",
 ]

@@ -39,6 +39,7 @@ from jobs.data.tokenizer import (
     train_tokenizer,
     trained_files,
 )
+from model.checkpoints.guarded_files import is_there
 
 _SAMPLE_BYTES = 16 << 20  # of training text that a tokenizer is trained on
 _CHUNK_BYTES = 8 << 20  # of text that one block of a dataset holds, about
@@ -88,7 +89,7 @@ class PreparedData:
     def carrying(self, weights: Path) -> PreparedData:
         """The same data for a run that starts from weights, whose other files its checkpoints then have."""
         theirs = CarriedFiles.of_model(weights)
-        if not (weights / TOKENIZER_FILE).is_file():
+        if not is_there(weights / TOKENIZER_FILE):
             # The tokenizer is that of data.tokenizer, and files beside these weights name other tokens.
             carried = CarriedFiles(files=self.carried.files, config={**theirs.config, **self.carried.config})
             return replace(self, carried=carried)

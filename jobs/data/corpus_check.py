@@ -12,7 +12,7 @@ from jobs.config.run_config import RunConfig
 from jobs.data.documents import held_out, read_documents
 from jobs.data.file_formats import is_streamed
 from jobs.data.source_files import SourceFile, find_files
-from jobs.data.tokenizer import load_tokenizer
+from jobs.data.tokenizer import load_tokenizer, tokenizer_files
 
 _BYTES = 16 << 20  # A corpus up to this size, decompressed too, is read whole.
 _FILES = 64
@@ -31,7 +31,7 @@ def check_corpus(config: RunConfig, *, tokenizer: Path | None = None) -> None:
     """
     chosen = tokenizer or (Path(config.data.tokenizer).expanduser() if config.data.tokenizer else None)
     if chosen is not None:
-        load_tokenizer(chosen, config.model.vocab_size)
+        tokenizer_files(chosen, load_tokenizer(chosen, config.model.vocab_size))
     files = find_files(config.data.path)
     if config.data.path is None:  # Python's own source
         return

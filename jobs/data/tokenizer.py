@@ -9,24 +9,27 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from errors import ConfigError, DataError
+from errors import ConfigError, DataError, brief, shown
 from jobs.config.hub_names import hub_hint
 from jobs.config.run_config import SMALLEST_VOCABULARY
 from jobs.data.carried_files import (
     GENERATION_FILE,
     MODEL_FILE,
     TOKENIZER_FILE,
+    TOKENIZER_GUARD,
     CarriedFiles,
     as_json,
     read_object,
 )
 from jobs.data.special_tokens import special_tokens
+from jobs.data.tokenizer_process import check_tokenizer, encode_once, unencodable
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the end-of-text token in common tokenizers.
 _KNOWN_ENDS = (END_OF_TEXT, "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end_of_text|>", "</s>", "<eos>")
 _ROLES = ("bos", "eos", "pad")
 _BATCH = 64  # documents
+_LARGEST_ID = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +58,11 @@ class ModelTokenizer:
         """Tokens of a text to continue, with those that the post-processor adds.
 
         An empty one becomes the end-of-text token, which precedes every document.
+
+        Raises:
+            DataError: The tokenizer cannot encode it, or takes too long.
         """
-        ids: list[int] = self.tokenizer.encode(text).ids
-        return ids or [self.end_of_text]
+        return encode_once(self.tokenizer, text) or [self.end_of_text]
 
     def documents(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Tokens of each document, as `encode_documents` makes them."""
@@ -80,9 +85,16 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end_of_text: in
         tokenizer: From `document_tokenizer`.
         texts: The documents.
         end_of_text: Id of the token that the packing of documents appends.
+
+    Raises:
+        DataError: The tokenizer cannot encode one of them.
     """
     documents = []
-    for one in tokenizer.encode_batch_fast(list(texts)):
+    try:
+        encoded = tokenizer.encode_batch_fast(list(texts))
+    except BaseException as error:
+        raise unencodable(error) from None
+    for one in encoded:
         ids: list[int] = one.ids
         ended = ids[-1:] == [end_of_text] and one.special_tokens_mask[-1]  # by the post-processor
         documents.append(ids[:-1] if ended else ids)
@@ -133,19 +145,25 @@ def load_tokenizer(path: Path, vocab_size: int) -> ModelTokenizer:
     Truncation and padding that tokenizer.json may ask for are left out, as transformers does.
 
     Raises:
-        DataError: There is none, or it or a file beside it cannot be read.
+        DataError: There is none, or it or a file beside it cannot be read or takes too much time or memory.
         ConfigError: It has more tokens than the model, or no end-of-text token.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.is_file():
+    try:
+        described = TOKENIZER_GUARD.read(file)
+    except FileNotFoundError:
         raise DataError(
             f"data.tokenizer: {file} does not exist; give a tokenizer.json or a folder with one"
             f"{hub_hint(path)}"
-        )
+        ) from None
     try:
-        tokenizer = _uncut(Tokenizer.from_file(str(file)))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"data.tokenizer: {file} is not a tokenizer.json: {error}") from None
+        check_tokenizer(described)
+    except DataError as error:
+        raise DataError(
+            f"data.tokenizer: {file} is not a tokenizer.json that can be used: {shown(str(error), 300)}; "
+            "give another one"
+        ) from None
+    tokenizer = _uncut(Tokenizer.from_buffer(described))
     highest = highest_id(tokenizer) + 1
     if highest > vocab_size:
         raise ConfigError(
@@ -199,7 +217,7 @@ def trained_files(tokenizer: Tokenizer, end_of_text: int) -> CarriedFiles:
 def tokenizer_files(path: Path, text: ModelTokenizer) -> CarriedFiles:
     """The files of a tokenizer that was loaded from a path, with its ids for config.json."""
     found = CarriedFiles.of_tokenizer(path if path.is_dir() else path.parent)
-    own = {TOKENIZER_FILE: path.read_bytes()} if path.is_file() else {}
+    own = {} if path.is_dir() else {TOKENIZER_FILE: TOKENIZER_GUARD.read(path)}
     return CarriedFiles(files={**found.files, **own}, config=text.ids)
 
 
@@ -233,9 +251,9 @@ def _generation_ends(folder: Path) -> list[int]:
     for name in (MODEL_FILE, GENERATION_FILE):
         given: Any = read_object(folder / name).get("eos_token_id")
         listed = given if isinstance(given, list) else [] if given is None else [given]
-        if any(isinstance(one, bool) or not isinstance(one, int) for one in listed):
+        if any(isinstance(one, bool) or not isinstance(one, int) or one > _LARGEST_ID for one in listed):
             raise DataError(
-                f"{folder / name}: eos_token_id is {given!r}; write a token's id, a list of ids, or null"
+                f"{folder / name}: eos_token_id is {brief(given)}; write a token's id, a list of ids, or null"
             )
         ends += [one for one in listed if one >= 0]
     return ends

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import CheckpointError, ConfigError
+from errors import CheckpointError, ConfigError, ResourceError
 from jobs.checkpoints.checkpoint_store import CheckpointStore, find_weights
+from jobs.checkpoints.memory_need import free_memory
 from jobs.config.hub_names import hub_hint
 from jobs.data.carried_files import TOKENIZER_FILE, CarriedFiles
 from jobs.data.tokenizer import load_tokenizer
 from model.checkpoints.expected_tensors import copies, described, tensor_shapes
 from model.checkpoints.fp8 import is_fp8
+from model.checkpoints.guarded_files import is_there
 from model.checkpoints.hf_names import duplicate_names, empty_shapes
 from model.checkpoints.pretrained import PretrainedSource
 from model.checkpoints.shards import INDEX, ShardReader, write_json, write_shard
@@ -82,7 +84,7 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str | None = None) -
             f"{source} does not exist; give a directory with config.json and safetensors files"
             f"{hub_hint(source)}"
         )
-    if not (source / "config.json").is_file() and CheckpointStore(source / "checkpoints").complete():
+    if not is_there(source / "config.json") and CheckpointStore(source / "checkpoints").complete():
         raise CheckpointError(
             f"{source} is a run's directory, which needs no import: generate, eval, serve and train --init "
             f"take it as it is, and `raymoe export {source} HF_DIR` writes a Hugging Face directory"
@@ -146,10 +148,12 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _write(source: _CheckpointTensors, target: Path) -> dict[str, Any]:
     target = target.expanduser()
+    carried = _carried(source)  # before anything is written
     shards = list(_shards({name: source.nbytes(name) for name in source.shapes}))
     weight_map: dict[str, str] = {}
     sizes: Counter[torch.dtype] = Counter()
     with _appearing(target) as making:
+        _check_room([sum(map(source.nbytes, names)) for names in shards], making)
         source.check_copies()
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -162,7 +166,7 @@ def _write(source: _CheckpointTensors, target: Path) -> dict[str, Any]:
         write_json(making / INDEX, index)
         dtype = sizes.most_common(1)[0][0]
         write_json(making / "config.json", _hf_config(source.config, dtype))
-        _carried(source).write(making)
+        carried.write(making)
     return {
         "directory": str(target),
         "source": str(source.directory),
@@ -172,6 +176,27 @@ def _write(source: _CheckpointTensors, target: Path) -> dict[str, Any]:
         "parameters": source.config.total_parameters(),
         **({"unused": described(source.unused)} if source.unused else {}),
     }
+
+
+def _check_room(files: Sequence[int], directory: Path) -> None:
+    """Check that the disk takes files of these sizes, and the memory each of them.
+
+    A sparse file of weights takes no room where it is, and all of it when it is written again.
+
+    Raises:
+        ResourceError: There is not enough.
+    """
+    memory, disk = free_memory(), shutil.disk_usage(directory).free
+    if max(files) > memory:
+        raise ResourceError(
+            f"one file of weights needs {max(files):,} bytes of memory, and {memory:,} are free; use "
+            "a larger machine"
+        )
+    if sum(files) > disk:
+        raise ResourceError(
+            f"the weights need {sum(files):,} bytes on the disk, and {disk:,} are free; give "
+            "another directory"
+        )
 
 
 def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from errors import CheckpointError, ConfigError, DataError
-from jobs.checkpoints.checkpoint_store import find_weights, read_state
+from jobs.checkpoints.checkpoint_store import find_weights, read_state, run_config
 from jobs.checkpoints.loaded_model import LoadedModel, load_model
 from jobs.config.run_config import RunConfig
 from jobs.console import counted
@@ -135,7 +135,7 @@ def documents_of(
 def _run_of(directory: Path) -> RunConfig | None:
     """The configuration of the run that wrote a checkpoint; None for weights alone."""
     try:
-        return RunConfig.from_dict(read_state(directory).config)
+        return run_config(directory, read_state(directory))
     except CheckpointError:
         if (directory / "state.json").exists():
             raise

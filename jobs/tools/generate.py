@@ -15,6 +15,7 @@ from engine.params import SamplingParams
 from engine.settings import EngineSettings
 from engine.weights import TrunkWeights
 from errors import DataError
+from jobs.checkpoints.checkpoint_store import find_weights
 from jobs.checkpoints.generation_defaults import GenerationDefaults, GenerationSource
 from jobs.checkpoints.loaded_model import LoadedModel, load_model
 
@@ -52,13 +53,14 @@ def generate(
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
-        DataError: The prompt is too long, or generation_config.json is damaged.
+        DataError: The prompt is too long, the tokenizer cannot encode it, or a file beside the weights is
+            damaged.
     """
     note = note or (lambda _: None)
     if threads is not None:
         torch.set_num_threads(threads)
+    defaults = GenerationDefaults.of(find_weights(checkpoint), generation_config)
     model = load_model(checkpoint, note=note)
-    defaults = GenerationDefaults.of(model.directory, generation_config)
     ids = model.text.prompt(prompt)
     _tell(model, len(ids), max_tokens, note)
     began = time.perf_counter()

@@ -8,7 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from model.checkpoints.guarded_files import METRICS
+from model.checkpoints.guarded_json import parse_object
+
 METRICS_FILE = "metrics.jsonl"
+_LONGEST_LINE = 1_000_000  # values
 
 
 class MetricsWriter:
@@ -73,10 +77,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in METRICS.read(path).splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            lines.append(parse_object(line, values=_LONGEST_LINE, finite=False))
+        except ValueError:
             break
     return lines
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from errors import DataError
 from jobs.training.held_out_evaluation import VALIDATION_FILE
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
+from model.checkpoints.guarded_files import VALIDATION
 
 PLOT_FILE = "training.png"
 _TRAIN, _VALIDATION, _MTP = "#2a6f97", "#c1121f", "#8d99ae"
@@ -73,7 +73,7 @@ def _draw_load(axes, directory: Path, layers: list[str]) -> None:  # type: ignor
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=axes.transAxes)
         return
-    loads = json.loads(file.read_text(encoding="utf-8"))["expert_load"]
+    loads = VALIDATION.json(file)["expert_load"]
     relative = [[value * len(row) / max(1, sum(row)) for value in row] for row in loads]
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
     axes.set_yticks(range(len(layers)), layers)

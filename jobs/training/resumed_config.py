@@ -29,19 +29,19 @@ def resumed_config(
         note: Called with one line for each way in which the run goes on differently.
 
     Raises:
-        CheckpointError: The run has no checkpoint.
+        CheckpointError: The run has no checkpoint, or a damaged one.
         ConfigError: An override is invalid, or changes the model's shape or the rows of the run.
     """
-    from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state
+    from jobs.checkpoints.checkpoint_store import find_checkpoint, read_state, run_config
 
-    state = read_state(find_checkpoint(run))
-    before = state.config
-    values = copy.deepcopy(before)
-    values["training"]["profile_steps"] = 0  # only the first start of a run is profiled
+    checkpoint = find_checkpoint(run)
+    state = read_state(checkpoint)
+    old = run_config(checkpoint, state)
+    values = copy.deepcopy(state.config)
+    values.setdefault("training", {})["profile_steps"] = 0  # only the first start of a run is profiled
     for override in overrides:
         apply_override(values, override)
     config = RunConfig.from_dict(values)
-    old = RunConfig.from_dict(before)
     if config.model != old.model:
         raise ConfigError("--set model.…: a resumed run keeps the shape of its model; leave it out")
     for section, names in _KEPT.items():

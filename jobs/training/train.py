@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -27,6 +26,7 @@ from jobs.config.device_and_dtype import check_dtype
 from jobs.config.hub_names import hub_hint
 from jobs.config.run_config import RunConfig, TrainingConfig
 from jobs.console import Progress
+from jobs.data.carried_files import CarriedFiles
 from jobs.data.corpus import PreparedData, prepare
 from jobs.data.corpus_check import check_corpus
 from jobs.fleet.expert_hosts import check_transport, on_loopback
@@ -40,6 +40,7 @@ from jobs.training.ray_worker import WorkerSettings, train_worker
 from jobs.training.run_directory import run_directory
 from jobs.training.run_start import RunStart
 from jobs.training.run_watch import RunWatch, run_events
+from model.checkpoints.guarded_files import VALIDATION, is_there
 from model.checkpoints.sources import PretrainedSource
 
 _GROUP_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -113,6 +114,8 @@ def _train(
             "it: raise training.steps to go on"
         )
     check_corpus(config, tokenizer=tokenizer)
+    if begin.weights is not None:
+        CarriedFiles.of_model(begin.weights)  # which are read again once Ray has started
     with ray_session(_needs(config), address=address, debug=debug, tell=note) as embedded:
         stop.check()
         if embedded:
@@ -161,7 +164,7 @@ def summary(output: Path) -> dict[str, Any]:
         }
     file = output / VALIDATION_FILE
     if file.exists():
-        judged = json.loads(file.read_text(encoding="utf-8"))
+        judged = VALIDATION.json(file)
         values["validation_loss"] = judged["loss"]
         values["bits_per_byte"] = judged["bits_per_byte"]
         values["mtp_acceptance"] = judged["acceptance"]
@@ -204,7 +207,7 @@ def _start(
         return RunStart(run=name), None
     assert begin.weights is not None
     tokenizer = begin.weights / "tokenizer.json"
-    if tokenizer.is_file():
+    if is_there(tokenizer):
         return begin, tokenizer
     if config.data.tokenizer is None:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from errors import CheckpointError
+from errors import CheckpointError, shown
 from model.checkpoints.fp8 import SCALE_SUFFIX, is_fp8
 from model.checkpoints.hf_names import (
     EMBEDDING,
@@ -128,7 +128,7 @@ def described(names: Collection[str]) -> str:
 def _some(entries: Sequence[str]) -> str:
     """The first entries of a list, and the number of the others."""
     more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
-    return ", ".join(entries[:_NAMED]) + more
+    return ", ".join(map(shown, entries[:_NAMED])) + more
 
 
 __all__ = [

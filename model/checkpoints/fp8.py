@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import CheckpointError
+from errors import CheckpointError, brief
 
 SCALE_SUFFIX = "_scale_inv"
 """Suffix that makes a weight's name the name of its scales."""
@@ -33,7 +33,7 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
         return _BLOCK
     if not isinstance(quantization, Mapping):
         raise CheckpointError(
-            f"config.json: quantization_config is {quantization!r}, which is no mapping; leave it out, "
+            f"config.json: quantization_config is {brief(quantization)}, which is no mapping; leave it out, "
             "or give another export of the model"
         )
     method = quantization.get("quant_method")
@@ -41,8 +41,8 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     sizes = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
     if method != "fp8" or not sizes:
         raise CheckpointError(
-            f"config.json: quantization_config has quant_method {method!r} and weight_block_size {size!r}; "
-            "only fp8 with blocks of two sizes can be read: give another export of the model"
+            f"config.json: quantization_config has quant_method {brief(method)} and weight_block_size "
+            f"{brief(size)}; only fp8 with blocks of two sizes can be read: give another export of the model"
         )
     return size[0], size[1]
 

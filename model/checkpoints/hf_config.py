@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from errors import CheckpointError, ConfigError
+from model.checkpoints.guarded_files import CONFIG
 from model.config import ModelConfig
 
 
@@ -31,22 +31,16 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """A checkpoint's config.json.
 
     Raises:
-        CheckpointError: The file is missing or not a JSON object.
+        CheckpointError: The file is missing, no JSON object, or beyond the limits of its kind.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; give one with config.json and safetensors files")
-    path = directory / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return CONFIG.json(directory / "config.json")
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} has no config.json; give a checkpoint in Hugging Face's format"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy it again")
-    return values
 
 
 __all__ = ["model_config", "read_hf_config"]

@@ -6,7 +6,6 @@ module k is layer num_hidden_layers + k, with copies of the shared embedding and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,15 @@ from model.checkpoints.hf_names import (
     expert_names,
     expert_tensors,
 )
-from model.checkpoints.shards import INDEX, ShardReader, remove, write_index, write_json, write_shard
+from model.checkpoints.shards import (
+    INDEX,
+    ShardReader,
+    read_index,
+    remove,
+    write_index,
+    write_json,
+    write_shard,
+)
 from model.checkpoints.sources import PretrainedSource, RandomSource
 from model.config import ModelConfig
 from model.weight_source import WeightSource
@@ -105,9 +112,9 @@ def require_experts(directory: Path | str, config: ModelConfig) -> None:
     """Check that a checkpoint's index names every routed expert.
 
     Raises:
-        CheckpointError: An expert is missing.
+        CheckpointError: An expert is missing, or the index is.
     """
-    named = json.loads((Path(directory) / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    named = read_index(Path(directory))
     for layer in config.moe_layers:
         for expert in range(config.n_routed_experts):
             missing = [name for name in expert_names(layer, expert) if name not in named]

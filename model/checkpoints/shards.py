@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import CheckpointError
+from errors import CheckpointError, brief, reason
+from model.checkpoints.guarded_files import INDEX_FILE, is_there
+from model.checkpoints.shard_header import check_header
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -78,9 +80,10 @@ class ShardReader:
         """
         if shape is not None:
             self.check(name, shape)
+        file = self._file(name)
         try:
-            loaded: Tensor = self._file(name).get_tensor(name)
-        except (OSError, SafetensorError) as error:
+            loaded: Tensor = file.get_tensor(name)
+        except Exception as error:  # torch's own, too, for a dtype or a shape that it does not have
             raise _damaged(self._file_of[name], error) from None
         return loaded
 
@@ -92,17 +95,16 @@ class ShardReader:
         """
         if self.shape(name) != shape:
             raise CheckpointError(
-                f"{self.path}: {name} has shape {list(self.shape(name))} where config.json makes it "
+                f"{self.path}: {name} has shape {brief(list(self.shape(name)))} where config.json makes it "
                 f"{list(shape)}; the weights belong to another configuration"
             )
 
     def _slice(self, name: str) -> Any:
+        file = self._file(name)
         try:
-            return self._file(name).get_slice(name)
+            return file.get_slice(name)
         except (OSError, SafetensorError) as error:
-            if name in self._file_of:
-                raise _damaged(self._file_of[name], error) from None
-            raise
+            raise _damaged(self._file_of[name], error) from None
 
     def _file(self, name: str) -> Any:
         if name not in self._file_of:
@@ -115,12 +117,13 @@ class ShardReader:
     def _opened(self, path: Path) -> Any:
         if path not in self._open:
             try:
+                check_header(path)
                 self._open[path] = safe_open(path, framework="pt")
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{path} is missing, though {INDEX} names it; copy the checkpoint again"
                 ) from None
-            except (OSError, SafetensorError) as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file into memory
                 raise _damaged(path, error) from None
         return self._open[path]
 
@@ -128,23 +131,37 @@ class ShardReader:
         self._file_of.update((name, path) for name in self._opened(path).keys())  # noqa: SIM118
 
     def _read_index(self) -> None:
-        index = self.path / INDEX
-        if (self.path / _SINGLE).exists():
+        if is_there(self.path / _SINGLE):
             self._list(self.path / _SINGLE)
             return
-        if not index.exists():
+        if not is_there(self.path / INDEX):
             raise CheckpointError(
                 f"{self.path} has neither {INDEX} nor {_SINGLE}; give a checkpoint in safetensors format"
             )
-        try:
-            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _damaged(index, error) from None
-        if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+        self._file_of.update((name, self.path / file) for name, file in read_index(self.path).items())
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """The file of each tensor of a directory, from its index.
+
+    Raises:
+        CheckpointError: There is no index, it is damaged, or it names a file outside the directory.
+    """
+    path = directory / INDEX
+    try:
+        entries = INDEX_FILE.json(path).get("weight_map")
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {INDEX}; copy the checkpoint again") from None
+    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+        raise CheckpointError(
+            f"{path} is damaged: weight_map does not map each tensor to a file; copy it again"
+        )
+    for file in set(entries.values()):
+        if file in ("", ".", "..") or "/" in file or "\0" in file:
             raise CheckpointError(
-                f"{index} is damaged: weight_map does not map each tensor to a file; copy it again"
+                f"{path} names the file {brief(file)}, which is none of its directory; copy it again"
             )
-        self._file_of.update((name, self.path / Path(file).name) for name, file in entries.items())
+    return entries
 
 
 def write_shard(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
@@ -234,7 +251,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or cut short ({error}); copy it again")
+    return CheckpointError(f"{path} is damaged or cut short ({reason(error)}); copy it again")
 
 
-__all__ = ["INDEX", "ShardReader", "remove", "write_index", "write_json", "write_shard"]
+__all__ = ["INDEX", "ShardReader", "read_index", "remove", "write_index", "write_json", "write_shard"]

@@ -99,6 +99,7 @@ class Interface:
             metrics=ServingMetrics(title),
             defaults=GenerationDefaults.of(Path(member.version.directory), source),
         )
+        self._closing.callback(self._backend.close)
         self._templates = ChatTemplateExchange(self._backend, member.version.name, source)
         self._closing.callback(self._templates.close)
         if grpc is not None:

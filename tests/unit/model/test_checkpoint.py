@@ -274,7 +274,7 @@ def test_index_may_not_leave_the_directory(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(b"")
     index["weight_map"][GATE] = "../b.safetensors"
     (tmp_path / "a" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"a/b\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"names the file '\.\./b\.safetensors', which is none of its"):
         load_pretrained(tmp_path / "a")
 
 
