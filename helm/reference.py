@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from helm.values import Value
@@ -14,10 +15,24 @@ _LONGEST = 60  # characters of a default; longer ones are in values.yaml
 def reference(root: Value) -> str:
     """A Markdown table of all values with their defaults and descriptions."""
     rows = ["| value | default | meaning |", "|---|---|---|"]
-    for leaf in root.leaves():
-        text = leaf.text.replace("|", "\\|")
-        rows.append(f"| `{leaf.name}` | {_shown(leaf.default)} | {text} |")
+    for value in _rows(root):
+        text = value.text.replace("|", "\\|")
+        if value.fields:
+            text = f"The fields of `{value.fields}` too, over what these say."
+            rows.append(f"| `{value.name}.*` | | {text} |")
+        else:
+            rows.append(f"| `{value.name}` | {_shown(value.default)} | {text} |")
     return "\n".join(rows) + "\n"
+
+
+def _rows(value: Value) -> Iterator[Value]:
+    """All keys with a description, and each section that has another one's fields, after its own."""
+    if not value.children:
+        yield value
+    for child in value.children:
+        yield from _rows(child)
+    if value.fields:
+        yield value
 
 
 def inserted(document: str, table: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from helm.kuberay import definitions as kuberay_definitions
 from helm.values import Value
 from jobs.config.run_config import RunConfig
 from jobs.serving.config import ServeConfig
@@ -18,22 +19,20 @@ _QUANTITY: Schema = {
     ]
 }
 _AMOUNTS: Schema = {"type": "object", "additionalProperties": {"$ref": "#/definitions/Quantity"}}
+_CLAIM: Schema = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "request": {"type": "string"}},
+}
 _RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
-    "properties": {"requests": _AMOUNTS, "limits": _AMOUNTS},
-}
-# Of a Kubernetes volume, as KubeRay v1.7.0 takes them.
-_SOURCES = """
-awsElasticBlockStore azureDisk azureFile cephfs cinder configMap csi downwardAPI emptyDir ephemeral fc
-flexVolume flocker gcePersistentDisk gitRepo glusterfs hostPath image iscsi nfs persistentVolumeClaim
-photonPersistentDisk portworxVolume projected quobyte rbd scaleIO secret storageos vsphereVolume
-"""
-_VOLUME_SOURCE: Schema = {
-    "type": "object",
-    "additionalProperties": False,
-    "maxProperties": 1,
-    "properties": {source: {"type": "object"} for source in _SOURCES.split()},
+    "properties": {
+        "requests": _AMOUNTS,
+        "limits": _AMOUNTS,
+        "claims": {"type": "array", "items": _CLAIM},
+    },
 }
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
@@ -45,27 +44,33 @@ def values_schema(root: Value) -> Schema:
         ValueError: a mapping or null of values.yaml does not say what may be in it.
     """
     sections = {child.name: child for child in root.children}
-    definitions: Schema = {"Quantity": _QUANTITY, "Resources": _RESOURCES, "VolumeSource": _VOLUME_SOURCE}
+    definitions: Schema = {
+        "Quantity": _QUANTITY,
+        "Resources": _RESOURCES,
+        "VolumeSource": _volume_source(),
+    }
     for model in (ServeConfig, RunConfig):
         definitions |= _definitions(model.__name__, model.model_json_schema())
     for child in root.children:
         if child.entries:
-            definitions[child.entries] = _schema(sections[child.entries])
-    body = _schema(root)
+            definitions[child.entries] = _schema(sections[child.entries], sections)
+    for section in root.sections():
+        if section.fields:
+            definitions[section.fields] = _schema(sections[section.fields], sections)
+    body = _schema(root, sections)
+    definitions |= kuberay_definitions([body, definitions])
     body["properties"]["global"] = {"type": "object"}  # helm's own, when the chart is part of another one
     return {"$schema": "http://json-schema.org/draft-07/schema#", **body, "definitions": definitions}
 
 
-def _schema(value: Value) -> Schema:
+def _schema(value: Value, sections: Mapping[str, Value]) -> Schema:
     if value.children:
-        return _described(
-            value,
-            {
-                "type": "object",
-                "additionalProperties": False,
-                "properties": {child.path[-1]: _schema(child) for child in value.children},
-            },
-        )
+        properties = {child.path[-1]: _schema(child, sections) for child in value.children}
+        if value.fields:
+            shared = f"#/definitions/{value.fields}/properties"
+            names = [child.path[-1] for child in sections[value.fields].children]
+            properties = {name: {"$ref": f"{shared}/{name}"} for name in names} | properties
+        return _described(value, {"type": "object", "additionalProperties": False, "properties": properties})
     if value.entries:
         entry = {"$ref": f"#/definitions/{value.entries}"}
         return _described(value, {"type": "object", "additionalProperties": entry})
@@ -81,6 +86,13 @@ def _schema(value: Value) -> Schema:
     if kind == "object" and "additionalProperties" not in schema:
         raise ValueError(f"values.yaml: {value.name} is a mapping; say in `# @schema` what may be in it")
     return _described(value, schema)
+
+
+def _volume_source() -> Schema:
+    """Of a Kubernetes volume, one source, as KubeRay takes them."""
+    volume = kuberay_definitions({"$ref": "#/definitions/kube.pod.volumes"})["kube.pod.volumes"]["items"]
+    sources = {name: schema for name, schema in volume["properties"].items() if name != "name"}
+    return {"type": "object", "additionalProperties": False, "maxProperties": 1, "properties": sources}
 
 
 def _described(value: Value, schema: Schema) -> Schema:

@@ -14,7 +14,7 @@ import yaml
 CHART = Path(__file__).parent / "raymoe"
 
 _KEY = re.compile(r"^( *)([A-Za-z][\w-]*):(?: |$)")
-_MARKS = ("# @schema ", "# @entries ")
+_MARKS = ("# @schema ", "# @entries ", "# @fields ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class Value:
         text: what it does; of a section, what it is about, or nothing.
         schema: what its `@schema` comment says.
         entries: section whose fields each entry of this mapping has; empty: it is no such mapping.
+        fields: section whose fields this section has beside its own; empty: none.
         children: of a section; a key with a description has none.
     """
 
@@ -35,12 +36,20 @@ class Value:
     text: str = ""
     schema: Mapping[str, Any] = field(default_factory=dict)
     entries: str = ""
+    fields: str = ""
     children: tuple[Value, ...] = ()
 
     @property
     def name(self) -> str:
         """The path as `--set` takes it."""
         return ".".join(self.path)
+
+    def sections(self) -> Iterator[Value]:
+        """This section and all within it, in their order."""
+        if self.children:
+            yield self
+        for child in self.children:
+            yield from child.sections()
 
     def leaves(self) -> Iterator[Value]:
         """All keys with a description, in their order."""
@@ -58,6 +67,7 @@ class _Comment:
     described: bool
     schema: Mapping[str, Any]
     entries: str
+    fields: str
 
 
 def read_values(file: Path = CHART / "values.yaml") -> Value:
@@ -71,7 +81,7 @@ def read_values(file: Path = CHART / "values.yaml") -> Value:
 
 
 def _value(path: tuple[str, ...], default: Any, comments: Mapping[tuple[str, ...], _Comment]) -> Value:
-    comment = comments.get(path, _Comment("", False, {}, ""))
+    comment = comments.get(path, _Comment("", False, {}, "", ""))
     if comment.described:
         return Value(
             path=path,
@@ -85,7 +95,7 @@ def _value(path: tuple[str, ...], default: Any, comments: Mapping[tuple[str, ...
             f"values.yaml: {'.'.join(path)} has no description; write one that begins with `# --`"
         )
     children = tuple(_value((*path, name), value, comments) for name, value in default.items())
-    return Value(path=path, default=default, text=comment.text, children=children)
+    return Value(path=path, default=default, text=comment.text, fields=comment.fields, children=children)
 
 
 def _comments(lines: list[str]) -> dict[tuple[str, ...], _Comment]:
@@ -113,7 +123,13 @@ def _comment(lines: list[str]) -> _Comment:
     text = " ".join(line.removeprefix("#").strip() for line in lines if not line.startswith(_MARKS))
     schema = json.loads(marked.get("# @schema ", "{}"))
     described = text.startswith("-- ")
-    return _Comment(text.removeprefix("-- "), described, schema, marked.get("# @entries ", ""))
+    return _Comment(
+        text.removeprefix("-- "),
+        described,
+        schema,
+        marked.get("# @entries ", ""),
+        marked.get("# @fields ", ""),
+    )
 
 
 __all__ = ["CHART", "Value", "read_values"]

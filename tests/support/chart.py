@@ -83,7 +83,12 @@ def pods(objects: list[Manifest]) -> dict[str, Manifest]:
         name: {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name, "namespace": "moe", "labels": pod["metadata"]["labels"]},
+            "metadata": {
+                "name": name,
+                "namespace": "moe",
+                "labels": pod["metadata"]["labels"],
+                "annotations": pod["metadata"].get("annotations", {}),
+            },
             "spec": pod["spec"],
         }
         for name, pod in found.items()

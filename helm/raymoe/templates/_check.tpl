@@ -3,17 +3,7 @@
 {{- include "raymoe.checkName" . -}}
 {{- include "raymoe.checkVersion" . -}}
 {{- include "raymoe.checkClusterSpec" . -}}
-{{- include "raymoe.checkPod" (dict "root" . "path" "head" "group" .Values.head) -}}
-{{- $groups := include "raymoe.groups" . | fromYaml -}}
-{{- range $name, $group := $groups -}}
-{{- include "raymoe.checkGroup" (dict "root" $ "name" $name "group" $group) -}}
-{{- end -}}
-{{- if .Values.autoscaling.enabled -}}
-{{- include "raymoe.checkResources" (dict "path" "autoscaling.resources" "resources" .Values.autoscaling.resources) -}}
-{{- end -}}
-{{- if eq .Values.mode "train" -}}
-{{- include "raymoe.checkResources" (dict "path" "train.submitterResources" "resources" .Values.train.submitterResources) -}}
-{{- end -}}
+{{- include "raymoe.checkPods" . -}}
 {{- include "raymoe.checkMode" . -}}
 {{- include "raymoe.checkHosts" . -}}
 {{- include "raymoe.checkGpus" . -}}

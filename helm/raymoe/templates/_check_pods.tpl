@@ -1,37 +1,36 @@
-{{- /* What cannot work of the head and of a worker group. */ -}}
-{{- /* What head and workers have in common. */ -}}
+{{- /* What cannot work of a pod. */ -}}
+
+{{- define "raymoe.checkPods" -}}
+{{- $head := include "raymoe.head" . | fromYaml -}}
+{{- $volumes := include "raymoe.volumes" (dict "root" . "group" $head "head" true) | fromYamlArray -}}
+{{- $mounts := include "raymoe.mounts" (dict "root" . "group" dict "head" true) | fromYamlArray -}}
+{{- include "raymoe.checkPod" (dict "root" . "path" "head" "values" $head "volumes" $volumes "mounts" $mounts) -}}
+{{- include "raymoe.checkRay" (dict "root" . "path" "head" "group" $head "head" true) -}}
+{{- range $name, $group := include "raymoe.groups" . | fromYaml -}}
+{{- $path := printf "workerGroups.%s" $name -}}
+{{- $own := include "raymoe.volumes" (dict "root" $ "group" $group "head" false) | fromYamlArray -}}
+{{- $at := include "raymoe.mounts" (dict "root" $ "group" dict "head" false) | fromYamlArray -}}
+{{- include "raymoe.checkPod" (dict "root" $ "path" $path "values" $group "volumes" $own "mounts" $at) -}}
+{{- include "raymoe.checkRay" (dict "root" $ "path" $path "group" $group "head" false) -}}
+{{- include "raymoe.checkGroup" (dict "root" $ "path" $path "name" $name "group" $group) -}}
+{{- end -}}
+{{- if .Values.autoscaling.enabled -}}{{- include "raymoe.checkAutoscaler" (dict "root" . "volumes" (concat $volumes (default list $head.extraVolumes))) -}}{{- end -}}
+{{- if and (eq .Values.mode "train") (eq .Values.train.submissionMode "K8sJobMode") -}}
+{{- $values := include "raymoe.podValues" (dict "root" . "own" .Values.train.submitter) | fromYaml -}}
+{{- $tmp := list (dict "name" "scratch" "mountPath" "/tmp") -}}
+{{- include "raymoe.checkPod" (dict "root" . "path" "train.submitter" "values" $values "volumes" $tmp "mounts" $tmp) -}}
+{{- end -}}
+{{- if .Values.tests.enabled -}}
+{{- $values := include "raymoe.podValues" (dict "root" . "own" .Values.tests) | fromYaml -}}
+{{- include "raymoe.checkPod" (dict "root" . "path" "tests" "values" $values "volumes" list "mounts" list) -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* What all pods have in common. `volumes` and `mounts` are the chart's own. */ -}}
 {{- define "raymoe.checkPod" -}}
 {{- $path := .path -}}
-{{- range $key := list "num-cpus" "num-gpus" "memory" "resources" -}}
-{{- if hasKey $.group.rayStartParams $key -}}
-{{- fail (printf "%s.rayStartParams.%s contradicts the group's resources, and KubeRay takes only one of them: set %s.resources%s." $path $key $path (ternary "" (printf " and %s.rayResources" $path) (eq $path "head"))) -}}
-{{- end -}}
-{{- end -}}
-{{- if hasKey .group.rayStartParams "labels" -}}
-{{- fail (printf "%s.rayStartParams.labels is not taken by KubeRay: set %s.rayLabels." $path $path) -}}
-{{- end -}}
-{{- range $key := list "redis-password" "redis-username" -}}
-{{- if hasKey $.group.rayStartParams $key -}}
-{{- fail (printf "%s.rayStartParams.%s is not taken by KubeRay: set clusterSpec.gcsFaultToleranceOptions." $path $key) -}}
-{{- end -}}
-{{- end -}}
-{{- $names := keys .group.env -}}
-{{- range .group.extraEnv -}}{{- $names = append $names .name -}}{{- end -}}
-{{- range $name := list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "REDIS_USERNAME" "RAY_GCS_STORAGE" "RAY_GCS_STORAGE_PATH" "RAY_external_storage_namespace" -}}
-{{- if has $name $names -}}
-{{- fail (printf "%s.env sets %s, which KubeRay refuses: set clusterSpec.gcsFaultToleranceOptions." $path $name) -}}
-{{- end -}}
-{{- end -}}
-{{- $ours := list "RAY_enable_autoscaler_v2" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_ADDRESS" "RAY_CLUSTER_NAME" "KUBERAY_GEN_RAY_START_CMD" "HOME" "NUMBA_CACHE_DIR" "RAY_USAGE_STATS_ENABLED" -}}
-{{- /* Without the chart's TLS it may name certificates that volumes of your own bring. */ -}}
-{{- if .root.Values.tls.enabled -}}{{- $ours = append $ours "RAYMOE_TLS_DIR" -}}{{- end -}}
-{{- range $name := $ours -}}
-{{- if has $name $names -}}
-{{- fail (printf "%s.env sets %s, which the chart or KubeRay sets: remove it (autoscaling, auth and tls have sections of their own)." $path $name) -}}
-{{- end -}}
-{{- end -}}
 {{- range $key := list "podLabels" "rayLabels" -}}
-{{- range $label, $value := get $.group $key -}}
+{{- range $label, $value := default dict (get $.values $key) -}}
 {{- if not (regexMatch "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$" $label) -}}
 {{- fail (printf "%s.%s has the key %q, which is no name of a Kubernetes label: change it." $path $key $label) -}}
 {{- end -}}
@@ -41,12 +40,38 @@
 {{- end -}}
 {{- end -}}
 {{- range $label := list "ray.io/cluster" "ray.io/group" "ray.io/node-type" "ray.io/serve" "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" "app.kubernetes.io/created-by" -}}
-{{- if or (hasKey $.group.podLabels $label) (hasKey $.group.rayLabels $label) -}}
+{{- if or (hasKey (default dict $.values.podLabels) $label) (hasKey (default dict $.values.rayLabels) $label) -}}
 {{- fail (printf "%s sets the label %s, by which the chart or KubeRay finds its pods: remove it." $path $label) -}}
 {{- end -}}
 {{- end -}}
-{{- include "raymoe.checkResources" (dict "path" (printf "%s.resources" $path) "resources" .group.resources) -}}
+{{- include "raymoe.checkResources" (dict "path" (printf "%s.resources" $path) "resources" .values.resources) -}}
 {{- include "raymoe.checkVolumes" . -}}
+{{- include "raymoe.checkContainers" . -}}
+{{- $claims := list -}}{{- range .values.resourceClaims -}}{{- $claims = append $claims .name -}}{{- end -}}
+{{- range dig "claims" list (default dict .values.resources) -}}
+{{- if not (has .name $claims) -}}
+{{- fail (printf "%s.resources.claims has the name %s and the pod has no such claim: add it to %s.resourceClaims." $path .name $path) -}}
+{{- end -}}
+{{- end -}}
+{{- $own := dict "volumes" "extraVolumes" "securityContext" "podSecurityContext" -}}
+{{- range $key := list "priorityClassName" "runtimeClassName" "schedulerName" "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "dnsPolicy" "dnsConfig" "hostAliases" "resourceClaims" -}}
+{{- $_ := set $own $key $key -}}
+{{- end -}}
+{{- include "raymoe.checkExtras" (dict "path" $path "field" "podSpec" "given" .values.podSpec "own" $own) -}}
+{{- $own = dict "env" "extraEnv" "volumeMounts" "extraVolumeMounts" "image" "image" "envFrom" "envFrom" "resources" "resources" "securityContext" "securityContext" -}}
+{{- include "raymoe.checkExtras" (dict "path" $path "field" "containerSpec" "given" .values.containerSpec "own" $own) -}}
+{{- if hasKey (default dict .values.containerSpec) "name" -}}
+{{- fail (printf "%s.containerSpec.name is that by which KubeRay and the chart find the container: remove it." $path) -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Fields that are passed on and have a value of their own. */ -}}
+{{- define "raymoe.checkExtras" -}}
+{{- range $key, $value := .own -}}
+{{- if hasKey (default dict $.given) $key -}}
+{{- fail (printf "%s.%s.%s is the chart's own field: set %s.%s instead." $.path $.field $key $.path $value) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "raymoe.checkResources" -}}
@@ -58,64 +83,57 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* Kubernetes takes no name of a volume twice and nothing twice at a path; what the pods have is what they render. */ -}}
+{{- /* Kubernetes takes no name of a volume twice, nothing twice at a path, and no volume that there is not. */ -}}
 {{- define "raymoe.checkVolumes" -}}
-{{- $names := list -}}{{- $paths := list -}}
-{{- range include "raymoe.mounts" (dict "root" .root "head" (eq .path "head") "group" dict) | fromYamlArray -}}
-{{- $names = append $names .name -}}{{- $paths = append $paths (clean .mountPath) -}}
-{{- end -}}
-{{- range .group.extraVolumes -}}
+{{- $path := .path -}}
+{{- $names := list -}}{{- range .volumes -}}{{- $names = append $names .name -}}{{- end -}}
+{{- range .values.extraVolumes -}}
 {{- if has .name $names -}}
-{{- fail (printf "%s.extraVolumes has the name %s, which a volume of the chart has: take another one." $.path .name) -}}
+{{- fail (printf "%s.extraVolumes has the name %s, which another volume of the pod has: take another one." $path .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- include "raymoe.checkMounts" (dict "path" $path "names" $names "mounts" .mounts "own" .values.extraVolumeMounts) -}}
+{{- range $key := list "initContainers" "extraContainers" -}}
+{{- range default list (get $.values $key) -}}{{- $container := . -}}
+{{- range .volumeMounts -}}
+{{- if not (has .name $names) -}}
+{{- fail (printf "%s.%s: %s mounts %s, and the pod has no such volume: add it to %s.extraVolumes." $path $key $container.name .name $path) -}}
 {{- end -}}
 {{- end -}}
-{{- range .group.extraVolumeMounts -}}
-{{- if has (clean .mountPath) $paths -}}
-{{- fail (printf "%s.extraVolumeMounts has the path %s, where the chart mounts a volume: take another one." $.path .mountPath) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{- define "raymoe.checkGroup" -}}
-{{- $path := printf "workerGroups.%s" .name -}}{{- $group := .group -}}{{- $root := .root -}}
-{{- include "raymoe.checkPod" (dict "root" $root "path" $path "group" $group) -}}
-{{- if or (not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" .name)) (gt (len .name) 30) (has .name (list "head" "headgroup" "submitter" "test")) -}}
-{{- fail (printf "%s: a group's name has to begin with a letter, hold only lower-case letters, digits and '-', have 30 characters at most and be none of head, headgroup, submitter and test." $path) -}}
+{{- define "raymoe.checkMounts" -}}
+{{- $taken := list -}}{{- range .mounts -}}{{- $taken = append $taken (clean .mountPath) -}}{{- end -}}
+{{- range .own -}}
+{{- if has (clean .mountPath) $taken -}}
+{{- fail (printf "%s.extraVolumeMounts has the path %s, where the pod has another volume: take another one." $.path .mountPath) -}}
 {{- end -}}
-{{- if gt (int $group.minReplicas) (int $group.maxReplicas) -}}
-{{- fail (printf "%s.minReplicas (%d) is more than maxReplicas (%d): lower the one or raise the other." $path (int $group.minReplicas) (int $group.maxReplicas)) -}}
-{{- end -}}
-{{- $replicas := not (kindIs "invalid" $group.replicas) -}}
-{{- if $root.Values.autoscaling.enabled -}}
-{{- if $replicas -}}
-{{- fail (printf "%s.replicas is the autoscaler's to set, and an upgrade would set it back: set minReplicas and maxReplicas, or autoscaling.enabled to false." $path) -}}
-{{- end -}}
-{{- if and $group.priority (semverCompare "<2.56.0-0" $root.Values.rayVersion) -}}
-{{- fail (printf "%s.priority needs Ray 2.56 or later and rayVersion is %s: remove it or use a later image." $path $root.Values.rayVersion) -}}
-{{- end -}}
-{{- else -}}
-{{- if and $replicas (or (lt (int $group.replicas) (int $group.minReplicas)) (gt (int $group.replicas) (int $group.maxReplicas))) -}}
-{{- fail (printf "%s.replicas (%d) is not between minReplicas (%d) and maxReplicas (%d): change one of them." $path (int $group.replicas) (int $group.minReplicas) (int $group.maxReplicas)) -}}
-{{- end -}}
-{{- if not (kindIs "invalid" $group.idleTimeoutSeconds) -}}
-{{- fail (printf "%s.idleTimeoutSeconds needs the autoscaler: remove it or set autoscaling.enabled to true." $path) -}}
-{{- end -}}
-{{- if $group.priority -}}
-{{- fail (printf "%s.priority needs the autoscaler: remove it or set autoscaling.enabled to true." $path) -}}
+{{- $taken = append $taken (clean .mountPath) -}}
+{{- if not (has .name $.names) -}}
+{{- fail (printf "%s.extraVolumeMounts names %s, and the pod has no such volume: add it to %s.extraVolumes." $.path .name (ternary "head" $.path (eq $.path "autoscaling"))) -}}
 {{- end -}}
 {{- end -}}
-{{- range $key := list $root.Values.expertResource.name "CPU" "cpu" -}}
-{{- if hasKey $group.rayResources $key -}}
-{{- fail (printf "%s.rayResources.%s is what the chart sets from hostsPerPod and resources: set those." $path $key) -}}
+{{- end -}}
+
+{{- /* Names of containers, and of variables: each once. */ -}}
+{{- define "raymoe.checkContainers" -}}
+{{- $taken := list "ray-head" "ray-worker" "autoscaler" "wait-gcs-ready" "ray-job-submitter" "client" "fetch-weights" -}}
+{{- range $key := list "initContainers" "extraContainers" -}}
+{{- range default list (get $.values $key) -}}
+{{- if has .name $taken -}}
+{{- fail (printf "%s.%s has the name %s, which another container of the pod has: take another one." $.path $key .name) -}}
+{{- end -}}
+{{- $taken = append $taken .name -}}
 {{- end -}}
 {{- end -}}
-{{- if and (ne $group.role "expert") (gt (int $group.hostsPerPod) 1) -}}
-{{- fail (printf "%s.hostsPerPod is for expert groups, and its role is %s: remove it or set role to expert." $path $group.role) -}}
+{{- $variables := list -}}
+{{- range .values.extraEnv -}}
+{{- if has .name $variables -}}
+{{- fail (printf "%s.extraEnv sets %s twice: remove one of them." $.path .name) -}}
 {{- end -}}
-{{- if ge (int $group.drainSeconds) (int $group.terminationGracePeriodSeconds) -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds (%d) leaves no time after drainSeconds (%d): raise it." $path (int $group.terminationGracePeriodSeconds) (int $group.drainSeconds)) -}}
-{{- end -}}
-{{- if and (not (kindIs "invalid" $group.minAvailable)) (gt (int $group.minAvailable) (int $group.minReplicas)) -}}
-{{- fail (printf "%s.minAvailable (%d) is more than minReplicas (%d), so that no pod could ever be evicted: lower it." $path (int $group.minAvailable) (int $group.minReplicas)) -}}
+{{- $variables = append $variables .name -}}
 {{- end -}}
 {{- end -}}

@@ -2,18 +2,30 @@
 of the defaults, everything else takes their place; a value of 0 or false stays one. */ -}}
 {{- define "raymoe.groups" -}}
 {{- $groups := dict -}}
+{{- $defaults := include "raymoe.podValues" (dict "root" . "own" .Values.workerDefaults) | fromYaml -}}
 {{- range $name, $own := .Values.workerGroups -}}
-{{- $group := deepCopy $.Values.workerDefaults -}}
-{{- range $key, $value := default dict $own -}}
-{{- if and (kindIs "map" $value) (ne $key "resources") (ne $key "affinity") -}}
-{{- $_ := set $group $key (merge (deepCopy $value) (default dict (get $group $key))) -}}
-{{- else -}}
-{{- $_ := set $group $key $value -}}
-{{- end -}}
-{{- end -}}
+{{- $group := include "raymoe.over" (dict "base" $defaults "own" $own "whole" (list "resources" "affinity" "dnsConfig")) | fromYaml -}}
 {{- if $group.enabled -}}{{- $_ := set $groups $name $group -}}{{- end -}}
 {{- end -}}
 {{- toYaml $groups -}}
+{{- end -}}
+
+{{- /* The head's values, with the defaults of all pods. */ -}}
+{{- define "raymoe.head" -}}
+{{- include "raymoe.podValues" (dict "root" . "own" .Values.head) -}}
+{{- end -}}
+
+{{- /* Arguments of `ray start` of a pod: of the head (`head`) or of a group (`group`). Ray keeps its object store on disk
+where /dev/shm is smaller than it, and takes three tenths of the memory unless it is told. */ -}}
+{{- define "raymoe.rayStartParams" -}}
+{{- $made := dict "object-store-memory" (include "raymoe.storeMemory" .group.sharedMemory) -}}
+{{- if .head -}}{{- $_ := set $made "dashboard-host" .root.Values.listenHost -}}{{- end -}}
+{{- include "raymoe.over" (dict "base" $made "own" .group.rayStartParams) -}}
+{{- end -}}
+
+{{- /* Bytes of Ray's object store in a /dev/shm of this size: the rest is for whatever else is kept there. */ -}}
+{{- define "raymoe.storeMemory" -}}
+{{- mulf (include "raymoe.amount" .) 0.8 | floor | int64 -}}
 {{- end -}}
 
 {{- /* CPUs of a pod of a group, such as 1.5; of one that names none, nothing. */ -}}

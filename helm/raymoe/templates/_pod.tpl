@@ -1,152 +1,75 @@
-{{- /* A pod of the Ray cluster. Takes `root`, `group` (its values), `name` (head, or the group's) and `head`. */ -}}
-{{- define "raymoe.pod" -}}
-{{- $root := .root -}}{{- $group := .group -}}{{- $serves := and .head (eq $root.Values.mode "serve") -}}
-metadata:
-  labels:
-    {{- include "raymoe.selector" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ .name }}
-    {{- with $group.podLabels }}{{ toYaml . | nindent 4 }}{{ end }}
-  {{- with $group.podAnnotations }}
-  annotations: {{- toYaml . | nindent 4 }}
-  {{- end }}
-spec:
-  {{- with include "raymoe.serviceAccount" $root }}
-  serviceAccountName: {{ . }}
-  {{- end }}
-  # The autoscaler asks the Kubernetes API for pods; nothing else here needs it.
-  automountServiceAccountToken: {{ and .head $root.Values.autoscaling.enabled }}
-  enableServiceLinks: false
-  restartPolicy: {{ ternary "Never" "Always" $root.Values.autoscaling.enabled }}
-  terminationGracePeriodSeconds: {{ int $group.terminationGracePeriodSeconds }}
-  securityContext: {{- toYaml $root.Values.security.pod | nindent 4 }}
-  {{- with $root.Values.image.pullSecrets }}
-  imagePullSecrets: {{- range . }}
-    - name: {{ . }}
-  {{- end }}
-  {{- end }}
-  {{- with $group.priorityClassName }}
-  priorityClassName: {{ . }}
-  {{- end }}
-  {{- with $group.runtimeClassName }}
-  runtimeClassName: {{ . }}
-  {{- end }}
-  {{- with $group.nodeSelector }}
-  nodeSelector: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $group.tolerations }}
-  tolerations: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $group.affinity }}
-  affinity: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- if and (not .head) $group.topologyKey }}
-  topologySpreadConstraints:
-    - maxSkew: 1
-      topologyKey: {{ $group.topologyKey }}
-      whenUnsatisfiable: {{ $group.whenUnsatisfiable }}
-      labelSelector:
-        matchLabels:
-          {{- include "raymoe.selector" $root | nindent 10 }}
-          app.kubernetes.io/component: {{ .name }}
-  {{- end }}
-  containers:
-    - name: {{ ternary "ray-head" "ray-worker" .head }}
-      image: {{ default (include "raymoe.image" $root) $group.image }}
-      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-      securityContext: {{- toYaml $root.Values.security.container | nindent 8 }}
-      resources: {{- toYaml $group.resources | nindent 8 }}
-      ports:
-        {{- if .head }}
-        - {name: gcs-server, containerPort: 6379}
-        - {name: dashboard, containerPort: 8265}
-        - {name: client, containerPort: 10001}
-        {{- end }}
-        {{- if $serves }}
-        # Of this pod alone: the Service sends requests only to pods with a port of this name.
-        - {name: serve, containerPort: 8000}
-        {{- end }}
-        - {name: metrics, containerPort: 8080}
-        - {name: agent, containerPort: 52365}
-      env:
-        - {name: HOME, value: /home/ray}
-        # Compiled functions are kept where the file system can be written to.
-        - {name: NUMBA_CACHE_DIR, value: /tmp/numba}
-        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-        {{- if $root.Values.tls.enabled }}
-        - {name: RAYMOE_TLS_DIR, value: /etc/raymoe-tls}
-        {{- end }}
-        {{- range $key, $value := $group.env }}
-        - {name: {{ $key }}, value: {{ $value | quote }}}
-        {{- end }}
-        {{- with $group.extraEnv }}{{ toYaml . | nindent 8 }}{{ end }}
-      volumeMounts:
-        {{- include "raymoe.mounts" . | nindent 8 }}
-      # What Ray's agent says of the raylet, and on the head of the control plane as well.
-      startupProbe:
-        httpGet: {path: /api/healthz, port: agent}
-        periodSeconds: 5
-        timeoutSeconds: 5
-        failureThreshold: 60
-      readinessProbe:
-        httpGet: {path: /api/healthz, port: agent}
-        periodSeconds: 5
-        timeoutSeconds: 5
-        failureThreshold: 3
-      livenessProbe:
-        httpGet: {path: /api/healthz, port: agent}
-        periodSeconds: 10
-        timeoutSeconds: 5
-        failureThreshold: 12
-      {{- if and (not .head) (gt (int $group.drainSeconds) 0) }}
-      lifecycle:
-        preStop:
-          exec:
-            # Experts and replicas of the trunk go elsewhere first; what comes of it is in the pod's log.
-            command:
-              - /bin/sh
-              - -c
-              - raymoe drain --node here --timeout {{ int $group.drainSeconds }} --json >/proc/1/fd/1 2>&1 || true
-      {{- end }}
-  volumes:
-    - name: shared-memory
-      emptyDir: {medium: Memory, sizeLimit: {{ $group.sharedMemory }}}
-    - name: scratch
-      emptyDir: {sizeLimit: {{ $group.scratch }}}
-    - name: home
-      emptyDir: {sizeLimit: 100Mi}
-    {{- if $root.Values.checkpoints.enabled }}
-    - name: checkpoints
-      {{- if $root.Values.checkpoints.volume }}
-      {{- toYaml $root.Values.checkpoints.volume | nindent 6 }}
-      {{- else }}
-      persistentVolumeClaim: {claimName: {{ include "raymoe.claim" $root }}}
-      {{- end }}
-    {{- end }}
-    {{- if $root.Values.tls.enabled }}
-    - name: tls
-      secret: {secretName: {{ include "raymoe.tlsSecret" $root }}, defaultMode: 0440}
-    {{- end }}
-    {{- if and .head (eq $root.Values.mode "train") }}
-    - name: job
-      configMap: {name: {{ include "raymoe.fullname" $root }}-job}
-    {{- end }}
-    {{- with $group.extraVolumes }}{{ toYaml . | nindent 4 }}{{ end }}
+{{- /* The template of all pods: head, workers, the one that submits a job, and that of `helm test`. */ -}}
+
+{{- /* Metadata and spec of a pod, as YAML. Takes `root`, `values` (the pod's, with `podDefaults`), `name` (its component),
+and what the chart says of it beside these: `pod`, fields of its spec, and `container`, those of its first container. */ -}}
+{{- define "raymoe.podTemplate" -}}
+{{- $root := .root -}}{{- $values := .values -}}
+{{- $metadata := dict "labels" (include "raymoe.podLabels" (dict "root" $root "component" .name "labels" $values.podLabels) | fromYaml) -}}
+{{- with $values.podAnnotations -}}{{- $_ := set $metadata "annotations" . -}}{{- end -}}
+{{- $spec := dict "automountServiceAccountToken" false "enableServiceLinks" false -}}
+{{- with include "raymoe.serviceAccount" $root -}}{{- $_ := set $spec "serviceAccountName" (toString .) -}}{{- end -}}
+{{- with $root.Values.image.pullSecrets -}}
+{{- $secrets := list -}}{{- range . -}}{{- $secrets = append $secrets (dict "name" .) -}}{{- end -}}
+{{- $_ := set $spec "imagePullSecrets" $secrets -}}
+{{- end -}}
+{{- $_ := set $spec "securityContext" (include "raymoe.over" (dict "base" $root.Values.security.pod "own" $values.podSecurityContext) | fromYaml) -}}
+{{- range $key := list "priorityClassName" "runtimeClassName" "schedulerName" "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "dnsPolicy" "dnsConfig" "hostAliases" "resourceClaims" -}}
+{{- with get $values $key -}}{{- $_ := set $spec $key . -}}{{- end -}}
+{{- end -}}
+{{- range $key, $value := .pod -}}{{- $_ := set $spec $key $value -}}{{- end -}}
+{{- with concat (default list .pod.volumes) (default list $values.extraVolumes) -}}{{- $_ := set $spec "volumes" . -}}{{- end -}}
+{{- $before := include "raymoe.ownContainers" (dict "root" $root "containers" $values.initContainers) | fromYamlArray -}}
+{{- with concat (default list .pod.initContainers) $before -}}{{- $_ := set $spec "initContainers" . -}}{{- end -}}
+{{- $beside := include "raymoe.ownContainers" (dict "root" $root "containers" $values.extraContainers) | fromYamlArray -}}
+{{- $_ := set $spec "containers" (prepend $beside (include "raymoe.container" . | fromYaml)) -}}
+{{- range $key, $value := $values.podSpec -}}{{- $_ := set $spec $key $value -}}{{- end -}}
+{{- toYaml (dict "metadata" $metadata "spec" $spec) -}}
 {{- end -}}
 
-{{- define "raymoe.mounts" -}}
-- {name: shared-memory, mountPath: /dev/shm}
-- {name: scratch, mountPath: /tmp}
-- {name: home, mountPath: /home/ray}
-{{- if .root.Values.checkpoints.enabled }}
-- {name: checkpoints, mountPath: {{ .root.Values.checkpoints.mountPath | quote }}}
-{{- end }}
-{{- if .root.Values.tls.enabled }}
-- {name: tls, mountPath: /etc/raymoe-tls, readOnly: true}
-{{- end }}
-{{- if and .head (eq .root.Values.mode "train") }}
-- {name: job, mountPath: /etc/raymoe, readOnly: true}
-{{- end }}
-{{- with .group.extraVolumeMounts }}
-{{ toYaml . }}
-{{- end }}
+{{- /* A container of the chart's, as YAML: its own fields (`container`) with those of the values. */ -}}
+{{- define "raymoe.container" -}}
+{{- $root := .root -}}{{- $values := .values -}}
+{{- $made := deepCopy .container -}}
+{{- $_ := set $made "image" (default (include "raymoe.image" $root) $values.image) -}}
+{{- $_ := set $made "imagePullPolicy" $root.Values.image.pullPolicy -}}
+{{- $_ := set $made "resources" (default dict $values.resources) -}}
+{{- $_ := set $made "securityContext" (include "raymoe.over" (dict "base" $root.Values.security.container "own" $values.securityContext) | fromYaml) -}}
+{{- $_ := set $made "env" (include "raymoe.env" (dict "chart" .container.env "values" $values) | fromYamlArray) -}}
+{{- with $values.envFrom -}}{{- $_ := set $made "envFrom" . -}}{{- end -}}
+{{- with concat (default list .container.volumeMounts) (default list $values.extraVolumeMounts) -}}{{- $_ := set $made "volumeMounts" . -}}{{- end -}}
+{{- range $key, $value := $values.containerSpec -}}
+{{- if eq $key "ports" -}}{{- $value = include "raymoe.ports" (dict "chart" $.container.ports "own" $value) | fromYamlArray -}}{{- end -}}
+{{- $_ := set $made $key $value -}}
+{{- end -}}
+{{- toYaml $made -}}
+{{- end -}}
+
+{{- /* Ports of a container: those of the values are added, and take the place of the chart's of the same name. */ -}}
+{{- define "raymoe.ports" -}}
+{{- $names := list -}}{{- range .own -}}{{- $names = append $names .name -}}{{- end -}}
+{{- $made := list -}}
+{{- range .chart -}}{{- if not (has .name $names) -}}{{- $made = append $made . -}}{{- end -}}{{- end -}}
+{{- toYaml (concat $made .own) -}}
+{{- end -}}
+
+{{- /* Containers of the values. A namespace that admits restricted pods alone asks each for its security context; whether
+its image bears a read-only root file system, its user knows. */ -}}
+{{- define "raymoe.ownContainers" -}}
+{{- $made := list -}}
+{{- $context := omit .root.Values.security.container "readOnlyRootFilesystem" -}}
+{{- range .containers -}}
+{{- $own := deepCopy . -}}
+{{- $_ := set $own "securityContext" (include "raymoe.over" (dict "base" $context "own" .securityContext) | fromYaml) -}}
+{{- $made = append $made $own -}}
+{{- end -}}
+{{- toYaml $made -}}
+{{- end -}}
+
+{{- /* The pod that submits a job. */ -}}
+{{- define "raymoe.submitter" -}}
+{{- $values := include "raymoe.podValues" (dict "root" . "own" .Values.train.submitter) | fromYaml -}}
+{{- $pod := dict "restartPolicy" "Never" "volumes" (list (dict "name" "scratch" "emptyDir" (dict "sizeLimit" "100Mi"))) -}}
+{{- $container := dict "name" "ray-job-submitter" "env" (list (dict "name" "HOME" "value" "/tmp")) -}}
+{{- $_ := set $container "volumeMounts" (list (dict "name" "scratch" "mountPath" "/tmp")) -}}
+{{- include "raymoe.podTemplate" (dict "root" . "values" $values "name" "submitter" "pod" $pod "container" $container) -}}
 {{- end -}}
