@@ -73,10 +73,16 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("tokens", "passes"), [(16, True), (0, False)])
-def test_the_tests_pod_sends_a_completion(tokens: int, passes: bool) -> None:
+def test_the_tests_pod_sends_a_completion(tokens: int, passes: bool, tmp_path: Path) -> None:
     (pod,) = (one for one in render("helm4", "serve-full") if one["kind"] == "Pod")
     (container,) = pod["spec"]["containers"]
     env = {one["name"]: one["value"] for one in container["env"]}
+    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    assert mounts[env["KEYS"]] == "api-keys"
+    env["KEYS"] = str(tmp_path)
+    (tmp_path / "..data").write_text("of-kubernetes-itself", encoding="utf-8")
+    digest = "sha256:" + "0" * 64
+    (tmp_path / "callers").write_text(f"# of two teams\n\n{digest}\nchange-me \nother\n", encoding="utf-8")
     handler = type("Handler", (Answering,), {"asked": [], "tokens": tokens})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)

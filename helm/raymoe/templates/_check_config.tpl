@@ -4,9 +4,7 @@
 {{- if not .Values.serve.checkpoint -}}
 {{- fail "serve.checkpoint is missing: name the directory of a checkpoint as pods see it, such as /checkpoints/demo." -}}
 {{- end -}}
-{{- if not (hasPrefix "/" .Values.serve.checkpoint) -}}
-{{- fail (printf "serve.checkpoint is %q, which is no absolute path: name the directory of a checkpoint as pods see it, such as /checkpoints/demo." .Values.serve.checkpoint) -}}
-{{- end -}}
+{{- include "raymoe.checkWeights" . -}}
 {{- else -}}
 {{- range $key := list "ingress" "httpRoute" -}}
 {{- if (get $.Values $key).enabled -}}

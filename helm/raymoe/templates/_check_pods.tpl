@@ -22,7 +22,9 @@
 {{- end -}}
 {{- if .Values.tests.enabled -}}
 {{- $values := include "raymoe.podValues" (dict "root" . "own" .Values.tests) | fromYaml -}}
-{{- include "raymoe.checkPod" (dict "root" . "path" "tests" "values" $values "volumes" list "mounts" list) -}}
+{{- $keys := list -}}
+{{- if include "raymoe.keysSecret" . -}}{{- $keys = list (dict "name" "api-keys" "mountPath" "/etc/raymoe-keys") -}}{{- end -}}
+{{- include "raymoe.checkPod" (dict "root" . "path" "tests" "values" $values "volumes" $keys "mounts" $keys) -}}
 {{- end -}}
 {{- end -}}
 

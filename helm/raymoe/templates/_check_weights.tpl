@@ -1,0 +1,49 @@
+{{- /* What cannot work of what is served, and of the keys that requests carry. */ -}}
+
+{{- define "raymoe.checkWeights" -}}
+{{- $given := .Values.serve.checkpoint -}}
+{{- $name := "[A-Za-z0-9][A-Za-z0-9._-]*" -}}
+{{- if hasPrefix "hf://" $given -}}
+{{- if not (regexMatch (printf "^hf://%s/%s(@%s(/%s)*)?$" $name $name $name $name) $given) -}}
+{{- fail (printf "serve.checkpoint is %q, which is no address of a Hugging Face model: write hf://ORG/NAME or hf://ORG/NAME@REVISION." $given) -}}
+{{- end -}}
+{{- else if hasPrefix "s3://" $given -}}
+{{- if not (regexMatch "^s3://[a-z0-9][a-z0-9.-]*(/[A-Za-z0-9_=+][A-Za-z0-9._=+-]*)+/?$" $given) -}}
+{{- fail (printf "serve.checkpoint is %q, which is no address of a folder in a bucket: write s3://BUCKET/PREFIX." $given) -}}
+{{- end -}}
+{{- if not (or .Values.serve.fetch.image .Values.serve.fetch.command) -}}
+{{- fail "serve.checkpoint is an address of S3 and the image has no command for it: set serve.fetch.image to one with `aws`, or serve.fetch.image and serve.fetch.command." -}}
+{{- end -}}
+{{- else if hasPrefix "pvc://" $given -}}
+{{- if not (regexMatch "^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[A-Za-z0-9_=+][A-Za-z0-9._=+-]*)*/?$" $given) -}}
+{{- fail (printf "serve.checkpoint is %q, which is no path in a claim: write pvc://CLAIM/PATH." $given) -}}
+{{- end -}}
+{{- else if not (hasPrefix "/" $given) -}}
+{{- fail (printf "serve.checkpoint is %q, which is no absolute path and no address: name the directory of a checkpoint as pods see it, such as /checkpoints/demo, or write hf://, s3:// or pvc://." $given) -}}
+{{- end -}}
+{{- include "raymoe.checkResources" (dict "path" "serve.fetch.resources" "resources" .Values.serve.fetch.resources) -}}
+{{- range $variable := .Values.serve.fetch.extraEnv -}}
+{{- if has $variable.name (list "TARGET" "PARTIAL") -}}
+{{- fail (printf "serve.fetch.extraEnv sets %s, by which the chart says where the weights go: remove it." $variable.name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := list "TARGET" "PARTIAL" -}}
+{{- if hasKey (default dict $.Values.serve.fetch.env) $name -}}
+{{- fail (printf "serve.fetch.env sets %s, by which the chart says where the weights go: remove it." $name) -}}
+{{- end -}}
+{{- end -}}
+{{- include "raymoe.checkKeys" . -}}
+{{- end -}}
+
+{{- /* A RayService is no secret: those who may read it, and Ray's dashboard, see the arguments of the application. */ -}}
+{{- define "raymoe.checkKeys" -}}
+{{- $serving := default dict (get (default dict .Values.serve.config) "serving") -}}
+{{- range default list $serving.api_keys -}}
+{{- if not (regexMatch "^sha256:[0-9a-fA-F]{64}$" .) -}}
+{{- fail "serve.config.serving.api_keys has a key that would stand in the RayService in plain text: put it into a secret (kubectl create secret generic NAME --from-literal=key=…) and its name into serve.apiKeys.existingSecret, or give its digest (sha256:…)." -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.serve.apiKeys.existingSecret $serving.api_keys_file -}}
+{{- fail "serve.apiKeys.existingSecret and serve.config.serving.api_keys_file are both set: remove one of them." -}}
+{{- end -}}
+{{- end -}}
