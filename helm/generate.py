@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from helm.reference import inserted, reference
 from helm.schema import values_schema
@@ -19,16 +17,9 @@ def generated() -> dict[Path, str]:
     root = read_values()
     document = DOCUMENT.read_text(encoding="utf-8")
     return {
-        CHART / "values.schema.json": _schema_text(values_schema(root)),
+        CHART / "values.schema.json": json.dumps(values_schema(root), indent=1) + "\n",
         DOCUMENT: inserted(document, reference(root)),
     }
-
-
-def _schema_text(schema: Mapping[str, Any]) -> str:
-    """A schema as JSON, with a line for each definition."""
-    body = json.dumps({name: part for name, part in schema.items() if name != "definitions"}, indent=1)
-    lines = [f"  {json.dumps(name)}: {json.dumps(part)}" for name, part in schema["definitions"].items()]
-    return body.removesuffix("\n}") + ',\n "definitions": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
 def main() -> None:
