@@ -37,6 +37,7 @@ FIRST = [
     "test_actors",
     "test_serve",
     "test_serve_grpc",
+    "test_serve_front",
     "test_serve_interrupted",
     "test_job_submit",
     "test_sampled_drafts",

@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
@@ -26,6 +26,7 @@ from jobs.api.backend import Backend
 from jobs.api.body_limit import BodyLimit
 from jobs.api.completion_jobs import completion_job
 from jobs.api.head_requests import HeadRequests
+from jobs.api.key_check import KeyCheck
 from jobs.api.logprob_bodies import chat_logprobs, completion_logprobs
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.response_bodies import Choice, CompletionView, Envelope, Usage
@@ -39,7 +40,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "A parameter cannot be.",
         401: "No valid API key.",
         404: "No such model.",
-        413: "The body is too large.",
+        408: "The body came too slowly.",
+        413: "The body is too large, or has too many values.",
         429: "The queue is full; come back after Retry-After seconds.",
         500: "The request failed in a way of its own; it would fail again.",
         503: "The server shuts down, or engine or experts failed; come back after Retry-After seconds.",
@@ -51,12 +53,7 @@ def build_api(find: Callable[[], Backend]) -> FastAPI:
     """The HTTP application of the model whose backend `find` returns for every request."""
     api = _without_routes(find)
 
-    def allowed(authorization: Annotated[str | None, Header()] = None) -> Backend:
-        backend = find()
-        backend.check_key(authorization)
-        return backend
-
-    Allowed = Annotated[Backend, Depends(allowed)]
+    Allowed = Annotated[Backend, Depends(find)]
 
     @api.get("/health", responses={503: _ERRORS[503]})
     async def health() -> Response:
@@ -110,7 +107,8 @@ def _without_routes(find: Callable[[], Backend]) -> FastAPI:
     api.add_exception_handler(RequestValidationError, answer_validation_error)
     api.add_exception_handler(HTTPException, answer_http_error)
     api.add_exception_handler(Exception, answer_failure)
-    api.add_middleware(BodyLimit)
+    api.add_middleware(BodyLimit, memory=lambda: find().bodies, rate=lambda: float(find().limits.body_rate))
+    api.add_middleware(KeyCheck, find=find)
     api.add_middleware(AdmissionGate, find=lambda: find().admission)
     api.add_middleware(HeadRequests)
     return api

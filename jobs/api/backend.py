@@ -20,6 +20,7 @@ from errors import ConfigError, DataError, QueueFull, RaymoeError, ResourceError
 from jobs.api.admission import Admission
 from jobs.api.api_errors import ApiError, invalid, too_long
 from jobs.api.api_keys import ApiKeys
+from jobs.api.body_memory import BodyMemory
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
 from jobs.api.text_encoder import TextEncoder
@@ -39,11 +40,15 @@ class Limits:
         max_queue: Requests that may wait at a replica; further ones get status 429.
         max_prompt: Tokens of a prompt; None is the model's limit.
         max_tokens: Tokens that a request may ask for; None is the model's limit.
+        body_memory: Bytes that request bodies may take at a time, parsed.
+        body_rate: Bytes per second that a client has to send of a body.
     """
 
     max_queue: int = 256
     max_prompt: int | None = None
     max_tokens: int | None = None
+    body_memory: int = 256 << 20
+    body_rate: int = 64 << 10
 
 
 class Service(Protocol):
@@ -98,6 +103,8 @@ class Backend:
         engines: Returns the engines' figures by name.
         experts: Returns the expert hosts' figures; None if there are no hosts.
         admission: Admits requests until the server shuts down.
+        front_token: What the front sends with requests for metrics that need no key; None without a front.
+        bodies: Memory for request bodies.
         detokenizer: Decodes tokens.
     """
 
@@ -116,6 +123,8 @@ class Backend:
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     keys: ApiKeys = field(default_factory=ApiKeys)
     admission: Admission = field(default_factory=Admission)
+    front_token: str | None = field(default=None, repr=False)
+    bodies: BodyMemory = field(init=False, repr=False)
     created: int = field(default_factory=lambda: int(time.time()))
     detokenizer: Detokenizer = field(init=False, repr=False)
     opening: int = field(init=False, repr=False)
@@ -123,6 +132,7 @@ class Backend:
     _encoder: TextEncoder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.bodies = BodyMemory(self.limits.body_memory)
         self.detokenizer = Detokenizer(self.tokenizer)
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
         self.opening = opening_length(self.tokenizer)

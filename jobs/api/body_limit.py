@@ -1,58 +1,146 @@
-"""Refuses request bodies that are too large, before they are read."""
+"""Reads request bodies within limits of size, time and memory, before anything parses them."""
 
 from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.api.api_errors import ApiError
+from jobs.api.body_cost import BodyCost, body_cost
+from jobs.api.body_memory import BodyMemory
 
 MAX_BYTES = 16 << 20
+MAX_DEPTH = 128
+"""Objects and arrays that a body may have within each other."""
+
+_GRACE_SECONDS = 10.0  # before the rate of a body is looked at
+_LARGE = 256 << 10  # bytes, which take a millisecond to look through
+_RETRY_SECONDS = 2
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to bodies of more than `MAX_BYTES`, by header or by what arrives.
+    """ASGI middleware that answers 413, 408, 400 or 503 to bodies that take too much, and passes on others.
+
+    What a body takes in memory, parsed, is held from the process's `BodyMemory` until its request has ended.
 
     Args:
         app: The application that gets all other requests.
+        memory: Returns the memory for bodies.
+        rate: Returns the bytes per second that a client has to send, on average after some seconds.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, memory: Callable[[], BodyMemory], rate: Callable[[], float]) -> None:
+        self._app, self._memory, self._rate = app, memory, rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        refusal = ApiError(413, f"the body is too large; {MAX_BYTES} bytes at most", code="body_too_large")
-        announced = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        # Only digits are parsed: int() accepts other forms too, and raises for thousands of digits.
-        if (
-            announced.isascii()
-            and announced.isdigit()
-            and (len(announced) > 18 or int(announced) > MAX_BYTES)
-        ):
-            await refusal.response()(scope, receive, send)
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        announced = headers.get("content-length", "")
+        if "transfer-encoding" not in headers and announced in ("", "0"):
+            await self._app(scope, receive, send)
             return
-        taken = 0
-
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > MAX_BYTES:
-                raise refusal
-            return message
-
-        async def unless_refused(message: Message) -> None:
-            if taken <= MAX_BYTES:  # else it is the application's error for an incomplete body
-                await send(message)
-
         try:
-            await self._app(scope, counted, unless_refused)
+            _check_announced(announced)
+            body = await self._read(receive)
+            if body is None:  # the client has disconnected
+                return
+            cost = await _cost(body, self._memory().size)
+            await self._take(cost)
         except ApiError as error:
-            if error is not refusal:
-                raise
-        if taken > MAX_BYTES:
-            await refusal.response()(scope, receive, send)
+            await error.response()(scope, receive, send)
+            return
+        try:
+            await self._app(scope, _again(body, receive), send)
+        finally:
+            self._memory().give_back(cost.memory)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None if the client disconnects before its end.
+
+        Raises:
+            ApiError: It is too large, or comes too slowly.
+        """
+        began, taken, parts = time.monotonic(), 0, []
+        while True:
+            allowed = _GRACE_SECONDS + taken / self._rate()
+            try:
+                message = await asyncio.wait_for(receive(), began + allowed - time.monotonic())
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"{taken} bytes of the body came within {allowed:.0f} s; send it faster",
+                    code="request_timeout",
+                ) from None
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            taken += len(part)
+            if taken > MAX_BYTES:
+                raise _too_large()
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def _take(self, cost: BodyCost) -> None:
+        try:
+            await self._memory().take(cost.memory)
+        except TimeoutError:
+            raise ApiError(
+                503,
+                "other requests take the memory for request bodies; come back later",
+                code="overloaded",
+                retry_after=_RETRY_SECONDS,
+            ) from None
 
 
-__all__ = ["MAX_BYTES", "BodyLimit"]
+def _check_announced(announced: str) -> None:
+    # Only digits are parsed: int() accepts other forms too, and raises for thousands of digits.
+    digits = announced.isascii() and announced.isdigit()
+    if digits and (len(announced) > 18 or int(announced) > MAX_BYTES):
+        raise _too_large()
+
+
+async def _cost(body: bytes, most: int) -> BodyCost:
+    """What a body costs.
+
+    Raises:
+        ApiError: It costs more than there ever is, or is nested too deeply.
+    """
+    cost = await asyncio.to_thread(body_cost, body) if len(body) > _LARGE else body_cost(body)
+    if cost.depth > MAX_DEPTH:
+        raise ApiError(
+            400, f"the body is nested more than {MAX_DEPTH} levels deep; flatten it", code="invalid_json"
+        )
+    if cost.memory > most:
+        raise ApiError(
+            413,
+            f"the body has {cost.values} values, which would take {cost.memory >> 20} MiB of the "
+            f"{most >> 20} MiB that all bodies have; split it",
+            code="body_too_large",
+        )
+    return cost
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is too large; {MAX_BYTES} bytes at most", code="body_too_large")
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """The messages of a client whose body has been read."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "BodyLimit"]

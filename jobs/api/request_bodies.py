@@ -35,6 +35,9 @@ def _no_bool(value: Any) -> Any:
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Token = Annotated[Integer, Field(ge=0)]
+Tokens = Annotated[
+    list[Token], Field(fail_fast=True)
+]  # an error for each of a million values would take a gigabyte
 
 
 def _branch_of_text(value: Any) -> str | None:
@@ -64,9 +67,9 @@ Stops = Annotated[
 ]
 Prompt = Annotated[
     Annotated[str, Tag(_TEXT)]
-    | Annotated[list[str], Tag(_LIST)]
-    | Annotated[list[Token], Tag(_IDS)]
-    | Annotated[list[list[Token]], Tag(_ID_LISTS)],
+    | Annotated[list[str], Field(fail_fast=True), Tag(_LIST)]
+    | Annotated[Tokens, Tag(_IDS)]
+    | Annotated[list[Tokens], Field(fail_fast=True), Tag(_ID_LISTS)],
     _by(_branch_of_prompt, "a string, a list of strings, a list of token ids, or a list of such lists"),
 ]
 
@@ -108,7 +111,7 @@ class _Generation(_Body):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[Number, Field(ge=-100, le=100)]] | None = None
     stop: Stops | None = None
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: Tokens | None = None
     min_tokens: Annotated[Integer, Field(ge=0)] = 0
     ignore_eos: bool = False
     user: str | None = None
@@ -194,7 +197,7 @@ class TextPart(BaseModel):
 
 
 Content = Annotated[
-    Annotated[str, Tag(_TEXT)] | Annotated[list[TextPart], Tag(_LIST)],
+    Annotated[str, Tag(_TEXT)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(_LIST)],
     _by(_branch_of_text, "a string or a list of parts"),
 ]
 
@@ -225,7 +228,7 @@ class ChatRequest(_Generation):
 
     neutral = CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[Integer, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
     logprobs: bool = False

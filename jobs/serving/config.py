@@ -19,6 +19,7 @@ from jobs.config.field_errors import Section
 from jobs.config.run_config import CountOrZero, DTypeName, Size, Threads
 from jobs.config.yaml_text import read_yaml
 from jobs.console import say
+from jobs.serving.front_config import FrontConfig
 
 
 class ServingConfig(Section):
@@ -53,6 +54,7 @@ class ServingConfig(Section):
         gpus_per_replica: GPUs that Ray reserves for each replica, which then computes on one; a fraction
             shares a GPU with others, 0 computes on CPUs.
         threads: compute threads of a replica; null takes as many as reserved CPUs, at least one.
+        front: limits of connections, headers and bodies.
     """
 
     name: str | None = None
@@ -78,6 +80,7 @@ class ServingConfig(Section):
     cpus_per_replica: Reserved = 1.0
     gpus_per_replica: GpuShare = 0
     threads: Threads | None = None
+    front: FrontConfig = FrontConfig()
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
@@ -151,6 +154,8 @@ class ServingConfig(Section):
             max_queue=self.max_queue,
             max_prompt=self.max_prompt,
             max_tokens=self.max_tokens,
+            body_memory=self.front.body_memory,
+            body_rate=self.front.body_rate,
         )
 
 

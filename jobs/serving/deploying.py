@@ -16,7 +16,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from errors import ResourceError
 from jobs.fleet.waiting import Tell, machine_load, telling
-from jobs.serving.names import INTERFACE, POOL, TRUNK
+from jobs.serving.names import FRONT, INTERFACE, POOL, TRUNK
 
 _START_TRIES = 5
 _POLL_SECONDS = 0.2
@@ -25,7 +25,17 @@ _GONE_SECONDS = 10.0  # that an application is absent, or its controller dead, b
 _ABSENT = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING)
 _CONTROLLER = "Ray Serve's controller"
 _ENDED = "Ray Serve has ended meanwhile; start the command again"
-_WORDS = {POOL: "coordinator and expert hosts", TRUNK: "trunk replicas", INTERFACE: "interface"}
+_WORDS = {
+    POOL: "coordinator and expert hosts",
+    TRUNK: "trunk replicas",
+    INTERFACE: "interface",
+    FRONT: "front",
+}
+
+
+def serve_runs() -> bool:
+    """Whether Ray Serve runs on the cluster; then it keeps the options with which it was started."""
+    return _get_global_client(raise_if_no_controller_running=False) is not None
 
 
 def start_serve(tell: Tell, **options: Any) -> None:
@@ -162,4 +172,4 @@ def cause(status: ApplicationStatusOverview) -> str:
     return str(ours[-1] if ours else lines[-1] if lines else "Ray Serve gives no reason")
 
 
-__all__ = ["cause", "deploy", "start_serve", "waited_for"]
+__all__ = ["cause", "deploy", "serve_runs", "start_serve", "waited_for"]

@@ -24,10 +24,12 @@ from actors.router.table_updates import CoordinatorTables
 from errors import RaymoeError
 from jobs.checkpoints.checkpoint_store import find_weights
 from jobs.serving.config import ServeConfig
+from jobs.serving.front.front import Front
 from jobs.serving.interface.interface import Interface
-from jobs.serving.names import INTERFACE, POOL, TRUNK
+from jobs.serving.names import FRONT, HEAD, INTERFACE, POOL, TRUNK
 from jobs.serving.pool.pool import ExpertPool
 from jobs.serving.pool_link import PoolLink
+from jobs.serving.ports import ListenAddress
 from jobs.serving.replica.held_leases import HeldLeases
 from jobs.serving.replica.joining import join
 from jobs.serving.replica.replica import Replica
@@ -40,9 +42,7 @@ _MAX_ONGOING = 100_000  # no limit in practice: the engine's own queue refuses r
 GRACE_SECONDS = 30.0
 """Seconds that requests in progress have to end when a process, or the deployment, ends."""
 
-_HEAD = "node:__internal_head__"
-"""A resource of Ray's head node. Pool, coordinator and interface run there, like Serve's controller, so that
-they do not depend on other nodes."""
+_FRONT_CHECK_SECONDS = 1.0  # a front that has died is replaced at once: nobody reaches the model meanwhile
 
 
 class TrunkReplica:
@@ -99,19 +99,22 @@ class TrunkReplica:
         self._closing.close()
 
 
-def build_application(config: ServeConfig, directory: Path, *, grpc: str | None = None) -> Application:
+def build_application(
+    config: ServeConfig, directory: Path, *, front: ListenAddress | None = None, grpc: str | None = None
+) -> Application:
     """The application for `serve.run`.
 
     Args:
         config: The configuration.
         directory: The directory with weights and tokenizer.
-        grpc: Host and port for gRPC, on the head node; None is without.
+        front: Where the front listens; None leaves it out, and clients reach Serve's proxy itself.
+        grpc: Host and port for gRPC without a front, on the head node; None is without.
     """
     serving, values = config.serving, config.to_dict()
     pool = serve.deployment(
         ExpertPool,
         name=POOL,
-        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=2 * GRACE_SECONDS,
     ).bind(values, str(directory))
@@ -130,17 +133,36 @@ def build_application(config: ServeConfig, directory: Path, *, grpc: str | None 
         Interface,
         name=INTERFACE,
         num_replicas=serving.api_replicas,
-        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=GRACE_SECONDS,
-    ).bind(values, str(directory), serving.name or model_name(directory), pool, trunk, grpc=grpc)
+    ).bind(
+        values,
+        str(directory),
+        serving.name or model_name(directory),
+        pool,
+        trunk,
+        front=None if front is None else _front(config, front),
+        grpc=grpc,
+    )
+
+
+def _front(config: ServeConfig, listen: ListenAddress) -> Application:
+    return serve.deployment(
+        Front,
+        name=FRONT,
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=2 * GRACE_SECONDS,
+        health_check_period_s=_FRONT_CHECK_SECONDS,
+    ).bind(config.to_dict(), listen.to_dict(), grace=GRACE_SECONDS)
 
 
 def app(arguments: dict[str, Any]) -> Application:
     """Application builder for a Serve config file: `import_path: jobs.serving.serve:app`.
 
     Args:
-        arguments: `checkpoint`, and the sections of a `ServeConfig`.
+        arguments: `checkpoint`, the sections of a `ServeConfig` and, for a front, `listen` (`ListenAddress`).
 
     Raises:
         RaymoeError: No checkpoint is given, it does not exist, or a field is invalid.
@@ -149,7 +171,10 @@ def app(arguments: dict[str, Any]) -> Application:
     checkpoint = values.pop("checkpoint", None)
     if not isinstance(checkpoint, str):
         raise RaymoeError("args.checkpoint is missing; give the directory of a checkpoint")
-    return build_application(ServeConfig.of_arguments(values), find_weights(Path(checkpoint)).resolve())
+    given = values.pop("listen", None)
+    listen = None if given is None else ListenAddress.from_dict(given)
+    directory = find_weights(Path(checkpoint)).resolve()
+    return build_application(ServeConfig.of_arguments(values), directory, front=listen)
 
 
 __all__ = ["GRACE_SECONDS", "TrunkReplica", "app", "build_application"]

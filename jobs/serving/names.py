@@ -14,4 +14,11 @@ TRUNK = "trunk"
 INTERFACE = "api"
 """Name of the interface's deployment."""
 
-__all__ = ["INTERFACE", "NAME", "POOL", "TRUNK"]
+FRONT = "front"
+"""Name of the front's deployment."""
+
+HEAD = "node:__internal_head__"
+"""A resource of Ray's head node. Pool, coordinator, interface and front run there, as Serve's controller
+does, so that they do not depend on other nodes."""
+
+__all__ = ["FRONT", "HEAD", "INTERFACE", "NAME", "POOL", "TRUNK"]

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from errors import ConfigError, ResourceError
+from jobs.config.field_errors import Section
+
+Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListenAddress:
+class ListenAddress(Section):
     """Where a served model listens.
 
     Attributes:
-        host: Network interface for HTTP.
+        host: Network interface of the ports, on the head node.
         port: Port for HTTP.
-        grpc_port: Port for gRPC; None switches it off.
+        grpc_port: Port for gRPC; null switches it off.
+        metrics_port: Port for metrics and health, which needs no API key; null for none.
     """
 
-    host: str
-    port: int
-    grpc_port: int | None = None
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    grpc_port: Port | None = None
+    metrics_port: Port | None = None
 
     @property
     def loopback(self) -> bool:
@@ -39,7 +45,7 @@ class ListenAddress:
         return f"[{self.host}]:{self.grpc_port}" if ":" in self.host else f"{self.host}:{self.grpc_port}"
 
     def check_free(self) -> None:
-        """Check that both ports can be listened on; Serve's proxies would fail late, or silently.
+        """Check that both ports can be listened on; a server would fail late.
 
         Raises:
             ConfigError: Both are the same, or the interface is not one of this machine.
@@ -47,20 +53,28 @@ class ListenAddress:
         """
         if self.port == self.grpc_port:
             raise ConfigError(f"--port and --grpc-port are both {self.port}; choose another for one of them")
-        try:
-            family, _, _, _, address = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(
-                f"--host {self.host} is no network interface ({error}); give an address"
-            ) from None
-        _try("--port", self.port, family, address)
+        check_port("--port", self.host, self.port)
         if self.grpc_port is not None:
-            _try("--grpc-port", self.grpc_port, family, (address[0], self.grpc_port, *address[2:]))
+            check_port("--grpc-port", self.host, self.grpc_port)
 
 
-def _try(option: str, port: int, family: int, address: tuple[object, ...]) -> None:
+def check_port(option: str, host: str, port: int) -> None:
+    """Check that a port of this machine can be listened on.
+
+    Args:
+        option: What sets it, for errors.
+        host: Network interface.
+
+    Raises:
+        ConfigError: The interface is not one of this machine.
+        ResourceError: The port is in use.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host} is no network interface ({error}); give an address") from None
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As servers do: connections of an earlier server that the kernel still remembers do not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -73,4 +87,4 @@ def _try(option: str, port: int, family: int, address: tuple[object, ...]) -> No
             ) from None
 
 
-__all__ = ["ListenAddress"]
+__all__ = ["ListenAddress", "check_port"]

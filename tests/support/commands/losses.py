@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -63,8 +62,7 @@ def expert_hosts(server: ServeProcess) -> float | None:
 
 def _metric(server: ServeProcess, name: str) -> list[float]:
     """The values of a metric, whatever its labels."""
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
+    lines = server.metrics()
     return [float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"raymoe_{name}{{")]
 
 

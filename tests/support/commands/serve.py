@@ -121,10 +121,16 @@ class ServeProcess:
         """Tokens after the prompt by a full forward pass for each."""
         return greedy(self.model, PROMPT, count)
 
+    def metrics(self) -> list[str]:
+        """Lines of `/metrics`."""
+        asked = urllib.request.Request(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            lines: list[str] = answer.read().decode().splitlines()
+        return lines
+
     def gauges(self) -> dict[str, float]:
         """Gauges of requests and pages in use, of every replica."""
-        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
-            lines = answer.read().decode().splitlines()
+        lines = self.metrics()
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         found = {
             line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])

@@ -75,3 +75,20 @@ def test_reload_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_without_haproxy_no_other_machine_is_served(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "jobs.cli", "serve", str(tmp_path)),
+            *("--host", "0.0.0.0", "--port", str(_free())),
+        ],
+        env=os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(tmp_path / "none"), "RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--host 0.0.0.0: HAProxy" in done.stderr

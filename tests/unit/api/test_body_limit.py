@@ -1,0 +1,267 @@
+"""The memory of request bodies: its estimate against what parsing takes, its budget, and refusals by it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from jobs.api.api_keys import ApiKeys
+from jobs.api.body_cost import body_cost
+from jobs.api.body_limit import MAX_DEPTH, BodyLimit
+from jobs.api.body_memory import BodyMemory
+from jobs.api.request_bodies import ChatRequest, CompletionRequest
+from support.api_server import Served
+
+JSON = {"Content-Type": "application/json"}
+MIB = 1 << 20
+
+
+def filled(begin: str, item: str, end: str, *, size: int = MIB) -> bytes:
+    return (begin + ",".join([item] * (size // (len(item) + 1))) + end).encode()
+
+
+SHAPES = {
+    "empty lists": filled('{"prompt": [', "[]", "]}"),
+    "empty objects": filled('{"messages": [', "{}", "]}"),
+    "small numbers": filled('{"prompt": [', "1", "]}"),
+    "token ids": filled('{"prompt": [', "123456", "]}"),
+    "lists of ids": filled('{"prompt": [', "[1]", "]}"),
+    "floats": filled('{"prompt": [', "0.5", "]}"),
+    "texts": filled('{"prompt": [', '"a"', "]}"),
+    "empty texts": filled('{"prompt": [', '""', "]}"),
+    "messages": filled('{"messages": [', '{"role":"user","content":""}', "]}"),
+    "parts": filled('{"messages": [{"role":"user","content":[', '{"type":"text","text":""}', "]}]}"),
+    "keys": b"{" + b",".join(b'"k%d":1' % number for number in range(80_000)) + b"}",
+    "wrong biases": b'{"logit_bias":{' + b",".join(b'"k%d":1' % number for number in range(80_000)) + b"}}",
+    "prose": json.dumps({"prompt": "A list, of words: [so] {it} is. " * 30_000}).encode(),
+    "wide characters": json.dumps({"prompt": "a" * 500_000 + "\U0001f600"}).encode(),
+    "raw wide characters": json.dumps({"prompt": "\U0001f600" * 250_000}, ensure_ascii=False).encode(),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parsing_takes_no_more_than_the_estimate(shape: str) -> None:
+    body = SHAPES[shape]
+    cost = body_cost(body)
+    tracemalloc.start()
+    try:
+        values = json.loads(body)
+        kept = []
+        with suppress(ValidationError):
+            kept.append((ChatRequest if "messages" in values else CompletionRequest).model_validate(values))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak + len(body) <= cost.memory, (peak, cost)
+
+
+def counted(value: Any, depth: int = 0) -> tuple[int, int]:
+    """Values and depth of plain values."""
+    if not isinstance(value, dict | list):
+        return 0, depth
+    items = list(value.values()) if isinstance(value, dict) else value
+    inner = [counted(item, depth + 1) for item in items]
+    marks = 1 + max(0, len(items) - 1) + (len(items) if isinstance(value, dict) else 0)
+    return marks + sum(one for one, _ in inner), max([depth + 1, *(deep for _, deep in inner)])
+
+
+def drawn(source: random.Random, depth: int) -> Any:
+    kind = source.randrange(7 if depth else 4)
+    if kind < 3:
+        return source.choice([1, -2.5, True, None, "", "a,b", '[{"\\', "\\", '\\"', "\u00e9\U0001f600,"])
+    if kind == 3:
+        return "".join(source.choice('ab"\\,:[]{}') for _ in range(source.randrange(40)))
+    if kind < 6:
+        return [drawn(source, depth - 1) for _ in range(source.randrange(12))]
+    return {drawn(source, 0).__repr__(): drawn(source, depth - 1) for _ in range(source.randrange(8))}
+
+
+def test_values_and_depth_are_counted_outside_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a string, or an escape, lies across the pieces in which a body is looked at."""
+    monkeypatch.setattr("jobs.api.body_cost._PIECE", 7)
+    monkeypatch.setattr("jobs.api.body_cost._FEW_VALUES", -1)
+    source = random.Random(16)
+    for _ in range(300):
+        value = [drawn(source, 4)]
+        cost = body_cost(json.dumps(value, ensure_ascii=source.random() < 0.5).encode())
+        assert (cost.values, cost.depth) == counted(value)
+
+
+def test_bytes_that_are_no_json_have_a_cost() -> None:
+    source = random.Random(5)
+    for _ in range(200):
+        assert body_cost(source.randbytes(source.randrange(2000))).memory >= 0
+    assert body_cost(b"").memory == 0
+    assert body_cost(b"[" * MIB).depth == MIB
+
+
+def test_memory_is_given_out_in_turn_and_within_its_size() -> None:
+    async def run() -> list[str]:
+        memory, order = BodyMemory(100, patience=10), []
+
+        async def one(name: str, count: int, hold: asyncio.Event) -> None:
+            await memory.take(count)
+            order.append(name)
+            assert memory.free >= 0
+            await hold.wait()
+            memory.give_back(count)
+
+        first, rest = asyncio.Event(), asyncio.Event()
+        rest.set()
+        tasks = [asyncio.create_task(one("a", 60, first)), asyncio.create_task(one("b", 60, rest))]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(one("c", 10, rest)))  # would fit, and waits its turn
+        await asyncio.sleep(0)
+        assert order == ["a"]
+        first.set()
+        await asyncio.gather(*tasks)
+        assert memory.free == 100
+        return order
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+
+
+def test_who_waits_too_long_or_leaves_takes_nothing() -> None:
+    async def run() -> None:
+        memory = BodyMemory(100, patience=0.05)
+        await memory.take(90)
+        with pytest.raises(TimeoutError):
+            await memory.take(20)
+        leaving = asyncio.create_task(memory.take(20))
+        behind = asyncio.create_task(memory.take(10))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await behind  # it was behind the one that left
+        memory.give_back(100)
+        assert memory.free == 100
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def small(served: Served) -> Iterator[Served]:
+    """An interface with little memory for bodies."""
+    before, served.backend.bodies = served.backend.bodies, BodyMemory(4 * MIB, patience=0.1)
+    yield served
+    assert served.backend.bodies.free == 4 * MIB
+    served.backend.bodies = before
+
+
+def test_a_body_that_costs_more_than_there_is_gets_413_with_its_values(small: Served) -> None:
+    answer = small.client.post("/v1/completions", content=filled('{"prompt": [', "[]", "]}"), headers=JSON)
+    assert answer.status_code == 413
+    error = answer.json()["error"]
+    assert error["code"] == "body_too_large"
+    assert "values" in error["message"]
+    assert small.complete().status_code == 200
+
+
+def test_a_body_for_which_there_is_no_memory_now_gets_503(small: Served) -> None:
+    small.backend.bodies._taken += 4 * MIB
+    try:
+        answer = small.complete()
+    finally:
+        small.backend.bodies._taken -= 4 * MIB
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "overloaded"
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_a_body_that_is_nested_too_deeply_gets_400(served: Served) -> None:
+    for depth, status in ((MAX_DEPTH - 10, 400), (MAX_DEPTH + 1, 400), (10_000, 400)):
+        deep = '{"prompt": "a", "user": ' + "[" * depth + "]" * depth + "}"
+        answer = served.client.post("/v1/completions", content=deep, headers=JSON)
+        assert answer.status_code == status
+        assert (answer.json()["error"]["code"] == "invalid_json") == (depth > MAX_DEPTH)
+
+
+def test_no_byte_of_a_body_is_read_without_a_key(served: Served) -> None:
+    backend = served.backend
+    before, backend.keys = backend.keys, ApiKeys(["a-secret-of-the-test"])
+    received: list[str] = []
+
+    async def ask() -> int:
+        """The status of a request whose body is asked for only if it is wanted."""
+        status = 0
+
+        async def receive() -> Any:
+            received.append("asked")
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        async def send(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "http_version": "1.1",
+            "headers": [(b"content-length", b"2"), (b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        await served.client.app(scope, receive, send)
+        return status
+
+    try:
+        status = asyncio.run(ask())
+    finally:
+        backend.keys = before
+    assert status == 401
+    assert received == []
+
+
+def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.api.body_limit._GRACE_SECONDS", 0.05)
+    sent: list[Any] = []
+    limit = BodyLimit(lambda *_: asyncio.sleep(0), memory=lambda: BodyMemory(MIB), rate=lambda: 1000.0)
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"a", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"content-length", b"1000")], "method": "POST"}
+    asyncio.run(asyncio.wait_for(limit(scope, receive, send), 20))
+    assert sent[0]["status"] == 408
+
+
+@pytest.mark.parametrize(
+    ("path", "header", "status"),
+    [
+        ("/health", None, 200),
+        ("/metrics", None, 401),
+        ("/metrics", "front-token", 200),
+        ("/metrics", "another", 401),
+        ("/v1/models", "front-token", 401),
+        ("/docs", None, 401),
+        ("/openapi.json", None, 401),
+        ("/nowhere", None, 401),
+    ],
+)
+def test_paths_need_the_key_but_health_and_what_the_front_vouches_for(
+    served: Served, path: str, header: str | None, status: int
+) -> None:
+    backend = served.backend
+    before, backend.keys = backend.keys, ApiKeys(["a-secret-of-the-test"])
+    backend.front_token = "front-token"
+    try:
+        answer = served.client.get(path, headers={} if header is None else {"x-raymoe-front": header})
+    finally:
+        backend.keys, backend.front_token = before, None
+    assert answer.status_code == status
