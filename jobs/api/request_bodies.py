@@ -34,7 +34,8 @@ def _no_bool(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
-Token = Annotated[Integer, Field(ge=0)]
+# Strict, and so checked without a call of Python for each of what may be millions.
+Token = Annotated[int, Field(strict=True, ge=0)]
 Tokens = Annotated[
     list[Token], Field(fail_fast=True)
 ]  # an error for each of a million values would take a gigabyte

@@ -25,6 +25,7 @@ from support.commands.serve import ServeProcess, running, save_model, tiny_model
 from support.malformed_http import malformed_request
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
+Attack = Callable[[ServeProcess], None]
 KEY = "a-key-that-no-stranger-has"
 MIB = 1 << 20
 LARGEST = 16 * MIB
@@ -168,16 +169,33 @@ def status(said: bytes) -> int:
     return int(said.split(b" ", 2)[1]) if said.startswith(b"HTTP/1.1 ") else 0
 
 
-def header_of_32_mib(server: ServeProcess) -> None:
+def header_of_32_mib() -> Attack:
     line = b"X-Large: " + b"x" * (MIB - 11) + b"\r\n"
-    for _ in range(4):
-        said = told(server, b"GET /v1/models HTTP/1.1\r\nHost: served\r\n", *([line] * 32), b"\r\n")
-        assert status(said) in (0, 400)  # 0: reset while it was still being sent
     many = b"".join(b"X-%d: 1\r\n" % number for number in range(100_000))
-    assert status(told(server, b"GET /v1/models HTTP/1.1\r\nHost: served\r\n", many, b"\r\n")) in (0, 400)
+
+    def attack(server: ServeProcess) -> None:
+        first = b"GET /v1/models HTTP/1.1\r\nHost: served\r\n"
+        for _ in range(20):
+            said = told(server, first, *([line] * 32), b"\r\n")
+            assert status(said) in (0, 400)  # 0: reset while it was still being sent
+            assert status(told(server, first, many, b"\r\n")) in (0, 400)
+
+    return attack
 
 
-def half_sent_requests(server: ServeProcess) -> None:
+def half_sent_requests() -> Attack:
+    return _half_sent_requests
+
+
+def slow_bodies() -> Attack:
+    return _slow_bodies
+
+
+def malformed_requests() -> Attack:
+    return _malformed_requests
+
+
+def _half_sent_requests(server: ServeProcess) -> None:
     """900 headers that never end are closed within the time for a header."""
     with ExitStack() as stack:
         held = [stack.enter_context(closing(connect(server))) for _ in range(900)]
@@ -191,7 +209,7 @@ def half_sent_requests(server: ServeProcess) -> None:
         assert time.monotonic() - began < 20
 
 
-def slow_bodies(server: ServeProcess) -> None:
+def _slow_bodies(server: ServeProcess) -> None:
     """Bodies of a byte now and then, from somebody who has a key; all are closed."""
     head, _ = post(b"x" * 1000, key=KEY)
     with ExitStack() as stack:
@@ -228,39 +246,48 @@ def filled(begin: str, item: str, end: str, size: int = LARGEST) -> bytes:
     return (begin + ",".join([item] * ((size - len(begin) - len(end)) // (len(item) + 1))) + end).encode()
 
 
-def bodies_without_a_key(server: ServeProcess) -> None:
-    assert set(at_once(server, filled('{"prompt": [', "[]", "]}"), key=None)) <= {0, 401}
+def bodies_without_a_key() -> Attack:
+    body = filled('{"prompt": [', "[]", "]}")
+    return lambda server: refused(at_once(server, body, key=None), {0, 401}, "without a key")
 
 
-WIDE = {
-    "lists": filled('{"prompt": [', "[]", "]}"),
-    "numbers": filled('{"prompt": [', "1", "]}"),
-    "ids": filled('{"prompt": [', "12345", "]}"),
-    "keys": b"{" + b",".join(b'"k%d":1' % number for number in range(1_200_000)) + b"}",
-    "text": filled('{"prompt": "', "words ", '"}'),
-}
+def refused(found: list[int], allowed: set[int], what: str) -> None:
+    assert set(found) <= allowed, what
 
 
-def bodies_with_a_key(server: ServeProcess) -> None:
-    for name, body in WIDE.items():
-        assert len(body) <= LARGEST
-        assert set(at_once(server, body, key=KEY)) <= {400, 413, 503}, name
-    assert set(
-        at_once(server, filled('{"messages": [', "{}", "]}"), key=KEY, path="/v1/chat/completions")
-    ) <= {
-        400,
-        413,
-        503,
+def bodies_with_a_key() -> Attack:
+    """Wide JSON of 16 MiB, four at a time."""
+    completions = {
+        "lists": filled('{"prompt": [', "[]", "]}"),
+        "numbers": filled('{"prompt": [', "1", "]}"),
+        "ids": filled('{"prompt": [', "12345", "]}"),
+        "keys": b"{" + b",".join(b'"k%d":1' % number for number in range(1_200_000)) + b"}",
+        "text": filled('{"prompt": "', "words ", '"}'),
+        "wide text": ('{"prompt": "' + "\U0001f600" * (LARGEST // 4 - 10) + '"}').encode(),
     }
+    messages = filled('{"messages": [', "{}", "]}")
+
+    def attack(server: ServeProcess) -> None:
+        for name, body in completions.items():
+            assert len(body) <= LARGEST
+            refused(at_once(server, body, key=KEY), {400, 413, 503}, name)
+        refused(at_once(server, messages, key=KEY, path="/v1/chat/completions"), {400, 413, 503}, "messages")
+
+    return attack
 
 
-def deep_bodies(server: ServeProcess) -> None:
-    for depth in (1000, 100_000, LARGEST // 2 - 20):
-        deep = b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}"
-        assert set(at_once(server, deep, key=KEY)) <= {400, 413, 503}
+def deep_bodies() -> Attack:
+    depths = (1000, 100_000, LARGEST // 2 - 20)
+    bodies = [b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}" for depth in depths]
+
+    def attack(server: ServeProcess) -> None:
+        for body in bodies:
+            refused(at_once(server, body, key=KEY), {400, 413, 503}, "deep")
+
+    return attack
 
 
-def malformed_requests(server: ServeProcess) -> None:
+def _malformed_requests(server: ServeProcess) -> None:
     source = random.Random(16)
     for _ in range(1000):
         data = malformed_request(source)
@@ -285,16 +312,17 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+@pytest.mark.parametrize("prepare", ATTACKS, ids=lambda prepare: prepare.__name__)
 def test_memory_is_bounded_and_ordinary_requests_are_answered(
-    server: ServeProcess, watch: Watch, attack: Callable[[ServeProcess], None]
+    server: ServeProcess, watch: Watch, prepare: Callable[[], Attack]
 ) -> None:
     watch.failures.clear()
+    attack = prepare()
     grown = watch.during(lambda: attack(server))
     latencies = sorted(watch.latencies)
     figures = ", ".join(f"{kind.rpartition(':')[2]} +{grown[kind] / MIB:.0f}" for kind in GROWTH)
     print(
-        f"\n{attack.__name__}: {len(latencies)} ordinary requests, median "
+        f"\n{prepare.__name__}: {len(latencies)} ordinary requests, median "
         f"{statistics.median(latencies):.3f} s, longest {latencies[-1]:.3f} s; MiB: {figures}"
     )
     assert watch.failures == []
