@@ -37,15 +37,16 @@ class SmallApp:
     Attributes:
         paths: Paths of all requests.
         read: Bytes of bodies that were read.
-        disconnected: Set when the client of `/wait` has disconnected.
+        sent: Bytes of answers of `/flood`, which sends until its client disconnects.
+        disconnected: Set when the client of `/wait` or `/flood` has disconnected.
         go: Lets `/wait` answer, and `/events` send its next event.
     """
 
     paths: list[str] = field(default_factory=list)
     read: int = 0
+    sent: int = 0
     disconnected: threading.Event = field(default_factory=threading.Event)
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    bodies: bool = True
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -56,6 +57,8 @@ class SmallApp:
             await self._events(send)
         elif path == "/wait":
             await self._wait(receive, send)
+        elif path == "/flood":
+            await self._flood(receive, send)
         elif path.startswith("/plain/"):
             await _answer(send, int(path.removeprefix("/plain/")), b"Path not found", b"text/plain")
         else:
@@ -80,6 +83,19 @@ class SmallApp:
             await asyncio.to_thread(self.go.acquire)
             await send({"type": "http.response.body", "body": b"data: %d\n\n" % number, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+    async def _flood(self, receive: Any, send: Any) -> None:
+        async def end() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        ended = asyncio.create_task(end())
+        await _start(send, 200, b"text/plain")
+        while not ended.done():
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            self.sent += 65536
+            await asyncio.sleep(0)
+        self.disconnected.set()
 
     async def _wait(self, receive: Any, send: Any) -> None:
         while (message := await receive())["type"] != "http.disconnect":

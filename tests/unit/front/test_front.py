@@ -216,6 +216,14 @@ def test_a_body_that_stalls_ends_the_connection(open_front: Fronted) -> None:
     assert parts(open_front.raw(head))[0] in (400, 408)
 
 
+def test_a_client_that_does_not_read_is_cut_off(open_front: Fronted) -> None:
+    open_front.app.disconnected.clear()
+    with closing(open_front.connect()) as connection:
+        connection.sendall(request("/flood"))
+        assert open_front.app.disconnected.wait(20)
+        assert open_front.app.sent < 64 << 20  # no more than the buffers of the connections
+
+
 def test_an_idle_connection_is_closed(open_front: Fronted) -> None:
     with closing(open_front.connect()) as connection:
         connection.sendall(request().replace(b"Connection: close\r\n", b""))
