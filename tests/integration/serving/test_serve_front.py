@@ -117,7 +117,7 @@ def cluster() -> Iterator[Cluster]:
     """A cluster on which Ray Serve runs, with ports of its own."""
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 3, "include_dashboard": False, "dashboard_agent_listen_port": 0},
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "dashboard_agent_listen_port": 0},
     )
     try:
         yield cluster
@@ -140,7 +140,7 @@ def test_where_serve_runs_already_the_url_is_that_of_the_front(cluster: Cluster,
     theirs = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": theirs})
     directory = save_model(tiny_model(), tmp_path / "tiny")
-    options = ("--address", cluster.address, "--set", "cluster.cpus_per_host=0.5")
+    options = ("--address", cluster.address, "--set", "cluster.expert_hosts=0")
     with running(tiny_model(), directory, tmp_path / "serve.log", *options) as server:
         assert int(server.url.rpartition(":")[2]) != theirs
         assert answers(server)
