@@ -136,7 +136,7 @@ async def over_grpc(served: Served, body: dict[str, Any]) -> AnswerSeen:
         **({"text": prompt} if isinstance(prompt, str) else {"tokens": TokenIds(ids=prompt)}),
     )
     choices = [ChoiceSeen() for _ in range(body.get("n", 1))]
-    async for reply in generate(served.backend, message, None):
+    async for reply in generate(served.backend, message):
         choice = choices[reply.index]
         choice.text += reply.text
         choice.token_ids += reply.token_ids

@@ -244,7 +244,7 @@ def test_a_prompt_as_long_as_the_model_takes_can_be_scored(served: Served) -> No
 def test_fields_of_grpc_have_the_same_errors(served: Served) -> None:
     def refused(**fields: Any) -> ApiError:
         async def ask() -> None:
-            async for _ in generate(served.backend, GenerateRequest(**fields), None):
+            async for _ in generate(served.backend, GenerateRequest(**fields)):
                 pass
 
         with pytest.raises(ApiError) as caught:
