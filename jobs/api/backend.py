@@ -20,7 +20,7 @@ from errors import ConfigError, DataError, QueueFull, RaymoeError, ResourceError
 from jobs.api.admission import Admission
 from jobs.api.api_errors import ApiError, invalid, too_long
 from jobs.api.api_keys import ApiKeys
-from jobs.api.body_memory import BodyMemory
+from jobs.api.parsing_memory.body_memory import BodyMemory
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.serving_metrics import EngineFigures, ExpertFigures, ServingMetrics
 from jobs.api.text_encoder import TextEncoder

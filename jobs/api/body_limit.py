@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.api.api_errors import ApiError
-from jobs.api.body_cost import BodyCost, body_cost
-from jobs.api.body_memory import BodyMemory
+from jobs.api.parsing_memory.body_cost import BodyCost, body_cost
+from jobs.api.parsing_memory.body_memory import BodyMemory
 
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 128

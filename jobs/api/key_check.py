@@ -10,7 +10,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobs.api.api_errors import ApiError
 from jobs.api.backend import Backend
-from jobs.api.open_paths import FRONT_HEADER, OPEN_PATHS
+
+OPEN_PATHS = ("/health", "/-/healthz")
+"""Paths that need no API key."""
+
+FRONT_HEADER = "x-raymoe-front"
+"""Header field with which the front marks requests that came by its port for metrics, which needs no key."""
 
 _METRICS = "/metrics"
 
@@ -46,4 +51,4 @@ class KeyCheck:
         backend.check_key(given_keys[0] if len(given_keys) == 1 else None)
 
 
-__all__ = ["KeyCheck"]
+__all__ = ["FRONT_HEADER", "OPEN_PATHS", "KeyCheck"]

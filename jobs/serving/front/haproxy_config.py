@@ -11,7 +11,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.api.open_paths import FRONT_HEADER, OPEN_PATHS
+from jobs.api.key_check import FRONT_HEADER, OPEN_PATHS
 from jobs.serving.front import front_errors as errors
 from jobs.serving.front.front_errors import quoted
 from jobs.serving.front_config import FrontConfig

@@ -14,9 +14,9 @@ import pytest
 from pydantic import ValidationError
 
 from jobs.api.api_keys import ApiKeys
-from jobs.api.body_cost import body_cost
 from jobs.api.body_limit import MAX_DEPTH, BodyLimit
-from jobs.api.body_memory import BodyMemory
+from jobs.api.parsing_memory.body_cost import body_cost
+from jobs.api.parsing_memory.body_memory import BodyMemory
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from support.api_server import Served
 
@@ -86,8 +86,8 @@ def drawn(source: random.Random, depth: int) -> Any:
 
 def test_values_and_depth_are_counted_outside_strings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a string, or an escape, lies across the pieces in which a body is looked at."""
-    monkeypatch.setattr("jobs.api.body_cost._PIECE", 7)
-    monkeypatch.setattr("jobs.api.body_cost._FEW_VALUES", -1)
+    monkeypatch.setattr("jobs.api.parsing_memory.body_cost._PIECE", 7)
+    monkeypatch.setattr("jobs.api.parsing_memory.body_cost._FEW_VALUES", -1)
     source = random.Random(16)
     for _ in range(300):
         value = [drawn(source, 4)]

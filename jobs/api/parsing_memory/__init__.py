@@ -1,0 +1,1 @@
+"""The memory that request bodies take when they are parsed: its estimate, and its budget."""
