@@ -39,6 +39,11 @@ def _backend() -> Backend:
     return interface.backend
 
 
+async def _told_by(front: DeploymentHandle) -> tuple[str | None, str | None]:
+    """The token of requests for metrics that need no key, and the address at which the front expects gRPC."""
+    return await front.token.remote(), await front.grpc_backend.remote()
+
+
 @serve.ingress(build_api(_backend))
 class Interface:
     """One process of the interface; it has no weights.
@@ -74,9 +79,8 @@ class Interface:
         self._closing.callback(self._link.close)
         member = await self._link.enter()
         await self._link.report(ReplicaState(uses=member.version.epoch))
-        chat = ChatRenderer(
-            ChatTemplate.from_directory(Path(member.version.directory)), waiting=config.serving.max_queue
-        )
+        weights = Path(member.version.directory)
+        chat = ChatRenderer(ChatTemplate.from_directory(weights), waiting=config.serving.max_queue)
         self._closing.callback(chat.close)
         await chat.start()
         replicas = Replicas(ServeLeases(trunk), self._link.trunks, dead_after=config.cluster.dead_after)
@@ -84,9 +88,7 @@ class Interface:
             replicas, vocabulary=text.vocabulary, patience=config.serving.resume_timeout
         )
         source = config.serving.generation_config
-        token: str | None = None
-        if front is not None:
-            token, grpc = await front.token.remote(), await front.grpc_backend.remote()
+        token, grpc = (None, grpc) if front is None else await _told_by(front)
         deployment = DeploymentStatus(replicas, self._link.trunks, self._link.experts)
         self._backend = Backend(
             model=title,
@@ -103,7 +105,7 @@ class Interface:
             experts=deployment.experts,
             metrics=ServingMetrics(title),
             front_token=token,
-            defaults=GenerationDefaults.of(Path(member.version.directory), source),
+            defaults=GenerationDefaults.of(weights, source),
         )
         self._closing.callback(self._backend.close)
         self._templates = ChatTemplateExchange(self._backend, member.version.name, source)
