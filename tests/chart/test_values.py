@@ -104,3 +104,15 @@ def test_the_versions_are_those_of_the_project() -> None:
     assert f'version = "{chart["appVersion"]}"' in project
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"\nray=={VALUES['rayVersion']}\n" in pinned
+
+
+def test_what_the_comparison_with_other_charts_names_are_values() -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    table = text.partition("## Compared with other charts\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")][2:]
+    names = {".".join(leaf.path[:depth]) for leaf in read_values().leaves() for depth in range(1, 5)}
+    for *others, ours in rows:
+        assert any("`" in one for one in others[1:]), f"{others[0].strip()}: no other chart has it"
+        named = re.findall(r"`([^`]+)`", ours.partition(";")[0])
+        assert named and set(named) <= names, f"{others[0].strip()}: {sorted(set(named) - names)}"
+    assert len(rows) >= 40
