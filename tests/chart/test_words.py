@@ -57,6 +57,10 @@ BASES = {
         everything("serve") | MANAGED,
         ("tls.existingSecret", "checkpoints.existingClaim", "head", "workerDefaults", "tests"),
     ),
+    "serve-fetched": (
+        everything("serve") | OWN | {"checkpoints": {"enabled": False}, "serve": {"checkpoint": "hf://a/b"}},
+        ("tls.certManager.issuerRef", "checkpoints.existingClaim", "serve.service"),
+    ),
     "train": (
         everything("train") | OWN,
         ("tls.certManager.issuerRef", "tls.existingSecret", "auth.existingSecret"),
