@@ -12,7 +12,7 @@ pytestmark = pytest.mark.chart
 
 SERVE = ("serve.checkpoint=/checkpoints/demo",)
 NO_TLS, NO_POLICY, NO_TOKEN = "tls.enabled=false", "networkPolicy.enabled=false", "auth.enabled=false"
-KEYS = "serve.config.serving.api_keys[0]=a"
+KEYS = "serve.apiKeys.existingSecret=a"
 
 
 def notes(*settings: str) -> str:
