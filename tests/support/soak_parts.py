@@ -10,7 +10,7 @@ MINUTES = {
     "test_evals": 2.0,
     "test_generate": 5.0,
     "test_grpc_fuzz": 1.0,
-    "test_hostile_checkpoints": 14.0,
+    "test_hostile_checkpoints": 16.0,
     "test_leaving": 1.0,
     "test_lost_hosts": 20.0,
     "test_lost_trunks": 28.0,
