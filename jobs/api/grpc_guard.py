@@ -53,9 +53,10 @@ SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 """Settings of a server that strangers reach."""
 
 _Details = grpc.HandlerCallDetails
+_END: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 
-class StrangerGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the library has no types
+class StrangerGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the stubs alone
     """Replaces all handlers of a server; used in one event loop.
 
     Args:
@@ -78,7 +79,8 @@ class StrangerGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the li
                 return _refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls without an API key")
             found = await continuation(handler_call_details)
             return None if found is None else self._guarded(found, self._reading_open, OPEN_SECONDS)
-        sent = [value for name, value in handler_call_details.invocation_metadata if name == "authorization"]
+        metadata: Any = handler_call_details.invocation_metadata
+        sent = [value for name, value in metadata if name == "authorization"]
         if not self._keys.allows(sent[0] if len(sent) == 1 else None):
             return _refusing(
                 grpc.StatusCode.UNAUTHENTICATED,
@@ -144,7 +146,7 @@ async def _one(context: Any, parse: Any, places: asyncio.Semaphore, seconds: flo
     try:
         async with asyncio.timeout(seconds), places:
             data = await context.read()
-            return None if data is grpc.aio.EOF else parse(data)
+            return None if data is _END else parse(data)
     except TimeoutError:
         await context.abort(
             grpc.StatusCode.RESOURCE_EXHAUSTED, f"the message was not complete within {seconds:g} s"

@@ -36,7 +36,7 @@ _CODES = {
 }
 
 
-class GrpcMethods(GenerationServicer, HealthServicer):  # type: ignore[misc]  # the library has no types
+class GrpcMethods(GenerationServicer, HealthServicer):
     """gRPC methods over a backend; keys are checked before a message is read, by the server.
 
     Args:
