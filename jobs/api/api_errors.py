@@ -14,11 +14,14 @@ from starlette.exceptions import HTTPException
 from jobs.api.neutral_values import KNOWN
 from jobs.api.request_bodies import BRANCHES
 
+_LONGEST = 2000  # characters
 _KEY = "[key]"  # in the location of an error: the key of a dictionary and not its value
 
 
 class ApiError(Exception):
     """An error that is sent to the client.
+
+    Longer texts than `_LONGEST` are cut, because they can repeat what a request holds.
 
     Args:
         status: HTTP status.
@@ -37,8 +40,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        super().__init__(_short(message))
+        self.status, self.message, self.code = status, _short(message), code
+        self.param = None if param is None else _short(param)
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
@@ -58,6 +62,10 @@ class ApiError(Exception):
         if self.status == 401:  # which has to name a scheme, RFC 9110, section 15.5.2
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 class ErrorDetail(BaseModel):

@@ -27,6 +27,7 @@ _NAME = DESCRIPTOR.services_by_name["Generation"].full_name
 _SERVICE_NAMES = ("", _NAME)  # the empty name stands for the whole server
 _WATCH_SECONDS = 1.0
 _FRESH_SECONDS = 0.25
+_DETAILS = 500  # characters
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -36,7 +37,7 @@ _CODES = {
 }
 
 
-class GrpcMethods(GenerationServicer, HealthServicer):
+class GrpcMethods(GenerationServicer, HealthServicer):  # type: ignore[misc]  # grpc_health has no types
     """gRPC methods over a backend; keys are checked before a message is read, by the server.
 
     Args:
@@ -48,9 +49,7 @@ class GrpcMethods(GenerationServicer, HealthServicer):
         self._asked: asyncio.Task[HealthCheckResponse] | None = None
         self._asked_at = 0.0
 
-    async def Generate(  # type: ignore[override]  # the stubs know only plain generators
-        self, request: GenerateRequest, context: Any
-    ) -> AsyncGenerator[GenerateReply, None]:
+    async def Generate(self, request: GenerateRequest, context: Any) -> AsyncGenerator[GenerateReply, None]:
         """Generate, as generation.proto describes."""
         # A cancelled call closes this generator, which ends the generation.
         async with _refusing(context), aclosing(generate(self._backend, request)) as replies:
@@ -61,7 +60,7 @@ class GrpcMethods(GenerationServicer, HealthServicer):
         """Whether requests can be answered, as in `GET /health`."""
         async with _refusing(context):
             if request.service not in _SERVICE_NAMES:
-                raise ApiError(404, f"there is no service {request.service!r}; ask for {_NAME!r} or none")
+                raise ApiError(404, f"there is no such service; ask for {_NAME!r} or none")
             return await self._health()
 
     async def List(self, request: HealthListRequest, context: Any) -> HealthListResponse:
@@ -105,7 +104,8 @@ async def _refusing(context: Any) -> AsyncIterator[None]:
     except ApiError as error:
         named = error.param is None or error.message.startswith(error.param)
         details = error.message if named else f"{error.param}: {error.message}"
-        await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), details)
+        # They go out as metadata, of which clients take 8 KiB, with up to 12 bytes for a character.
+        await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), details[:_DETAILS])
 
 
 __all__ = ["GrpcMethods"]

@@ -140,6 +140,15 @@ def test_a_full_queue_is_a_status_of_its_own() -> None:
         served.service.close()
 
 
+def test_a_refusal_does_not_repeat_a_message_of_any_size(served: Served) -> None:
+    status, details = Methods(served).refused(model="m" * 1_000_000)
+    assert status is grpc.StatusCode.NOT_FOUND and "there is no model" in details
+    assert len(details) <= 500
+    answer = served.complete(model="m" * 1_000_000)
+    assert answer.status_code == 404 and len(answer.text) < 3000
+    assert len(served.complete(**{"p" * 1_000_000: 1}).text) < 5000
+
+
 def test_lists_longer_than_any_valid_one_are_refused_before_they_are_unpacked(served: Served) -> None:
     methods = Methods(served)
     wide: dict[str, Any] = {"stop": ["x"] * 5000, "stop_token_ids": [1] * 5000}
