@@ -52,8 +52,31 @@ SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 )
 """Settings of a server that strangers reach."""
 
+_DETAILS = 500  # characters
 _Details = grpc.HandlerCallDetails
 _END: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+
+
+class CallRefused(Exception):
+    """Ends a call with a status, in place of `context.abort`.
+
+    The library (grpcio 1.85) keeps the exception of an abort for good, with all that its traceback refers to,
+    such as the messages of the call.
+
+    Args:
+        code: Status.
+        details: Description for people; of long ones the beginning is sent.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        # They go out as metadata, of which clients take 8 KiB, with up to 12 bytes for a character.
+        self.code, self.details = code, details[:_DETAILS]
+
+    def end(self, context: Any) -> None:
+        """Set the status of a call that returns now."""
+        context.set_code(self.code)
+        context.set_details(self.details)
 
 
 class StrangerGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the stubs alone
@@ -106,6 +129,8 @@ class StrangerGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it
                 async with aclosing(_answers(handler, messages(context), context)) as answers:
                     async for answer in answers:
                         yield answer
+            except CallRefused as error:
+                error.end(context)
             finally:
                 self._open_calls -= isopen
 
@@ -114,7 +139,7 @@ class StrangerGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it
 
 def _refusing(code: grpc.StatusCode, details: str) -> Any:
     async def refuse(_: Any, context: Any) -> None:
-        await context.abort(code, details)
+        CallRefused(code, details).end(context)
 
     return grpc.stream_stream_rpc_method_handler(refuse, None, None)
 
@@ -127,7 +152,7 @@ async def _answers(
     if not handler.request_streaming:
         asked = await anext(messages, None)
         if asked is None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
     if not handler.response_streaming:
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
         yield await behaviour(asked, context)
@@ -148,11 +173,11 @@ async def _one(context: Any, parse: Any, places: asyncio.Semaphore, seconds: flo
             data = await context.read()
             return None if data is _END else parse(data)
     except TimeoutError:
-        await context.abort(
-            grpc.StatusCode.RESOURCE_EXHAUSTED, f"the message was not complete within {seconds:g} s"
-        )
+        text = f"the message was not complete within {seconds:g} s"
+        raise CallRefused(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
     except DecodeError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be parsed: {error}")
+        text = f"the message cannot be parsed: {error}"
+        raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text) from None
 
 
-__all__ = ["OPEN", "OPEN_CALLS", "SERVER_OPTIONS", "StrangerGuard"]
+__all__ = ["OPEN", "OPEN_CALLS", "SERVER_OPTIONS", "CallRefused", "StrangerGuard"]

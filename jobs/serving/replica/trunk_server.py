@@ -50,14 +50,14 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
                 async for message in self._deltas(request):
                     await context.write(message)
             except QueueFull as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+                _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
             except ConfigError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                _end(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
             except ResourceError as error:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+                _end(context, grpc.StatusCode.UNAVAILABLE, str(error))
             except Exception as error:  # of this request alone: another replica would fail, too
                 log.exception("request %s failed", request.id)
-                await context.abort(grpc.StatusCode.ABORTED, described(error))
+                _end(context, grpc.StatusCode.ABORTED, described(error))
 
     async def Status(self, request: TrunkStatusRequest, context: Any) -> TrunkStatus:
         if request.health:
@@ -118,6 +118,15 @@ class TrunkService(trunk_pb2_grpc.TrunkServicer):
         while self._heard:
             deltas, delta = self._heard.popleft()
             deltas.put_nowait(delta)
+
+
+def _end(context: Any, code: grpc.StatusCode, details: str) -> None:
+    """Set the status of a call that returns now.
+
+    `context.abort` raises an exception that the library (grpcio 1.85) keeps for good, with the request.
+    """
+    context.set_code(code)
+    context.set_details(details)
 
 
 class TrunkServer:

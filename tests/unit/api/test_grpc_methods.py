@@ -12,46 +12,30 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, H
 from errors import RaymoeError
 from jobs.api.backend import Limits
 from jobs.api.grpc_generation import completion_request
+from jobs.api.grpc_guard import CallRefused
 from jobs.api.request_bodies import CompletionRequest
 from jobs.serving.interface.grpc_methods import GrpcMethods
 from protos.generation_pb2 import GenerateReply, GenerateRequest, TokenIds
 from support.api_server import PROMPT, Served
 
 
-class Aborted(Exception):
-    """Ends a call, as gRPC's own exception does."""
-
-
-class Context:
-    """A fake of gRPC's context with what the methods use."""
-
-    def __init__(self) -> None:
-        self.code: grpc.StatusCode | None = None
-        self.details = ""
-
-    async def abort(self, code: grpc.StatusCode, details: str) -> None:
-        self.code, self.details = code, details
-        raise Aborted
-
-
 class Methods(GrpcMethods):
     def __init__(self, served: Served) -> None:
         super().__init__(served.backend)
 
-    def generate(self, context: Any = None, **fields: Any) -> list[GenerateReply]:
+    def generate(self, **fields: Any) -> list[GenerateReply]:
         fields = {"text": PROMPT, "temperature": 0, **fields}
 
         async def collect() -> list[GenerateReply]:
             request = GenerateRequest(**fields)
-            return [reply async for reply in self.Generate(request, context or Context())]
+            return [reply async for reply in self.Generate(request, None)]
 
         return asyncio.run(collect())
 
-    def refused(self, **fields: Any) -> tuple[grpc.StatusCode | None, str]:
-        context = Context()
-        with pytest.raises(Aborted):
-            self.generate(context, **fields)
-        return context.code, context.details
+    def refused(self, **fields: Any) -> tuple[grpc.StatusCode, str]:
+        with pytest.raises(CallRefused) as caught:
+            self.generate(**fields)
+        return caught.value.code, caught.value.details
 
 
 def test_replies_are_the_same_as_over_http(served: Served) -> None:
@@ -177,7 +161,7 @@ def test_a_failure_of_the_engine_is_unavailable(monkeypatch: pytest.MonkeyPatch)
 def test_who_stops_listening_stops_the_generation(served: Served) -> None:
     async def leave() -> None:
         request = GenerateRequest(text=PROMPT, max_tokens=40, ignore_eos=True)
-        replies = Methods(served).Generate(request, Context())
+        replies = Methods(served).Generate(request, None)
         await anext(replies)
         await replies.aclose()
         await asyncio.wrap_future(served.service.call(lambda: None))  # the engine has processed it
@@ -191,9 +175,9 @@ def test_health_is_that_of_http(served: Served) -> None:
 
     async def ask() -> list[int]:
         methods = Methods(served)
-        checks = [await methods.Check(HealthCheckRequest(service=s), Context()) for s in ("", name)]
-        listed = await methods.List(HealthListRequest(), Context())
-        watched = await anext(methods.Watch(HealthCheckRequest(), Context()))
+        checks = [await methods.Check(HealthCheckRequest(service=s), None) for s in ("", name)]
+        listed = await methods.List(HealthListRequest(), None)
+        watched = await anext(methods.Watch(HealthCheckRequest(), None))
         return [one.status for one in (*checks, *listed.statuses.values(), watched)]
 
     assert set(asyncio.run(ask())) == {HealthCheckResponse.SERVING}
@@ -202,7 +186,6 @@ def test_health_is_that_of_http(served: Served) -> None:
         assert set(asyncio.run(ask())) == {HealthCheckResponse.NOT_SERVING}
     finally:
         served.unwell = None
-    context = Context()
-    with pytest.raises(Aborted):
-        asyncio.run(methods.Check(HealthCheckRequest(service="other"), context))
-    assert context.code is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(CallRefused) as caught:
+        asyncio.run(methods.Check(HealthCheckRequest(service="other"), None))
+    assert caught.value.code is grpc.StatusCode.NOT_FOUND

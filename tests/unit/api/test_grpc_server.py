@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from jobs.api import grpc_guard
 from jobs.api.admission import Admission
+from jobs.api.api_errors import ApiError
 from jobs.api.api_keys import POLL_SECONDS, ApiKeys
 from jobs.api.body_limit import MAX_BYTES
 from jobs.serving.interface import grpc_methods
@@ -256,6 +259,35 @@ def test_a_cancelled_call_ends_the_generation(backend: FakeBackend, channel: grp
     while backend.running:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_nothing_of_a_refused_call_is_kept(
+    backend: FakeBackend, channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library keeps the exceptions of its own `abort`, and what their tracebacks refer to."""
+
+    class Marker:
+        pass
+
+    seen: list[weakref.ref[Marker]] = []
+
+    async def refused(_: Any, message: GenerateRequest) -> AsyncGenerator[GenerateReply, None]:
+        marker = Marker()
+        seen.append(weakref.ref(marker))
+        raise ApiError(404, "there is no such model")
+        yield GenerateReply()
+
+    monkeypatch.setattr(grpc_methods, "generate", refused)
+    for _ in range(3):
+        with pytest.raises(grpc.RpcError) as caught:
+            generated(channel)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    deadline = time.monotonic() + 60
+    while any(marker() is not None for marker in seen):
+        gc.collect()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(seen) == 3
 
 
 def test_servers_share_a_port(backend: FakeBackend) -> None:

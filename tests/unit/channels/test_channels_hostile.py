@@ -145,6 +145,29 @@ def test_a_packet_that_lies_closes_its_connection_alone(
     assert open_files() <= before
 
 
+def test_a_process_of_another_user_is_refused_by_either_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = shm.serve(echo)
+    name = server.address.rpartition("/")[2]
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)  # to both ends, the other one is of another user
+    try:
+        with pytest.raises(ChannelError, match=f"runs as user {user}"):
+            choose.connect(server.address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.settimeout(30)
+            stranger.connect("\0" + name)
+            assert stranger.recv(1 << 16) == b""
+    finally:
+        server.close()
+
+
+def test_payloads_lie_in_memory_without_a_name() -> None:
+    _, _, descriptor = shm_pool().take(1 << 16)
+    assert descriptor is not None
+    assert os.readlink(f"/proc/self/fd/{descriptor}").startswith("/memfd:")
+    assert os.fstat(descriptor).st_nlink == 0
+
+
 def test_a_segment_given_back_twice_is_refused() -> None:
     pool = shm_pool()
     _, segment, descriptor = pool.take(10)
