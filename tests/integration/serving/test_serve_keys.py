@@ -174,6 +174,20 @@ def test_nothing_that_ray_and_serve_list_or_keep_holds_a_key(server: Keyed) -> N
     assert all(len(text) > 2 for text in found.values()), {name: len(text) for name, text in found.items()}
 
 
+def test_ray_refuses_who_has_no_token(server: Keyed, tmp_path: Path) -> None:
+    """Ray's own ports execute what they receive; the token in `~/.ray` is what keeps others away."""
+    script = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, server.ray],
+        env={**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0
+    assert "InvalidAuthToken" in done.stderr
+
+
 def test_a_key_is_replaced_while_the_server_runs(server: Keyed) -> None:
     later = "f00d5ecret-of-later-times"
     server.file.write_text(f"{OF_FILE}\n{later}\n")
