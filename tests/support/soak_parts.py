@@ -22,6 +22,7 @@ MINUTES = {
     "test_serve_everywhere": 11.0,
     "test_serve_killed": 1.5,
     "test_serve_soak": 12.0,
+    "test_strangers_grpc": 3.0,
     "test_strangers_http": 4.0,
     "test_tls_end_to_end": 2.0,
     "test_train": 3.0,

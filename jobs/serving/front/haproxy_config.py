@@ -24,6 +24,7 @@ METRICS_PATHS = ("/metrics", *OPEN_PATHS)
 _METRICS_CONNECTIONS = 64
 _THREADS = 2
 _CHUNKED_BYTES = 16 << 20  # per second, of a body whose size is not announced
+_HEALTH_BYTES, _HEALTH_SECONDS = 1024, 2
 _SHUTDOWN_SECONDS = 30
 
 
@@ -253,6 +254,7 @@ def _grpc_frontend(plan: FrontPlan) -> list[str]:
     trailers = "return status 200 hdr content-type application/grpc hdr grpc-status {} hdr grpc-message {}"
     refused = trailers.format(16, quoted(errors.NO_KEY.message))
     limited = trailers.format(8, quoted(errors.RATE_LIMITED.message))
+    too_large = trailers.format(8, quoted(f"the message is too large; {_HEALTH_BYTES} bytes at most"))
     assert plan.grpc_port is not None
     return [
         "frontend grpc",
@@ -262,6 +264,9 @@ def _grpc_frontend(plan: FrontPlan) -> list[str]:
         "acl health path_beg /grpc.health.v1.Health/",
         *_key_rules(plan, refused),
         *_rate_rules(plan, limited),
+        # Who asks for the health without a key sends the name of a service, and no message of 16 MiB.
+        f"http-request wait-for-body time {_HEALTH_SECONDS}s at-least {_HEALTH_BYTES + 1} if health",
+        f"http-request {too_large} if health {{ req.body_size gt {_HEALTH_BYTES} }}",
         "default_backend grpc_servers",
         "",
         "backend grpc_servers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import threading
 import time
@@ -20,73 +19,25 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from jobs.api import grpc_guard
-from jobs.api.admission import Admission
 from jobs.api.api_errors import ApiError
 from jobs.api.api_keys import POLL_SECONDS, ApiKeys
 from jobs.api.body_limit import MAX_BYTES
 from jobs.serving.interface import grpc_methods
-from jobs.serving.interface.grpc_server import InterfaceServer
 from protos.generation_pb2 import GenerateReply, GenerateRequest
 from protos.generation_pb2_grpc import GenerationStub
+from support.listening_grpc import TEXT, FakeBackend, Listening
 
 KEY = "a-key-of-the-grpc-tests"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 GENERATE, CHECK = "/raymoe.v1.Generation/Generate", "/grpc.health.v1.Health/Check"
 LARGE = [("grpc.max_send_message_length", -1), ("grpc.max_metadata_size", 1 << 20)]
 BEARER = (("authorization", f"Bearer {KEY}"),)
-TEXT = "0 1 2 "
-
-
-class FakeBackend:
-    """What the server uses of a backend; generation is replaced by `replies`."""
-
-    def __init__(self) -> None:
-        self.keys, self.admission = ApiKeys([KEY]), Admission()
-        self.running = 0
-
-    async def health(self) -> str | None:
-        return None
-
-    async def replies(self, message: GenerateRequest) -> AsyncGenerator[GenerateReply, None]:
-        """A reply for each token that is asked for; with none, replies without end."""
-        self.running += 1
-        try:
-            for index in range(message.max_tokens or 1 << 30):
-                yield GenerateReply(text=f"{index} ")
-                await asyncio.sleep(0.001)
-        finally:
-            self.running -= 1
-
-
-class Listening:
-    """The server in an event loop of its own."""
-
-    def __init__(self, backend: Any, address: str = "127.0.0.1:0") -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
-        self.thread.start()
-        self.server = self.run(self._started(backend, address))
-        self.target = f"127.0.0.1:{self.server.port}"
-
-    def run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
-
-    async def _started(self, backend: Any, address: str) -> InterfaceServer:
-        server = InterfaceServer(backend, address)
-        await server.start()
-        return server
-
-    def close(self) -> None:
-        self.run(self.server.stop())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(60)
-        self.loop.close()
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     monkeypatch.setattr(grpc_methods, "generate", FakeBackend.replies)
-    return FakeBackend()
+    return FakeBackend(KEY)
 
 
 @pytest.fixture
