@@ -33,9 +33,10 @@ _WORDS = {
 }
 
 
-def serve_runs() -> bool:
-    """Whether Ray Serve runs on the cluster; then it keeps the options with which it was started."""
-    return _get_global_client(raise_if_no_controller_running=False) is not None
+def running_http_port() -> int | None:
+    """Port of the HTTP proxy of a Ray Serve that runs on the cluster; None if none runs."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else int(client.http_config.port)
 
 
 def start_serve(tell: Tell, **options: Any) -> None:
@@ -172,4 +173,4 @@ def cause(status: ApplicationStatusOverview) -> str:
     return str(ours[-1] if ours else lines[-1] if lines else "Ray Serve gives no reason")
 
 
-__all__ = ["cause", "deploy", "serve_runs", "start_serve", "waited_for"]
+__all__ = ["cause", "deploy", "running_http_port", "start_serve", "waited_for"]

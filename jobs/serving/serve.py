@@ -29,7 +29,7 @@ from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
 from jobs.fleet.stop_signals import StopSignals
 from jobs.fleet.waiting import Tell
 from jobs.serving.config import ServeConfig
-from jobs.serving.deploying import deploy, serve_runs, start_serve
+from jobs.serving.deploying import deploy, running_http_port, start_serve
 from jobs.serving.deployment import app, build_application
 from jobs.serving.front.front import port_on_head
 from jobs.serving.front.front_folder import free_internal_port
@@ -129,8 +129,17 @@ def _follow(stopped: threading.Event, coordinator: str | None, tell: Tell) -> No
 
 
 def _proxies(listen: ListenAddress, *, embedded: bool) -> dict[str, Any]:
-    """Options of Serve's proxies, which have no effect if Serve runs on the cluster already."""
-    if serve_runs():
+    """Options of Serve's proxies; none if Serve runs on the cluster already, which keeps its own.
+
+    Raises:
+        ResourceError: Serve has the port of the front.
+    """
+    theirs = running_http_port()
+    if theirs == listen.port:
+        raise ResourceError(
+            f"--port {listen.port} is that of Ray Serve's own HTTP proxy on this cluster; choose another"
+        )
+    if theirs is not None:
         return {}
     http = HTTPOptions(host=listen.host, port=listen.port)
     if haproxy_binary() is not None:  # clients reach the front, and the front Serve's proxy
