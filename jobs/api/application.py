@@ -23,14 +23,15 @@ from jobs.api.api_errors import (
     invalid,
 )
 from jobs.api.backend import Backend
-from jobs.api.body_limit import BodyLimit
-from jobs.api.completion_jobs import completion_job
+from jobs.api.body_limit import BodyBounds, BodyLimit
+from jobs.api.completion_jobs import MAX_CHOICES, completion_job
 from jobs.api.head_requests import HeadRequests
 from jobs.api.key_check import KeyCheck
 from jobs.api.logprob_bodies import chat_logprobs, completion_logprobs
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
 from jobs.api.response_bodies import Choice, CompletionView, Envelope, Usage
 
+_OTHER_VALUES = 10_000  # of a body, beside the tokens of its prompts
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or a stream of its chunks.", "content": {"text/event-stream": {}}}
 }
@@ -107,11 +108,19 @@ def _without_routes(find: Callable[[], Backend]) -> FastAPI:
     api.add_exception_handler(RequestValidationError, answer_validation_error)
     api.add_exception_handler(HTTPException, answer_http_error)
     api.add_exception_handler(Exception, answer_failure)
-    api.add_middleware(BodyLimit, memory=lambda: find().bodies, rate=lambda: float(find().limits.body_rate))
+    api.add_middleware(BodyLimit, bounds=lambda: _body_bounds(find()))
     api.add_middleware(KeyCheck, find=find)
     api.add_middleware(AdmissionGate, find=lambda: find().admission)
     api.add_middleware(HeadRequests)
     return api
+
+
+def _body_bounds(backend: Backend) -> BodyBounds:
+    return BodyBounds(
+        memory=backend.bodies,
+        rate=float(backend.limits.body_rate),
+        values=MAX_CHOICES * backend.longest + _OTHER_VALUES,
+    )
 
 
 def _describe_without_422(api: FastAPI) -> None:

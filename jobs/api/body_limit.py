@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +23,21 @@ _LARGE = 256 << 10  # bytes, which take a millisecond to look through
 _RETRY_SECONDS = 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyBounds:
+    """Bounds of the bodies of one process.
+
+    Attributes:
+        memory: The memory for bodies.
+        rate: Bytes per second that a client has to send, on average after some seconds.
+        values: Values that a body may have, since parsing them holds up all other requests.
+    """
+
+    memory: BodyMemory
+    rate: float
+    values: int
+
+
 class BodyLimit:
     """ASGI middleware that answers 413, 408, 400 or 503 to bodies that take too much, and passes on others.
 
@@ -29,12 +45,11 @@ class BodyLimit:
 
     Args:
         app: The application that gets all other requests.
-        memory: Returns the memory for bodies.
-        rate: Returns the bytes per second that a client has to send, on average after some seconds.
+        bounds: Returns the bounds of bodies.
     """
 
-    def __init__(self, app: ASGIApp, memory: Callable[[], BodyMemory], rate: Callable[[], float]) -> None:
-        self._app, self._memory, self._rate = app, memory, rate
+    def __init__(self, app: ASGIApp, bounds: Callable[[], BodyBounds]) -> None:
+        self._app, self._bounds = app, bounds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -43,58 +58,61 @@ class BodyLimit:
         if "transfer-encoding" not in headers and announced in ("", "0"):
             await self._app(scope, receive, send)
             return
+        bounds = self._bounds()
         try:
             _check_announced(announced)
-            body = await self._read(receive)
+            body = await _read(receive, bounds.rate)
             if body is None:  # the client has disconnected
                 return
-            cost = await _cost(body, self._memory().size)
-            await self._take(cost)
+            cost = await _cost(body, bounds)
+            await _take(bounds.memory, cost)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         try:
             await self._app(scope, _again(body, receive), send)
         finally:
-            self._memory().give_back(cost.memory)
+            bounds.memory.give_back(cost.memory)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None if the client disconnects before its end.
 
-        Raises:
-            ApiError: It is too large, or comes too slowly.
-        """
-        began, taken, parts = time.monotonic(), 0, []
-        while True:
-            allowed = _GRACE_SECONDS + taken / self._rate()
-            try:
-                message = await asyncio.wait_for(receive(), began + allowed - time.monotonic())
-            except TimeoutError:
-                raise ApiError(
-                    408,
-                    f"{taken} bytes of the body came within {allowed:.0f} s; send it faster",
-                    code="request_timeout",
-                ) from None
-            if message["type"] == "http.disconnect":
-                return None
-            part = message.get("body", b"")
-            taken += len(part)
-            if taken > MAX_BYTES:
-                raise _too_large()
-            parts.append(part)
-            if not message.get("more_body", False):
-                return b"".join(parts)
+async def _read(receive: Receive, rate: float) -> bytes | None:
+    """The whole body; None if the client disconnects before its end.
 
-    async def _take(self, cost: BodyCost) -> None:
+    Raises:
+        ApiError: It is too large, or comes too slowly.
+    """
+    began, taken, parts = time.monotonic(), 0, []
+    while True:
+        allowed = _GRACE_SECONDS + taken / rate
         try:
-            await self._memory().take(cost.memory)
+            message = await asyncio.wait_for(receive(), began + allowed - time.monotonic())
         except TimeoutError:
             raise ApiError(
-                503,
-                "other requests take the memory for request bodies; come back later",
-                code="overloaded",
-                retry_after=_RETRY_SECONDS,
+                408,
+                f"{taken} bytes of the body came within {allowed:.0f} s; send it faster",
+                code="request_timeout",
             ) from None
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        taken += len(part)
+        if taken > MAX_BYTES:
+            raise _too_large()
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _take(memory: BodyMemory, cost: BodyCost) -> None:
+    try:
+        await memory.take(cost.memory)
+    except TimeoutError:
+        raise ApiError(
+            503,
+            "other requests take the memory for request bodies; come back later",
+            code="overloaded",
+            retry_after=_RETRY_SECONDS,
+        ) from None
 
 
 def _check_announced(announced: str) -> None:
@@ -104,7 +122,7 @@ def _check_announced(announced: str) -> None:
         raise _too_large()
 
 
-async def _cost(body: bytes, most: int) -> BodyCost:
+async def _cost(body: bytes, bounds: BodyBounds) -> BodyCost:
     """What a body costs.
 
     Raises:
@@ -114,6 +132,13 @@ async def _cost(body: bytes, most: int) -> BodyCost:
     if cost.depth > MAX_DEPTH:
         raise ApiError(
             400, f"the body is nested more than {MAX_DEPTH} levels deep; flatten it", code="invalid_json"
+        )
+    most = bounds.memory.size
+    if cost.values > bounds.values:
+        raise ApiError(
+            413,
+            f"the body has {cost.values} values, and a request to this model has {bounds.values} at most",
+            code="body_too_large",
         )
     if cost.memory > most:
         raise ApiError(
@@ -143,4 +168,4 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "BodyLimit"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "BodyBounds", "BodyLimit"]

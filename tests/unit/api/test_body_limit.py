@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobs.api.api_keys import ApiKeys
-from jobs.api.body_limit import MAX_DEPTH, BodyLimit
+from jobs.api.body_limit import MAX_DEPTH, BodyBounds, BodyLimit
 from jobs.api.parsing_memory.body_cost import body_cost
 from jobs.api.parsing_memory.body_memory import BodyMemory
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
@@ -149,10 +149,12 @@ def test_who_waits_too_long_or_leaves_takes_nothing() -> None:
 @pytest.fixture
 def small(served: Served) -> Iterator[Served]:
     """An interface with little memory for bodies."""
-    before, served.backend.bodies = served.backend.bodies, BodyMemory(4 * MIB, patience=0.1)
+    backend = served.backend
+    before, backend.bodies = backend.bodies, BodyMemory(4 * MIB, patience=0.1)
+    longest, backend.longest = backend.longest, 1 << 20
     yield served
-    assert served.backend.bodies.free == 4 * MIB
-    served.backend.bodies = before
+    assert backend.bodies.free == 4 * MIB
+    backend.bodies, backend.longest = before, longest
 
 
 def test_a_body_that_costs_more_than_there_is_gets_413_with_its_values(small: Served) -> None:
@@ -160,8 +162,17 @@ def test_a_body_that_costs_more_than_there_is_gets_413_with_its_values(small: Se
     assert answer.status_code == 413
     error = answer.json()["error"]
     assert error["code"] == "body_too_large"
-    assert "values" in error["message"]
+    assert "MiB" in error["message"]
     assert small.complete().status_code == 200
+
+
+def test_a_body_with_more_values_than_a_request_can_have_gets_413(served: Served) -> None:
+    most = 1024 * served.backend.longest + 10_000
+    for count, status in ((most - 10, 400), (most + 10, 413)):
+        body = '{"prompt": [' + ",".join(["1"] * count) + "]}"
+        answer = served.client.post("/v1/completions", content=body, headers=JSON)
+        assert answer.status_code == status
+        assert (answer.json()["error"]["code"] == "body_too_large") == (status == 413)
 
 
 def test_a_body_for_which_there_is_no_memory_now_gets_503(small: Served) -> None:
@@ -227,7 +238,8 @@ def test_no_byte_of_a_body_is_read_without_a_key(served: Served) -> None:
 def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.api.body_limit._GRACE_SECONDS", 0.05)
     sent: list[Any] = []
-    limit = BodyLimit(lambda *_: asyncio.sleep(0), memory=lambda: BodyMemory(MIB), rate=lambda: 1000.0)
+    bounds = BodyBounds(memory=BodyMemory(MIB), rate=1000.0, values=100)
+    limit = BodyLimit(lambda *_: asyncio.sleep(0), bounds=lambda: bounds)
 
     async def receive() -> Any:
         await asyncio.sleep(0.01)
