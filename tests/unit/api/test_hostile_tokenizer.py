@@ -24,7 +24,7 @@ def _backtracking() -> tuple[Tokenizer, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["in a process", "in this one"])
 def test_a_text_that_cannot_be_tokenized_gets_400(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails in this process, where such a tokenizer is not used, is no fault of the server either."""
+    """One that fails in this process, where such a tokenizer is not used, is no fault of the server."""
     if where == "in this one":
         monkeypatch.setattr("jobs.api.text_encoder.encodes_linearly", lambda _: True)
     served = Served(tokenizer=_backtracking())
