@@ -85,7 +85,6 @@ RATE_LIMITED = FrontError(
     headers=(("Retry-After", "60"),),
 )
 FAILED = FrontError(status=500, code="request_failed", message="the server failed at this request")
-BROKEN = FrontError(status=502, code="engine_failed", message="the server broke off its answer")
 AWAY = FrontError(
     status=503,
     code="unavailable",
@@ -102,8 +101,8 @@ def too_large(limit: int) -> FrontError:
     )
 
 
-GENERAL = (BAD_REQUEST, TOO_SLOW, FAILED, BROKEN, AWAY, TOO_LATE)
-"""What takes the place of HAProxy's own error pages."""
+GENERAL = {400: BAD_REQUEST, 408: TOO_SLOW, 500: FAILED, 502: AWAY, 503: AWAY, 504: TOO_LATE}
+"""What takes the place of HAProxy's own error pages, by their status; 502 is a server that broke off."""
 
 __all__ = [
     "AWAY",

@@ -76,7 +76,7 @@ class FrontPlan:
     @property
     def error_files(self) -> dict[int, Path]:
         """Files with the pages that take the place of HAProxy's own, by status."""
-        return {one.status: self.folder / f"{one.status}.http" for one in errors.GENERAL}
+        return {status: self.folder / f"{status}.http" for status in errors.GENERAL}
 
     @property
     def ports(self) -> dict[str, int]:

@@ -77,8 +77,8 @@ class HaproxyProcess:
         plan = self._plan
         _write(plan.keys_file, "".join(f"{digest}\n" for digest in sorted(digests)))
         self.write_certificate()
-        for error in GENERAL:
-            _write(plan.error_files[error.status], error.page())
+        for status, error in GENERAL.items():
+            _write(plan.error_files[status], error.page())
         file = plan.folder / "haproxy.cfg"
         _write(file, haproxy_config(plan))
         checked = subprocess.run(

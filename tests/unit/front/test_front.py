@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,27 @@ def test_while_nothing_is_behind_it_clients_get_503(tmp_path: Path) -> None:
     with fronted(tmp_path, change=lambda plan: replace(plan, http=f"127.0.0.1:{free_port()}")) as front:
         fields = assert_openai_error(front.raw(request()), 503, "unavailable")
         assert int(fields["retry-after"]) >= 1
+
+
+def test_a_server_that_ends_before_its_answer_is_away(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ending:
+        port = ending.getsockname()[1]
+
+        def end_each() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = ending.accept()
+                    connection.recv(1 << 16)
+                    connection.close()
+
+        thread = threading.Thread(target=end_each, daemon=True)
+        thread.start()
+        with fronted(tmp_path, change=lambda plan: replace(plan, http=f"127.0.0.1:{port}")) as front:
+            for method in ("GET", "POST"):
+                fields = assert_openai_error(front.raw(request(method=method)), 503, "unavailable")
+                assert int(fields["retry-after"]) >= 1
+        ending.shutdown(socket.SHUT_RDWR)
+        thread.join(20)
 
 
 def test_it_stops_after_the_answers_under_way(tmp_path: Path) -> None:
