@@ -14,6 +14,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 
 from jobs.config.config_file import load_config
 from jobs.serving.config import ServeConfig
+from jobs.serving.ports import ListenAddress
 from support.chart import (
     CHART,
     HELMS,
@@ -126,6 +127,7 @@ def test_the_configuration_of_every_value_set_is_one_of_raymoe() -> None:
                 ).model_dump()["applications"]
                 arguments = application["args"]
                 assert arguments.pop("checkpoint")
+                assert ListenAddress.from_dict(arguments.pop("listen")).metrics_port == 8002
                 config = ServeConfig.from_dict(arguments)
                 assert config.cluster.cpus_per_host == 0 or config.cluster.expert_hosts == 0
             if one["kind"] == "ConfigMap" and "train.sh" in one.get("data", {}):

@@ -32,6 +32,9 @@
 {{- fail (printf "serve.fetch.env sets %s, by which the chart says where the weights go: remove it." $name) -}}
 {{- end -}}
 {{- end -}}
+{{- if has (int (default 0 .Values.serve.grpcPort)) (list 6379 8000 8001 8002 8080 8265 10001 44217 44227 52365) -}}
+{{- fail (printf "serve.grpcPort is %d, which the head has another use for: set another one, such as 9000." (int .Values.serve.grpcPort)) -}}
+{{- end -}}
 {{- include "raymoe.checkKeys" . -}}
 {{- end -}}
 

@@ -45,6 +45,11 @@ ports:
   {{- if eq $root.Values.mode "serve" }}
   # Of this pod alone: the Service sends requests only to pods with a port of this name.
   - {name: serve, containerPort: 8000}
+  # raymoe's metrics, without the key that requests need.
+  - {name: serve-metrics, containerPort: 8002}
+  {{- with $root.Values.serve.grpcPort }}
+  - {name: grpc, containerPort: {{ int . }}}
+  {{- end }}
   {{- end }}
   {{- end }}
   - {name: metrics, containerPort: 8080}

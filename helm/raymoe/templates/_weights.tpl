@@ -148,6 +148,8 @@ echo "$SOURCE is at $TARGET"
 {{- $made := deepCopy (default dict .Values.serve.config) -}}
 {{- $_ := set $made "checkpoint" (include "raymoe.weights" . | fromYaml).path -}}
 {{- $_ := set $made "cluster" (include "raymoe.cluster" . | fromYaml) -}}
+{{- $_ := set $made "listen" (dict "host" .Values.listenHost "port" 8000 "metrics_port" 8002) -}}
+{{- with .Values.serve.grpcPort -}}{{- $_ := set $made.listen "grpc_port" (int .) -}}{{- end -}}
 {{- if include "raymoe.keysSecret" . -}}
 {{- $_ := set $made "serving" (include "raymoe.over" (dict "base" (dict "api_keys_file" "/etc/raymoe-keys") "own" $made.serving) | fromYaml) -}}
 {{- end -}}
