@@ -116,7 +116,7 @@ class Front:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
                 await asyncio.to_thread(self._look)
-            except (RaymoeError, OSError) as error:
+            except Exception as error:  # whatever it is, the next look may succeed
                 if str(error) != self._told:
                     self._told = str(error)
                     say(f"the front: {error}")

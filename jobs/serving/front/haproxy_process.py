@@ -20,9 +20,9 @@ from jobs.serving.front.front_errors import GENERAL
 from jobs.serving.front.haproxy_config import FrontPlan, haproxy_config
 from jobs.serving.ports import check_port
 
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0  # a busy machine takes many
 _CLI_SECONDS = 5.0
-_KILL_SECONDS = 5.0
+_KILL_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 _FILES_BESIDE = 200  # descriptors that HAProxy needs beside those of connections
 _PARENT_BOUND = """
@@ -81,9 +81,12 @@ class HaproxyProcess:
             _write(plan.error_files[status], error.page())
         file = plan.folder / "haproxy.cfg"
         _write(file, haproxy_config(plan))
-        checked = subprocess.run(
-            [self._binary, "-c", "-f", str(file)], capture_output=True, text=True, timeout=_START_SECONDS
-        )
+        try:
+            checked = subprocess.run(
+                [self._binary, "-c", "-f", str(file)], capture_output=True, text=True, timeout=_START_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise self._late() from None
         if checked.returncode:
             raise ConfigError(
                 f"serving.front: HAProxy refuses what follows from it: {_first_alert(checked.stderr)}; "
@@ -113,8 +116,13 @@ class HaproxyProcess:
                     return
             if time.monotonic() > deadline:
                 self.kill()
-                raise ResourceError(f"the front's HAProxy has not started within {_START_SECONDS:g} s")
+                raise self._late()
             time.sleep(_POLL_SECONDS)
+
+    def _late(self) -> ResourceError:
+        return ResourceError(
+            f"HAProxy, the front, has not started within {_START_SECONDS:g} s; try on a less busy machine"
+        )
 
     def ask(self, command: str) -> str:
         """The answer to a command of HAProxy's admin socket.
