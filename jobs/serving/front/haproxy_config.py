@@ -251,7 +251,7 @@ def _backend(name: str, plan: FrontPlan, slots: int) -> list[str]:
 
 
 def _grpc_frontend(plan: FrontPlan) -> list[str]:
-    trailers = "return status 200 hdr content-type application/grpc hdr grpc-status {} hdr grpc-message {}"
+    trailers = "return status 200 hdr grpc-status {} hdr grpc-message {}"
     refused = trailers.format(16, quoted(errors.NO_KEY.message))
     limited = trailers.format(8, quoted(errors.RATE_LIMITED.message))
     too_large = trailers.format(8, quoted(f"the message is too large; {_HEALTH_BYTES} bytes at most"))
@@ -260,6 +260,9 @@ def _grpc_frontend(plan: FrontPlan) -> list[str]:
         "frontend grpc",
         _bind(plan, plan.grpc_port, "h2"),
         *_connection_rules(plan),
+        # Answers without a body get no type from `return`, and some clients insist on one.
+        "acl typed res.hdr(content-type) -m found",
+        "http-after-response set-header content-type application/grpc unless typed",
         f"http-request del-header {FRONT_HEADER}",
         "acl health path_beg /grpc.health.v1.Health/",
         *_key_rules(plan, refused),

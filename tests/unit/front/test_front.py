@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from errors import ConfigError, ResourceError
@@ -440,6 +441,24 @@ def test_a_server_that_ends_before_its_answer_is_away(tmp_path: Path) -> None:
                 assert int(fields["retry-after"]) >= 1
         ending.shutdown(socket.SHUT_RDWR)
         thread.join(20)
+
+
+def test_a_call_of_grpc_needs_the_key(tmp_path: Path) -> None:
+    ports = {"grpc_port": free_port(), "grpc": f"127.0.0.1:{free_port()}"}
+    with ExitStack() as stack:
+        front = stack.enter_context(
+            fronted(tmp_path, keys=(KEY,), change=lambda plan: replace(plan, **ports))
+        )
+        channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{front.plan.grpc_port}"))
+        for metadata, code in (
+            ((), grpc.StatusCode.UNAUTHENTICATED),
+            ((("authorization", "Bearer wrong"),), grpc.StatusCode.UNAUTHENTICATED),
+            ((("authorization", f"bearer {KEY}"),), grpc.StatusCode.UNAVAILABLE),  # nothing is behind it
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary("/raymoe.v1.Generation/Generate")(b"", metadata=metadata, timeout=50)
+            assert caught.value.code() is code
+            assert ("API key" in caught.value.details()) == (code is grpc.StatusCode.UNAUTHENTICATED)
 
 
 def test_it_stops_after_the_answers_under_way(tmp_path: Path) -> None:
