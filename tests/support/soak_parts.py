@@ -20,6 +20,7 @@ MINUTES = {
     "test_reload": 3.5,
     "test_serve_elastic": 1.5,
     "test_serve_everywhere": 11.0,
+    "test_serve_front": 2.0,
     "test_serve_killed": 1.5,
     "test_serve_soak": 12.0,
     "test_strangers_grpc": 3.0,

@@ -126,7 +126,7 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own helper for clusters
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
