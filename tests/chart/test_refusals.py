@@ -180,7 +180,7 @@ REFUSED = [
         "train.config.cluster.autoscaling.min_hosts (5) is more than max_hosts (4)",
     ),
     (("serve.checkpoint=demo",), 'serve.checkpoint is "demo", which is no absolute path'),
-    (("serve.checkpoint=s3://models/demo",), 'serve.checkpoint is "s3://models/demo", which is no absolute'),
+    (("serve.checkpoint=gs://models/demo",), 'serve.checkpoint is "gs://models/demo", which is no absolute'),
     (
         (*SERVE, "serve.config.cluster.expert_hosts=9"),
         "is more than the expert groups ever have room for (8)",

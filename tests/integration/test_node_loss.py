@@ -57,10 +57,11 @@ def wait_for_hosts(admin: AdminClient, hosts: int, *, replicas: int) -> list[str
 
 def remove_one_of(cluster: Cluster, nodes: list[str]) -> None:
     """Remove a node, not the head, that has a host."""
-    node = next(
+    there = [
         node for node in cluster.list_all_nodes() if node is not cluster.head_node and node.node_id in nodes
-    )
-    cluster.remove_node(node, allow_graceful=False)
+    ]
+    assert there, "all hosts are on the head node"
+    cluster.remove_node(there[0], allow_graceful=False)
 
 
 def test_nodes_are_lost_while_serving(cluster: Cluster, tmp_path: Path, machine: str) -> None:

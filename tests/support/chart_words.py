@@ -159,7 +159,21 @@ def replaced(value: Any, words: dict[str, str]) -> Any:
 
 
 def in_order(objects: list[Any]) -> list[Any]:
-    return sorted(objects, key=lambda one: (one["kind"], str(one["metadata"]["name"])))
+    """Objects by kind and name, and their worker groups by name: helm orders what names of users begin."""
+    return sorted(
+        map(_with_groups_in_order, objects), key=lambda one: (one["kind"], str(one["metadata"]["name"]))
+    )
+
+
+def _with_groups_in_order(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    ordered = {name: _with_groups_in_order(value) for name, value in part.items()}
+    if "workerGroupSpecs" in ordered:
+        ordered["workerGroupSpecs"] = sorted(
+            part["workerGroupSpecs"], key=lambda group: str(group["groupName"])
+        )
+    return ordered
 
 
 class Names:
