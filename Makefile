@@ -72,7 +72,7 @@ chart: setup
 # helm, and what judges its output, in environments of their own.
 chart-test: setup $(CHECKS)/.installed
 	$(BIN)/python -m helm.tools $(TOOLS)
-	$(BIN)/python -m pytest tests/chart --timeout 900
+	$(BIN)/python -m pytest -n 2 tests/chart --timeout 900
 
 $(CHECKS)/.installed: helm/checks.txt
 	test -x $(CHECKS)/bin/python || $(PYTHON) -m venv $(CHECKS)
