@@ -331,6 +331,6 @@ def test_memory_is_bounded_and_ordinary_requests_are_answered(
 
 
 def test_nothing_has_ended_meanwhile(server: ServeProcess, watch: Watch) -> None:
-    assert set(watch.before) == set(members(server))
+    assert set(watch.before) <= set(members(server))  # a standby of the coordinator may have come
     log = Path(server.log).read_text()
     assert "Traceback" not in log
