@@ -21,6 +21,7 @@ from jobs.serving.front.haproxy_process import HaproxyProcess, haproxy_binary
 from jobs.serving.front_config import FrontConfig
 
 LARGEST = 16 << 20
+KEY = "correct-horse-battery"
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -219,3 +220,22 @@ def fronted(
             yield Fronted(app, plan, process)
         finally:
             process.kill()
+
+
+def parts(answer: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, header fields and body."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    return int(first.split()[1]), fields, body
+
+
+def assert_openai_error(answer: bytes, status: int, code: str) -> dict[str, str]:
+    found, fields, body = parts(answer)
+    assert found == status, answer
+    assert fields["content-type"] == "application/json"
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert error["message"]
+    return fields

@@ -26,6 +26,7 @@ from jobs.serving.interface import grpc_methods
 from protos.generation_pb2 import GenerateReply, GenerateRequest
 from protos.generation_pb2_grpc import GenerationStub
 from support.listening_grpc import TEXT, FakeBackend, Listening
+from support.waiting import wait_until
 
 KEY = "a-key-of-the-grpc-tests"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -206,10 +207,7 @@ def test_a_cancelled_call_ends_the_generation(backend: FakeBackend, channel: grp
         call = GenerationStub(channel).Generate(GenerateRequest(text="x"), metadata=BEARER, timeout=60)
         next(iter(call))
         call.cancel()
-    deadline = time.monotonic() + 60
-    while backend.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not backend.running)
 
 
 def test_nothing_of_a_refused_call_is_kept(
@@ -233,11 +231,7 @@ def test_nothing_of_a_refused_call_is_kept(
         with pytest.raises(grpc.RpcError) as caught:
             generated(channel)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    deadline = time.monotonic() + 60
-    while any(marker() is not None for marker in seen):
-        gc.collect()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: gc.collect() >= 0 and all(marker() is None for marker in seen))
     assert len(seen) == 3
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from protos.generation_pb2 import GenerateRequest
 from protos.generation_pb2_grpc import GenerationStub
 from support.fronted_app import free_port, fronted
 from support.listening_grpc import TEXT, FakeBackend, Listening
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 KEY = "correct-horse-battery"
@@ -99,10 +99,7 @@ def test_a_stream_comes_reply_by_reply_and_its_end_is_passed_on(
     call = GenerationStub(channel).Generate(GenerateRequest(text="x"), metadata=BEARER, timeout=60)
     assert next(iter(call)).text == "0 "  # of replies without end
     call.cancel()
-    deadline = time.monotonic() + 60
-    while backend.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not backend.running)
 
 
 def test_health_needs_no_key_and_no_large_message(channel: grpc.Channel) -> None:
