@@ -37,6 +37,7 @@ class FileGuard:
         size: Bytes that a file may have.
         values: Values that its JSON may have.
         finite: Whether its JSON may not have NaN and Infinity.
+        grows: Whether lines may be appended while it is read; it is then read as far as it went when opened.
         fix: What to do about a file beyond the limits, for the error.
         error: Type of the error.
     """
@@ -44,6 +45,7 @@ class FileGuard:
     size: int
     values: int = 0
     finite: bool = True
+    grows: bool = False
     fix: str = "copy it again"
     error: type[UsageError] = CheckpointError
 
@@ -55,11 +57,12 @@ class FileGuard:
             UsageError: It is no regular file, too large, unreadable, or changes meanwhile; of type `error`.
         """
         with self.opened(path) as (handle, size):
-            parts, left = [], size + 1  # one more shows that the file has grown
+            beyond = 0 if self.grows else 1  # a byte more shows that the file has grown
+            parts, left = [], size + beyond
             while left and (part := os.read(handle, min(left, _CHUNK))):
                 parts.append(part)
                 left -= len(part)
-            if left != 1:
+            if left != beyond:
                 raise self.refused(path, "its size changed while it was read")
         return b"".join(parts)
 
@@ -163,7 +166,7 @@ STATE = FileGuard(size=4 * _MIB, values=200_000, finite=False, fix="use an earli
 VALIDATION = FileGuard(size=64 * _MIB, values=4_000_000, finite=False, fix="remove it")
 """validation.json of a run, with the load of every expert."""
 
-METRICS = FileGuard(size=1 << 30, fix="remove it")
-"""metrics.jsonl of a run, a line for each step."""
+METRICS = FileGuard(size=1 << 30, grows=True, fix="remove it")
+"""metrics.jsonl of a run, to which a running one appends a line for each step."""
 
 __all__ = ["CONFIG", "INDEX_FILE", "METRICS", "STATE", "VALIDATION", "WEIGHTS", "FileGuard", "is_there"]

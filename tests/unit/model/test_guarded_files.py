@@ -16,7 +16,7 @@ from errors import CheckpointError
 from model import save_pretrained
 from model.causal_lm import CausalLM
 from model.checkpoints.expected_tensors import trunk_shapes
-from model.checkpoints.guarded_files import CONFIG
+from model.checkpoints.guarded_files import CONFIG, METRICS
 from model.checkpoints.guarded_json import DEEPEST, parse_object
 from model.checkpoints.hf_config import model_config, read_hf_config
 from model.checkpoints.shards import INDEX, ShardReader, write_index, write_shard
@@ -171,6 +171,25 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(os, "read", changing)
     _refused(lambda: CONFIG.read(path), path, "its size changed while it was read")
+
+
+@pytest.mark.parametrize("size", [7, 9])
+def test_a_file_that_grows_is_read_as_far_as_it_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"x" * 8)
+    read = os.read
+
+    def changing(handle: int, most: int) -> bytes:
+        os.truncate(path, size)
+        return read(handle, most)
+
+    monkeypatch.setattr(os, "read", changing)
+    if size > 8:
+        assert METRICS.read(path) == b"x" * 8
+    else:
+        _refused(lambda: METRICS.read(path), path, "its size changed while it was read")
 
 
 def test_a_pipe_that_takes_the_place_of_a_file_does_not_block(
