@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.servicer import AdminServicer, CoordinatorServicer
@@ -139,9 +140,10 @@ def start(
     port: int = 0,
     cpus: float = 0,
     gpus: float = 0,
+    node: str = "",
     **options: Any,
 ) -> Any:
-    """Start one of the actors, spread over the cluster's nodes; returns its handle at once.
+    """Start one of the actors; returns its handle at once.
 
     Args:
         actor: The actor class.
@@ -149,9 +151,11 @@ def start(
         interface: Interface to listen on; see `listening_address`.
         port: Port for control calls, for actors with such a port alone; 0 takes a free one.
         cpus, gpus: Reserved by Ray.
+        node: Id of the node that is to take it; Ray finds another if it cannot. '' spreads over the nodes.
         options: Further options of Ray, such as `resources`.
     """
-    placed = {"scheduling_strategy": "SPREAD", **options}
+    there = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True) if node else "SPREAD"
+    placed = {"scheduling_strategy": there, **options}
     return actor.options(num_cpus=cpus, num_gpus=gpus, **placed).remote(build, interface, port)
 
 

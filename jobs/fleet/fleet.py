@@ -33,7 +33,7 @@ from cluster.config import ClusterConfig
 from errors import ChangeUnderWay, ConfigError, ProtocolError, RaymoeError, ResourceError
 from jobs.fleet.fleet_actors import CoordinatorBuilder, HostActor, HostBuilder, kill
 from jobs.fleet.job_notices import JobNotice, posted
-from jobs.fleet.room import free_resources, lacking, resources_of_a_host
+from jobs.fleet.room import free_resources, lacking, nodes_to_take, resources_of_a_host, silent
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two reports
@@ -91,8 +91,7 @@ class Fleet:
         self._job = JobIdentity(id=uuid.uuid4().hex[:8], name=self.name, cluster=cluster)
         try:
             self._start_coordinator()
-            for _ in range(self.cluster.expert_hosts):
-                self._start_host()
+            self._start_hosts(self.cluster.expert_hosts)
             patience = self.cluster.start_timeout
             self._await_coordinator(patience)
             assert self._client is not None
@@ -223,8 +222,7 @@ class Fleet:
         if not orders.start:
             self._short_since = None
         elif self._may_start(orders.start):
-            for _ in range(orders.start):
-                self._start_host()
+            self._start_hosts(orders.start)
         return wanted
 
     def _may_start(self, hosts: int) -> bool:
@@ -232,7 +230,7 @@ class Fleet:
 
         Hosts without room are started too, since an autoscaler may add nodes for them.
         """
-        missing = lacking(hosts, resources_of_a_host(self.cluster), free_resources())
+        missing = lacking(hosts, resources_of_a_host(self.cluster), list(free_resources().values()))
         now = time.monotonic()
         if not missing:
             self._short_since = None
@@ -243,7 +241,18 @@ class Fleet:
         self._short_since, self._lacking = None, missing
         return True
 
-    def _start_host(self) -> None:
+    def _start_hosts(self, hosts: int) -> None:
+        """Start hosts on the nodes that have the fewest; where none has room, wherever Ray finds it."""
+        asked, free = resources_of_a_host(self.cluster), free_resources()
+        there = [host.node for host in self._hosts.values()]
+        nodes = nodes_to_take(hosts, asked, free, there)
+        while lost := silent(set(nodes) - {""}):
+            free = {node: resources for node, resources in free.items() if node not in lost}
+            nodes = nodes_to_take(hosts, asked, free, there)
+        for node in nodes:
+            self._start_host(node)
+
+    def _start_host(self, node: str) -> None:
         id = f"host-{self._next}"
         self._next += 1
         actor = start(
@@ -253,8 +262,9 @@ class Fleet:
             cpus=self.cluster.cpus_per_host,
             gpus=self.cluster.gpus_per_host,
             resources=dict(self.cluster.host_resources),
+            node=node,
         )
-        self._hosts[id] = HostActor(actor, actor.info.remote(), actor.lease.remote(), time.monotonic())
+        self._hosts[id] = HostActor(actor, actor.info.remote(), actor.lease.remote(), time.monotonic(), node)
 
     def _end(self, id: str) -> None:
         host = self._hosts.pop(id, None)

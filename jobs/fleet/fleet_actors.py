@@ -26,6 +26,7 @@ class HostActor:
         asked: Ray's reference to the host's address, until it has started.
         lease: Ray's reference to a call that lasts as long as the actor.
         began: When the host was started, by `time.monotonic`.
+        meant_for: Id of the node that is to take it; '' if Ray chooses.
         info: The host's address; None until it has started.
     """
 
@@ -33,7 +34,13 @@ class HostActor:
     asked: Any
     lease: Any
     began: float
+    meant_for: str = ""
     info: HostInfo | None = None
+
+    @property
+    def node(self) -> str:
+        """Id of the host's node, or of the one that is to take it; '' if that is not known yet."""
+        return self.meant_for if self.info is None else self.info.node
 
 
 def kill(actor: Any) -> None:

@@ -1,10 +1,13 @@
-"""Whether the nodes of a Ray cluster have room for expert hosts now, and what is missing."""
+"""Whether the nodes of a Ray cluster have room for expert hosts now, what is missing, and who takes them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import socket
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
+import ray
 from ray._private.state import state
 
 from cluster.config import ClusterConfig
@@ -12,9 +15,33 @@ from cluster.config import ClusterConfig
 FIELDS = {"CPU": "cluster.cpus_per_host", "GPU": "cluster.gpus_per_host"}
 
 
-def free_resources() -> list[dict[str, float]]:
-    """Free resources of each live node, a moment ago."""
-    return [dict(free) for free in state.available_resources_per_node().values()]
+_ANSWER_SECONDS = 0.5  # a node on the same network answers within milliseconds
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """Free resources of each node by its id, a moment ago.
+
+    Ray counts a node among the live ones until it has missed health checks for many seconds.
+    """
+    return {node: dict(free) for node, free in state.available_resources_per_node().items()}
+
+
+def silent(nodes: Iterable[str]) -> set[str]:
+    """Those of some nodes whose Ray process takes no connection, as that of a lost machine."""
+    addresses = {
+        node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    return {node for node in nodes if node not in addresses or not _answers(addresses[node])}
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=_ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def resources_of_a_host(cluster: ClusterConfig) -> dict[str, float]:
@@ -47,8 +74,40 @@ def lacking(hosts: int, asked: Mapping[str, float], free: Sequence[Mapping[str, 
     )
 
 
-def _places(asked: Mapping[str, float], free: Mapping[str, float]) -> int:
+def nodes_to_take(
+    hosts: int, asked: Mapping[str, float], free: Mapping[str, Mapping[str, float]], there: Iterable[str]
+) -> list[str]:
+    """The nodes to take so many more hosts, so that the loss of one node ends as few hosts as possible.
+
+    Each goes to the node with the fewest hosts that has room; of several, to the one with room for the most.
+
+    Args:
+        hosts: Number of hosts.
+        asked: Resources that each reserves.
+        free: Free resources of each node, by its id.
+        there: The node of each host that there is; those without one are ''.
+
+    Returns:
+        A node's id for each host; '' for those that have no room.
+    """
+    held = Counter(there)
+    room = {node: _places(asked, resources) for node, resources in free.items()}
+    taken = []
+    for _ in range(hosts):
+        with_room = [node for node in room if room[node] >= 1]
+        best = min(with_room, key=lambda node: (held[node], -room[node], node), default="")
+        if best:
+            held[best] += 1
+            room[best] -= 1
+        taken.append(best)
+    return taken
+
+
+def _places(asked: Mapping[str, float], free: Mapping[str, float]) -> float:
+    """How many hosts fit on a node; any number of those that reserve nothing."""
+    if not asked:
+        return math.inf
     return min(math.floor(free.get(name, 0.0) / amount + 1e-6) for name, amount in asked.items())
 
 
-__all__ = ["free_resources", "lacking", "resources_of_a_host"]
+__all__ = ["free_resources", "lacking", "nodes_to_take", "resources_of_a_host", "silent"]

@@ -14,7 +14,7 @@ from actors.rpc.admin_client import AdminClient
 from jobs.training.metrics_file import METRICS_FILE, read_metrics
 from support.commands.disturbed_run import DisturbedRun, differ
 from support.commands.losses import IN_A_ROW, wait_for_trunks
-from support.commands.serve import free_port, running, save_model, tiny_model
+from support.commands.serve import running, save_model, tiny_model
 from support.commands.streams import StreamLoad, disturbed, greedy_requests
 from support.waiting import wait_until
 
@@ -27,7 +27,6 @@ pytestmark = [
 ]
 FREE_PORTS = {"dashboard_agent_listen_port": 0}
 STREAMS, TOKENS, STEPS = 8, 100, 40
-PORT = free_port()  # of all servers of the cluster: Serve keeps the one that it began with
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_nodes_are_lost_while_serving(cluster: Cluster, tmp_path: Path, machine:
     }
     options = [option for name, value in settings.items() for option in ("--set", f"{name}={value}")]
     requests = greedy_requests(STREAMS, TOKENS)
-    address = ("--address", cluster.address, "--port", str(PORT))
+    address = ("--address", cluster.address)
     gaps = []
     with running(tiny_model(), directory, tmp_path / "serve.log", *options, *address) as server:
         admin = AdminClient(f"grpc:{server.coordinator}")

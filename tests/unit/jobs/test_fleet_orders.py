@@ -35,17 +35,20 @@ class ClusterWithRoom:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free, self.now = 0.0, 100.0
+        self.lost: set[str] = set()
         self.coordinator = OrderingCoordinator()
-        monkeypatch.setattr(jobs.fleet.fleet, "free_resources", lambda: [{"CPU": self.free}])
+        monkeypatch.setattr(jobs.fleet.fleet, "free_resources", lambda: {"here": {"CPU": self.free}})
+        monkeypatch.setattr(jobs.fleet.fleet, "silent", lambda nodes: nodes & self.lost)
         monkeypatch.setattr(jobs.fleet.fleet.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Fleet, "_start_host", self._start)
         monkeypatch.setattr(jobs.fleet.fleet, "kill", lambda actor: None)
         self.fleet = Fleet(ClusterConfig(), coordinator=None, host=None)  # type: ignore[arg-type]
         self.fleet._client = self.coordinator  # type: ignore[assignment]
 
-    def _start(self, fleet: Fleet | None = None) -> None:
-        id = f"host-{len(self.fleet._hosts)}"
-        self.fleet._hosts[id] = HostActor(None, None, id, self.now)
+    def _start(self, node: str) -> None:
+        id = f"host-{self.fleet._next}"
+        self.fleet._next += 1
+        self.fleet._hosts[id] = HostActor(None, None, id, self.now, node)
 
     def look(self, seconds: float = 0.0) -> list[str]:
         """Carry out the orders after some seconds; the hosts that have not registered."""
@@ -65,6 +68,17 @@ def test_hosts_with_room_start_at_once(cluster: ClusterWithRoom) -> None:
     cluster.coordinator.orders_given = Orders(start=0, stop=())
     cluster.look()
     assert cluster.coordinator.told == [(0, ""), (2, "")]
+
+
+def test_hosts_go_to_nodes_that_answer(cluster: ClusterWithRoom, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = {"lost": {"CPU": 8.0}, "full": {"CPU": 0.0}, "here": {"CPU": 2.0}, "there": {"CPU": 3.0}}
+    monkeypatch.setattr(jobs.fleet.fleet, "free_resources", lambda: nodes)
+    cluster.lost, cluster.coordinator.orders_given = {"lost"}, Orders(start=3, stop=())
+    cluster.look()
+    assert [host.node for host in cluster.fleet._hosts.values()] == ["there", "here", "there"]
+    cluster.coordinator.orders_given = Orders(start=1, stop=("host-0",))
+    cluster.look()
+    assert [host.node for host in cluster.fleet._hosts.values()] == ["here", "there", "there"]
 
 
 def test_room_that_comes_within_a_moment_is_waited_for(cluster: ClusterWithRoom) -> None:
