@@ -33,7 +33,7 @@ from cluster.config import ClusterConfig
 from errors import ChangeUnderWay, ConfigError, ProtocolError, RaymoeError, ResourceError
 from jobs.fleet.fleet_actors import CoordinatorBuilder, HostActor, HostBuilder, kill
 from jobs.fleet.job_notices import JobNotice, posted
-from jobs.fleet.room import free_resources, lacking, nodes_to_take, resources_of_a_host, silent
+from jobs.fleet.room import free_resources, lacking, nodes_to_take, resources_of_a_host, unreachable
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two reports
@@ -246,7 +246,7 @@ class Fleet:
         asked, free = resources_of_a_host(self.cluster), free_resources()
         there = [host.node for host in self._hosts.values()]
         nodes = nodes_to_take(hosts, asked, free, there)
-        while lost := silent(set(nodes) - {""}):
+        while lost := unreachable(set(nodes) - {""}):
             free = {node: resources for node, resources in free.items() if node not in lost}
             nodes = nodes_to_take(hosts, asked, free, there)
         for node in nodes:

@@ -1,4 +1,4 @@
-"""Whether the nodes of a Ray cluster have room for expert hosts now, what is missing, and who takes them."""
+"""Which nodes of a Ray cluster have room for expert hosts now, and what is missing where none has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def free_resources() -> dict[str, dict[str, float]]:
     return {node: dict(free) for node, free in state.available_resources_per_node().items()}
 
 
-def silent(nodes: Iterable[str]) -> set[str]:
+def unreachable(nodes: Iterable[str]) -> set[str]:
     """Those of some nodes whose Ray process takes no connection, as that of a lost machine."""
     addresses = {
         node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
@@ -110,4 +110,4 @@ def _places(asked: Mapping[str, float], free: Mapping[str, float]) -> float:
     return min(math.floor(free.get(name, 0.0) / amount + 1e-6) for name, amount in asked.items())
 
 
-__all__ = ["free_resources", "lacking", "nodes_to_take", "resources_of_a_host", "silent"]
+__all__ = ["free_resources", "lacking", "nodes_to_take", "resources_of_a_host", "unreachable"]

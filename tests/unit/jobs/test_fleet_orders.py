@@ -38,7 +38,7 @@ class ClusterWithRoom:
         self.lost: set[str] = set()
         self.coordinator = OrderingCoordinator()
         monkeypatch.setattr(jobs.fleet.fleet, "free_resources", lambda: {"here": {"CPU": self.free}})
-        monkeypatch.setattr(jobs.fleet.fleet, "silent", lambda nodes: nodes & self.lost)
+        monkeypatch.setattr(jobs.fleet.fleet, "unreachable", lambda nodes: nodes & self.lost)
         monkeypatch.setattr(jobs.fleet.fleet.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Fleet, "_start_host", self._start)
         monkeypatch.setattr(jobs.fleet.fleet, "kill", lambda actor: None)

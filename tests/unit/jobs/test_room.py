@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from cluster.config import ClusterConfig
-from jobs.fleet.room import lacking, nodes_to_take, resources_of_a_host, silent
+from jobs.fleet.room import lacking, nodes_to_take, resources_of_a_host, unreachable
 
 ASKED = {"CPU": 2.0, "accelerator": 1.0}
 
@@ -80,4 +80,4 @@ def test_a_node_is_silent_whose_port_is_closed_or_that_ray_has_given_up(
             )
         ]
         monkeypatch.setattr(ray, "nodes", lambda: nodes)
-        assert silent(["here", "lost", "given-up", "unknown"]) == {"lost", "given-up", "unknown"}
+        assert unreachable(["here", "lost", "given-up", "unknown"]) == {"lost", "given-up", "unknown"}
