@@ -24,6 +24,7 @@ from actors.messages.trunk_parts import part_name, part_of
 from actors.trunk.parameters import Reducer
 from errors import CheckpointError, WorkersLost
 from model.config import ModelConfig
+from model.meta_device import meta_device
 from model.moe import Gate
 from model.mtp import MTPModule
 from model.optimizers.adamw import value_dtype
@@ -60,7 +61,7 @@ def shard(
     policy = MixedPrecisionPolicy()
     if values != dtype:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=values, cast_forward_inputs=False)
-    with torch.device("meta"):
+    with meta_device():
         model = Transformer(config, dtype=values)
     root = _Root(model)
     groups: list[Any] = []

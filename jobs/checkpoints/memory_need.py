@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.weights import TrunkWeights
 from errors import ResourceError
 from model.config import ModelConfig
+from model.meta_device import meta_device
 from model.transformer import Transformer
 
 _GIB = 1 << 30
@@ -64,7 +65,7 @@ def serving_need(
         hosts: Number of expert hosts.
         modules: Whether the MTP modules are loaded, to draft.
     """
-    with torch.device("meta"):
+    with meta_device():
         model = Transformer(config, dtype=dtype)
         model.tie()
         weights = TrunkWeights.of(model, modules=modules)

@@ -20,6 +20,7 @@ from model.checkpoints.hf_names import (
 )
 from model.checkpoints.shards import ShardReader
 from model.config import ModelConfig
+from model.meta_device import meta_device
 from model.transformer import Transformer
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
@@ -29,7 +30,7 @@ _NAMED = 4  # names that a description lists before it counts the rest
 
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the trunk's parameters and buffers."""
-    with torch.device("meta"):
+    with meta_device():
         model = Transformer(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

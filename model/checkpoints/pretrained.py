@@ -33,6 +33,7 @@ from model.checkpoints.shards import (
 )
 from model.checkpoints.sources import PretrainedSource, RandomSource
 from model.config import ModelConfig
+from model.meta_device import meta_device
 from model.weight_source import WeightSource
 
 _SHARD_BYTES = 2 << 30
@@ -49,7 +50,7 @@ def load_pretrained(directory: Path | str, *, dtype: torch.dtype = torch.float32
         CheckpointError: The checkpoint is missing, damaged, incomplete, or of another architecture.
     """
     source = PretrainedSource(directory, dtype=dtype)
-    with torch.device("meta"):
+    with meta_device():
         model = CausalLM(source.config, dtype=dtype)
     model = model.to_empty(device="cpu")
     model.trunk.tie()

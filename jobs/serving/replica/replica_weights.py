@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from engine.weights import TrunkWeights
 from jobs.checkpoints.memory_need import serving_need
 from jobs.config.device_and_dtype import compute_device
@@ -14,6 +12,7 @@ from jobs.serving.config import ServeConfig
 from jobs.serving.served_model import require_room, serving_dtype
 from model.checkpoints.pretrained import PretrainedSource, load_pretrained
 from model.experts.local import LocalExperts
+from model.meta_device import meta_device
 from model.transformer import Transformer
 
 
@@ -43,7 +42,7 @@ def load_weights(config: ServeConfig, directory: Path, *, experts: bool) -> Repl
         trunk = TrunkWeights.of(whole.trunk, modules=modules)
         return ReplicaWeights(trunk=trunk, experts=whole.experts)
     source = PretrainedSource(directory, dtype=dtype)
-    with torch.device("meta"):
+    with meta_device():
         model = Transformer(source.config, dtype=dtype)
     model = model.to_empty(device=device)
     model.tie()
