@@ -29,7 +29,8 @@ from actors.rpc.coordinator_client import CoordinatorClient
 from actors.rpc.host_client import HostClient
 from channels.base import Channel
 from channels.choose import reach
-from cluster import HostInfo, RoutingTable, plan_placement
+from cluster.placement import plan_placement
+from cluster.topology import HostInfo, RoutingTable
 from errors import ChannelError, ChannelTimeout, CheckpointError, Interrupted, RaymoeError, ResourceError
 from model.checkpoints.sources import RandomSource
 from model.config import ModelConfig

@@ -16,7 +16,7 @@ from actors.coordinator.training_steps import Beginning, TrainingSteps
 from actors.coordinator.transfer_plan import PlacementSpec
 from actors.messages.steps import Resume, StepReport, TrainingPlan
 from actors.messages.transfer_orders import Blob
-from cluster import HostInfo
+from cluster.topology import HostInfo
 from support.fakes.fake_hosts import FakeHost
 
 L, E = 2, 4

@@ -8,7 +8,7 @@ import time
 import torch
 
 from actors.router.lane import Lane
-from cluster import RoutingTable
+from cluster.topology import RoutingTable
 from errors import ChannelError
 from support.tiny_cluster import LAYERS, local_experts, tokens
 

@@ -15,7 +15,7 @@ from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.router import Router, RouterSettings
 from actors.router.engine_lanes import EngineLanes
 from channels.choose import connect
-from cluster import RoutingTable, experts_held
+from cluster.topology import RoutingTable, experts_held
 from engine.engine import Engine
 from engine.params import SamplingParams
 from engine.sequence import Sequence as Request

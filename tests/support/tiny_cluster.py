@@ -13,7 +13,8 @@ from actors.router import Router, RouterSettings
 from actors.router.lane import Lane
 from channels import local
 from channels.base import Channel
-from cluster import HostInfo, RoutingTable, experts_held, plan_placement
+from cluster.placement import plan_placement
+from cluster.topology import HostInfo, RoutingTable, experts_held
 from model.config import ModelConfig
 from model.experts.local import LocalExperts
 

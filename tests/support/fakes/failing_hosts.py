@@ -18,7 +18,7 @@ from channels.collective import channel as collective
 from channels.grpc import channel as grpc
 from channels.shm import channel as shm
 from channels.shm.mailbox import HostMailbox
-from cluster import HostInfo, RoutingTable
+from cluster.topology import HostInfo, RoutingTable
 from errors import RaymoeError
 from support.coordinator_tables import FakeTables
 from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens

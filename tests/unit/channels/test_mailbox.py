@@ -17,7 +17,7 @@ from channels.base import Channel
 from channels.shm import channel as shm
 from channels.shm.channel import ShmServer
 from channels.shm.mailbox import HostMailbox, ShmMailbox, size_of
-from cluster import HostInfo
+from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout, ProtocolError, RaymoeError
 from kernels import mailbox as words_of
 from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens

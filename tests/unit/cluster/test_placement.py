@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import placement as benchmark
-from cluster import (
-    Placement,
-    Site,
-    balancedness,
-    experts_to_fetch,
-    plan,
-    plan_placement,
-)
+from cluster.placement import Placement, Site, balancedness, experts_to_fetch, plan, plan_placement
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import (
-    ClusterConfig,
-    Holders,
-    HostInfo,
-    RoutingTable,
-    experts_held,
-    plan_placement,
-)
+from cluster.config import ClusterConfig
+from cluster.placement import plan_placement
+from cluster.topology import Holders, HostInfo, RoutingTable, experts_held
 from errors import ConfigError
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.integers(1, 36)).filter(

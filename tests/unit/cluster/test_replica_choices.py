@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import Holders, Site, plan, replica_choices
-from cluster.replica_choices import MOST_CHOICES
+from cluster.placement import Site, plan
+from cluster.replica_choices import MOST_CHOICES, replica_choices
+from cluster.topology import Holders
 
 HOSTS = 8
 ROWS: st.SearchStrategy[Holders] = st.integers(1, 9).flatmap(

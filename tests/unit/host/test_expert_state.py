@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.host.checkpoint_part import SavedMoments
-from cluster import experts_held, plan_placement
+from cluster.placement import plan_placement
+from cluster.topology import experts_held
 from errors import CheckpointError
 from support.moving_cluster import CheckpointSource
 from support.tiny_cluster import CONFIG, LAYERS, SETTINGS, TinyCluster, tokens

@@ -17,7 +17,7 @@ from actors.messages.transfer_orders import Assembly
 from actors.router import Router
 from actors.router.table_updates import CoordinatorTables
 from channels.base import Phase, Request, RequestId
-from cluster import RoutingTable, experts_held
+from cluster.topology import RoutingTable, experts_held
 from errors import CheckpointError, ProtocolError, RaymoeError, ResourceError, StaleEpoch
 from support.tiny_cluster import CONFIG, LAYERS, SeededSource, TinyCluster, tokens
 

@@ -171,6 +171,15 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_reading_a_configuration_needs_neither_torch_nor_numba() -> None:
+    script = (
+        "import sys, jobs.config.run_config\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'numba', 'pandas')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def _ended(error: BaseException, *, debug: bool = False) -> int:
     @surfaced
     def command(debug: bool) -> None:

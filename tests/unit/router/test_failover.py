@@ -11,7 +11,7 @@ import torch
 from actors.host import ExpertHost, HostSettings, InitialExperts
 from actors.messages.transfer_orders import Assembly
 from actors.router import Router
-from cluster import RoutingTable, experts_held
+from cluster.topology import RoutingTable, experts_held
 from errors import ChannelError, RaymoeError, RemoteError
 from support.coordinator_tables import check
 from support.fakes.failing_hosts import KINDS, LONG, REMOTE, FailingHost, FailoverCluster

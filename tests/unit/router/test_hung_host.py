@@ -18,7 +18,7 @@ from actors.router import Router, RouterSettings
 from actors.router.mailbox_call import MailboxCall
 from benchmarks.contenders import host_process, until_closed
 from channels import choose
-from cluster import HostInfo, RoutingTable
+from cluster.topology import HostInfo, RoutingTable
 from support.coordinator_tables import FakeTables, check
 from support.tiny_cluster import CONFIG, LAYERS, TinyCluster, local_experts, tokens
 from support.waiting import wait_until

@@ -13,7 +13,7 @@ import torch
 
 from actors.router.call_context import ReplicaShifts
 from channels.base import Channel
-from cluster import HostInfo
+from cluster.topology import HostInfo
 from errors import ChannelError, ChannelTimeout
 from support.coordinator_tables import check
 from support.fakes.failing_hosts import LONG, REMOTE, FailoverCluster

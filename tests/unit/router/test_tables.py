@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from actors.router.table_updates import CoordinatorTables
-from cluster import RoutingTable
+from cluster.topology import RoutingTable
 from errors import ChannelError
 
 TABLE = RoutingTable(epoch=1, hosts=(), holders=(), weights="one", serial=4)

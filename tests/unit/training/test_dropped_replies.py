@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from channels.base import Channel, Phase, Request, Ticket
-from cluster import HostInfo
+from cluster.topology import HostInfo
 from errors import ChannelError, RemoteError
 from support.tiny_cluster import LAYERS, TinyCluster, tokens
 from support.training_job import RunOutcome, difference, text_corpus, tiny, train
