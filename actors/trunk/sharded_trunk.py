@@ -23,8 +23,8 @@ from torch.distributed.fsdp import (
 from actors.messages.trunk_parts import part_name, part_of
 from actors.trunk.parameters import Reducer
 from errors import CheckpointError, WorkersLost
+from model.checkpoints.meta_device import meta_device
 from model.config import ModelConfig
-from model.meta_device import meta_device
 from model.moe import Gate
 from model.mtp import MTPModule
 from model.optimizers.adamw import value_dtype

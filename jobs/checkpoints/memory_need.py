@@ -16,8 +16,8 @@ from torch import Tensor
 
 from engine.weights import TrunkWeights
 from errors import ResourceError
+from model.checkpoints.meta_device import meta_device
 from model.config import ModelConfig
-from model.meta_device import meta_device
 from model.transformer import Transformer
 
 _GIB = 1 << 30

@@ -18,9 +18,9 @@ from model.checkpoints.hf_names import (
     expert_names,
     layer_prefix,
 )
+from model.checkpoints.meta_device import meta_device
 from model.checkpoints.shards import ShardReader
 from model.config import ModelConfig
-from model.meta_device import meta_device
 from model.transformer import Transformer
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")

@@ -22,6 +22,7 @@ from model.checkpoints.hf_names import (
     expert_names,
     expert_tensors,
 )
+from model.checkpoints.meta_device import meta_device
 from model.checkpoints.shards import (
     INDEX,
     ShardReader,
@@ -33,7 +34,6 @@ from model.checkpoints.shards import (
 )
 from model.checkpoints.sources import PretrainedSource, RandomSource
 from model.config import ModelConfig
-from model.meta_device import meta_device
 from model.weight_source import WeightSource
 
 _SHARD_BYTES = 2 << 30

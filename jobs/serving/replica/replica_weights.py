@@ -10,9 +10,9 @@ from jobs.checkpoints.memory_need import serving_need
 from jobs.config.device_and_dtype import compute_device
 from jobs.serving.config import ServeConfig
 from jobs.serving.served_model import require_room, serving_dtype
+from model.checkpoints.meta_device import meta_device
 from model.checkpoints.pretrained import PretrainedSource, load_pretrained
 from model.experts.local import LocalExperts
-from model.meta_device import meta_device
 from model.transformer import Transformer
 
 

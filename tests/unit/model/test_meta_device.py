@@ -9,8 +9,8 @@ import sys
 import torch
 from torch import nn
 
+from model.checkpoints.meta_device import meta_device
 from model.config import ModelConfig
-from model.meta_device import meta_device
 from model.transformer import Transformer
 from support.small_config import SMALL
 
