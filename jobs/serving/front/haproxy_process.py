@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +33,7 @@ ctypes.CDLL(None, use_errno=True).prctl(1, 9)
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Replaces itself by a program that the kernel kills when the process that started it has ended."""
+"""Replaces itself by a program that the kernel kills when the thread that started it has ended."""
 
 
 def haproxy_binary() -> str | None:
@@ -94,13 +96,7 @@ class HaproxyProcess:
             )
         for option, port in plan.ports.items():
             check_port(option, plan.host, port)
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-S", "-c", _PARENT_BOUND, str(os.getpid())),
-                *(self._binary, "-db", "-f", str(file)),
-            ],
-            stdin=subprocess.DEVNULL,
-        )
+        self._process = _bound_process([self._binary, "-db", "-f", str(file)])
         self._await_listening()
 
     def _await_listening(self) -> None:
@@ -227,6 +223,29 @@ class HaproxyProcess:
         if self._process is not None:
             self._process.kill()
             self._process.wait(_KILL_SECONDS)
+
+
+def _bound_process(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Start a program that the kernel kills when this process ends, however it ends.
+
+    The kernel takes the end of the thread that started a program for that of its parent, so the thread here
+    lasts as long as the program.
+    """
+    bound = [sys.executable, "-I", "-S", "-c", _PARENT_BOUND, str(os.getpid()), *arguments]
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def keep() -> None:
+        try:
+            process = subprocess.Popen(bound, stdin=subprocess.DEVNULL)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        with suppress(ChildProcessError):  # its end has been read already
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    threading.Thread(target=keep, name="haproxy", daemon=True).start()
+    return started.result()
 
 
 def _within_open_files(plan: FrontPlan) -> FrontPlan:
