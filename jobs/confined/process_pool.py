@@ -75,9 +75,11 @@ class ConfinedPool(Generic[_P]):
         if self._pending >= _PROCESSES + self._waiting:
             raise QueueFull(f"{self._waiting} {self._full}")
         self._pending += 1
+        asked = [question]
         try:
-            return await asyncio.wrap_future(self._threads.submit(self._ask, question))
+            return await asyncio.wrap_future(self._threads.submit(self._ask, asked))
         finally:
+            asked.clear()  # until its turn, the queue of the threads keeps also what is cancelled
             self._pending -= 1
 
     def close(self) -> None:
@@ -92,7 +94,8 @@ class ConfinedPool(Generic[_P]):
     def __del__(self) -> None:
         self.close()
 
-    def _ask(self, question: Callable[[_P], _T]) -> _T:
+    def _ask(self, asked: list[Callable[[_P], _T]]) -> _T:
+        question = asked.pop()
         try:
             process = self._take()
         except DataError as error:  # of what has begun before
