@@ -117,6 +117,7 @@ def _without_routes(find: Callable[[], Backend]) -> FastAPI:
 
 def _body_bounds(backend: Backend) -> BodyBounds:
     return BodyBounds(
+        arriving=backend.arriving,
         memory=backend.bodies,
         rate=float(backend.limits.body_rate),
         values=MAX_CHOICES * backend.longest + _OTHER_VALUES,

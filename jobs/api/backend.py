@@ -40,7 +40,7 @@ class Limits:
         max_queue: Requests that may wait at a replica; further ones get status 429.
         max_prompt: Tokens of a prompt; None is the model's limit.
         max_tokens: Tokens that a request may ask for; None is the model's limit.
-        body_memory: Bytes that request bodies may take at a time, parsed.
+        body_memory: Bytes that request bodies may take at a time while they arrive, and again when parsed.
         body_rate: Bytes per second that a client has to send of a body.
     """
 
@@ -104,7 +104,8 @@ class Backend:
         experts: Returns the expert hosts' figures; None if there are no hosts.
         admission: Admits requests until the server shuts down.
         front_token: What the front sends with requests for metrics that need no key; None without a front.
-        bodies: Memory for request bodies.
+        arriving: Memory for request bodies that are read.
+        bodies: Memory for request bodies that are parsed.
         detokenizer: Decodes tokens.
     """
 
@@ -124,6 +125,7 @@ class Backend:
     keys: ApiKeys = field(default_factory=ApiKeys)
     admission: Admission = field(default_factory=Admission)
     front_token: str | None = field(default=None, repr=False)
+    arriving: BodyMemory = field(init=False, repr=False)
     bodies: BodyMemory = field(init=False, repr=False)
     created: int = field(default_factory=lambda: int(time.time()))
     detokenizer: Detokenizer = field(init=False, repr=False)
@@ -132,6 +134,7 @@ class Backend:
     _encoder: TextEncoder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.arriving = BodyMemory(self.limits.body_memory)
         self.bodies = BodyMemory(self.limits.body_memory)
         self.detokenizer = Detokenizer(self.tokenizer)
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,7 @@ MAX_DEPTH = 128
 
 _GRACE_SECONDS = 10.0  # before the rate of a body is looked at
 _LARGE = 256 << 10  # bytes, which take a millisecond to look through
+_SMALL = 64 << 10  # bytes, which a connection's own buffers take as well
 _RETRY_SECONDS = 2
 
 
@@ -28,11 +30,13 @@ class BodyBounds:
     """Bounds of the bodies of one process.
 
     Attributes:
-        memory: The memory for bodies.
+        arriving: The memory for bodies that are read.
+        memory: The memory for bodies that are parsed.
         rate: Bytes per second that a client has to send, on average after some seconds.
         values: Values that a body may have, since parsing them holds up all other requests.
     """
 
+    arriving: BodyMemory
     memory: BodyMemory
     rate: float
     values: int
@@ -41,7 +45,9 @@ class BodyBounds:
 class BodyLimit:
     """ASGI middleware that answers 413, 408, 400 or 503 to bodies that take too much, and passes on others.
 
-    What a body takes in memory, parsed, is held from the process's `BodyMemory` until its request has ended.
+    A body of more than 64 KiB has its part of the memory for arriving bodies before it is read, and never
+    waits for it: Ray Serve reads the body of every request that is being handled, also of one that waits.
+    What a body takes when it is parsed is held until its request has ended.
 
     Args:
         app: The application that gets all other requests.
@@ -54,18 +60,19 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        announced = headers.get("content-length", "")
-        if "transfer-encoding" not in headers and announced in ("", "0"):
+        length, chunked = headers.get("content-length", ""), "transfer-encoding" in headers
+        if not chunked and length in ("", "0"):
             await self._app(scope, receive, send)
             return
         bounds = self._bounds()
         try:
-            _check_announced(announced)
-            body = await _read(receive, bounds.rate)
-            if body is None:  # the client has disconnected
-                return
-            cost = await _cost(body, bounds)
-            await _take(bounds.memory, cost)
+            announced = _announced(length)
+            with _Arrival(bounds.arriving) as arrival:
+                body = await _read(receive, None if chunked else announced, bounds.rate, arrival)
+                if body is None:  # the client has disconnected
+                    return
+                cost = await _cost(body, bounds)
+                await _take(bounds.memory, cost)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -75,13 +82,43 @@ class BodyLimit:
             bounds.memory.give_back(cost.memory)
 
 
-async def _read(receive: Receive, rate: float) -> bytes | None:
+class _Arrival:
+    """A context in which a body is read; its part of the memory for such bodies is given back at the end."""
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory, self._taken = memory, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.give_back(self._taken)
+
+    def take(self, count: int) -> None:
+        """Take the part of a body of so many bytes, unless it has one.
+
+        Raises:
+            ApiError: It is not free.
+        """
+        if self._taken or count <= _SMALL:
+            return
+        if not self._memory.take_free(count):
+            raise _no_memory()
+        self._taken = count
+
+
+async def _read(receive: Receive, announced: int | None, rate: float, arrival: _Arrival) -> bytes | None:
     """The whole body; None if the client disconnects before its end.
 
+    Args:
+        announced: Bytes of the body; None if its size is not announced, which may be any.
+        arrival: Holds its part of the memory.
+
     Raises:
-        ApiError: It is too large, or comes too slowly.
+        ApiError: It is too large, comes too slowly, or has no part of the memory.
     """
     began, taken, parts = time.monotonic(), 0, []
+    arrival.take(announced or 0)
     while True:
         allowed = _GRACE_SECONDS + taken / rate
         try:
@@ -98,6 +135,8 @@ async def _read(receive: Receive, rate: float) -> bytes | None:
         taken += len(part)
         if taken > MAX_BYTES:
             raise _too_large()
+        if taken > _SMALL:
+            arrival.take(MAX_BYTES)
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -107,19 +146,30 @@ async def _take(memory: BodyMemory, cost: BodyCost) -> None:
     try:
         await memory.take(cost.memory)
     except TimeoutError:
-        raise ApiError(
-            503,
-            "other requests take the memory for request bodies; come back later",
-            code="overloaded",
-            retry_after=_RETRY_SECONDS,
-        ) from None
+        raise _no_memory() from None
 
 
-def _check_announced(announced: str) -> None:
+def _no_memory() -> ApiError:
+    return ApiError(
+        503,
+        "other requests take the memory for request bodies; come back later",
+        code="overloaded",
+        retry_after=_RETRY_SECONDS,
+    )
+
+
+def _announced(header: str) -> int | None:
+    """Bytes of a body by its header `Content-Length`; None if that is missing or malformed.
+
+    Raises:
+        ApiError: They are too many.
+    """
     # Only digits are parsed: int() accepts other forms too, and raises for thousands of digits.
-    digits = announced.isascii() and announced.isdigit()
-    if digits and (len(announced) > 18 or int(announced) > MAX_BYTES):
+    if not (header.isascii() and header.isdigit()):
+        return None
+    if len(header) > 18 or int(header) > MAX_BYTES:
         raise _too_large()
+    return int(header)
 
 
 async def _cost(body: bytes, bounds: BodyBounds) -> BodyCost:

@@ -31,7 +31,8 @@ class FrontConfig(Section):
         requests_per_minute: requests of one API key, or without keys of one address, in a minute; further
             ones get status 429; null does not limit them.
         body_memory: bytes that request bodies and their parsing may take at a time in one process of the
-            interface; further bodies wait, then get status 503.
+            interface; further bodies wait, then get status 503. Those that are still arriving may take as
+            much again.
         body_rate: bytes per second that a client has to send of a body, on average after ten seconds; a
             slower one gets status 408.
         tls_certificate: PEM file with the certificate of the HTTP and gRPC ports, and its chain; null serves

@@ -1,4 +1,4 @@
-"""The memory of one process that request bodies and their parsing may take at a time."""
+"""The memory of one process that request bodies, or their parsing, may take at a time."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ class BodyMemory:
         Raises:
             TimeoutError: They were not free in time.
         """
-        if not self._waiting and count <= self.free:
-            self._taken += count
+        if self.take_free(count):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (count, turn)
@@ -49,6 +48,13 @@ class BodyMemory:
                 self._waiting.remove(entry)
                 self._serve()
             raise
+
+    def take_free(self, count: int) -> bool:
+        """Take bytes if they are free and no earlier request waits; whether they have been taken."""
+        if self._waiting or count > self.free:
+            return False
+        self._taken += count
+        return True
 
     def give_back(self, count: int) -> None:
         """Give bytes back."""

@@ -186,6 +186,65 @@ def test_a_body_for_which_there_is_no_memory_now_gets_503(small: Served) -> None
     assert int(answer.headers["Retry-After"]) >= 1
 
 
+def arrival(header: tuple[bytes, bytes], sent: bytes, bounds: BodyBounds) -> tuple[Any, list[Any], list[Any]]:
+    """A request whose body arrives as far as `sent`, with the messages that are asked for and answered."""
+    asked: list[Any] = []
+    answered: list[Any] = []
+
+    async def receive() -> Any:
+        asked.append("asked")
+        if len(asked) == 1:
+            return {"type": "http.request", "body": sent, "more_body": True}
+        return await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        answered.append(message)
+
+    limit = BodyLimit(lambda *_: asyncio.sleep(0), bounds=lambda: bounds)
+    scope = {"type": "http", "headers": [header], "method": "POST"}
+    return limit(scope, receive, send), asked, answered
+
+
+def test_large_bodies_have_their_part_of_the_memory_before_they_are_read() -> None:
+    async def run() -> None:
+        bounds = BodyBounds(arriving=BodyMemory(17 * MIB), memory=BodyMemory(64 * MIB), rate=1e9, values=1000)
+        large, small = (b"content-length", b"9000000"), (b"content-length", b"60000")
+        call, asked, _ = arrival(large, b"a", bounds)
+        first = asyncio.create_task(call)
+        while len(asked) < 2:
+            await asyncio.sleep(0)
+        assert bounds.arriving.free == 17 * MIB - 9_000_000
+        call, asked, answered = arrival(large, b"a", bounds)
+        await call
+        assert (answered[0]["status"], asked) == (503, [])
+        call, asked, answered = arrival((b"transfer-encoding", b"chunked"), b"a" * 70_000, bounds)
+        await call  # its size is unknown, so that its part is that of the largest body
+        assert (answered[0]["status"], asked) == (503, ["asked"])
+        call, asked, _ = arrival(small, b"a", bounds)
+        second = asyncio.create_task(call)
+        while len(asked) < 2:
+            await asyncio.sleep(0)
+        for task in (first, second):
+            task.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert bounds.arriving.free == 17 * MIB
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_body_that_has_arrived_gives_its_part_back(served: Served) -> None:
+    backend = served.backend
+    before, backend.arriving = backend.arriving, BodyMemory(MIB)
+    try:
+        for size, status in ((500_000, 400), (500_000, 400), (2 * MIB, 503), (500_000, 400)):
+            body = json.dumps({"prompt": "a", "unknown": "a" * size})
+            answer = served.client.post("/v1/completions", content=body, headers=JSON)
+            assert answer.status_code == status
+        assert backend.arriving.free == MIB
+    finally:
+        backend.arriving = before
+
+
 def test_a_body_that_is_nested_too_deeply_gets_400(served: Served) -> None:
     for depth, status in ((MAX_DEPTH - 10, 400), (MAX_DEPTH + 1, 400), (10_000, 400)):
         deep = '{"prompt": "a", "user": ' + "[" * depth + "]" * depth + "}"
@@ -238,7 +297,7 @@ def test_no_byte_of_a_body_is_read_without_a_key(served: Served) -> None:
 def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.api.body_limit._GRACE_SECONDS", 0.05)
     sent: list[Any] = []
-    bounds = BodyBounds(memory=BodyMemory(MIB), rate=1000.0, values=100)
+    bounds = BodyBounds(arriving=BodyMemory(MIB), memory=BodyMemory(MIB), rate=1000.0, values=100)
     limit = BodyLimit(lambda *_: asyncio.sleep(0), bounds=lambda: bounds)
 
     async def receive() -> Any:
