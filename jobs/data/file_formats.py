@@ -87,11 +87,17 @@ def _text(path: str, *, source: bool) -> str:
     if not source:
         with _opened(path) as file:
             return file.read().decode("utf-8-sig")
-    try:  # Python source declares its own encoding
+    try:  # Python source declares its own encoding, which need not be one of text
         with tokenize.open(path) as lines:
-            return lines.read()
-    except SyntaxError as error:
+            text = lines.read()
+    except UnicodeDecodeError:
+        raise
+    except (SyntaxError, LookupError, UnicodeError) as error:
         raise UnreadableFile(f"is not Python source ({error}); leave it out, or change its suffix") from None
+    half = _half_character(text)
+    if half:
+        raise UnreadableFile(half)
+    return text
 
 
 def _json_lines(path: str, text_field: str) -> Iterator[Record]:
@@ -178,15 +184,18 @@ def _field(value: Any, text_field: str) -> tuple[str | None, str]:
         there = [name for name, inner in value.items() if isinstance(inner, str)] or list(value)
         fix = f"set data.text_field to {_one_of(there)}" if there else "it has no fields"
         return None, f"has no text in the field {text_field!r}; {fix}"
+    half = _half_character(text)
+    return (None, half) if half else (text, "")
+
+
+def _half_character(text: str) -> str:
+    """Why a text is none: it has half of a surrogate pair; empty if it has not."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])[1:-1]
-        return (
-            None,
-            f"holds half of a surrogate pair ({half} at character {error.start}); repair or remove it",
-        )
-    return text, ""
+        return f"holds half of a surrogate pair ({half} at character {error.start}); repair or remove it"
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -97,6 +97,14 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "not utf-8": ("a.jsonl", LINES + '{"text": "ä"}\n'.encode("latin-1"), r"line 3: is not UTF-8"),
     "utf-16": ("a.txt", "text".encode("utf-16"), "is not UTF-8 text .*iconv -f UTF-16 -t UTF-8"),
     "python": ("a.py", b"# coding: nonesuch\n", "is not Python source"),
+    "python of no text": (
+        "a.py",
+        b"# coding: hex\nx = 1\n",
+        "is not Python source .*'hex' is not a text encoding",
+    ),
+    "python without encoding": ("a.py", b"# coding: undefined\nx = 1\n", "is not Python source .*undefined"),
+    "python of its encoding": ("a.py", b"# coding: ascii\nx = '\xe4'\n", r"is not UTF-8 text \(byte"),
+    "half surrogate in python": ("a.py", b"# coding: utf-7\nx = '+2AA-'\n", r"holds half of a .*\\ud800 at"),
     "null": ("a.jsonl", b'{"text": null}\n', "line 1: has no text in the field 'text', which is null"),
     "no field": (
         "a.jsonl",
