@@ -282,7 +282,7 @@ class HostRoster:
         """Ping all hosts and wait; declare those dead that do not answer, and return whether there was one.
 
         Args:
-            why: Beginning of the reason that is recorded for a dead host.
+            why: Why they are looked at: the beginning of the reason that is recorded for a dead host.
         """
         probes = [
             self._pings.submit(self._probe, id, client, why) for id, (_, client) in self.hosts().items()
@@ -312,7 +312,8 @@ class HostRoster:
         except RaymoeError as error:
             if is_loss(error) and not self._closed:
                 late = isinstance(error, ChannelTimeout)
-                self.lose(id, f"{why} ({silence(self._patience) if late else error})")
+                found = silence(self._patience) if late else str(error)
+                self.lose(id, why if found == why else f"{why} ({found})")
                 return False
         self.record_answer(id)
         return True
@@ -324,7 +325,7 @@ class HostRoster:
         except ChannelTimeout:
             return
         except RaymoeError as error:
-            if is_loss(error):
+            if is_loss(error):  # asked again, and if that fails alike it is told once
                 self._probe(id, client, str(error))
                 return
         finally:

@@ -11,6 +11,7 @@ import grpc
 
 import errors
 from channels.grpc import tls
+from channels.grpc.failures import last_cause
 from channels.grpc.guard import Guard
 from channels.grpc.options import MAX_STREAMS, OPTIONS
 from errors import ChannelError, ChannelTimeout, RaymoeError, RemoteError, ResourceError, StaleEpoch
@@ -102,8 +103,8 @@ def raising(peer: str) -> Iterator[None]:
         if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
             raise ChannelError(f"{peer} has more calls than it takes: {error.details()}") from None
         details = str(error.details())
-        why = f"({error.code().name}): {details}{tls.mistrust(details)}"
-        raise ChannelError(f"{peer} cannot be reached {why}") from None
+        why = last_cause(details) or error.code().name
+        raise ChannelError(f"{peer} cannot be reached ({why}){tls.mistrust(details)}") from None
     except ValueError as error:
         if "closed channel" not in str(error):
             raise

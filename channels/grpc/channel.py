@@ -20,6 +20,7 @@ from channels.framing import frame_codec
 from channels.framing.header import require_fit
 from channels.framing.ordered_channel import OrderedChannel, Reply, call
 from channels.grpc import tls
+from channels.grpc.failures import last_cause
 from channels.grpc.guard import Guard
 from channels.grpc.options import MAX_STREAMS, OPTIONS
 from channels.grpc.watchdog import Watchdog
@@ -225,9 +226,9 @@ def connect(address: str, *, timeout: float = 30.0) -> Channel:
             why = _why(channel)
             if not why:
                 raise ChannelError(f"{address} did not listen at first, and does now: connect again")
-            short = why.rpartition("last error: ")[2]
             raise ChannelError(
-                f"no process listens at {address} ({short}); has its process ended?{tls.mistrust(why)}"
+                f"no process listens at {address} ({last_cause(why)}); has its process ended?"
+                f"{tls.mistrust(why)}"
             )
     except BaseException:
         channel.close()

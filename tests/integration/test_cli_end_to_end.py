@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,8 +137,11 @@ def test_an_export_comes_back_and_trains_on(run: Path, corpus: Path, tmp_path: P
     change_json(tmp_path / "weights" / "generation_config.json", {"temperature": 0.7})
     change_json(tmp_path / "weights" / "config.json", {"eos_token_id": [0, 5], "use_cache": True})
     changed = {**SHAPE, "training__steps": 2, "training__tensorboard": "false"}
-    more = result_of("train", *options, data__path=corpus, **changed)
-    assert more["step"] == 2
+    shutil.copytree(corpus, tmp_path / "text")
+    (tmp_path / "text" / "bad.jsonl").write_text("not json\n")
+    changed["data__on_bad_record"] = "skip"
+    more = result_of("train", *options, data__path=tmp_path / "text", **changed)
+    assert (more["step"], more["skipped_records"]) == (2, 1)
     first = read_metrics(tmp_path / "more" / METRICS_FILE)[0]["main_loss"]
     last = read_metrics(run / METRICS_FILE)[-1]["main_loss"]
     assert abs(first - last) < 1.0  # and not the 6.2 of random weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import grpc
 import pytest
@@ -300,6 +300,23 @@ def test_a_client_that_was_hung_up_is_a_channel_error(stack: ExitStack) -> None:
     with pytest.raises(ChannelError, match="has been given up") as caught:
         client.stats()
     assert is_loss(caught.value)
+
+
+def test_a_peer_that_is_gone_is_told_in_few_words() -> None:
+    """Its name and address, and why, without gRPC's own list of attempts."""
+    with ExitStack() as serving:
+        (server,) = serve_hosts(serving, TinyCluster(1))
+        info = server.info
+    client = HostClient(info, timeout=20)
+    with closing(client), pytest.raises(ChannelError) as caught:
+        client.ping(20)
+    at = info.addresses["grpc"].removeprefix("grpc:")
+    assert str(caught.value) == f"expert host {info.id} (grpc:{at}) cannot be reached (Connection refused)"
+    with pytest.raises(ChannelError) as caught:
+        grpc_channel.connect(f"grpc:{at}")
+    assert str(caught.value) == (
+        f"no process listens at grpc:{at} (Connection refused); has its process ended?"
+    )
 
 
 def test_idle_streams_keep_no_control_call_away(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:

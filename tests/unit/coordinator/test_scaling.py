@@ -242,6 +242,15 @@ def test_the_reason_of_a_death_names_the_patience_only_where_that_is_the_reason(
     assert ("cluster.dead_after" in died) is named
 
 
+def test_a_death_that_is_found_twice_is_told_once() -> None:
+    """A host is asked again before it is declared dead, and mostly gives the same error."""
+    cluster = ScalingCluster(2)
+    cluster.world["host-1"].dead = True
+    FailureDetector(cluster.roster, 4.0, clock=lambda: cluster.now).look()
+    (died,) = [event.text for event in cluster.membership.events if event.kind == "died"]
+    assert died == "expert host host-1: expert host host-1 cannot be reached"
+
+
 def test_an_automatic_change_does_not_take_the_place_of_a_requested_one() -> None:
     cluster = ScalingCluster(2)
     cluster.roster.scale(3)
