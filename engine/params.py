@@ -97,17 +97,19 @@ def check_tokens(
     """Check that all tokens of a request are below the size of the vocabulary.
 
     Raises:
-        ConfigError: a token is unknown.
+        ConfigError: a token is unknown; the message begins with its path, such as `prompt[3]`.
     """
     for name, tokens in (
         ("prompt", prompt),
         ("output", output),
-        ("logit_bias", params.logit_bias),
         ("stop_token_ids", params.stop_token_ids),
     ):
-        for token in tokens:
+        for at, token in enumerate(tokens):
             if not 0 <= token < vocabulary:
-                raise ConfigError(f"{name} has token {token}; ids go from 0 to {vocabulary - 1}")
+                raise ConfigError(f"{name}[{at}] is token {token}; ids go from 0 to {vocabulary - 1}")
+    for token in params.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"logit_bias.{token} is no token; ids go from 0 to {vocabulary - 1}")
 
 
 _GREEDY_BELOW = 1e-5  # dividing by less would overflow

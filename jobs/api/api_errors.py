@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request
@@ -11,10 +14,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from errors import ConfigError, DataError, QueueFull, RaymoeError, ResourceError
 from jobs.api.neutral_values import KNOWN
 from jobs.api.request_bodies import BRANCHES
 
 _LONGEST = 2000  # characters
+_RETRY_SECONDS = 1
 _KEY = "[key]"  # in the location of an error: the key of a dictionary and not its value
 
 
@@ -138,6 +143,72 @@ def _path(place: Sequence[int | str]) -> str | None:
     return path or None
 
 
+async def accepted(submitted: Future[None] | asyncio.Future[None], source: str) -> None:
+    """Wait until a choice is accepted.
+
+    Args:
+        submitted: What the service returned for it.
+        source: The path of its prompt in the request, which errors about the prompt begin with.
+
+    Raises:
+        RaymoeError: It is refused.
+    """
+    try:
+        await (asyncio.wrap_future(submitted) if isinstance(submitted, Future) else submitted)
+    except ConfigError as error:
+        text = str(error)
+        if not text.startswith(("prompt ", "prompt[")):
+            raise
+        raise ConfigError(source + text.removeprefix("prompt")) from None
+
+
+async def all_accepted(choices: Sequence[asyncio.Task[None]]) -> None:
+    """Wait until all choices of a request are accepted.
+
+    Args:
+        choices: Tasks of `accepted`.
+
+    Raises:
+        ApiError: One is refused.
+    """
+    try:
+        await asyncio.gather(*choices)
+    except QueueFull as error:
+        raise _queue_full(error) from error
+    except ConfigError as error:
+        text = str(error)
+        raise invalid(text, text.split()[0]) from error
+    except ResourceError as error:
+        raise _failed(error) from error
+    except RaymoeError as error:
+        raise ApiError(500, str(error), code="request_failed") from error
+
+
+@contextmanager
+def refusals(param: str) -> Iterator[None]:
+    """Answer errors of a confined process, for a request's parameter.
+
+    Raises:
+        ApiError: The process refuses the parameter's value, or cannot take it.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise invalid(str(error), param) from error
+    except QueueFull as error:
+        raise _queue_full(error) from error
+    except ResourceError as error:
+        raise _failed(error) from error
+
+
+def _queue_full(error: QueueFull) -> ApiError:
+    return ApiError(429, str(error), code="queue_full", retry_after=_RETRY_SECONDS)
+
+
+def _failed(error: ResourceError) -> ApiError:
+    return ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS)
+
+
 async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for `ApiError`."""
     assert isinstance(error, ApiError)
@@ -182,11 +253,14 @@ __all__ = [
     "ApiError",
     "ErrorBody",
     "ErrorDetail",
+    "accepted",
+    "all_accepted",
     "answer_api_error",
     "answer_failure",
     "answer_http_error",
     "answer_validation_error",
     "invalid",
     "of_validation",
+    "refusals",
     "too_long",
 ]

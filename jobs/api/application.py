@@ -153,7 +153,7 @@ async def _complete(backend: Backend, request: CompletionRequest) -> Response:
     job = await completion_job(backend, request)
     usage = Usage(prompt=job.prompt_tokens, choices=request.n)
     envelope = Envelope(kind="text_completion", model=backend.model, prefix="cmpl")
-    deltas = backend.generate(job.prompts, job.params, choices=request.n)
+    deltas = backend.generate(job.prompts, job.params, choices=request.n, sources=job.sources)
     wanted = request.logprobs is not None
     views = [
         CompletionView(backend.detokenizer, prompt, added=added, echo=request.echo, logprobs=wanted)

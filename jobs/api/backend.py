@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -16,9 +15,8 @@ from tokenizers import Tokenizer
 from engine.delta import Delta, Listener
 from engine.params import SamplingParams
 from engine.text import Detokenizer
-from errors import ConfigError, DataError, QueueFull, RaymoeError, ResourceError
 from jobs.api.admission import Admission
-from jobs.api.api_errors import ApiError, invalid, too_long
+from jobs.api.api_errors import ApiError, accepted, all_accepted, invalid, refusals, too_long
 from jobs.api.api_keys import ApiKeys
 from jobs.api.parsing_memory.body_memory import BodyMemory
 from jobs.api.request_bodies import ChatRequest, CompletionRequest
@@ -28,7 +26,6 @@ from jobs.chat.chat_renderer import ChatRenderer
 from jobs.checkpoints.generation_defaults import GenerationDefaults
 from jobs.data.tokenizer import opening_length
 
-_RETRY_SECONDS = 1
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest)
 
 
@@ -204,7 +201,7 @@ class Backend:
                 f"{len(text)} characters, more than so many tokens have. Please reduce its length.",
                 param,
             )
-        with _refusals(param):
+        with refusals(param):
             return await self._encoder.encode(text, add_special_tokens=add_special_tokens)
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -214,7 +211,7 @@ class Backend:
             ApiError: The template cannot render these messages, or too many conversations wait for it.
         """
         chat = self.chat  # a change of weights can replace it meanwhile
-        with _refusals("messages"):
+        with refusals("messages"):
             text = await chat.render(messages)
         return await self.encode(text, "messages", add_special_tokens=chat.template.plain)
 
@@ -257,7 +254,12 @@ class Backend:
         return min(room, self.defaults.max_tokens or room) if wanted is None else wanted
 
     async def generate(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, choices: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        *,
+        choices: int,
+        sources: Sequence[str] | None = None,
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Generate several choices; yields all deltas that are ready, each with the index of its choice.
 
@@ -267,6 +269,7 @@ class Backend:
             prompts: The prompt of each choice.
             params: The sampling parameters of each choice.
             choices: Number of choices of each prompt, which are neighbours.
+            sources: The path of each choice's prompt in the request, for errors; None is `messages`.
 
         Raises:
             ApiError: The queue is full, or the engine refuses the request.
@@ -276,7 +279,7 @@ class Backend:
         open_: dict[int, str] = {}
         began = time.perf_counter()
         try:
-            taken: list[asyncio.Future[None]] = []
+            taken: list[asyncio.Task[None]] = []
             for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
                 open_[index] = f"{index}-{uuid.uuid4().hex}"
 
@@ -286,10 +289,11 @@ class Backend:
                 # The queue accepts all choices of a request or none: only the first one has a limit.
                 limit = None if index else self.limits.max_queue
                 submitted = self.service.submit(open_[index], prompt, one, hear, limit=limit)
-                taken.append(asyncio.wrap_future(submitted))
+                source = "messages" if sources is None else sources[index]
+                taken.append(asyncio.ensure_future(accepted(submitted, source)))
                 if not index:
-                    await self._taken(taken)
-            await self._taken(taken)
+                    await all_accepted(taken)
+            await all_accepted(taken)
             self.metrics.prompt_tokens.inc(sum(map(len, prompts[::choices])))
             timing = self.metrics.timing(began)
             while open_:
@@ -304,41 +308,6 @@ class Backend:
         finally:
             for id in open_.values():
                 self.service.cancel(id)
-
-    async def _taken(self, submitted: Sequence[asyncio.Future[None]]) -> None:
-        """Wait until all choices are accepted.
-
-        Raises:
-            ApiError: One is refused.
-        """
-        try:
-            await asyncio.gather(*submitted)
-        except QueueFull as error:
-            raise _queue_full(error) from error
-        except ConfigError as error:
-            text = str(error)
-            raise invalid(text, text.split()[0]) from error
-        except ResourceError as error:
-            raise ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS) from error
-        except RaymoeError as error:
-            raise ApiError(500, str(error), code="request_failed") from error
-
-
-@contextmanager
-def _refusals(param: str) -> Iterator[None]:
-    """Answer errors of a confined process, for a request's parameter."""
-    try:
-        yield
-    except DataError as error:
-        raise invalid(str(error), param) from error
-    except QueueFull as error:
-        raise _queue_full(error) from error
-    except ResourceError as error:
-        raise ApiError(503, str(error), code="engine_failed", retry_after=_RETRY_SECONDS) from error
-
-
-def _queue_full(error: QueueFull) -> ApiError:
-    return ApiError(429, str(error), code="queue_full", retry_after=_RETRY_SECONDS)
 
 
 __all__ = ["Backend", "Limits", "Service"]

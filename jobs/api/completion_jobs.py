@@ -25,12 +25,14 @@ class CompletionJob:
         params: The sampling parameters of each choice.
         prompt_tokens: Number of tokens of all prompts, each prompt counted once.
         added: How many tokens at the beginning of each choice's prompt the client has not given.
+        sources: The path of each choice's prompt in the request, such as `prompt[1]`.
     """
 
     prompts: list[list[int]]
     params: list[SamplingParams]
     prompt_tokens: int
     added: list[int]
+    sources: list[str]
 
 
 async def completion_job(backend: Backend, request: CompletionRequest) -> CompletionJob:
@@ -43,9 +45,9 @@ async def completion_job(backend: Backend, request: CompletionRequest) -> Comple
     asked = len(request.prompt) if _several(request.prompt) else 1
     if asked * request.n > MAX_CHOICES:
         raise invalid(f"prompt and n make {asked * request.n} choices; {MAX_CHOICES} at most", "prompt")
-    prompts = await _prompts(backend, request.prompt)
+    prompts, sources = await _prompts(backend, request.prompt), _names(request.prompt)
     params: list[SamplingParams] = []
-    for prompt, source in zip(prompts, _names(request.prompt), strict=True):
+    for prompt, source in zip(prompts, sources, strict=True):
         room = backend.room(prompt, request.max_tokens, "max_tokens", source=source)
         for index in range(request.n):
             try:
@@ -68,6 +70,7 @@ async def completion_job(backend: Backend, request: CompletionRequest) -> Comple
             for item, prompt in zip(_items(request.prompt), prompts, strict=True)
             for _ in range(request.n)
         ],
+        sources=[source for source in sources for _ in range(request.n)],
     )
 
 

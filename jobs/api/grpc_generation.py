@@ -52,7 +52,8 @@ async def _replies(backend: Backend, message: GenerateRequest) -> AsyncGenerator
         for prompt, added in zip(job.prompts, job.added, strict=True)
     ]
     left = len(job.prompts)
-    async with aclosing(backend.generate(job.prompts, job.params, choices=request.n)) as deltas:
+    generated = backend.generate(job.prompts, job.params, choices=request.n, sources=job.sources)
+    async with aclosing(generated) as deltas:
         async for index, delta in _each(deltas):
             raise_error_of(delta)
             news = Choice()

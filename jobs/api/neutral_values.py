@@ -65,15 +65,12 @@ SHARED: Mapping[str, Neutral] = {
     "vllm_xargs": _one_of({}),
 }
 
-COMPLETION: Mapping[str, Neutral] = {
-    **SHARED,
+_OF_COMPLETIONS: Mapping[str, Neutral] = {
     "suffix": _one_of(""),
-    "add_special_tokens": _true,
     "prompt_embeds": _nothing,
 }
 
-CHAT: Mapping[str, Neutral] = {
-    **SHARED,
+_OF_CHATS: Mapping[str, Neutral] = {
     "tools": _one_of([]),
     "tool_choice": _one_of("none", "auto"),
     "parallel_tool_calls": _switch,
@@ -85,16 +82,29 @@ CHAT: Mapping[str, Neutral] = {
     "reasoning_effort": _one_of("none"),
     "verbosity": _one_of("medium"),
     "web_search_options": _nothing,
-    "best_of": _one_of(1),
-    "echo": _false,
     "add_generation_prompt": _true,
     "continue_final_message": _false,
-    "add_special_tokens": _false,
     "chat_template": _nothing,
     "chat_template_kwargs": _one_of({}),
     "documents": _one_of([]),
     "include_reasoning": _true,
     "mm_processor_kwargs": _one_of({}),
+}
+
+# Clients send the defaults of one kind of request with the other kind, too.
+_OF_BOTH: Mapping[str, Neutral] = {**SHARED, **_OF_COMPLETIONS, **_OF_CHATS}
+
+COMPLETION: Mapping[str, Neutral] = {
+    **_OF_BOTH,
+    "add_special_tokens": _true,
+    "top_logprobs": _one_of(0),
+}
+
+CHAT: Mapping[str, Neutral] = {
+    **_OF_BOTH,
+    "add_special_tokens": _false,
+    "best_of": _one_of(1),
+    "echo": _false,
 }
 
 STREAM: Mapping[str, Neutral] = {

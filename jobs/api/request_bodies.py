@@ -32,6 +32,13 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _without_nulls(values: Any) -> Any:
+    """An object without its nulls, which are defaults."""
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if value is not None}
+
+
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 # Strict, and so checked without a call of Python for each of what may be millions.
@@ -110,7 +117,10 @@ class _Generation(_Body):
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] = 1.0
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[
+        dict[Annotated[int, Field(ge=0)], Annotated[Number, Field(ge=-100, le=100)]] | None,
+        BeforeValidator(_without_nulls),
+    ] = None
     stop: Stops | None = None
     stop_token_ids: Tokens | None = None
     min_tokens: Annotated[Integer, Field(ge=0)] = 0

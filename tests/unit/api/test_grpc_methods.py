@@ -100,7 +100,7 @@ def test_every_field_of_a_request_is_a_parameter_of_the_interface() -> None:
         ({"max_tokens": 1000}, "INVALID_ARGUMENT", "max_tokens"),
         ({"min_tokens": 20, "max_tokens": 2}, "INVALID_ARGUMENT", "min_tokens"),
         ({"text": None}, "INVALID_ARGUMENT", "prompt is missing"),
-        ({"text": None, "tokens": TokenIds(ids=[9999])}, "INVALID_ARGUMENT", "prompt has token 9999"),
+        ({"text": None, "tokens": TokenIds(ids=[9999])}, "INVALID_ARGUMENT", "prompt[0] is token 9999"),
         ({"text": None, "tokens": TokenIds(ids=[-1])}, "INVALID_ARGUMENT", "prompt"),
         ({"logit_bias": {5: 1000.0}}, "INVALID_ARGUMENT", "logit_bias"),
         ({"stop": [""]}, "INVALID_ARGUMENT", "stop"),

@@ -45,34 +45,27 @@ BOTH: dict[str, Any] = {
     "top_k": -1,
     "bad_words": [],
     "return_token_ids": False,
-}
-OF_COMPLETIONS: dict[str, Any] = {
-    **BOTH,
-    "suffix": "",
     "logprobs": False,
+    "top_logprobs": 0,
     "echo": False,
-    "add_special_tokens": True,
-}
-OF_CHATS: dict[str, Any] = {
-    **BOTH,
+    "max_completion_tokens": None,
+    # Of one kind of request; clients send them with the other kind, too.
+    "suffix": "",
     "tools": [],
     "tool_choice": "none",
     "parallel_tool_calls": True,
     "functions": [],
     "function_call": "auto",
     "modalities": ["text"],
-    "logprobs": False,
-    "top_logprobs": 0,
     "reasoning_effort": "none",
     "verbosity": "medium",
-    "echo": False,
     "add_generation_prompt": True,
     "continue_final_message": False,
-    "add_special_tokens": False,
     "chat_template_kwargs": {},
     "documents": [],
-    "max_completion_tokens": None,
 }
+OF_COMPLETIONS: dict[str, Any] = {**BOTH, "add_special_tokens": True}
+OF_CHATS: dict[str, Any] = {**BOTH, "add_special_tokens": False}
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -105,6 +98,7 @@ def test_a_null_is_the_default_everywhere(served: Served) -> None:
     assert completion(**dict.fromkeys(fields)) == completion()
     fields = {*ChatRequest.model_fields, *CHAT} - {"messages"}
     assert conversation(**dict.fromkeys(fields)) == conversation()
+    assert completion(logit_bias={"5": None, "6": 1}).logit_bias == {6: 1}
     whole = served.complete(max_tokens=None).json()
     assert whole["usage"]["completion_tokens"] == 16  # OpenAI's default
     options = dict.fromkeys(("include_usage", "continuous_usage_stats", "include_obfuscation"))
@@ -159,6 +153,12 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"logit_bias": {"-5": 1}}, "logit_bias.-5", "token id"),
         ({"logit_bias": {"5": "high"}}, "logit_bias.5", "number"),
         ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]", "greater than or equal to 0"),
+        ({"prompt": [1, 9999]}, "prompt[1]", "is token 9999; ids go from 0 to"),
+        ({"prompt": [[1], [2, 9999]], "n": 2}, "prompt[1][1]", "is token 9999; ids go from 0 to"),
+        ({"prompt": [[9999]]}, "prompt[0][0]", "is token 9999; ids go from 0 to"),
+        ({"stop_token_ids": [1, 9999]}, "stop_token_ids[1]", "is token 9999; ids go from 0 to"),
+        ({"logit_bias": {"5": 1, "9999": 1}}, "logit_bias.9999", "is no token; ids go from 0 to"),
+        ({"messages": [USER], "logit_bias": {"9999": 1}}, "logit_bias.9999", "is no token"),
         ({"n": True}, "n", "must be a number"),
         ({"logprobs": True}, "logprobs", "must be a number"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
@@ -256,3 +256,5 @@ def test_fields_of_grpc_have_the_same_errors(served: Served) -> None:
     assert refused(text="a", logit_bias={-5: 1.0}).param == "logit_bias.-5"
     assert refused(tokens=TokenIds(ids=[1] * 65)).code == "context_length_exceeded"
     assert refused(text=PROMPT, max_tokens=100).param == "max_tokens"
+    assert refused(tokens=TokenIds(ids=[1, 9999])).param == "prompt[1]"
+    assert refused(text="a", logit_bias={9999: 1.0}).param == "logit_bias.9999"

@@ -213,9 +213,9 @@ def test_other_weights_between_two_steps_go_on_with_the_same_requests() -> None:
     [
         ([], SamplingParams(), "prompt is empty"),
         ([1] * 128, SamplingParams(), "leaves no room"),
-        ([97], SamplingParams(), "prompt has token 97"),
-        ([1], SamplingParams(logit_bias={200: 1.0}), "logit_bias has token 200"),
-        ([1], SamplingParams(stop_token_ids=(-1,)), "stop_token_ids has token -1"),
+        ([97], SamplingParams(), r"prompt\[0\] is token 97"),
+        ([1], SamplingParams(logit_bias={200: 1.0}), r"logit_bias\.200 is no token"),
+        ([1], SamplingParams(stop_token_ids=(-1,)), r"stop_token_ids\[0\] is token -1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(prompt: list[int], params: SamplingParams, message: str) -> None:

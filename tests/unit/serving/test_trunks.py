@@ -213,7 +213,7 @@ def test_what_a_living_replica_says_is_final() -> None:
             scene.fakes[0].plan[-1] = "is full"
             with pytest.raises(QueueFull, match="3 requests"):
                 await heard(trunks)
-            with pytest.raises(ConfigError, match="stop_token_ids has token"):
+            with pytest.raises(ConfigError, match=r"stop_token_ids\[0\] is token"):
                 await heard(trunks, SamplingParams(stop_token_ids=(10**30,)))
             assert not scene.fakes[1].asked
 
