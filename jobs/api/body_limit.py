@@ -60,15 +60,14 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        length, chunked = headers.get("content-length", ""), "transfer-encoding" in headers
-        if not chunked and length in ("", "0"):
+        if not has_body(headers):
             await self._app(scope, receive, send)
             return
         bounds = self._bounds()
         try:
-            announced = _announced(length)
+            announced = _announced(headers)
             with _Arrival(bounds.arriving) as arrival:
-                body = await _read(receive, None if chunked else announced, bounds.rate, arrival)
+                body = await _read(receive, announced, bounds.rate, arrival)
                 if body is None:  # the client has disconnected
                     return
                 cost = await _cost(body, bounds)
@@ -158,18 +157,24 @@ def _no_memory() -> ApiError:
     )
 
 
-def _announced(header: str) -> int | None:
-    """Bytes of a body by its header `Content-Length`; None if that is missing or malformed.
+def has_body(headers: Headers) -> bool:
+    """Whether a request has a body, by its header."""
+    return "transfer-encoding" in headers or headers.get("content-length", "") not in ("", "0")
+
+
+def _announced(headers: Headers) -> int | None:
+    """Bytes of a body by `Content-Length`; None if that is missing or malformed, or does not count.
 
     Raises:
         ApiError: They are too many.
     """
+    header = headers.get("content-length", "")
     # Only digits are parsed: int() accepts other forms too, and raises for thousands of digits.
     if not (header.isascii() and header.isdigit()):
         return None
     if len(header) > 18 or int(header) > MAX_BYTES:
         raise _too_large()
-    return int(header)
+    return None if "transfer-encoding" in headers else int(header)
 
 
 async def _cost(body: bytes, bounds: BodyBounds) -> BodyCost:
@@ -218,4 +223,4 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "BodyBounds", "BodyLimit"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "BodyBounds", "BodyLimit", "has_body"]

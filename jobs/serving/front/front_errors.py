@@ -70,6 +70,7 @@ NO_KEY = FrontError(
     message="the API key is missing or wrong; send Authorization: Bearer KEY",
     headers=(("WWW-Authenticate", "Bearer"),),
 )
+NO_BODY = FrontError(status=413, code="body_too_large", message="requests to this path have no body")
 NO_METHOD = FrontError(
     status=405,
     code="method_not_allowed",
@@ -110,6 +111,7 @@ __all__ = [
     "FAILED",
     "GENERAL",
     "NOT_HERE",
+    "NO_BODY",
     "NO_KEY",
     "NO_METHOD",
     "RATE_LIMITED",

@@ -189,6 +189,15 @@ def _key_rules(plan: FrontPlan, refusal: str) -> list[str]:
     ]
 
 
+def _body_rules(condition: str) -> list[str]:
+    """Lines that refuse bodies of requests that need no key, whose size is announced or not."""
+    return [
+        "acl bodied req.body_size gt 0",
+        "acl bodied req.hdr_cnt(transfer-encoding) gt 0",
+        f"http-request return {errors.NO_BODY.reply()} if bodied {condition}".rstrip(),
+    ]
+
+
 def _rate_rules(plan: FrontPlan, refusal: str) -> list[str]:
     limit = plan.limits.requests_per_minute
     if limit is None:
@@ -213,6 +222,7 @@ def _http_frontend(plan: FrontPlan) -> list[str]:
         f"http-request return {errors.NO_METHOD.reply()} if {{ method CONNECT TRACE }}",
         f"http-request del-header {FRONT_HEADER}",
         "http-request del-header Upgrade",
+        *_body_rules("health"),
         *_key_rules(plan, f"return {errors.NO_KEY.reply()}"),
         *_rate_rules(plan, f"return {errors.RATE_LIMITED.reply()}"),
         f"http-request return {errors.too_large(plan.largest_body).reply()}"
@@ -287,7 +297,7 @@ def _metrics_frontend(plan: FrontPlan) -> list[str]:
         f"acl served path {' '.join(METRICS_PATHS)}",
         f"http-request return {errors.NO_METHOD.reply()} unless {{ method GET HEAD }}",
         f"http-request return {errors.NOT_HERE.reply()} unless served",
-        f"http-request return {errors.too_large(0).reply()} if {{ req.body_size gt 0 }}",
+        *_body_rules(""),
         *(f"http-request set-uri {path} if {{ path {path} }}" for path in METRICS_PATHS),
         "http-request del-header authorization",
         f"http-request set-header {FRONT_HEADER} {quoted(plan.token)}",

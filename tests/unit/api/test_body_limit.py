@@ -294,6 +294,20 @@ def test_no_byte_of_a_body_is_read_without_a_key(served: Served) -> None:
     assert received == []
 
 
+@pytest.mark.parametrize("field", [{"Content-Length": "5"}, {"Transfer-Encoding": "chunked"}])
+def test_what_needs_no_key_has_no_body(served: Served, field: dict[str, str]) -> None:
+    backend = served.backend
+    backend.front_token = "front-token"
+    try:
+        for path, more in (("/health", {}), ("/metrics", {"x-raymoe-front": "front-token"})):
+            answer = served.client.request("GET", path, content=b"hello", headers={**field, **more})
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "body_too_large"
+            assert served.client.get(path, headers=more).status_code == 200
+    finally:
+        backend.front_token = None
+
+
 def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.api.body_limit._GRACE_SECONDS", 0.05)
     sent: list[Any] = []

@@ -81,6 +81,26 @@ def test_no_byte_of_a_body_is_read_without_a_key(front: Fronted) -> None:
     assert front.app.read == before
 
 
+@pytest.mark.parametrize("field", [f"Content-Length: {LARGEST}", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(
+    ("path", "method", "of_metrics"),
+    [("/health", "POST", False), ("/-/healthz", "GET", False), ("/metrics", "GET", True)],
+)
+def test_what_needs_no_key_has_no_body(
+    front: Fronted, path: str, method: str, of_metrics: bool, field: str
+) -> None:
+    read, paths = front.app.read, len(front.app.paths)
+    with closing(front.connect(front.plan.metrics_port if of_metrics else None)) as connection:
+        connection.sendall(request(path, field, method=method) + b"1\r\na\r\n")
+        answer = b""
+        while b"}}" not in answer:
+            part = connection.recv(1 << 16)
+            assert part, answer
+            answer += part
+    assert_openai_error(answer, 413, "body_too_large")
+    assert (front.app.read, len(front.app.paths)) == (read, paths)
+
+
 def test_digests_are_exchanged_while_it_runs(front: Fronted) -> None:
     before = front.process.pid
     try:
