@@ -121,6 +121,7 @@ class ApiKeys:
         self._digests = self._fixed
         self._seen: bytes | None = None  # digest of what the file held, and not what it held
         self._failures = 0
+        self._fault = ""  # that has been told
         self._next = clock() + POLL_SECONDS
         if file is not None:
             self._take(_contents(file))
@@ -178,12 +179,13 @@ class ApiKeys:
             changed = self._take(_contents(file))
         except ConfigError as error:
             self._failures += 1
-            if self._failures == 2:  # the first time, the file may just be in replacement
-                self._tell(f"{error}; the API keys that it held before stay valid")
+            if self._failures > 1 and str(error) != self._fault:  # once, the file may just be in replacement
+                self._fault = str(error)
+                self._tell(f"{self._fault}; the API keys that it held before stay valid")
             return
-        if changed or self._failures > 1:
+        if changed or self._fault:
             self._tell(f"API keys were read again from {file}; {len(self._digests)} are valid")
-        self._failures = 0
+        self._failures, self._fault = 0, ""
 
     def _take(self, contents: list[tuple[Path, bytes]]) -> bool:
         """Use the keys of files; whether they have changed."""
@@ -191,12 +193,17 @@ class ApiKeys:
         seen = hashlib.sha256(repr(contents).encode()).digest()
         if seen == self._seen:
             return False
+        notes: list[str] = []  # of keys that are used, and not at every look at a file that has a fault
         found = frozenset(
-            digest_of(key, where, self._tell) for path, data in contents for where, key in _lines(path, data)
+            digest_of(key, where, notes.append)
+            for path, data in contents
+            for where, key in _lines(path, data)
         )
         if not found:
             raise ConfigError(f"{self._file} holds no API key; write one on each line")
         self._digests, self._seen = self._fixed | found, seen
+        for note in notes:
+            self._tell(note)
         return True
 
 

@@ -102,6 +102,23 @@ def test_a_file_that_is_spoilt_keeps_the_last_keys_and_says_so_once(
     assert not any(secret in line for line in followed.told for secret in (KEY, OTHER, *SPACED.split()))
 
 
+def test_each_fault_is_told_once_without_notes_on_keys_that_are_not_used(file: Path) -> None:
+    followed = Followed(file)
+    file.write_text(f"{SHORT}\n{SPACED}\n")
+    for _ in range(4):
+        followed.later()
+    file.unlink()
+    for _ in range(4):
+        followed.later()
+    file.write_text(f"{SHORT}\n")
+    for _ in range(4):
+        followed.later()
+    first, second, short, end = followed.told
+    assert "line 2" in first and "white space" in first
+    assert "No such file" in second
+    assert "11 characters" in short and "read again" in end
+
+
 @pytest.mark.parametrize("spoil", [absent, empty, invalid, a_fifo, enormous])
 def test_at_the_start_such_a_file_is_refused_in_one_line(file: Path, spoil: Callable[[Path], None]) -> None:
     spoil(file)
