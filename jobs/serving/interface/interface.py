@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jobs.api.serving_metrics import ServingMetrics
 from jobs.chat.chat_renderer import ChatRenderer
 from jobs.chat.chat_template import ChatTemplate
 from jobs.checkpoints.generation_defaults import GenerationDefaults
+from jobs.console import say
 from jobs.data.tokenizer import load_tokenizer
 from jobs.serving.config import ServeConfig
 from jobs.serving.interface.chat_template_exchange import ChatTemplateExchange
@@ -26,6 +28,7 @@ from jobs.serving.interface.replica_leases import ServeLeases
 from jobs.serving.interface.replicas import Replicas
 from jobs.serving.interface.resumable_requests import ResumableRequests
 from jobs.serving.pool_link import PoolLink
+from jobs.serving.pool_notes import PoolNotes
 from jobs.serving.version_follower import Exchanger, Follower
 from jobs.serving.versions import ReplicaState, WantedVersions, WeightsVersion
 from model.checkpoints.hf_config import model_config
@@ -72,7 +75,9 @@ class Interface:
         self._closing = ExitStack()  # closed in the reverse order
         self._server: InterfaceServer | None = None
         config = ServeConfig.from_dict(values)
-        keys = config.serving.allowed_keys()
+        # A front follows the same file, and tells of it.
+        notes = PoolNotes(pool) if front is None else None
+        keys = config.serving.allowed_keys(partial(notes.tell, "keys") if notes else say)
         model = model_config(Path(directory))
         text = load_tokenizer(Path(directory), model.vocab_size)
         self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)

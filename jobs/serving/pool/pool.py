@@ -87,7 +87,7 @@ class ExpertPool:
         return self._address
 
     async def events(self, run: str, known: int) -> tuple[str, int, list[Event]]:
-        """Deaths and replacements of trunk replicas and interface processes.
+        """Deaths and replacements of processes, and what happens to the front and to the API keys.
 
         Args:
             run, known: The first two values of the last answer.
@@ -133,6 +133,10 @@ class ExpertPool:
         self._rollout.report(name, state)
         if state.serves:
             self._losses.serve(name)
+
+    async def note(self, kind: str, text: str) -> None:
+        """Record an event of a process of the deployment; what several of them tell at a time, once."""
+        self._losses.note(kind, text)
 
     async def close(self) -> None:
         """Have the interface refuse requests; return when those in progress have been answered."""

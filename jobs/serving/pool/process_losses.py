@@ -19,6 +19,7 @@ LOOK_SECONDS: Final = 1.0
 """Seconds between two looks at the processes, and of silence after which Ray is asked about one."""
 
 _LEAST_PATIENCE = 5.0  # seconds, of which a busy machine may take some for a look and its answers
+_SAME_SECONDS = 5.0  # in which several processes tell of the same
 _LONGEST_GAP = 2 * LOOK_SECONDS  # that counts as silence of others; beyond that the pool itself did not run
 
 
@@ -76,6 +77,7 @@ class ProcessLosses:
     _watched: dict[str, _WatchedProcess] = field(default_factory=dict)
     _lost: dict[str, list[str]] = field(default_factory=dict)  # that nothing has replaced yet, oldest first
     _noted: list[Event] = field(default_factory=list)
+    _told: dict[tuple[str, str], float] = field(default_factory=dict)
     _looked: float = 0.0
     _closed: bool = False
 
@@ -197,6 +199,14 @@ class ProcessLosses:
             f"silent for {self._patience:g} s; raise cluster.dead_after above that if it hung for no other "
             "reason than a lack of CPU time"
         )
+
+    def note(self, kind: str, text: str) -> None:
+        """Add an event that a process tells of; within seconds, the same of another process is no other."""
+        now, key = self.clock(), (kind, text)
+        self._told = {one: at for one, at in self._told.items() if now - at < _SAME_SECONDS}
+        if key not in self._told:
+            self._told[key] = now
+            self._note(kind, text)
 
     def _note(self, kind: str, text: str) -> None:
         self._noted.append(Event(at=self.clock(), kind=kind, text=text))

@@ -98,6 +98,7 @@ def test_a_killed_haproxy_is_back_within_seconds(server: ServeProcess) -> None:
     wait_until(lambda: answers(server), seconds=30, ignoring=Exception, every=0.1)
     (after,) = haproxies(server)
     assert after.pid != before.pid
+    wait_until(lambda: "front: its HAProxy has ended" in server.log.read_text(), seconds=30)
 
 
 def test_a_killed_front_takes_its_haproxy_along_and_is_back_within_seconds(server: ServeProcess) -> None:

@@ -22,6 +22,7 @@ import pytest
 from protos.generation_pb2 import GenerateRequest
 from protos.generation_pb2_grpc import GenerationStub
 from support.commands.serve import PROMPT, free_port, save_model, start, tiny_model
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(600)
 OF_FILE, OF_ENVIRONMENT, OF_CONFIG = (
@@ -203,6 +204,20 @@ def test_a_key_is_replaced_while_the_server_runs(server: Keyed) -> None:
         assert server.status(later) == 200
     server.file.write_text(f"{OF_FILE}\n")
     _await_status(server, OF_FILE, 200)
+
+
+def test_a_fault_of_the_file_and_its_end_are_told_by_the_command(server: Keyed) -> None:
+    server.file.unlink()
+    wait_until(lambda: any("stay valid" in line for line in _told(server)), seconds=60)
+    server.file.write_text(f"{OF_FILE}\n# another\n")
+    wait_until(lambda: "read again" in (_told(server) or [""])[-1], seconds=60)
+    fault = next(line for line in _told(server) if "stay valid" in line)
+    assert str(server.file) in fault and "No such file" in fault
+
+
+def _told(server: Keyed) -> list[str]:
+    """Lines about keys that the command itself has written; those of its processes begin with their names."""
+    return [line for line in server.log.read_text().splitlines() if line.startswith("keys: ")]
 
 
 def _await_status(server: Keyed, key: str, wanted: int) -> None:

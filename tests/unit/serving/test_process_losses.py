@@ -69,6 +69,18 @@ def test_a_death_and_its_replacement_are_told_once(scene: LossScene) -> None:
     ]
 
 
+def test_what_several_processes_tell_at_a_time_is_one_event(scene: LossScene) -> None:
+    for _ in range(3):
+        scene.losses.note("keys", "2 are valid")
+        scene.now += 0.5
+    scene.losses.note("front", "2 are valid")
+    scene.look()
+    scene.now += 10.0
+    scene.losses.note("keys", "2 are valid")  # the file has changed again
+    scene.look()
+    assert scene.told == [("keys", "2 are valid"), ("front", "2 are valid"), ("keys", "2 are valid")]
+
+
 def test_a_replacement_may_serve_before_the_death_is_noticed(scene: LossScene) -> None:
     scene.start("a")
     scene.start("b")
