@@ -1,17 +1,10 @@
-"""Pods that Kubernetes or KubeRay would refuse are refused with one sentence."""
+"""Values of pods that Kubernetes or KubeRay would refuse, and the words of their refusal."""
 
 from __future__ import annotations
 
 import json
 
-import pytest
-
-from support.chart import HELMS, refusal
-
-pytestmark = pytest.mark.chart
-
-SERVE = ("serve.checkpoint=/checkpoints/demo",)
-TRAIN = ("mode=train",)
+from support.refused_values.of_sizes_and_names import SERVE, TRAIN
 
 
 def beside(name: str = "a", **more: object) -> str:
@@ -108,20 +101,4 @@ TAKEN = [
     (*SERVE, "podDefaults.extraVolumes[0].name=a", "head.extraVolumes[0].name=b"),
 ]
 
-
-@pytest.mark.parametrize("version", HELMS)
-@pytest.mark.parametrize(("settings", "why"), REFUSED, ids=[why for _, why in REFUSED])
-def test_a_pod_is_refused_in_a_sentence(version: str, settings: tuple[str, ...], why: str) -> None:
-    assert why in refusal(version, *settings)
-
-
-@pytest.mark.parametrize("version", HELMS)
-@pytest.mark.parametrize(("setting", "name"), UNFIT)
-def test_what_kuberay_does_not_have_is_named(version: str, setting: str, name: str) -> None:
-    assert name in refusal(version, *SERVE, setting).replace("/", ".")
-
-
-@pytest.mark.parametrize("version", HELMS)
-@pytest.mark.parametrize("settings", TAKEN, ids=" ".join)
-def test_what_is_next_to_it_is_taken(version: str, settings: tuple[str, ...]) -> None:
-    assert refusal(version, *settings) == ""
+__all__ = ["REFUSED", "TAKEN", "UNFIT"]

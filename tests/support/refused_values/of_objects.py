@@ -1,15 +1,9 @@
-"""Values of labels, Service, routes, monitoring and job that cannot work are refused with one sentence."""
+"""Values of labels, Service, routes, monitoring and job that cannot work, and the words of their refusal."""
 
 from __future__ import annotations
 
-import pytest
+from support.refused_values.of_sizes_and_names import SERVE, TRAIN
 
-from support.chart import HELMS, refusal
-
-pytestmark = pytest.mark.chart
-
-SERVE = ("serve.checkpoint=/checkpoints/demo",)
-TRAIN = ("mode=train",)
 QUEUE = r"labels.kueue\.x-k8s\.io/queue-name=research"
 FIXED = "autoscaling.enabled=false"
 RULES = 'train.deletionStrategy:={"deletionRules": [{"policy": "%s", "condition": {"jobStatus": "FAILED"}}]}'
@@ -88,21 +82,4 @@ UNFIT = [
 ]
 """Values that the schema refuses, and the name by which it does."""
 
-
-@pytest.mark.parametrize("version", HELMS)
-@pytest.mark.parametrize(("settings", "why"), REFUSED, ids=[why for _, why in REFUSED])
-def test_is_refused_in_a_sentence(version: str, settings: tuple[str, ...], why: str) -> None:
-    assert why in refusal(version, *settings)
-
-
-@pytest.mark.parametrize("version", HELMS)
-@pytest.mark.parametrize(("setting", "name"), UNFIT)
-def test_what_the_schema_refuses_is_named(version: str, setting: str, name: str) -> None:
-    # helm 3 and helm 4 write names differently, with dots or with slashes.
-    assert name in refusal(version, *SERVE, setting).replace("/", ".")
-
-
-@pytest.mark.parametrize("version", HELMS)
-@pytest.mark.parametrize("settings", TAKEN, ids=" ".join)
-def test_what_works_is_taken(version: str, settings: tuple[str, ...]) -> None:
-    assert refusal(version, *settings) == ""
+__all__ = ["REFUSED", "TAKEN", "UNFIT"]
