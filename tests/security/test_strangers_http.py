@@ -248,7 +248,12 @@ def filled(begin: str, item: str, end: str, size: int = LARGEST) -> bytes:
 
 def bodies_without_a_key() -> Attack:
     body = filled('{"prompt": [', "[]", "]}")
-    return lambda server: refused(at_once(server, body, key=None), {0, 401}, "without a key")
+
+    def attack(server: ServeProcess) -> None:
+        refused(at_once(server, body, key=None), {0, 401}, "without a key")
+        refused(at_once(server, body, key=None, path="/health"), {0, 413}, "a path without a key")
+
+    return attack
 
 
 def refused(found: list[int], allowed: set[int], what: str) -> None:
