@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,11 @@ async def _told_by(front: DeploymentHandle) -> tuple[str | None, str | None]:
     return await front.token.remote(), await front.grpc_backend.remote()
 
 
+def _tell_of_keys(pool: DeploymentHandle, front: DeploymentHandle | None) -> Callable[[str], None]:
+    """What is given a line about API keys: the log, and the pool unless a front follows the same file."""
+    return say if front is not None else partial(PoolNotes(pool).tell, "keys")
+
+
 @serve.ingress(build_api(_backend))
 class Interface:
     """One process of the interface; it has no weights.
@@ -75,9 +81,7 @@ class Interface:
         self._closing = ExitStack()  # closed in the reverse order
         self._server: InterfaceServer | None = None
         config = ServeConfig.from_dict(values)
-        # A front follows the same file, and tells of it.
-        notes = PoolNotes(pool) if front is None else None
-        keys = config.serving.allowed_keys(partial(notes.tell, "keys") if notes else say)
+        keys = config.serving.allowed_keys(_tell_of_keys(pool, front))
         model = model_config(Path(directory))
         text = load_tokenizer(Path(directory), model.vocab_size)
         self._link = PoolLink(pool, serve.get_replica_context().replica_tag, interface=True)
