@@ -5,13 +5,24 @@ Suffixes are read in any case. `.gz` and `.zst` behind another suffix are decomp
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
+import os
 import tokenize
 import zlib
 from collections.abc import Iterator
 from typing import Any
+
+from jobs.data.bounded_reading import (
+    UnreadableFile,
+    decompressed,
+    excess_of_values,
+    most_expanded,
+    read_lines,
+    read_whole,
+    regular_file,
+    too_expanded,
+)
 
 _JSON_LINES, _JSON, _PARQUET, _SOURCE = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".py",)
 _COMPRESSED = (".gz", ".zst")
@@ -21,10 +32,6 @@ _DAMAGE = (EOFError, zlib.error, OSError)  # Arrow and gzip raise OSErrors witho
 
 Record = tuple[str, str | None, str]
 """A record's place in its file (such as `line 7`), its text, and why it has none."""
-
-
-class UnreadableFile(Exception):
-    """The rest of a file cannot be read; the text says why, and what to do."""
 
 
 def is_plain_text(name: str) -> bool:
@@ -72,24 +79,13 @@ def _format(name: str) -> str:
     return lower
 
 
-def _opened(path: str) -> io.BufferedIOBase:
-    lower = path.lower()
-    if lower.endswith(".gz"):
-        return gzip.GzipFile(path)
-    if lower.endswith(".zst"):
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return open(path, "rb")
-
-
 def _text(path: str, *, source: bool) -> str:
+    data = read_whole(path)
     if not source:
-        with _opened(path) as file:
-            return file.read().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     try:  # Python source declares its own encoding, which need not be one of text
-        with tokenize.open(path) as lines:
-            text = lines.read()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        text = io.TextIOWrapper(io.BytesIO(data), encoding).read()
     except UnicodeDecodeError:
         raise
     except (SyntaxError, LookupError, UnicodeError) as error:
@@ -103,8 +99,8 @@ def _text(path: str, *, source: bool) -> str:
 def _json_lines(path: str, text_field: str) -> Iterator[Record]:
     number = 0
     try:
-        with _opened(path) as lines:
-            for number, line in enumerate(lines, start=1):
+        with decompressed(path) as file:
+            for number, line in enumerate(read_lines(file), start=1):
                 if line.strip():
                     yield (f"line {number}", *_parsed(line, text_field))
     except _DAMAGE as error:
@@ -113,8 +109,9 @@ def _json_lines(path: str, text_field: str) -> Iterator[Record]:
 
 def _json(path: str, text_field: str) -> Iterator[Record]:
     """The records of a list, of one object, or of lines that are an object each."""
-    with _opened(path) as file:
-        whole = file.read()
+    whole = read_whole(path)
+    if excess := excess_of_values(whole):
+        raise UnreadableFile(f"is {excess}; split it, or write JSON lines")
     try:
         value = json.loads(whole.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -143,25 +140,63 @@ def _parquet(path: str, text_field: str) -> Iterator[Record]:
         raise UnreadableFile("is a compressed Parquet file; decompress it, Parquet compresses by itself")
     number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = table.schema_arrow.names
-        if text_field not in columns:
-            raise UnreadableFile(f"has no column {text_field!r}; set data.text_field to {_one_of(columns)}")
-        for batch in table.iter_batches(columns=[text_field], batch_size=1024):
-            for value in batch.column(0):
-                number += 1
+        with regular_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            left = most_expanded(size)  # a text that many rows have is stored once, and read as often
+            for number, value in enumerate(_column(file, size, text_field), start=1):
                 try:
-                    yield (f"row {number}", *_field({text_field: value.as_py()}, text_field))
+                    found = value.as_py()
+                    left -= len(found) if isinstance(found, str | bytes) else 0
+                    record = _field({text_field: found}, text_field)
                 except UnicodeDecodeError as error:
-                    yield f"row {number}", None, _not_utf8(error)
+                    left -= len(error.object)
+                    record = None, _not_utf8(error)
+                if left < 0:
+                    raise too_expanded(size)
+                yield (f"row {number}", *record)
     except (pyarrow.ArrowException, OSError) as error:
         if number or isinstance(error, OSError):
             raise UnreadableFile(_damage(error, f" after row {number}" if number else "")) from None
         raise UnreadableFile(f"is not a Parquet file ({_line(error)})") from None
 
 
+def _column(file: io.BufferedIOBase, size: int, text_field: str) -> Iterator[Any]:
+    """The values of a column of a Parquet file of `size` bytes, as scalars of Arrow.
+
+    Raises:
+        UnreadableFile: There is no such column, it cannot hold text, or it holds more than `most_expanded`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(pyarrow.PythonFile(file, "r"))
+    columns = table.schema_arrow.names
+    if text_field not in columns:
+        raise UnreadableFile(f"has no column {text_field!r}; set data.text_field to {_one_of(columns)}")
+    leaves = [table.schema.column(i) for i in range(len(table.schema))]
+    kinds = {leaf.physical_type for leaf in leaves if leaf.path == text_field}
+    if not kinds or "FIXED_LEN_BYTE_ARRAY" in kinds:
+        kind = table.schema_arrow.field(text_field).type
+        raise UnreadableFile(
+            f"has no text in the column {text_field!r}, which is {kind}; set data.text_field"
+        )
+    groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    if sum(one.total_uncompressed_size for one in chunks if one.path_in_schema == text_field) > most_expanded(
+        size
+    ):
+        raise too_expanded(size)
+    if "BYTE_ARRAY" in kinds:  # rows then refer to their texts, of which a batch would have a copy for each
+        file.seek(0)
+        table = pyarrow.parquet.ParquetFile(pyarrow.PythonFile(file, "r"), read_dictionary=[text_field])
+    for batch in table.iter_batches(columns=[text_field], batch_size=1024):
+        yield from batch.column(0)
+
+
 def _parsed(line: bytes, text_field: str) -> tuple[str | None, str]:
     """The text in a line of JSON, and why it has none."""
+    if excess := excess_of_values(line):
+        return None, f"{excess}; split or remove it"
     try:
         return _field(json.loads(line.decode("utf-8").lstrip(_BOM)), text_field)
     except UnicodeDecodeError as error:

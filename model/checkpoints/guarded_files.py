@@ -109,21 +109,20 @@ class FileGuard:
             UsageError: As `check`, or reading it fails.
         """
         try:
-            self._require_regular(path, os.stat(path))  # opening a device can have effects
-            # Without O_NONBLOCK, a pipe that has taken the file's place meanwhile would block.
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            handle = open_regular(path)
             try:
-                found = os.fstat(handle)
-                self._require_regular(path, found)
-                if found.st_size > self.size:
+                size = os.fstat(handle).st_size
+                if size > self.size:
                     raise self.refused(
-                        path, f"it has {found.st_size:,} bytes, and such a file has at most {self.size:,}"
+                        path, f"it has {size:,} bytes, and such a file has at most {self.size:,}"
                     )
-                yield handle, found.st_size
+                yield handle, size
             finally:
                 os.close(handle)
         except FileNotFoundError:
             raise
+        except NoRegularFile as error:
+            raise self.refused(path, str(error)) from None
         except OSError as error:
             raise self.refused(path, error.strerror or str(error)) from None
 
@@ -131,10 +130,33 @@ class FileGuard:
         """The error for a file that cannot be used."""
         return self.error(f"{path} cannot be read ({reason}); {self.fix}")
 
-    def _require_regular(self, path: Path, found: os.stat_result) -> None:
-        kind = stat.S_IFMT(found.st_mode)
-        if kind != stat.S_IFREG:
-            raise self.refused(path, f"it is {_KINDS.get(kind, 'something else')}, not a file")
+
+class NoRegularFile(Exception):
+    """There is something else in a file's place; the text says what."""
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, for reading.
+
+    Raises:
+        NoRegularFile: It is something else, which is not opened.
+        OSError: It cannot be opened.
+    """
+    _require_regular(os.stat(path))  # opening a device can have effects
+    # Without O_NONBLOCK, a pipe that has taken the file's place meanwhile would block.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _require_regular(os.fstat(handle))
+    except NoRegularFile:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _require_regular(found: os.stat_result) -> None:
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        raise NoRegularFile(f"it is {_KINDS.get(kind, 'something else')}, not a file")
 
 
 def is_there(path: Path) -> bool:
@@ -169,4 +191,15 @@ VALIDATION = FileGuard(size=64 * _MIB, values=4_000_000, finite=False, fix="remo
 METRICS = FileGuard(size=1 << 30, grows=True, fix="remove it")
 """metrics.jsonl of a run, to which a running one appends a line for each step."""
 
-__all__ = ["CONFIG", "INDEX_FILE", "METRICS", "STATE", "VALIDATION", "WEIGHTS", "FileGuard", "is_there"]
+__all__ = [
+    "CONFIG",
+    "INDEX_FILE",
+    "METRICS",
+    "STATE",
+    "VALIDATION",
+    "WEIGHTS",
+    "FileGuard",
+    "NoRegularFile",
+    "is_there",
+    "open_regular",
+]
