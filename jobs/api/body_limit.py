@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class BodyLimit:
 
     A body of more than 64 KiB has its part of the memory for arriving bodies before it is read, and never
     waits for it: Ray Serve reads the body of every request that is being handled, also of one that waits.
-    What a body takes when it is parsed is held until its request has ended.
+    What a body takes when it is parsed is held until its request has ended. It is estimated from the bytes as
+    UTF-8, so a body in another encoding gets 400.
 
     Args:
         app: The application that gets all other requests.
@@ -70,6 +72,7 @@ class BodyLimit:
                 body = await _read(receive, announced, bounds.rate, arrival)
                 if body is None:  # the client has disconnected
                     return
+                _check_encoding(body)
                 cost = await _cost(body, bounds)
                 await _take(bounds.memory, cost)
         except ApiError as error:
@@ -175,6 +178,16 @@ def _announced(headers: Headers) -> int | None:
     if len(header) > 18 or int(header) > MAX_BYTES:
         raise _too_large()
     return None if "transfer-encoding" in headers else int(header)
+
+
+def _check_encoding(body: bytes) -> None:
+    """Refuse JSON that Python would read in another encoding, in which quotes and brackets are other bytes.
+
+    RFC 8259 allows UTF-8 alone between systems.
+    """
+    encoding = json.detect_encoding(body)
+    if not encoding.startswith("utf-8"):
+        raise ApiError(400, f"the body is in {encoding.upper()}; send JSON in UTF-8", code="invalid_json")
 
 
 async def _cost(body: bytes, bounds: BodyBounds) -> BodyCost:

@@ -253,6 +253,24 @@ def test_a_body_that_is_nested_too_deeply_gets_400(served: Served) -> None:
         assert (answer.json()["error"]["code"] == "invalid_json") == (depth > MAX_DEPTH)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_a_body_in_another_encoding_than_utf8_gets_400(served: Served, encoding: str) -> None:
+    """In UTF-16, half of another character passes for a quote, behind which the estimate sees nothing."""
+    hidden = '{"prompt": "a", "user": "\u0122", "metadata": {"x": ' + "[" * 500 + "]" * 500 + "}}"
+    assert body_cost(hidden.encode()).depth > 500 > body_cost(hidden.encode("utf-16-le")).depth
+    for text in (hidden, '{"prompt": "a", "max_tokens": 1}'):
+        answer = served.client.post("/v1/completions", content=text.encode(encoding), headers=JSON)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_json", None)
+        assert "send JSON in UTF-8" in error["message"]
+
+
+def test_utf8_may_begin_with_a_byte_order_mark(served: Served) -> None:
+    body = b"\xef\xbb\xbf" + '{"prompt": "\u00e9", "max_tokens": 1}'.encode()
+    assert served.client.post("/v1/completions", content=body, headers=JSON).status_code == 200
+
+
 def test_no_byte_of_a_body_is_read_without_a_key(served: Served) -> None:
     backend = served.backend
     before, backend.keys = backend.keys, ApiKeys(["a-secret-of-the-test"])
