@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from actors.process_heap import freeze_heap
 from actors.remote import listening_address
 from actors.router.table_updates import CoordinatorTables
-from errors import RaymoeError
+from errors import ConfigError, RaymoeError
 from jobs.checkpoints.checkpoint_store import find_weights
 from jobs.serving.config import ServeConfig
 from jobs.serving.front.front import Front
@@ -173,8 +173,13 @@ def app(arguments: dict[str, Any]) -> Application:
         raise RaymoeError("args.checkpoint is missing; give the directory of a checkpoint")
     given = values.pop("listen", None)
     listen = None if given is None else ListenAddress.from_dict(given)
-    directory = find_weights(Path(checkpoint)).resolve()
-    return build_application(ServeConfig.of_arguments(values), directory, front=listen)
+    config = ServeConfig.of_arguments(values)
+    if listen is None and config.serving.front.tls_certificate is not None:
+        raise ConfigError(
+            "args.serving.front.tls_certificate: it is the front that speaks TLS, and there is none without "
+            "args.listen; set that as well, or leave the certificate out"
+        )
+    return build_application(config, find_weights(Path(checkpoint)).resolve(), front=listen)
 
 
 __all__ = ["GRACE_SECONDS", "TrunkReplica", "app", "build_application"]

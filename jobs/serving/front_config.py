@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from cluster.config import Seconds
 from jobs.config.field_errors import Section
@@ -53,6 +53,11 @@ class FrontConfig(Section):
     body_rate: Size = 64 << 10
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+
+    @field_validator("tls_certificate", "tls_key")
+    @classmethod
+    def _whatever_the_working_directory(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

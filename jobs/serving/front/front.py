@@ -146,7 +146,8 @@ class Front:
         elif digests != self._digests:
             self._process.exchange_digests(digests)
         self._digests = digests
-        self._process.follow_certificate()
+        if self._process.follow_certificate():
+            self._notes.tell("front", "its certificate was read again, and is in use")
 
 
 def port_on_head() -> int:

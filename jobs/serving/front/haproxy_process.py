@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from errors import ConfigError, ResourceError
+from errors import ConfigError, RaymoeError, ResourceError
+from jobs.serving.front.certificate import certificate_text
 from jobs.serving.front.front_errors import GENERAL
 from jobs.serving.front.haproxy_config import FrontPlan, haproxy_config
 from jobs.serving.ports import check_port
@@ -59,7 +60,8 @@ class HaproxyProcess:
     def __init__(self, plan: FrontPlan, binary: str) -> None:
         self._plan, self._binary = _within_open_files(plan), binary
         self._process: subprocess.Popen[bytes] | None = None
-        self._stamps: list[tuple[int, int] | None] = []  # of the files with the certificate in use
+        self._certificate: str | None = None  # the one in use
+        self._stamps: list[tuple[int, int] | None] = []  # of its files, when they were read last
 
     @property
     def pid(self) -> int | None:
@@ -78,7 +80,11 @@ class HaproxyProcess:
         """
         plan = self._plan
         _write(plan.keys_file, "".join(f"{digest}\n" for digest in sorted(digests)))
-        self.write_certificate()
+        if self._certificate is None:  # otherwise the files may be wrong by now, and the one in use is not
+            self._stamps = _stamps(self._certificate_files)
+            self._certificate = certificate_text(plan.limits)
+        if self._certificate is not None:
+            _write(plan.certificate, self._certificate)
         for status, error in GENERAL.items():
             _write(plan.error_files[status], error.page())
         file = plan.folder / "haproxy.cfg"
@@ -150,52 +156,53 @@ class HaproxyProcess:
             self._said(f"add acl @{version} {file} {digest}", "")
         self._said(f"commit acl @{version} {file}", "")
 
-    def write_certificate(self) -> None:
-        """Write the file with the certificate and its key that HAProxy reads, if there is one.
+    @property
+    def _certificate_files(self) -> list[Path]:
+        limits = self._plan.limits
+        return [path for path in (limits.tls_certificate, limits.tls_key) if path is not None]
 
-        Raises:
-            ConfigError: A file cannot be read.
+    def follow_certificate(self) -> bool:
+        """Use what the files of the certificate hold, if they have changed; see `exchange_certificate`.
+
+        Files that cannot be used are tried again when they have changed, a process that does not answer each
+        time.
+
+        Returns:
+            Whether they have changed.
         """
-        limits = self._plan.limits
-        if limits.tls_certificate is None:
-            return
-        texts = []
-        stamps = _stamps([path for path in (limits.tls_certificate, limits.tls_key) if path is not None])
-        named = {"tls_certificate": limits.tls_certificate, "tls_key": limits.tls_key}
-        for name, path in named.items():
-            if path is not None:
-                try:
-                    texts.append(path.read_text(encoding="ascii").strip() + "\n")
-                except (OSError, UnicodeError) as error:
-                    raise ConfigError(
-                        f"serving.front.{name}: {path} cannot be read ({error}); give a PEM file"
-                    ) from None
-        self._stamps = stamps
-        _write(self._plan.certificate, "".join(texts))
-
-    def follow_certificate(self) -> None:
-        """Use what the files of the certificate hold, if that has changed; see `exchange_certificate`."""
-        limits = self._plan.limits
-        files = [path for path in (limits.tls_certificate, limits.tls_key) if path is not None]
-        if files and _stamps(files) != self._stamps:
+        stamps = _stamps(self._certificate_files)
+        if stamps == self._stamps:
+            return False
+        try:
             self.exchange_certificate()
+        except RaymoeError:
+            self._stamps = stamps
+            raise
+        self._stamps = stamps
+        return True
 
     def exchange_certificate(self) -> None:
         """Use the certificate that the files hold now, for connections that come from now on.
 
         Raises:
             OSError: The process does not answer.
-            RaymoeError: A file cannot be read, or HAProxy refuses the certificate; the old one stays.
+            RaymoeError: A file cannot be used, or HAProxy refuses the certificate; the old one stays.
         """
-        self.write_certificate()
-        file = self._plan.certificate
-        self._said(f"set ssl cert {file} <<\n{file.read_text()}", "Transaction created")
+        text, file = certificate_text(self._plan.limits), self._plan.certificate
+        if text is None:
+            return
+        self.ask(f"abort ssl cert {file}")  # what an earlier exchange that failed has left
+        self._said(f"set ssl cert {file} <<\n{text}", "Transaction created")
         self._said(f"commit ssl cert {file}", "Success!")
+        self._certificate = text
+        _write(file, text)
 
     def _said(self, command: str, expected: str) -> str:
         answer = self.ask(command).strip()
         if expected not in answer or (not expected and answer):
-            raise ResourceError(f"HAProxy refuses `{command.split(' <<')[0]}`: {answer}")
+            # The first line alone: others might repeat what was sent, a key for instance.
+            said = next(iter(answer.splitlines()), "it says nothing")
+            raise ResourceError(f"HAProxy refuses `{command.split(' <<')[0]}`: {said}")
         return answer
 
     def requests(self) -> int:

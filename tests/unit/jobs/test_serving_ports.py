@@ -78,11 +78,18 @@ def test_reload_needs_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_without_haproxy_no_other_machine_is_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0: HAProxy"),
+        (["--set", "serving.front.tls_certificate=a.crt"], "serving.front.tls_certificate: HAProxy"),
+    ],
+)
+def test_without_haproxy_its_work_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "jobs.cli", "serve", str(tmp_path)),
-            *("--host", "0.0.0.0", "--port", str(_free())),
+            *(*options, "--port", str(_free())),
         ],
         env=os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(tmp_path / "none"), "RAY_ADDRESS": ""},
         capture_output=True,
@@ -91,4 +98,9 @@ def test_without_haproxy_no_other_machine_is_served(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "--host 0.0.0.0: HAProxy" in done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(("secure", "scheme"), [(False, "http"), (True, "https")])
+def test_the_url_says_whether_the_port_speaks_tls(secure: bool, scheme: str) -> None:
+    assert ListenAddress(port=9000).url("[::1]", secure=secure) == f"{scheme}://[::1]:9000"
