@@ -24,6 +24,7 @@ from jobs.tools.evaluate import evaluate, judge
 from jobs.tools.generate import continue_tokens, generate
 from model.causal_lm import CausalLM
 from model.checkpoints.pretrained import save_pretrained
+from support.fronted_app import free_port
 from support.random_run import CONFIG, TEXTS
 
 
@@ -197,3 +198,21 @@ def test_models_without_shared_or_routed_experts_generate_and_are_evaluated(
     assert math.isfinite(evaluate(tmp_path, str(run / "corpus.jsonl"), sequence_length=16)["loss"])
     assert generate(tmp_path, "def", max_tokens=3)["tokens"] > 0
     assert import_checkpoint(tmp_path, tmp_path / "back")["parameters"] == model.config.total_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # in Ray Serve's own code
+def test_a_model_without_routed_experts_is_not_served(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deployment is built around them; the command says so before it starts anything."""
+    dense = {"first_k_dense_replace": 2, "num_nextn_predict_layers": 0}
+    save_pretrained(CausalLM(CONFIG.model.model_copy(update=dense)), tmp_path)
+    shutil.copy(run / "checkpoints" / "step-00000005" / "tokenizer.json", tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("jobs.serving.serve.ray_session", None)
+    result = CliRunner().invoke(app, ["serve", str(tmp_path), "--port", str(free_port())])
+    assert result.exit_code == 2
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "first_k_dense_replace (2) leaves no layer with routed experts" in line
+    assert line.endswith("use raymoe generate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ray._private.node import Node
 
 from errors import ConfigError, RaymoeError, ResourceError
 from jobs.fleet.ray_session import ResourceNeeds, embeds, ray_session
+from jobs.fleet.waiting import telling
+from support.waiting import wait_until
 
 NEEDS = ResourceNeeds(cpus=1, why="training.workers (1)")
 
@@ -112,6 +115,24 @@ def test_a_start_that_fails_is_tried_again_and_leaves_nothing(fake: FakeRay) -> 
     ]
     assert fake.calls == ["init", "shutdown"] * 3
     assert fake.left == []
+
+
+@pytest.mark.timeout(30)
+def test_a_slow_start_says_what_it_waits_for_and_how_busy_the_machine_is(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def slow(**options: object) -> None:
+        wait_until(lambda: len(told) > 1)
+        fake.init(**options)
+
+    monkeypatch.setattr("ray.init", slow)
+    monkeypatch.setattr("jobs.fleet.ray_start.telling", partial(telling, every=0.01))
+    with ray_session(NEEDS, address=None, tell=told.append):
+        assert set(told) == {"waiting for Ray (load 40 on 2 cores)"}
+        before = len(told)
+    assert len(told) == before, "once Ray has started nothing is waited for"
 
 
 @pytest.mark.parametrize(
