@@ -34,6 +34,7 @@ from errors import ChangeUnderWay, ConfigError, ProtocolError, RaymoeError, Reso
 from jobs.fleet.fleet_actors import CoordinatorBuilder, HostActor, HostBuilder, kill
 from jobs.fleet.job_notices import JobNotice, posted
 from jobs.fleet.room import free_resources, lacking, nodes_to_take, resources_of_a_host, unreachable
+from jobs.fleet.waiting import busy_note
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two reports
@@ -158,7 +159,7 @@ class Fleet:
                     raise RaymoeError(
                         f"it did not start within {self.cluster.start_timeout:g} s: the cluster may lack "
                         f"the {self.cluster.cpus_per_host:g} CPUs that cluster.cpus_per_host asks for"
-                        f"{self._resources_asked()}"
+                        f"{self._resources_asked()}{busy_note()}"
                     )
             except RaymoeError as error:
                 refused = isinstance(error, ProtocolError)  # the coordinator has retired this host

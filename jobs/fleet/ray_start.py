@@ -12,7 +12,7 @@ import ray
 from errors import ResourceError, UsageError
 from jobs.console import own_error
 from jobs.fleet.ray_processes import RayProcesses, adjusted
-from jobs.fleet.waiting import Tell, is_busy, machine_load, telling
+from jobs.fleet.waiting import Tell, busy_note, machine_load, telling
 
 _TRIES = 3
 _HOPELESS = (ValueError, TypeError, ImportError, PermissionError)  # another try would end alike
@@ -110,8 +110,7 @@ def _end(processes: RayProcesses, *, keep: bool, tell: Tell | None, grace: float
 
 def _why(error: Exception, tries: int, seconds: float) -> str:
     often = f" after {tries} tries in {seconds:.0f} s" if tries > 1 and seconds >= 1 else ""
-    busy = f"; this machine is busy ({machine_load()}): wait until it is less so" if is_busy() else ""
-    return f"no Ray cluster on this machine: {_first_line(error)}{often}{busy}; --debug says more"
+    return f"no Ray cluster on this machine: {_first_line(error)}{often}{busy_note()}; --debug says more"
 
 
 def _first_line(error: Exception) -> str:

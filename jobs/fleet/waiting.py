@@ -23,6 +23,11 @@ def is_busy() -> bool:
     return os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
+def busy_note() -> str:
+    """What an error about a wait adds if this machine is busy, with its load; empty if it is not."""
+    return f"; this machine is busy ({machine_load()}): wait until it is less so" if is_busy() else ""
+
+
 @contextmanager
 def telling(what: str, tell: Tell | None, *, every: float = _EVERY_SECONDS) -> Iterator[None]:
     """Say every few seconds that the command waits, until the context ends.
@@ -50,4 +55,4 @@ def telling(what: str, tell: Tell | None, *, every: float = _EVERY_SECONDS) -> I
         thread.join()
 
 
-__all__ = ["Tell", "is_busy", "machine_load", "telling"]
+__all__ = ["Tell", "busy_note", "is_busy", "machine_load", "telling"]

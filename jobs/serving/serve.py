@@ -92,10 +92,10 @@ def serve(
         RaymoeError: The deployment failed, with its error text.
     """
     stop = stop or StopSignals()
+    if not debug:  # this command says itself what matters
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     config = config.with_keys_of(os.environ)
     directory = _checked(config, checkpoint, address=address, listen=listen)
-    if not debug:
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if embeds(address):
         tell(f"starting Ray on this machine, to serve {directory}")
     with ray_session(_needs(config), address=address, debug=debug, tell=tell) as embedded:

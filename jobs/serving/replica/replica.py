@@ -177,7 +177,10 @@ class Replica:
 
 
 class HostsHealth:
-    """Checks that every expert host in the router's table answers, at most once a second."""
+    """Checks that every expert has a host in the router's table, and that the hosts answer.
+
+    It does so at most once a second.
+    """
 
     def __init__(self, router: Router | None, *, timeout: float) -> None:
         self._router, self._timeout = router, timeout
@@ -186,14 +189,17 @@ class HostsHealth:
         self._reason: str | None = None
 
     def __call__(self) -> str | None:
-        """The error of a host that does not answer, or None."""
+        """Which experts have no host, or the error of a host that does not answer; None if all is well."""
         if time.monotonic() - self._asked > _HEALTH_SECONDS:
             self._reason = self._ask()
             self._asked = time.monotonic()
         return self._reason
 
     def _ask(self) -> str | None:
-        hosts = () if self._router is None else self._router.table.hosts
+        if self._router is None:
+            return None
+        table = self._router.table
+        hosts, experts = table.hosts, [holders for row in table.holders for holders in row]
         for gone in self._clients.keys() - {host.id for host in hosts}:
             self._clients.pop(gone).close()
         for host in hosts:
@@ -203,6 +209,11 @@ class HostsHealth:
                 self._clients[host.id].stats()
             except RaymoeError as error:
                 return str(error)
+        if lacking := sum(not holders for holders in experts):
+            return (
+                f"{lacking} of {len(experts)} experts have no live expert host; requests wait until hosts "
+                "have loaded them"
+            )
         return None
 
 

@@ -70,6 +70,23 @@ def test_hosts_with_room_start_at_once(cluster: ClusterWithRoom) -> None:
     assert cluster.coordinator.told == [(0, ""), (2, "")]
 
 
+def test_a_host_that_is_late_on_a_busy_machine_is_told_with_its_load(
+    cluster: ClusterWithRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs.fleet.fleet.ray, "wait", lambda *_, **__: ([], []))
+    monkeypatch.setattr("os.getloadavg", lambda: (40.2, 9.0, 3.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    cluster.free, cluster.coordinator.orders_given = 1.0, Orders(start=1, stop=())
+    cluster.look()
+    cluster.now += ClusterConfig().start_timeout + 1.0
+    cluster.fleet._look()
+    (why,) = cluster.fleet._failed.values()
+    assert why.startswith(
+        f"it did not start within {ClusterConfig().start_timeout:g} s: the cluster may lack"
+    )
+    assert why.endswith("; this machine is busy (load 40 on 2 cores): wait until it is less so")
+
+
 def test_hosts_go_to_nodes_that_answer(cluster: ClusterWithRoom, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = {"lost": {"CPU": 8.0}, "full": {"CPU": 0.0}, "here": {"CPU": 2.0}, "there": {"CPU": 3.0}}
     monkeypatch.setattr(jobs.fleet.fleet, "free_resources", lambda: nodes)
