@@ -29,6 +29,7 @@ from errors import RaymoeError, ResourceError
 from protos import admin_pb2_grpc, coordinator_pb2_grpc, router_pb2_grpc
 
 OWN_ADDRESS = "node"
+_LOOPBACKS = ("127.0.0.1", "[::1]", "localhost")
 _T = TypeVar("_T")
 
 
@@ -194,16 +195,16 @@ def _one_line(error: Exception) -> str:
 
 
 def listening_address(interface: str | None) -> str:
-    """The address that a process of this node listens on.
+    """The address that a process of this node listens on, as it stands before a port: IPv6 in brackets.
 
     Args:
         interface: As in `cluster.interface`. None is the node's own address with TLS, else the loopback;
             `node` is the node's own address even without TLS.
     """
+    address = interface or "127.0.0.1"
     if interface == OWN_ADDRESS or (interface is None and tls.directory() is not None):
-        address: str = ray.util.get_node_ip_address()
-        return address
-    return interface or "127.0.0.1"
+        address = str(ray.util.get_node_ip_address())
+    return f"[{address}]" if ":" in address and not address.startswith("[") else address
 
 
 def require_reach(interface: str | None) -> None:
@@ -213,7 +214,7 @@ def require_reach(interface: str | None) -> None:
         ResourceError: The cluster has several machines, and hosts would listen on the loopback of each.
     """
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if len(machines) > 1 and listening_address(interface) == "127.0.0.1":
+    if len(machines) > 1 and listening_address(interface) in _LOOPBACKS:
         raise ResourceError(
             f"the Ray cluster has {len(machines)} machines, and without TLS hosts listen on the loopback: "
             f"give all nodes {tls.VARIABLE} (see `raymoe certs`), or say cluster.interface={OWN_ADDRESS} for "

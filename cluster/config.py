@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -121,6 +122,18 @@ class ClusterConfig(BaseModel):
     rebalance_below: float | None = Field(default=None, gt=0, le=1)
     snapshot_interval: int = Field(default=10, ge=0, le=(1 << 31) - 1)
     autoscaling: AutoscalingSettings | None = None
+
+    @field_validator("interface")
+    @classmethod
+    def _an_address(cls, value: str | None) -> str | None:
+        if value is not None and value not in ("node", "localhost"):
+            try:
+                ipaddress.ip_address(value.removeprefix("[").removesuffix("]"))
+            except ValueError:
+                raise ValueError(
+                    f"{value!r} is no address; give an IP address, node (each node's own address), or null"
+                ) from None
+        return value
 
     @field_validator("host_resources")
     @classmethod

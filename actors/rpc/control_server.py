@@ -54,7 +54,10 @@ class ControlServer:
         try:
             port = tls.listen(self._server, f"{host}:{port}")
         except RuntimeError as error:
-            raise ResourceError(f"cannot listen on {host}:{port}: {error}") from error
+            raise ResourceError(
+                f"cannot listen on {host}:{port}; cluster.interface has to be an address of this machine, "
+                "and its ports free"
+            ) from error
         self._server.start()
         self.address = f"grpc:{host}:{port}"
 

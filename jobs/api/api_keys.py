@@ -25,7 +25,8 @@ POLL_SECONDS: Final = 1.0
 """Time between two looks at the file."""
 _MAX_BYTES = 1 << 20
 _MAX_FILES = 1000
-_DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_DIGEST_PREFIX = "sha256:"
+_DIGEST = re.compile(_DIGEST_PREFIX + r"([0-9a-fA-F]{64})")
 
 Tell = Callable[[str], None]
 """Is given one line; never a key."""
@@ -40,13 +41,19 @@ def digest_of(key: str, where: str, tell: Tell = say) -> str:
         tell: Is told of a key that can be found by trying.
 
     Raises:
-        ConfigError: No client can send it: it is empty, or not of printable ASCII characters alone.
+        ConfigError: No client can send it: it is empty, or not of printable ASCII characters alone. Or it is
+            a digest that was miscopied, which would be a key that is no secret.
     """
     given = _DIGEST.fullmatch(key)
     if given is not None:
         return given[1].lower()
     if not key:
         raise ConfigError(f"{where} is an empty key; remove it, or write a key")
+    if key.lower().startswith(_DIGEST_PREFIX):
+        raise ConfigError(
+            f"{where} begins with {_DIGEST_PREFIX} and is no digest of a key; write 64 hexadecimal digits "
+            "behind it"
+        )
     if not re.fullmatch(r"[!-~]+", key):
         raise ConfigError(
             f"{where} is a key with white space or a character that is not ASCII, which clients cannot "

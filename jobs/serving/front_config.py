@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Seconds
 from jobs.config.field_errors import Section
@@ -30,9 +30,9 @@ class FrontConfig(Section):
         silence_timeout: seconds that an answer may pause.
         requests_per_minute: requests of one API key, or without keys of one address, in a minute; further
             ones get status 429; null does not limit them.
-        body_memory: bytes that request bodies and their parsing may take at a time in one process of the
-            interface; further bodies wait, then get status 503. Those that are still arriving may take as
-            much again.
+        body_memory: bytes, 64 MiB at least, that request bodies and their parsing may take at a time in one
+            process of the interface; further bodies wait, then get status 503. Those that are still arriving
+            may take as much again.
         body_rate: bytes per second that a client has to send of a body, on average after ten seconds; a
             slower one gets status 408.
         tls_certificate: PEM file with the certificate of the HTTP and gRPC ports, and its chain; null serves
@@ -42,14 +42,14 @@ class FrontConfig(Section):
 
     connections: Size = 2048
     connections_per_address: Size | None = None
-    header_bytes: Size = 16384
-    header_count: Size = 100
+    header_bytes: Annotated[int, Field(strict=True, ge=2048, le=1 << 20)] = 16384
+    header_count: Annotated[int, Field(strict=True, ge=10, le=32767)] = 100
     header_timeout: Seconds = 10.0
     idle_timeout: Seconds = 75.0
     stall_timeout: Seconds = 60.0
     silence_timeout: Seconds = 3600.0
     requests_per_minute: Size | None = None
-    body_memory: Size = 256 << 20
+    body_memory: Annotated[int, Field(strict=True, ge=64 << 20, le=(1 << 31) - 1)] = 256 << 20
     body_rate: Size = 64 << 10
     tls_certificate: Path | None = None
     tls_key: Path | None = None
@@ -61,14 +61,6 @@ class FrontConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if not 2048 <= self.header_bytes <= 1 << 20:
-            raise ValueError(f"header_bytes: {self.header_bytes} is not between 2048 and 1048576")
-        if not 10 <= self.header_count <= 32767:
-            raise ValueError(f"header_count: {self.header_count} is not between 10 and 32767")
-        if self.body_memory < 64 << 20:
-            raise ValueError(
-                f"body_memory: {self.body_memory} is less than 67108864, what one body can take; raise it"
-            )
         if self.tls_key is not None and self.tls_certificate is None:
             raise ValueError("tls_key: set tls_certificate as well, the certificate of this key")
         return self

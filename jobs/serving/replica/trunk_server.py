@@ -146,7 +146,10 @@ class TrunkServer:
         try:
             port = tls.listen(self._server, f"{host}:0")
         except RuntimeError as error:
-            raise ResourceError(f"cannot listen on {host}: {error}") from error
+            raise ResourceError(
+                f"cannot listen on {host}; cluster.interface has to be an address of this machine, and its "
+                "ports free"
+            ) from error
         self.address = f"{host}:{port}"
 
     async def start(self) -> None:

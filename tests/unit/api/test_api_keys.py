@@ -63,6 +63,16 @@ def test_a_file_is_followed_without_a_restart(file: Path) -> None:
     assert len(followed.told) == 1 and KEY not in followed.told[0]
 
 
+@pytest.mark.parametrize("digits", ["", "abcd", "0" * 63, "0" * 65, "g" * 64])
+@pytest.mark.parametrize("prefix", ["sha256:", "SHA256:"])
+def test_a_digest_that_was_miscopied_is_no_key(file: Path, prefix: str, digits: str) -> None:
+    """It may be public, so that everybody could send it."""
+    file.write_text(f"{prefix}{digits}\n")
+    for keys in (lambda: ApiKeys([f"{prefix}{digits}"]), lambda: ApiKeys([], file)):
+        with pytest.raises(ConfigError, match="begins with sha256: and is no digest of a key; write 64 hex"):
+            keys()
+
+
 def absent(file: Path) -> None:
     file.unlink()
 

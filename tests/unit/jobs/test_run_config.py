@@ -241,6 +241,20 @@ def test_strings_that_look_like_numbers_survive_the_round_trip(tmp_path: Path) -
     assert load_config(path=tmp_path / "run.yaml") == config
 
 
+@pytest.mark.parametrize(
+    "interface", ["eth0", "host.example", "300.1.1.1", "127.0.0.1:80", "10.0.0.0/8", "::g"]
+)
+def test_an_interface_that_is_no_address_is_refused(interface: str) -> None:
+    (line,) = _problems(f"cluster.interface='{interface}'")
+    assert line.startswith(f"cluster.interface: {interface!r} is no address; give an IP address")
+
+
+@pytest.mark.parametrize("interface", ["node", "localhost", "0.0.0.0", "'::'", "'[fd00::1]'", "null"])
+def test_interfaces_to_listen_on(interface: str) -> None:
+    chosen = load_config(preset_name="tiny", overrides=[f"cluster.interface={interface}"])
+    assert chosen.cluster.interface == (None if interface == "null" else interface.strip("'"))
+
+
 def test_what_an_expert_host_asks_for_is_a_custom_resource() -> None:
     chosen = load_config(preset_name="tiny", overrides=["cluster.host_resources.expert_host=1"])
     assert chosen.cluster.host_resources == {"expert_host": 1.0}
