@@ -97,7 +97,7 @@ of its nodes, which are unknown here. */ -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- if hasPrefix "127." (default "" $cluster.interface) -}}
+{{- if or (hasPrefix "127." (default "" $cluster.interface)) (has $cluster.interface (list "::1" "[::1]" "localhost")) -}}
 {{- fail (printf "%s.interface is the loopback, where no other pod reaches a host: remove it." $section) -}}
 {{- end -}}
 {{- end -}}

@@ -46,6 +46,9 @@
 {{- fail "serve.config.serving.api_keys has a key that would stand in the RayService in plain text: put it into a secret (kubectl create secret generic NAME --from-literal=key=…) and its name into serve.apiKeys.existingSecret, or give its digest (sha256:…)." -}}
 {{- end -}}
 {{- end -}}
+{{- if (default dict $serving.front).tls_certificate -}}
+{{- fail "serve.config.serving.front.tls_certificate has no place in a pod: KubeRay asks the port of clients for its health in plain text, and would send no request there. Remove it, and end TLS at the Ingress, the Gateway or the load balancer." -}}
+{{- end -}}
 {{- if and .Values.serve.apiKeys.existingSecret $serving.api_keys_file -}}
 {{- fail "serve.apiKeys.existingSecret and serve.config.serving.api_keys_file are both set: remove one of them." -}}
 {{- end -}}

@@ -181,6 +181,11 @@ REFUSED = [
         "autoscaling.max_hosts (9) is more than the expert groups ever have room for (8)",
     ),
     ((*SERVE, "serve.config.cluster.interface=127.0.0.1"), "is the loopback"),
+    ((*SERVE, "serve.config.cluster.interface=localhost"), "interface is the loopback"),
+    (
+        (*SERVE, "serve.config.serving.front.tls_certificate=/tls/tls.crt"),
+        "serve.config.serving.front.tls_certificate has no place in a pod",
+    ),
     (
         (
             *SERVE,
@@ -214,6 +219,8 @@ UNFIT = [
         'tls.certManager:={"enabled": true, "issuerRef": {"name": "a", "sort": "Issuer"}}',
         "tls.certManager.issuerRef",
     ),
+    ("serve.config.serving.front.header_bytes=1", "front.header_bytes"),
+    ("serve.config.serving.front.body_memory=1", "front.body_memory"),
     ("head.minAvailable=-1", "head.minAvailable"),
     ("head.minAvailable=2", "head.minAvailable"),
     ("checkpoints.mountPath=models", "checkpoints.mountPath"),
