@@ -54,3 +54,10 @@ def test_without_tls_a_job_has_to_say_where_hosts_listen(more: tuple[str, ...]) 
     command = notes("mode=cluster", NO_TLS, *more).partition("ray job submit")[2].partition("\n\n")[0]
     assert command.endswith("--set cluster.interface=node")
     assert all(line.endswith("\\") for line in command.splitlines()[:-1])
+
+
+def test_what_a_restricted_namespace_refuses_is_said() -> None:
+    assert "WARNING: train.submissionMode is SidecarMode" in notes(
+        "mode=train", "train.submissionMode=SidecarMode"
+    )
+    assert "SidecarMode" not in notes("mode=train")

@@ -22,6 +22,7 @@ CONTAINER: dict[str, Any] = {
     "securityContext": {"runAsUser": 7},
 }
 FIELDS: dict[str, Any] = {
+    "extend": ["tolerations"],
     "image": "registry.example/mine:1",
     "env": {"A": "env", "B": "env", "HOME": "/mine"},
     "extraEnv": [

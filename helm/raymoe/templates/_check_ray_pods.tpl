@@ -68,6 +68,7 @@
 {{- end -}}
 
 {{- define "raymoe.checkAutoscaler" -}}
+{{- $all := include "raymoe.besideValues" (dict "root" .root "own" .root.Values.autoscaling "mounts" true) | fromYaml -}}
 {{- with .root.Values.autoscaling -}}
 {{- include "raymoe.checkResources" (dict "path" "autoscaling.resources" "resources" .resources) -}}
 {{- $own := dict "env" "extraEnv" "volumeMounts" "extraVolumeMounts" -}}
@@ -78,7 +79,7 @@
 {{- end -}}
 {{- $names := list -}}{{- range $.volumes -}}{{- $names = append $names .name -}}{{- end -}}
 {{- $mounts := list (dict "mountPath" "/tmp") (dict "mountPath" "/home/ray") -}}
-{{- include "raymoe.checkMounts" (dict "path" "autoscaling" "names" $names "mounts" $mounts "own" .extraVolumeMounts) -}}
+{{- include "raymoe.checkMounts" (dict "path" "autoscaling" "names" $names "mounts" $mounts "own" $all.extraVolumeMounts) -}}
 {{- end -}}
 {{- end -}}
 
@@ -120,8 +121,9 @@
 {{- if ge (int $group.drainSeconds) (int $group.terminationGracePeriodSeconds) -}}
 {{- fail (printf "%s.terminationGracePeriodSeconds (%d) leaves no time after drainSeconds (%d): raise it." $path (int $group.terminationGracePeriodSeconds) (int $group.drainSeconds)) -}}
 {{- end -}}
-{{- if and (not (kindIs "invalid" $group.minAvailable)) (gt (int $group.minAvailable) (int $group.minReplicas)) -}}
-{{- fail (printf "%s.minAvailable (%d) is more than minReplicas (%d), so that no pod could ever be evicted: lower it." $path (int $group.minAvailable) (int $group.minReplicas)) -}}
+{{- $least := mul $group.minReplicas (include "raymoe.podsPerReplica" $group) | int -}}
+{{- if and (not (kindIs "invalid" $group.minAvailable)) (gt (int $group.minAvailable) $least) -}}
+{{- fail (printf "%s.minAvailable (%d) is more than the pods of minReplicas (%d), so that no pod could ever be evicted: lower it." $path (int $group.minAvailable) $least) -}}
 {{- end -}}
 {{- $own := dict "groupName" "" "labels" "rayLabels" "resources" "rayResources" -}}
 {{- range $key := list "minReplicas" "maxReplicas" "replicas" "idleTimeoutSeconds" "priority" "rayStartParams" -}}

@@ -22,14 +22,18 @@
 {{- fail (printf "serve.checkpoint is %q, which is no absolute path and no address: name the directory of a checkpoint as pods see it, such as /checkpoints/demo, or write hf://, s3:// or pvc://." $given) -}}
 {{- end -}}
 {{- include "raymoe.checkResources" (dict "path" "serve.fetch.resources" "resources" .Values.serve.fetch.resources) -}}
-{{- range $variable := .Values.serve.fetch.extraEnv -}}
-{{- if has $variable.name (list "TARGET" "PARTIAL") -}}
-{{- fail (printf "serve.fetch.extraEnv sets %s, by which the chart says where the weights go: remove it." $variable.name) -}}
+{{- $sections := dict "serve.fetch" .Values.serve.fetch -}}
+{{- if has (include "raymoe.weights" . | fromYaml).scheme (list "hf" "s3") -}}
+{{- $_ := set $sections "podDefaults" .Values.podDefaults -}}
 {{- end -}}
-{{- end -}}
+{{- range $path, $values := $sections -}}
+{{- $extra := list -}}{{- range $values.extraEnv -}}{{- $extra = append $extra .name -}}{{- end -}}
+{{- range $field, $names := dict "env" (keys (default dict $values.env)) "extraEnv" $extra -}}
 {{- range $name := list "TARGET" "PARTIAL" -}}
-{{- if hasKey (default dict $.Values.serve.fetch.env) $name -}}
-{{- fail (printf "serve.fetch.env sets %s, by which the chart says where the weights go: remove it." $name) -}}
+{{- if has $name $names -}}
+{{- fail (printf "%s.%s sets %s, by which the chart says where the weights go: remove it." $path $field $name) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if has (int (default 0 .Values.serve.grpcPort)) (list 6379 8000 8001 8002 8080 8265 10001 44217 44227 52365) -}}

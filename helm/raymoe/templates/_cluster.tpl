@@ -36,8 +36,7 @@ workerGroupSpecs: {{- toYaml $groups | nindent 2 }}
 
 {{- /* The autoscaler's container in the head pod, where the pod's own fields are the head's. */ -}}
 {{- define "raymoe.autoscaler" -}}
-{{- $own := pick .Values.podDefaults "env" "extraEnv" "envFrom" "extraVolumeMounts" "securityContext" -}}
-{{- $values := include "raymoe.over" (dict "base" $own "own" .Values.autoscaling) | fromYaml -}}
+{{- $values := include "raymoe.besideValues" (dict "root" . "own" .Values.autoscaling "mounts" true) | fromYaml -}}
 {{- $env := list (dict "name" "HOME" "value" "/home/ray") (dict "name" "RAY_USAGE_STATS_ENABLED" "value" "0") -}}
 {{- /* The same /tmp as the head's: the head reads the autoscaler's log. */ -}}
 {{- $mounts := list (dict "name" "scratch" "mountPath" "/tmp") (dict "name" "home" "mountPath" "/home/ray") -}}

@@ -4,7 +4,7 @@ of the defaults, everything else takes their place; a value of 0 or false stays 
 {{- $groups := dict -}}
 {{- $defaults := include "raymoe.podValues" (dict "root" . "own" .Values.workerDefaults) | fromYaml -}}
 {{- range $name, $own := .Values.workerGroups -}}
-{{- $group := include "raymoe.over" (dict "base" $defaults "own" $own "whole" (list "resources" "affinity" "dnsConfig")) | fromYaml -}}
+{{- $group := include "raymoe.overPod" (dict "base" $defaults "own" $own) | fromYaml -}}
 {{- if $group.enabled -}}{{- $_ := set $groups $name $group -}}{{- end -}}
 {{- end -}}
 {{- toYaml $groups -}}
@@ -41,13 +41,18 @@ where /dev/shm is smaller than it, and takes three tenths of the memory unless i
 {{- max 1 (include "raymoe.podCpus" . | float64 | ceil | int64) -}}
 {{- end -}}
 
+{{- /* Pods of a replica of a group: KubeRay starts and ends so many together. */ -}}
+{{- define "raymoe.podsPerReplica" -}}
+{{- dig "numOfHosts" 1 (default dict .groupSpec) | int -}}
+{{- end -}}
+
 {{- /* Pods of a group that there are from the beginning, and with `most` those that there can be. */ -}}
 {{- define "raymoe.groupPods" -}}
+{{- $replicas := ternary .group.minReplicas .group.replicas (kindIs "invalid" .group.replicas) -}}
 {{- if .root.Values.autoscaling.enabled -}}
-{{- int (ternary .group.maxReplicas .group.minReplicas .most) -}}
-{{- else -}}
-{{- int (ternary .group.minReplicas .group.replicas (kindIs "invalid" .group.replicas)) -}}
+{{- $replicas = ternary .group.maxReplicas .group.minReplicas .most -}}
 {{- end -}}
+{{- mul $replicas (include "raymoe.podsPerReplica" .group) -}}
 {{- end -}}
 
 {{- /* Room for expert hosts with as many pods as there are from the beginning, and threads that each host may use. */ -}}

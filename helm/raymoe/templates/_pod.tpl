@@ -38,18 +38,10 @@ and what the chart says of it beside these: `pod`, fields of its spec, and `cont
 {{- with $values.envFrom -}}{{- $_ := set $made "envFrom" . -}}{{- end -}}
 {{- with concat (default list .container.volumeMounts) (default list $values.extraVolumeMounts) -}}{{- $_ := set $made "volumeMounts" . -}}{{- end -}}
 {{- range $key, $value := $values.containerSpec -}}
-{{- if eq $key "ports" -}}{{- $value = include "raymoe.ports" (dict "chart" $.container.ports "own" $value) | fromYamlArray -}}{{- end -}}
+{{- if eq $key "ports" -}}{{- $value = include "raymoe.extended" (dict "base" $.container.ports "own" $value) | fromYamlArray -}}{{- end -}}
 {{- $_ := set $made $key $value -}}
 {{- end -}}
 {{- toYaml $made -}}
-{{- end -}}
-
-{{- /* Ports of a container: those of the values are added, and take the place of the chart's of the same name. */ -}}
-{{- define "raymoe.ports" -}}
-{{- $names := list -}}{{- range .own -}}{{- $names = append $names .name -}}{{- end -}}
-{{- $made := list -}}
-{{- range .chart -}}{{- if not (has .name $names) -}}{{- $made = append $made . -}}{{- end -}}{{- end -}}
-{{- toYaml (concat $made .own) -}}
 {{- end -}}
 
 {{- /* Containers of the values. A namespace that admits restricted pods alone asks each for its security context; whether

@@ -72,8 +72,7 @@ for it, since Ray's nodes join the head's. */ -}}
 {{- define "raymoe.fetcher" -}}
 {{- $weights := .weights -}}{{- $fetch := .root.Values.serve.fetch -}}
 {{- $shared := ternary "checkpoints" "weights" .root.Values.checkpoints.enabled -}}
-{{- $own := pick .root.Values.podDefaults "env" "extraEnv" "envFrom" "securityContext" -}}
-{{- $values := include "raymoe.over" (dict "base" $own "own" $fetch) | fromYaml -}}
+{{- $values := include "raymoe.besideValues" (dict "root" .root "own" $fetch) | fromYaml -}}
 {{- $command := $fetch.command -}}
 {{- if and (not $command) (eq $weights.scheme "hf") -}}
 {{- $command = list "hf" "download" "$(REPOSITORY)" "--revision" "$(REVISION)" "--local-dir" "$(PARTIAL)" -}}
