@@ -196,6 +196,33 @@ def test_tls_with_a_certificate_that_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "sent", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["nothing", "a part of the greeting"]
+)
+def test_a_handshake_that_does_not_come_ends_the_connection(tmp_path: Path, sent: bytes) -> None:
+    make_certificates(tmp_path / "tls", days=1, ca_days=2)
+    files = {"tls_certificate": tmp_path / "tls" / "tls.crt", "tls_key": tmp_path / "tls" / "tls.key"}
+    folder = tmp_path / "front"
+    folder.mkdir()
+    with fronted(folder, stall_timeout=1.0, **files) as front, closing(front.connect()) as connection:
+        connection.settimeout(30)  # HAProxy's own default would be no limit
+        assert exchange(connection, sent) == b""
+
+
+@pytest.mark.parametrize("sent", [b"", b"PRI * HTTP"], ids=["nothing", "a part of the greeting"])
+def test_a_client_of_grpc_that_says_nothing_is_cut_off(tmp_path: Path, sent: bytes) -> None:
+    ports = {"grpc_port": free_port(), "grpc": f"127.0.0.1:{free_port()}"}
+    limits = {"stall_timeout": 1.0, "header_timeout": 1.0}
+    with (
+        fronted(tmp_path, change=lambda plan: replace(plan, **ports), **limits),
+        closing(socket.create_connection(("127.0.0.1", ports["grpc_port"]), timeout=30)) as connection,
+    ):
+        connection.sendall(sent)
+        with suppress(ConnectionResetError):
+            while connection.recv(1 << 16):  # an HTTP/2 error may come first
+                pass
+
+
+@pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"header_bytes": 100}, "header_bytes"),
