@@ -218,7 +218,7 @@ class Membership:
         """
         member = self.members.get(id)
         if member is None:
-            raise ConfigError(f"there is no expert host {id}; these are there: {', '.join(self.members)}")
+            raise ConfigError(f"no expert host is {id}; these are there: {', '.join(self.members) or 'none'}")
         target = self.wanted if replace else self.wanted - 1
         if target < 1:
             raise ConfigError(f"expert host {id} is the only one; let another take its place (--replace)")

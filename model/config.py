@@ -240,7 +240,7 @@ class ModelConfig(_Frozen):
         try:
             config = cls.model_validate(fields)
         except ValidationError as error:
-            lines = (f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors())
+            lines = (_problem(details["loc"], details["msg"]) for details in error.errors())
             raise ConfigError("config.json: " + "; ".join(lines)) from None
         return config._as_others_score() if "group_score" not in values else config._simplest()
 
@@ -305,6 +305,12 @@ class BalanceConfig(_Frozen):
     sequence_weight: Schedule = 1e-4
     auxiliary_weight: Schedule = 0.001
     device_weights: DeviceWeights = DeviceWeights()
+
+
+def _problem(path: tuple[int | str, ...], message: str) -> str:
+    """A problem with its field; fields that contradict each other are named by the message itself."""
+    field, text = ".".join(map(str, path)), message.removeprefix("Value error, ")
+    return f"{field}: {text}" if field else text
 
 
 __all__ = [

@@ -25,10 +25,12 @@ class ChatTemplate:
     Attributes:
         source: Source of the template, in Jinja.
         special: Texts of special tokens by name (`bos_token`, …).
+        place: File that it comes from, for errors; empty for the plain template.
     """
 
     source: str = PLAIN
     special: Mapping[str, str] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
 
     @property
     def plain(self) -> bool:
@@ -56,27 +58,29 @@ class ChatTemplate:
             raise DataError(
                 f"{where} has chat templates called {names}, and none called {_DEFAULT!r}; give one this name"
             )
-        return cls(source=named.get(_DEFAULT, PLAIN), special=special_tokens(directory))
+        source, place = named.get(_DEFAULT, (PLAIN, ""))
+        return cls(source=source, special=special_tokens(directory), place=str(place))
 
 
-def _apart(directory: Path) -> dict[str, str]:
-    """Templates in files of their own, by name."""
+def _apart(directory: Path) -> dict[str, tuple[str, Path]]:
+    """Templates in files of their own, by name, each with its file."""
     named = {}
+    own = directory / "chat_template.jinja"
     with suppress(FileNotFoundError):
-        named[_DEFAULT] = TEMPLATE_GUARD.text(directory / "chat_template.jinja")
+        named[_DEFAULT] = TEMPLATE_GUARD.text(own), own
     for file in files_like(directory, "additional_chat_templates/*.jinja"):
         with suppress(FileNotFoundError):  # a link to nothing
-            named[file.stem] = TEMPLATE_GUARD.text(file)
+            named[file.stem] = TEMPLATE_GUARD.text(file), file
     return named
 
 
-def _configured(settings: Mapping[str, Any], file: Path) -> dict[str, str]:
-    """Templates in tokenizer_config.json, by name."""
+def _configured(settings: Mapping[str, Any], file: Path) -> dict[str, tuple[str, Path]]:
+    """Templates in tokenizer_config.json, by name, each with the file."""
     given = settings.get("chat_template")
     if given is None:
         return {}
     if isinstance(given, str):
-        return {_DEFAULT: given}
+        return {_DEFAULT: (given, file)}
     entries = given if isinstance(given, list) else [None]
     named = {}
     for entry in entries:
@@ -86,7 +90,7 @@ def _configured(settings: Mapping[str, Any], file: Path) -> dict[str, str]:
                 f"{file}: chat_template must be a text, or a list of objects with the texts name and "
                 "template; correct or remove it"
             )
-        named[name] = source
+        named[name] = source, file
     return named
 
 

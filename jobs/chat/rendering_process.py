@@ -44,7 +44,8 @@ class RenderingProcess:
         try:
             self._process = ConfinedProcess(_WORKER, limits, settings)
         except DataError as error:
-            raise DataError(f"the chat template cannot be read: {error}") from None
+            of = f" of {template.place}" if template.place else ""
+            raise DataError(f"the chat template{of} cannot be read: {error}; correct or remove it") from None
 
     @property
     def alive(self) -> bool:

@@ -236,7 +236,7 @@ def test_a_killed_host_is_not_missed(server: ServeProcess) -> None:
         (lambda d: (d / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json"),
         (
             lambda d: (d / "chat_template.jinja").write_text("{% for"),
-            "the chat template cannot be read: line 1",
+            "chat_template.jinja cannot be read: line 1",
         ),
     ],
 )

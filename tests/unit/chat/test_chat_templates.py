@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from errors import DataError
 from jobs.chat.chat_template import PLAIN, ChatTemplate
+from jobs.chat.rendering_process import check_template
 from jobs.chat.template_environment import compile_template, render
 
 USER = {"role": "user", "content": " What is <b>2 + 2</b> & é? "}
@@ -215,3 +217,17 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(
     with pytest.raises(DataError, match=name) as caught:
         ChatTemplate.from_directory(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["chat_template.jinja", "additional_chat_templates/default.jinja", "tokenizer_config.json"]
+)
+def test_a_template_that_cannot_be_read_names_its_file(tmp_path: Path, file: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    broken = "{% for"
+    path.write_text(json.dumps({"chat_template": broken}) if file.endswith("json") else broken)
+    with pytest.raises(
+        DataError, match=rf"the chat template of {re.escape(str(path))} cannot be read: line 1"
+    ):
+        check_template(ChatTemplate.from_directory(tmp_path))

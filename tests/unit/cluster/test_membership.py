@@ -233,10 +233,12 @@ def test_a_drained_host_stays_for_good_when_none_comes_in_its_place() -> None:
 
 def test_who_cannot_be_drained() -> None:
     made = membership(1)
-    with pytest.raises(ConfigError, match="there is no expert host host-7; these are there: host-0"):
+    with pytest.raises(ConfigError, match="no expert host is host-7; these are there: host-0"):
         made.drain("host-7", 1.0)
     with pytest.raises(ConfigError, match="host-0 is the only one"):
         made.drain("host-0", 1.0)
+    with pytest.raises(ConfigError, match="no expert host is host-0; these are there: none"):
+        Membership(wanted=1, most=4).drain("host-0", 1.0)
     assert stages(made) == {"host-0": Stage.SERVING}
 
 

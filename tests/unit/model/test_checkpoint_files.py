@@ -154,7 +154,7 @@ def _fp8_without_scales(directory: Path) -> None:
          r"weight_block_size \['a', 0\].*give another export"),
         (_cut, r"safetensors is damaged.*copy it again"),
         (_config(model_type="llama"), r"model_type is 'llama'.*DeepSeek-V3"),
-        (_config(n_group=3), r"n_routed_experts \(4\) must be a multiple of n_group \(3\)"),
+        (_config(n_group=3), r"config\.json: n_routed_experts \(4\) must be a multiple of n_group \(3\)"),
         (_config(quantization_config={"quant_method": "awq"}), r"quant_method 'awq'.*give another export"),
         (_config(num_hidden_layers=1024), r"too few for the 1024 layers.*incomplete"),
         (_config(num_nextn_predict_layers=1024), r"too few for the 1026 layers"),
