@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Front:
             needs_key=self._keys.needed,
             token=self._state.token,
         )
-        self._process = HaproxyProcess(plan, binary)
+        self._process = HaproxyProcess(plan, binary, tell=partial(self._notes.tell, "front"))
         self._healthy = time.monotonic()
         self._told = ""
         await self._start()

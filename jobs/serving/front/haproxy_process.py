@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from errors import ConfigError, RaymoeError, ResourceError
+from jobs.console import say
 from jobs.serving.front.certificate import certificate_text
 from jobs.serving.front.front_errors import GENERAL
 from jobs.serving.front.haproxy_config import FrontPlan, haproxy_config
@@ -55,10 +56,11 @@ class HaproxyProcess:
     Args:
         plan: What it listens on, passes requests to, and allows.
         binary: Path of HAProxy's program.
+        tell: Is given a line about what differs from the plan.
     """
 
-    def __init__(self, plan: FrontPlan, binary: str) -> None:
-        self._plan, self._binary = _within_open_files(plan), binary
+    def __init__(self, plan: FrontPlan, binary: str, *, tell: Callable[[str], None] = say) -> None:
+        self._plan, self._binary = _within_open_files(plan, tell), binary
         self._process: subprocess.Popen[bytes] | None = None
         self._certificate: str | None = None  # the one in use
         self._stamps: list[tuple[int, int] | None] = []  # of its files, when they were read last
@@ -75,7 +77,8 @@ class HaproxyProcess:
             digests: Hexadecimal SHA-256 digests of the API keys.
 
         Raises:
-            ConfigError: HAProxy refuses its configuration, or a file with the certificate cannot be read.
+            ConfigError: HAProxy refuses its configuration, two ports are the same, or a file with the
+                certificate cannot be read.
             ResourceError: A port is taken.
         """
         plan = self._plan
@@ -100,6 +103,7 @@ class HaproxyProcess:
                 f"serving.front: HAProxy refuses what follows from it: {_first_alert(checked.stderr)}; "
                 "change the setting, or the file that it names"
             )
+        _check_distinct(plan.ports)
         for option, port in plan.ports.items():
             check_port(option, plan.host, port)
         self._process = _bound_process([self._binary, "-db", "-f", str(file)])
@@ -255,19 +259,31 @@ def _bound_process(arguments: list[str]) -> subprocess.Popen[bytes]:
     return started.result()
 
 
-def _within_open_files(plan: FrontPlan) -> FrontPlan:
+def _within_open_files(plan: FrontPlan, tell: Callable[[str], None]) -> FrontPlan:
     """The plan with no more connections than the limit of open files allows; each takes two descriptors."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     ports = 1 if plan.grpc_port is None else 2
     most = max(1, (hard - _FILES_BESIDE) // (2 * ports))
     if hard == resource.RLIM_INFINITY or plan.limits.connections <= most:
         return plan
-    print(
-        f"the front takes {most} connections instead of serving.front.connections "
-        f"({plan.limits.connections}), because {hard} open files are allowed; raise ulimit -n",
-        file=sys.stderr,
+    tell(
+        f"it takes {most} connections instead of serving.front.connections ({plan.limits.connections}), "
+        f"because {hard} open files are allowed; raise ulimit -n"
     )
     return replace(plan, limits=plan.limits.model_copy(update={"connections": most}))
+
+
+def _check_distinct(ports: Mapping[str, int]) -> None:
+    """Check that ports differ, by the options that set them.
+
+    Raises:
+        ConfigError: Two are the same.
+    """
+    first: dict[int, str] = {}
+    for option, port in ports.items():
+        if port in first:
+            raise ConfigError(f"{first[port]} and {option} are both {port}; choose another for one of them")
+        first[port] = option
 
 
 def _stamps(files: list[Path]) -> list[tuple[int, int] | None]:

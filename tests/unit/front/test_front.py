@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import ssl
 import threading
@@ -169,6 +170,27 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path, open_front: Fronted) -
     with pytest.raises(ResourceError, match=f"--port {plan.port} is not available") as caught:
         HaproxyProcess(plan, binary).start(())
     assert "\n" not in str(caught.value)
+
+
+def test_ports_that_are_the_same_are_named(tmp_path: Path, open_front: Fronted) -> None:
+    binary = haproxy_binary()
+    assert binary is not None
+    port = free_port()
+    plan = replace(open_front.plan, folder=tmp_path, port=port, metrics_port=port)
+    with pytest.raises(ConfigError, match=f"--port and listen.metrics_port are both {port}"):
+        HaproxyProcess(plan, binary).start(())
+
+
+def test_fewer_connections_than_are_set_are_told(
+    open_front: Fronted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = resource.RLIMIT_NOFILE
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 1024) if kind == limit else (0, 0))
+    binary, told = haproxy_binary(), list[str]()
+    assert binary is not None
+    HaproxyProcess(open_front.plan, binary, tell=told.append)
+    (line,) = told
+    assert "412 connections" in line and "1024 open files" in line and "ulimit -n" in line
 
 
 def test_tls_with_a_certificate_that_is_replaced(tmp_path: Path) -> None:
