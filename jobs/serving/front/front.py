@@ -21,12 +21,12 @@ from jobs.serving.config import ServeConfig
 from jobs.serving.front.front_folder import free_internal_port, front_folder, front_state
 from jobs.serving.front.haproxy_config import FrontPlan
 from jobs.serving.front.haproxy_process import HaproxyProcess, haproxy_binary
+from jobs.serving.front.haproxy_watch import HaproxyWatch
 from jobs.serving.names import HEAD
 from jobs.serving.pool_notes import PoolNotes
 from jobs.serving.ports import ListenAddress
 
 _LOOK_SECONDS = 0.5
-_FAULT_SECONDS = 10.0  # without a running process, after which Serve starts this replica again
 _PORT_SECONDS = 15.0  # in which an earlier front, which ends, leaves its ports
 
 
@@ -63,7 +63,6 @@ class Front:
         session = Path(worker._global_node.get_session_dir_path())
         folder = await asyncio.to_thread(front_folder, session, application)
         self._state = front_state(folder)
-        self._digests = self._keys.digests()
         plan = FrontPlan(
             host=address.host,
             port=address.port,
@@ -77,11 +76,12 @@ class Front:
             needs_key=self._keys.needed,
             token=self._state.token,
         )
-        self._process = HaproxyProcess(plan, binary, tell=partial(self._notes.tell, "front"))
-        self._healthy = time.monotonic()
-        self._told = ""
-        await self._start()
-        self._keeping = asyncio.create_task(self._keep())
+        tell = partial(self._notes.tell, "front")
+        self._process = HaproxyProcess(plan, binary, tell=tell)
+        # Made before the start, so that keys that change meanwhile are exchanged.
+        self._watch = HaproxyWatch(self._process, self._keys.digests, tell)
+        await self._start(self._process)
+        self._keeping = asyncio.create_task(self._keep(self._watch))
 
     async def token(self) -> str:
         """What the port for metrics adds to its requests, so that the interface asks for no key."""
@@ -97,8 +97,9 @@ class Front:
 
     def check_health(self) -> None:
         """Raise if HAProxy does not run and cannot be started; Serve then starts this replica again."""
-        if time.monotonic() - self._healthy > _FAULT_SECONDS:
-            raise RaymoeError(self._told or "the front does not run")
+        fault = self._watch.fault()
+        if fault is not None:
+            raise RaymoeError(fault)
 
     def __del__(self) -> None:
         if self._keeping is not None:
@@ -112,43 +113,23 @@ class Front:
         else:
             self._notes.tell("keys", text)
 
-    async def _start(self) -> None:
+    async def _start(self, process: HaproxyProcess) -> None:
         """Start HAProxy; an earlier front of this application may still have its ports."""
-        assert self._process is not None
-        deadline = time.monotonic() + _PORT_SECONDS
+        deadline, digests = time.monotonic() + _PORT_SECONDS, self._keys.digests()
         while True:
             try:
-                await asyncio.to_thread(self._process.start, self._digests)
+                await asyncio.to_thread(process.start, digests)
                 return
             except ResourceError:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _keep(self) -> None:
-        """Start HAProxy again if it has ended, and pass on changes of keys and certificates."""
+    async def _keep(self, watch: HaproxyWatch) -> None:
+        """Look at HAProxy, the API keys and the certificate again and again."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            try:
-                await asyncio.to_thread(self._look)
-            except Exception as error:  # whatever it is, the next look may succeed
-                if str(error) != self._told:
-                    self._told = str(error)
-                    self._notes.tell("front", self._told)
-            else:
-                self._healthy, self._told = time.monotonic(), ""
-
-    def _look(self) -> None:
-        assert self._process is not None
-        digests = self._keys.digests()
-        if self._process.pid is None:
-            self._notes.tell("front", "its HAProxy has ended, and is started again")
-            self._process.start(digests)
-        elif digests != self._digests:
-            self._process.exchange_digests(digests)
-        self._digests = digests
-        if self._process.follow_certificate():
-            self._notes.tell("front", "its certificate was read again, and is in use")
+            await asyncio.to_thread(watch.look)
 
 
 def port_on_head() -> int:
