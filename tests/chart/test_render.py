@@ -150,7 +150,8 @@ def test_the_autoscaler_knows_what_groups_offer(values: str) -> None:
     for group in cluster["workerGroupSpecs"]:
         known = types[group["groupName"]]
         offers = known["resources"]
-        assert (known["min_workers"], known["max_workers"]) == (group["minReplicas"], group["maxReplicas"])
+        least, most = (group[name] * group.get("numOfHosts", 1) for name in ("minReplicas", "maxReplicas"))
+        assert (known["min_workers"], known["max_workers"]) == (least, most)
         if group["groupName"].startswith("expert"):
             assert offers["CPU"] == 0 and offers["raymoe_expert_host"] >= 1
         else:
