@@ -71,6 +71,7 @@ OBJECTS = {
     "podDisruptionBudget": ("train", "PodDisruptionBudget"),
     "ingress": ("serve-outside", "Ingress"),
     "httpRoute": ("serve-outside", "HTTPRoute"),
+    "grpcRoute": ("serve-outside", "GRPCRoute"),
     "monitoring.podMonitor": ("serve-full", "PodMonitor"),
     "monitoring.prometheusRule": ("serve-full", "PrometheusRule"),
     "monitoring.dashboard": ("serve-full", "ConfigMap"),

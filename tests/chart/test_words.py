@@ -42,8 +42,8 @@ def everything(mode: str) -> dict[str, Any]:
     if mode == "serve":
         for name in ("prometheusRule", "dashboard"):
             values["monitoring"][name] = {"enabled": True}
-        values |= {"ingress": {"enabled": True}, "httpRoute": {"enabled": True}}
-        values["serve"] = {"service": {"type": "LoadBalancer"}}
+        values |= {name: {"enabled": True} for name in ("ingress", "httpRoute", "grpcRoute")}
+        values["serve"] = {"service": {"type": "LoadBalancer"}, "grpcPort": 9000}
     if mode == "train":
         values["train"] = {"shutdownAfterJobFinishes": False}
     return values
@@ -58,7 +58,9 @@ BASES = {
         ("tls.existingSecret", "checkpoints.existingClaim", "head", "workerDefaults", "tests"),
     ),
     "serve-fetched": (
-        everything("serve") | OWN | {"checkpoints": {"enabled": False}, "serve": {"checkpoint": "hf://a/b"}},
+        everything("serve")
+        | OWN
+        | {"checkpoints": {"enabled": False}, "serve": {"checkpoint": "hf://a/b", "grpcPort": 9000}},
         ("tls.certManager.issuerRef", "checkpoints.existingClaim", "serve.service"),
     ),
     "train": (

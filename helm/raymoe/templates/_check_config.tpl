@@ -6,7 +6,7 @@
 {{- end -}}
 {{- include "raymoe.checkWeights" . -}}
 {{- else -}}
-{{- range $key := list "ingress" "httpRoute" -}}
+{{- range $key := list "ingress" "httpRoute" "grpcRoute" -}}
 {{- if (get $.Values $key).enabled -}}
 {{- fail (printf "%s.enabled is for mode serve, and mode is %s: set it to false." $key $.Values.mode) -}}
 {{- end -}}

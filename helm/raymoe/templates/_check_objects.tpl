@@ -7,8 +7,15 @@
 {{- end -}}
 {{- if eq .Values.mode "serve" -}}
 {{- include "raymoe.checkService" .Values.serve.service -}}
-{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
-{{- fail "httpRoute.parentRefs is empty: name the Gateway that takes the requests." -}}
+{{- range $key := list "httpRoute" "grpcRoute" -}}
+{{- with get $.Values $key -}}
+{{- if and .enabled (not .parentRefs) -}}
+{{- fail (printf "%s.parentRefs is empty: name the Gateway that takes the requests." $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.grpcRoute.enabled (not .Values.serve.grpcPort) -}}
+{{- fail "grpcRoute.enabled needs a port of gRPC: set serve.grpcPort, or grpcRoute.enabled to false." -}}
 {{- end -}}
 {{- else if eq .Values.mode "train" -}}
 {{- include "raymoe.checkJob" . -}}
@@ -25,7 +32,7 @@
 
 {{- define "raymoe.checkLabels" -}}
 {{- $all := dict "commonLabels" .Values.commonLabels (printf "%s.labels" .Values.mode) (get .Values .Values.mode).labels -}}
-{{- range $section := list "auth" "tls" "serviceAccount" "checkpoints" "networkPolicy" "podDisruptionBudget" "ingress" "httpRoute" "tests" -}}
+{{- range $section := list "auth" "tls" "serviceAccount" "checkpoints" "networkPolicy" "podDisruptionBudget" "ingress" "httpRoute" "grpcRoute" "tests" -}}
 {{- $_ := set $all (printf "%s.labels" $section) (get $.Values $section).labels -}}
 {{- end -}}
 {{- $_ := set $all "serve.service.labels" .Values.serve.service.labels -}}
