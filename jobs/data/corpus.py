@@ -119,7 +119,7 @@ def prepare(
     note(f"reading {counted(len(files), 'file')}")
     documents = _read(files, config.data.text_field, skip=config.data.on_bad_record == "skip")
     sizes, skipped = _sizes(documents, note)
-    held = held_out(list(sizes), config.data.validation_fraction)
+    held = held_out(list(sizes), config.data.validation_fraction, path=config.data.path)
     training, validation = _only(documents, held, keep=False), _only(documents, held, keep=True)
     if loaded is None or chosen is None:
         note(f"training the tokenizer: {vocab_size:,} tokens")

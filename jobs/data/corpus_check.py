@@ -50,7 +50,7 @@ def check_corpus(config: RunConfig, *, tokenizer: Path | None = None) -> None:
                 return
     if whole:
         check_skipped(len(read), len(skipped), skipped)
-        held = held_out(list(read), config.data.validation_fraction)
+        held = held_out(list(read), config.data.validation_fraction, path=config.data.path)
         if chosen is None:
             _check_size([size for name, size in read.items() if name not in held], config)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from errors import DataError
+from jobs.console import counted
 from jobs.data.file_formats import UnreadableFile, records
 from jobs.data.source_files import SourceFile
 
@@ -53,17 +54,23 @@ def read_documents(
                 yield Document(name=f"{file.name}#{number}", text=piece)
 
 
-def held_out(names: Sequence[str], fraction: float) -> set[str]:
+def held_out(names: Sequence[str], fraction: float, *, path: str | None = None) -> set[str]:
     """Names of the documents to hold out: those whose hash is below `fraction`, at least one and never all.
 
     The choice depends on each name alone, not on the order of the names.
+
+    Args:
+        names: Names of the documents that have text.
+        fraction: The part of the documents to hold out.
+        path: `data.path`, for the error.
 
     Raises:
         DataError: There are fewer than two documents.
     """
     if len(names) < 2:
         raise DataError(
-            f"data.path: holds {len(names)} document(s); at least two are needed, one of them to be held out"
+            f"data.path: {path} holds {counted(len(names), 'document')} with text; at least two are needed, "
+            "one of them to be held out: add files, or records to a JSON Lines file"
         )
     ranked = sorted(names, key=name_hash)
     chosen = {name for name in ranked if name_hash(name) < fraction} or {ranked[0]}

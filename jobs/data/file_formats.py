@@ -210,17 +210,27 @@ def _parsed(line: bytes, text_field: str) -> tuple[str | None, str]:
 def _field(value: Any, text_field: str) -> tuple[str | None, str]:
     """The text in a record, and why it has none."""
     if not isinstance(value, dict):
-        return None, f"is a {type(value).__name__}, not an object with the field {text_field!r}"
+        return None, f"is {_kind(value)}, not an object with the field {text_field!r}"
     text = value.get(text_field)
     if not isinstance(text, str):
         if text_field in value:
-            kind = "null" if text is None else f"a {type(text).__name__}"
-            return None, f"has no text in the field {text_field!r}, which is {kind}; set data.text_field"
+            return (
+                None,
+                f"has no text in the field {text_field!r}, which is {_kind(text)}; set data.text_field",
+            )
         there = [name for name, inner in value.items() if isinstance(inner, str)] or list(value)
         fix = f"set data.text_field to {_one_of(there)}" if there else "it has no fields"
         return None, f"has no text in the field {text_field!r}; {fix}"
     half = _half_character(text)
     return (None, half) if half else (text, "")
+
+
+def _kind(value: Any) -> str:
+    """What a value of a record is, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"of the type {type(value).__name__}")
 
 
 def _half_character(text: str) -> str:

@@ -172,7 +172,9 @@ def _texts(
     if problems:
         note(f"skipped {counted(len(problems), 'record')} that cannot be read, such as {problems[0]}")
     if data is None and run is not None:
-        names = held_out([document.name for document in documents], run.data.validation_fraction)
+        names = held_out(
+            [document.name for document in documents], run.data.validation_fraction, path=run.data.path
+        )
         documents = [document for document in documents if document.name in names]
     if not documents:
         raise DataError(f"--data: {given} holds no text; give files that are not empty")

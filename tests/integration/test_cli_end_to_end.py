@@ -192,7 +192,7 @@ def _refused(done: Result, code: int, said: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("empty.txt", b"", "holds 0 document(s)"),
+        ("empty.txt", b"", "holds 0 documents with text"),
         ("short.jsonl", b'{"text": "a"}\n{"text": "b"}\n', "fill no row"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "broken.jsonl, line 2"),
         ("binary.txt", b"\xff\xfe\x00" * 900, "not UTF-8"),

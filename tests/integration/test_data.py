@@ -145,7 +145,7 @@ def test_a_given_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:
         ({}, "none.txt", DataError, r"data\.path: .*none\.txt does not exist"),
         ({}, "", DataError, r"data\.path: .* holds no files"),
         ({}, "*.txt", DataError, "does not exist"),
-        ({"a.txt": b""}, "", DataError, r"data\.path: holds 0 document"),
+        ({"a.txt": b""}, "", DataError, r"data\.path: .* holds 0 documents with text"),
         ({"a.txt": b"x" * 900}, "", DataError, "at least two are needed"),
         ({"a.txt": b"few", "b.txt": b"words"}, "", DataError, r"fill no row of training\.sequence_length"),
         ({"a.txt": b"text", "b.bin": b"\xff\xfe\xff"}, "", DataError, r"b\.bin is not UTF-8"),

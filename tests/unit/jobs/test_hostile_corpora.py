@@ -174,7 +174,7 @@ def test_rows_of_equal_texts_are_read_from_parquet(tmp_path: Path) -> None:
         (pyarrow.array([["a"]]), "has no text in the column 'text', which is list"),
         (pyarrow.array([{"a": "b"}]), "has no text in the column 'text', which is struct"),
         (pyarrow.array([b"ab"], pyarrow.binary(2)), "has no text in the column 'text', which is fixed_size"),
-        (pyarrow.array([7]), "row 1: has no text in the field 'text', which is a int"),
+        (pyarrow.array([7]), "row 1: has no text in the field 'text', which is a number"),
     ],
 )
 def test_a_column_that_cannot_hold_text_is_named(tmp_path: Path, column: pyarrow.Array, said: str) -> None:
