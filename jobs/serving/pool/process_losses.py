@@ -77,7 +77,7 @@ class ProcessLosses:
     _watched: dict[str, _WatchedProcess] = field(default_factory=dict)
     _lost: dict[str, list[str]] = field(default_factory=dict)  # that nothing has replaced yet, oldest first
     _noted: list[Event] = field(default_factory=list)
-    _told: dict[tuple[str, str], float] = field(default_factory=dict)
+    _told: dict[str, Event] = field(default_factory=dict)  # the last that a process told of, by kind
     _looked: float = 0.0
     _closed: bool = False
 
@@ -201,12 +201,15 @@ class ProcessLosses:
         )
 
     def note(self, kind: str, text: str) -> None:
-        """Add an event that a process tells of; within seconds, the same of another process is no other."""
-        now, key = self.clock(), (kind, text)
-        self._told = {one: at for one, at in self._told.items() if now - at < _SAME_SECONDS}
-        if key not in self._told:
-            self._told[key] = now
-            self._note(kind, text)
+        """Add an event that a process tells of, unless another one has just told the same.
+
+        The same after something else of its kind is news: a fault that ended, and came back.
+        """
+        last = self._told.get(kind)
+        if last is not None and last.text == text and self.clock() - last.at < _SAME_SECONDS:
+            return
+        self._note(kind, text)
+        self._told[kind] = self._noted[-1]
 
     def _note(self, kind: str, text: str) -> None:
         self._noted.append(Event(at=self.clock(), kind=kind, text=text))

@@ -81,6 +81,14 @@ def test_what_several_processes_tell_at_a_time_is_one_event(scene: LossScene) ->
     assert scene.told == [("keys", "2 are valid"), ("front", "2 are valid"), ("keys", "2 are valid")]
 
 
+def test_a_fault_that_ends_within_seconds_is_told_with_its_end(scene: LossScene) -> None:
+    for text in ("2 are valid", "it is gone", "it is gone", "2 are valid", "2 are valid"):
+        scene.losses.note("keys", text)
+        scene.now += 0.5
+    scene.look()
+    assert scene.told == [("keys", "2 are valid"), ("keys", "it is gone"), ("keys", "2 are valid")]
+
+
 def test_a_replacement_may_serve_before_the_death_is_noticed(scene: LossScene) -> None:
     scene.start("a")
     scene.start("b")
