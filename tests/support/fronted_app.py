@@ -220,6 +220,7 @@ def fronted(
             yield Fronted(app, plan, process)
         finally:
             process.kill()
+            app.go.release(1000)  # threads that wait would hold up the end of the application
 
 
 def parts(answer: bytes) -> tuple[int, dict[str, str], bytes]:
