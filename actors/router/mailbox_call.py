@@ -103,7 +103,7 @@ class MailboxCall:
         routing, reroute = self._context.routing, self._reroute
         for host in waiting:
             hedged = 0 if reroute is None else reroute.hedged
-            limit, hedging = routing.reply_limit(self._host_map, self._layer, hedged)
+            limit, hedging = routing.reply_limit(self._layer, hedged)
             try:
                 answered &= self._mailboxes[host].collect(total, limit)
             except ChannelError as error:

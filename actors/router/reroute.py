@@ -60,8 +60,7 @@ class Reroute:
         self._lost.clear()
 
     def limit(self) -> float | None:
-        assert self._host_map is not None
-        limit, self._hedging = self._routing.reply_limit(self._host_map, self._layer, self.hedged)
+        limit, self._hedging = self._routing.reply_limit(self._layer, self.hedged)
         return limit
 
     def lost(self, host: HostInfo, error: ChannelError) -> bool:
@@ -113,9 +112,11 @@ class Reroute:
             host_map = self._routing.host_map
             if host_map.weights != held.weights:  # the trunk has to change with them
                 raise error
-            host_map = host_map.without(self._avoided)
-            if host_map.covers(self._layer, self._idx):
-                return host_map
+            # A host that other calls shun is taken rather than none.
+            for known in (host_map, self._routing.whole_map):
+                left_over = known.without(self._avoided)
+                if left_over.covers(self._layer, self._idx):
+                    return left_over
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise error

@@ -103,6 +103,11 @@ class Routing:
         """The routing table as tensors, without the hosts that are shunned at the moment."""
         return self._host_map
 
+    @property
+    def whole_map(self) -> HostMap:
+        """The routing table as tensors, with the hosts that are shunned at the moment."""
+        return self._whole
+
     def subscribe(self, listener: HostsChanged) -> None:
         """Call `listener` with every change of the table; before other threads use this object."""
         self._listeners.append(listener)
@@ -165,14 +170,17 @@ class Routing:
                 return self._whole
             return self._host_map
 
-    def reply_limit(self, host_map: HostMap, layer: int, hedged: int) -> tuple[float | None, bool]:
+    def reply_limit(self, layer: int, hedged: int) -> tuple[float | None, bool]:
         """Seconds to wait for a reply of inference, and whether replicas are asked afterwards (hedging).
 
+        Hosts that are shunned count as replicas: they may only be slow, and the one that is waited for hangs.
+
         Args:
+            layer: The layer, by its index in the model.
             hedged: How often the call has left a slow host.
         """
         timeout, hedge_after = self.timeout, self._hedge_after
-        if hedge_after is None or not host_map.replicated(layer):
+        if hedge_after is None or not self._whole.replicated(layer):
             return timeout, False
         if hedged >= _MAX_HEDGED or (timeout is not None and timeout <= hedge_after):
             return timeout, False

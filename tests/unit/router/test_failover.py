@@ -188,10 +188,23 @@ def test_only_calls_that_want_an_expert_wait_for_its_host(made: Callable[..., Fa
 @pytest.mark.parametrize("kind", REMOTE)
 def test_a_slow_host_is_hedged_and_not_suspected(made: Callable[..., FailoverCluster], kind: str) -> None:
     cluster = made(kind, 3, 2)
-    lane = cluster.ready(hedge_after=0.2)
+    lane = cluster.ready(hedge_after=1.0)
     cluster.sites[0].silent.set()
     check(lane)
     assert cluster.tables.suspects == []
     cluster.sites[0].silent.clear()
     cluster.sites[0].go_on.set()
     check(lane)
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+def test_a_silent_host_is_left_although_another_one_is_shunned(
+    made: Callable[..., FailoverCluster], kind: str
+) -> None:
+    """A busy machine makes one host late, so that calls shun it, and then the other replica hangs."""
+    cluster = made(kind, 3, 2)
+    lane = cluster.ready(hedge_after=1.0)
+    cluster.routers[0].routing.shun(cluster.infos[1])
+    cluster.sites[0].silent.set()
+    check(lane)
+    assert cluster.tables.suspects == []
