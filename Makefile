@@ -42,8 +42,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One process runs all tests that start Ray; the others are dealt out.
-PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
+# One process runs all tests that start Ray; the others are dealt out. A process that a hung test ends is not
+# replaced, since the scheduler then waits for ever.
+PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 # What takes no more than a second or two of tests/unit, for the everyday loop.
 quick: setup
