@@ -157,35 +157,30 @@ def test_a_file_of_the_largest_size_is_read_and_a_larger_one_is_not(tmp_path: Pa
     )
 
 
-@pytest.mark.parametrize("size", [7, 9])
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
+@pytest.fixture(params=[7, 9])
+def changing(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, int]:
+    """A file of 8 bytes that has another size as soon as it is read, and that size."""
     path = tmp_path / "a"
     path.write_bytes(b"x" * 8)
     read = os.read
 
-    def changing(handle: int, most: int) -> bytes:
-        os.truncate(path, size)
+    def change(handle: int, most: int) -> bytes:
+        os.truncate(path, request.param)
         return read(handle, most)
 
-    monkeypatch.setattr(os, "read", changing)
+    monkeypatch.setattr(os, "read", change)
+    return path, request.param
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(changing: tuple[Path, int]) -> None:
+    path, _ = changing
     _refused(lambda: CONFIG.read(path), path, "its size changed while it was read")
 
 
-@pytest.mark.parametrize("size", [7, 9])
-def test_a_file_that_grows_is_read_as_far_as_it_went(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"x" * 8)
-    read = os.read
-
-    def changing(handle: int, most: int) -> bytes:
-        os.truncate(path, size)
-        return read(handle, most)
-
-    monkeypatch.setattr(os, "read", changing)
+def test_a_file_that_grows_is_read_as_far_as_it_went(changing: tuple[Path, int]) -> None:
+    path, size = changing
     if size > 8:
         assert METRICS.read(path) == b"x" * 8
     else:
